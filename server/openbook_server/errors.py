@@ -1,0 +1,110 @@
+"""Every failure a caller or an operator can meet, each with the gRPC status it becomes.
+
+A request is parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
+(InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
+knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, FingerprintMismatch) and sources are read
+(SourceInvalid). `reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the
+way out.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+
+class OpenBookError(Exception):
+    """Root: everything here is a failure with a message fit for the user; nothing else may reach one."""
+
+    status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+
+
+class InvalidRequest(OpenBookError):
+    """A field of the request is wrong; sending it again unchanged is pointless."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.description = message
+
+
+class Overloaded(OpenBookError):
+    """The queue is full, or the deadline cannot be met; back off `retry_after_seconds` and try again."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "OVERLOADED"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Draining(OpenBookError):
+    """The server is shutting down; another one may take the request."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "DRAINING"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineExceeded(OpenBookError):
+    """The caller's deadline passed while its request waited."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class InferenceFailed(OpenBookError):
+    """onnxruntime failed on a batch; the message holds its own words, never the caller's text."""
+
+    reason = "INFERENCE_FAILED"
+
+
+class BundleInvalid(OpenBookError):
+    """The bundle is missing, truncated, tampered with, of a newer format, or fails its golden vectors."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "BUNDLE_INVALID"
+
+
+class DeviceUnavailable(OpenBookError):
+    """No onnxruntime, two of them, or none that drives the device asked for."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "DEVICE_UNAVAILABLE"
+
+
+class KnowledgeBaseLocked(OpenBookError):
+    """Another process has the knowledge base open."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "KNOWLEDGE_BASE_LOCKED"
+
+
+class KnowledgeBaseDamaged(OpenBookError):
+    """The knowledge base is missing, of a newer format, or its SQLite file fails its check."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "KNOWLEDGE_BASE_DAMAGED"
+
+
+class FingerprintMismatch(OpenBookError):
+    """The knowledge base was built by another embedder than the bundle's."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "FINGERPRINT_MISMATCH"
+
+
+class SourceInvalid(OpenBookError):
+    """A source cannot be read at all (a damaged file among good ones is skipped and counted instead)."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "SOURCE_INVALID"

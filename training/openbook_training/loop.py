@@ -1,0 +1,264 @@
+"""The one training loop: steps, progress, checkpoints, resuming, evaluation, the best result kept.
+
+Promises: a stop (Ctrl-C, SIGTERM) saves a checkpoint first; a kill loses at most the steps since the last one; a
+resumed run sees the same batches and the same random numbers as an uninterrupted one. Knows nothing of any objective.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from openbook_training.config import LoopConfig
+from openbook_training.errors import InvalidConfig, TrainingDiverged
+
+Example = TypeVar("Example")
+
+
+class Task(Protocol[Example]):
+    """What an objective gives the loop."""
+
+    model: nn.Module
+
+    def batches(self, epoch: int) -> list[list[Example]]:
+        """All batches of an epoch: the same for the same seed and epoch, however often it is asked."""
+
+    def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
+        """Scalar mean loss."""
+
+    def describe(self, batch: list[Example]) -> str:
+        """Names of the examples, for the message about a diverged step."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics after an epoch; "score" decides which epoch is the best."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what a user deploys."""
+
+
+class Stopped(Exception):
+    """The user asked the run to stop; a checkpoint was saved."""
+
+
+class Loop(Generic[Example]):
+    def __init__(self, task: Task[Example], config: LoopConfig, folder: Path, console: Console) -> None:
+        self._task, self._config, self._folder, self._console = task, config, folder, console
+        if config.precision not in {"bf16", "fp32"}:
+            raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        set_seed(config.seed)
+        # bf16 autocast works on a CPU too; accelerate picks the device and shards over processes.
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self._trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self._model, self._optimizer = self.accelerator.prepare(task.model, self._optimizer)
+        self._average = [parameter.detach().clone() for parameter in self._trained] if config.average_decay else None
+        self._step, self._best = 0, -math.inf
+        self._stopping = threading.Event()
+
+    def run(self, *, resume: bool) -> dict[str, float]:
+        """Train to the end; returns the metrics of the best epoch.
+
+        Raises:
+            Stopped: after SIGINT or SIGTERM, once a checkpoint is on the disk.
+            TrainingDiverged: the loss is NaN or infinite.
+        """
+        config = self._config
+        state = self._folder / "checkpoint.pt"
+        if resume and state.is_file():
+            self._restore(state)
+            self._console.print(f"resuming {self._folder} at step {self._step}")
+        elif state.is_file():
+            raise InvalidConfig(f"{self._folder} already holds a run; go on with --resume, or choose another output")
+        sizes = [len(self._task.batches(epoch)) for epoch in range(config.epochs)]
+        total = min(sum(sizes), config.max_steps or sum(sizes))
+        saved, metrics = time.monotonic(), {}
+        with self._signals(), self._progress() as progress:
+            bar = progress.add_task("training", total=total, completed=self._step, loss=math.nan)
+            for epoch, size in enumerate(sizes):
+                first = sum(sizes[:epoch])
+                if self._step >= first + size:
+                    continue
+                for batch in self._task.batches(epoch)[self._step - first :]:
+                    if self._step >= total:
+                        break
+                    loss = self._take_step(batch, total)
+                    progress.update(bar, completed=self._step, loss=loss)
+                    self._log({"step": self._step, "epoch": epoch, "loss": loss, "learning_rate": self._rate(total)})
+                    if self._stopping.is_set():
+                        self._checkpoint(state)
+                        raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
+                    if time.monotonic() - saved > config.checkpoint_minutes * 60:
+                        self._checkpoint(state)
+                        saved = time.monotonic()
+                if (epoch + 1) % config.evaluate_every_epochs == 0 or self._step >= total:
+                    metrics = self._evaluate(epoch)
+                    self._checkpoint(state)
+        return metrics
+
+    def _take_step(self, batch: list[Example], total: int) -> float:
+        config = self._config
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(total)
+        self._model.train()
+        share = batch[self.accelerator.process_index :: self.accelerator.num_processes] or batch[:1]
+        rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
+        with self.accelerator.autocast():
+            loss = self._task.loss(self._model, share, rng)
+        value = float(loss)
+        if not math.isfinite(value):
+            raise TrainingDiverged(f"loss is {value} at step {self._step}; lower the learning rate. Batch: {self._task.describe(share)}")
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self._trained, config.max_gradient_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        if self._average is not None:
+            decay = min(config.average_decay, (1 + self._step) / (10 + self._step))
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._trained], 1 - decay)
+        return value
+
+    def _rate(self, total: int) -> float:
+        warmup = max(1, int(self._config.warmup_share * total))
+        if self._step < warmup:
+            return self._config.learning_rate * (self._step + 1) / warmup
+        return self._config.learning_rate * max(0.0, (total - self._step) / max(1, total - warmup))
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        with self._averaged():
+            model = self.accelerator.unwrap_model(self._model).eval()
+            with torch.inference_mode():
+                metrics = self._task.evaluate(model)
+            self._log({"step": self._step, "epoch": epoch, **metrics})
+            self._console.print(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+            if metrics["score"] >= self._best and self.accelerator.is_main_process:
+                self._best = metrics["score"]
+                aside = self._folder / "best.new"
+                shutil.rmtree(aside, ignore_errors=True)
+                self._task.save(model, aside)
+                shutil.rmtree(self._folder / "best", ignore_errors=True)
+                aside.rename(self._folder / "best")
+        return metrics
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within, the model carries the averaged weights."""
+        if self._average is None:
+            yield
+            return
+        own = [parameter.detach().clone() for parameter in self._trained]
+        _copy(self._trained, self._average)
+        try:
+            yield
+        finally:
+            _copy(self._trained, own)
+
+    def _checkpoint(self, file: Path) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": self._step,
+            "best": self._best,
+            "trained": [parameter.detach() for parameter in self._trained],
+            "average": self._average,
+            "optimizer": self._optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        aside = file.with_suffix(".new")
+        with aside.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+
+    def _restore(self, file: Path) -> None:
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        shapes = [tuple(tensor.shape) for tensor in state["trained"]]
+        if shapes != [tuple(parameter.shape) for parameter in self._trained]:
+            raise InvalidConfig(f"{file} was made with another model configuration; choose another output folder")
+        _copy(self._trained, state["trained"])
+        if self._average is not None and state["average"] is not None:
+            _copy(self._average, state["average"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._step, self._best = state["step"], state["best"]
+        torch.set_rng_state(state["torch_rng"].cpu())
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self._folder / "metrics.jsonl").open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, _frame: object) -> None:
+            self._console.print(f"{signal.Signals(number).name}: saving a checkpoint, then stopping")
+            self._stopping.set()
+
+        previous: dict[int, Callable[..., Any] | int | None] = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self.accelerator.is_main_process,
+            refresh_per_second=1,
+        )
+
+
+def length_grouped(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
+    """Shuffled batches of rows of similar length: shuffle, sort within pools of 32 batches, shuffle the batches."""
+    rows = list(range(len(lengths)))
+    rng.shuffle(rows)
+    batches = []
+    for at in range(0, len(rows), size * 32):
+        pool = sorted(rows[at : at + size * 32], key=lambda row: lengths[row])
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(into, values, strict=True):
+            target.copy_(value)
+
+
+def write_run_header(folder: Path, config: dict[str, Any], versions: dict[str, str]) -> None:
+    """Record what a run was made with, so that it can be made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"config": config, "versions": versions}, indent=2) + "\n")
+
+

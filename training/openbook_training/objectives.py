@@ -1,0 +1,61 @@
+"""Training objectives as pure functions of logits; each is tested against a slow formula written out in its test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEGATIVE = -1e9  # stands for log 0; finite, so that a fully masked row gives no NaN gradient
+
+
+def span_scores(start: Tensor, end: Tensor, context: Tensor, max_answer_tokens: int) -> Tensor:
+    """Score of every span a reader may answer with: start logit of its first token plus end logit of its last.
+
+    Args:
+        start: (pairs, length) logits.
+        end: (pairs, length) logits.
+        context: (pairs, length) bool, True where a token belongs to the passage.
+        max_answer_tokens: longest span considered.
+
+    Returns:
+        (pairs, length, max_answer_tokens): entry [p, s, n] is the span from token s to token s + n; NEGATIVE where
+        either end lies outside the passage.
+    """
+    start = start.masked_fill(~context, NEGATIVE)
+    end = end.masked_fill(~context, NEGATIVE)
+    shifted = [torch.nn.functional.pad(end[:, n:], (0, min(n, end.shape[1])), value=NEGATIVE) for n in range(max_answer_tokens)]
+    return torch.clamp(start[:, :, None] + torch.stack(shifted, dim=2), min=NEGATIVE)
+
+
+def null_scores(start: Tensor, end: Tensor) -> Tensor:
+    """(pairs,) score of "no answer in this passage": the logits of the first token, [CLS] (Devlin et al. 2019, section 4.3)."""
+    return start[:, 0] + end[:, 0]
+
+
+def multi_passage_span_loss(spans: Tensor, null: Tensor, gold: Tensor, owner: Tensor, questions: int) -> Tensor:
+    """Mean over questions of -log p(any gold span), normalised over all spans of all passages of the question.
+
+    Sharing the normaliser makes scores compare across passages (Clark & Gardner 2018, section 3.2); summing over every
+    gold occurrence is their "sum" objective. A question none of whose passages holds a gold span is one whose gold is
+    the null span of each of its passages.
+
+    Args:
+        spans: (pairs, length, max_answer_tokens) from `span_scores`.
+        null: (pairs,) from `null_scores`.
+        gold: (pairs, length, max_answer_tokens) bool, True at accepted spans.
+        owner: (pairs,) which question each pair belongs to, in [0, questions).
+        questions: how many questions the batch holds.
+    """
+    flat = spans.flatten(1)
+    everything = torch.logsumexp(torch.cat([flat, null[:, None]], dim=1), dim=1)
+    right = torch.logsumexp(flat.masked_fill(~gold.flatten(1), NEGATIVE), dim=1)
+    answerable = torch.zeros(questions, dtype=torch.bool, device=null.device)
+    answerable[owner[gold.flatten(1).any(dim=1)]] = True
+    right = torch.where(answerable[owner], right, null)
+    return (_logsumexp_by(everything, owner, questions) - _logsumexp_by(right, owner, questions)).mean()
+
+
+def _logsumexp_by(values: Tensor, owner: Tensor, questions: int) -> Tensor:
+    """(questions,) logsumexp of the values that share an owner."""
+    table = torch.where(owner[None, :] == torch.arange(questions, device=owner.device)[:, None], values[None, :], NEGATIVE)
+    return torch.logsumexp(table, dim=1)

@@ -1,0 +1,171 @@
+"""The extractive reader: features of (question, passage) pairs, the model, and its predictions.
+
+A passage longer than the reader's window is read in overlapping windows; every window of every passage of a question
+shares one normaliser (see `objectives`). The template is the tokenizer's own pair template: [CLS] question [SEP] passage [SEP].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+from openbook_training.checkpoint import Checkpoint
+from openbook_training.errors import CheckpointNotFound, InvalidConfig
+from openbook_training.objectives import null_scores, span_scores
+
+CHUNK_TOKENS = 4096  # padded tokens a forward pass; larger falls out of the processor's cache
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One window of one passage beside its question, as token ids."""
+
+    question: int  # row of the question in its batch
+    passage: int  # row of the passage among the question's passages
+    ids: list[int]
+    first: int  # index of the passage's first token in `ids`
+    offsets: list[tuple[int, int]]  # characters of each passage token, in the passage
+
+    def gold(self, spans: Sequence[tuple[int, int]], max_answer_tokens: int) -> Iterator[tuple[int, int]]:
+        """(start token, tokens after it) of each character span that lies whole in this window."""
+        for start, end in spans:
+            inside = [i for i, (a, b) in enumerate(self.offsets) if a < end and b > start]
+            if inside and self.offsets[inside[0]][0] <= start and self.offsets[inside[-1]][1] >= end:
+                if inside[-1] - inside[0] < max_answer_tokens:
+                    yield self.first + inside[0], inside[-1] - inside[0]
+
+
+class PairEncoder:
+    """Turns questions and passages into windows; remembers what it tokenised, for a corpus is read many times."""
+
+    def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, stride: int, max_question_tokens: int) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        if not tokenizer.is_fast:
+            raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.cls, self.sep, self.pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id or 0
+        if max_tokens - max_question_tokens - 3 <= stride:
+            raise InvalidConfig(f"max_tokens {max_tokens} leaves no room for a window beside the question; lower stride {stride}")
+        self._max_tokens, self._stride, self._max_question_tokens = max_tokens, stride, max_question_tokens
+        self._known: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+
+    def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if text not in self._known:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            self._known[text] = (encoding.ids, encoding.offsets)
+        return self._known[text]
+
+    def pairs(self, question: str, passages: Sequence[str], row: int) -> Iterator[Pair]:
+        """All windows of all passages; every passage token is in at least one."""
+        head = [self.cls, *self.tokens(question)[0][: self._max_question_tokens], self.sep]
+        room = self._max_tokens - len(head) - 1
+        for number, passage in enumerate(passages):
+            ids, offsets = self.tokens(passage)
+            windows = max(1, math.ceil((len(ids) - self._stride) / (room - self._stride)))
+            for at in range(0, windows * (room - self._stride), room - self._stride):
+                yield Pair(row, number, [*head, *ids[at : at + room], self.sep], len(head), offsets[at : at + room])
+
+
+def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, adapter: str = "", dropout: float = 0.1) -> PeftModel:
+    """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer.
+
+    Attention dropout is off: on a CPU it costs as much as the attention itself.
+    """
+    model = AutoModelForQuestionAnswering.from_pretrained(
+        checkpoint.folder,
+        attn_implementation="eager",
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,
+        dtype=torch.float32,
+    )
+    if adapter:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    linear = {name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)}
+    targets = sorted({name.split(".")[-1] if name.split(".")[-1] != "dense" else ".".join(name.split(".")[-2:]) for name in linear})
+    settings = LoraConfig(task_type=TaskType.QUESTION_ANS, r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
+    return get_peft_model(model, settings)
+
+
+def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the reader over pairs in chunks of similar length, so that little is padded.
+
+    Returns:
+        start, end: (pairs, length) float32 logits, padded to the longest pair.
+        context: (pairs, length) bool, True where a token belongs to the passage.
+    """
+    longest = max(len(pair.ids) for pair in pairs)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].ids))
+    parts: list[Tensor] = []
+    at = 0
+    while at < len(order):
+        stop = at + 1
+        while stop < len(order) and (stop + 1 - at) * len(pairs[order[stop]].ids) <= CHUNK_TOKENS:
+            stop += 1
+        rows = [pairs[i] for i in order[at:stop]]
+        width = len(rows[-1].ids)
+        ids = torch.tensor([pair.ids + [pad] * (width - len(pair.ids)) for pair in rows], device=device)
+        types = torch.tensor([[int(i >= pair.first) for i in range(width)] for pair in rows], device=device)
+        mask = torch.tensor([[int(i < len(pair.ids)) for i in range(width)] for pair in rows], device=device)
+        output = model(input_ids=ids, token_type_ids=types * mask, attention_mask=mask)
+        logits = torch.stack([output.start_logits, output.end_logits]).float()
+        parts.append(nn.functional.pad(logits, (0, longest - width)))
+        at = stop
+    back = torch.empty(len(order), dtype=torch.long, device=device)
+    back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
+    start, end = torch.cat(parts, dim=1)[:, back]
+    context = torch.zeros((len(pairs), longest), dtype=torch.bool, device=device)
+    for row, pair in enumerate(pairs):
+        context[row, pair.first : pair.first + len(pair.offsets)] = True
+    return start, end, context
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The best span for one question over all its passages."""
+
+    text: str
+    score: float  # its log-probability
+    null: float  # log-probability of "no answer"
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    encoder: PairEncoder,
+    questions: Sequence[tuple[str, Sequence[str]]],
+    *,
+    max_answer_tokens: int,
+    device: torch.device,
+    autocast: Any,
+) -> list[Prediction]:
+    """Answer each (question, passages) with its most probable span."""
+    pairs = [pair for row, (text, passages) in enumerate(questions) for pair in encoder.pairs(text, passages, row)]
+    with autocast():
+        start, end, context = forward(model, pairs, encoder.pad, device)
+    spans = span_scores(start, end, context, max_answer_tokens).flatten(1)
+    null = null_scores(start, end)
+    totals = torch.logaddexp(torch.logsumexp(spans, dim=1), null).tolist()
+    best, where = spans.max(dim=1)
+    predictions = []
+    for row, (_, passages) in enumerate(questions):
+        mine = [i for i, pair in enumerate(pairs) if pair.question == row]
+        total = float(torch.logsumexp(torch.tensor([totals[i] for i in mine]), dim=0))
+        chosen = max(mine, key=lambda i: float(best[i]))
+        pair = pairs[chosen]
+        first, extra = divmod(int(where[chosen]), max_answer_tokens)
+        a, b = pair.offsets[first - pair.first][0], pair.offsets[first - pair.first + extra][1]
+        nothing = float(torch.logsumexp(null[mine], dim=0)) - total
+        predictions.append(Prediction(passages[pair.passage][a:b], float(best[chosen]) - total, nothing))
+    return predictions

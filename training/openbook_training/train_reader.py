@@ -1,0 +1,199 @@
+"""`openbook train reader`: an extractive reader trained on passages as retrieval returns them.
+
+Each question comes with its own passage and hard negatives of the same corpus; a share of them comes without its own
+passage and learns to abstain. Questions are set aside by whole passages to choose the best epoch, so that the dev set
+is only ever reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import random
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.config import ReaderConfig
+from openbook_training.errors import InvalidData
+from openbook_training.loop import Loop, length_grouped, write_run_header
+from openbook_training.negatives import draw, embed, mine
+from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
+from openbook_training.reader import PairEncoder, build_reader, forward, predict
+from openbook_training.squad import Question, exact_match, f1, load_questions, occurrences
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """A training question with the passages it is read beside."""
+
+    question: Question
+    passages: list[str]
+
+
+class ReaderTask:
+    """Gives the loop its batches, loss and metrics."""
+
+    def __init__(self, config: ReaderConfig, console: Console) -> None:
+        self._config = config
+        self.checkpoint = resolve_checkpoint(config.checkpoint)
+        self.encoder = PairEncoder(
+            self.checkpoint, max_tokens=config.max_tokens, stride=config.stride, max_question_tokens=config.max_question_tokens
+        )
+        usable, dropped = _usable(load_questions(config.train))
+        if dropped:
+            console.print(f"{len(dropped)} of {len(dropped) + len(usable)} questions left out, their answer is not in their passage: {dropped[:5]}")
+        self.train, self.held_out = hold_out(usable, config.held_out)
+        self.dev = load_questions(config.dev)[: config.dev_questions or None] if config.dev else []
+        self.passages = sorted({question.context for question in usable})
+        self._mined = _mined_negatives(self.checkpoint, self.train, self.passages, config, console) if max(config.negatives) else []
+        self.model: nn.Module = build_reader(
+            self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, adapter=config.initial_adapter
+        )
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def batches(self, epoch: int) -> list[list[Example]]:
+        config = self._config
+        rng = random.Random(f"{config.loop.seed}/{epoch}")
+        count = config.negatives[min(epoch, len(config.negatives) - 1)]
+        examples = []
+        for row, question in enumerate(self.train):
+            absent = bool(self._mined) and rng.random() < config.no_answer_share
+            others = [self.passages[z] for z in draw(self._mined[row], max(count, 1) if absent else count, rng)] if self._mined else []
+            examples.append(Example(question, others if absent and others else [question.context, *others]))
+        lengths = [sum(len(passage) for passage in example.passages) for example in examples]
+        return [[examples[i] for i in rows] for rows in length_grouped(lengths, config.loop.batch_questions, rng)]
+
+    def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
+        limit = self._config.max_answer_tokens
+        pairs = [pair for row, example in enumerate(batch) for pair in self.encoder.pairs(example.question.text, example.passages, row)]
+        start, end, context = forward(model, pairs, self.encoder.pad, self._device)
+        spans = span_scores(start, end, context, limit)
+        gold = torch.zeros(spans.shape, dtype=torch.bool)
+        for number, pair in enumerate(pairs):
+            example = batch[pair.question]
+            where = occurrences(example.passages[pair.passage], example.question.answers)
+            for token, extra in pair.gold(where, limit):
+                gold[number, token, extra] = True
+        owner = torch.tensor([pair.question for pair in pairs], device=self._device)
+        return multi_passage_span_loss(spans, null_scores(start, end), gold.to(self._device), owner, len(batch))
+
+    def describe(self, batch: list[Example]) -> str:
+        return ", ".join(example.question.id for example in batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        metrics = self._score(model, self.held_out, "held_out") if self.held_out else {}
+        metrics |= self._score(model, self.dev, "dev") if self.dev else {}
+        metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
+        return metrics
+
+    def _score(self, model: nn.Module, questions: list[Question], name: str) -> dict[str, float]:
+        predictions = answer_all(model, self.encoder, questions, self._config.max_answer_tokens, self._device, self._config.loop.precision)
+        return {
+            f"{name}_em": 100 * float(np.mean([exact_match(p, q.answers) for p, q in zip(predictions, questions, strict=True)])),
+            f"{name}_f1": 100 * float(np.mean([f1(p, q.answers) for p, q in zip(predictions, questions, strict=True)])),
+        }
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]  # a PeftModel; nn.Module types its attributes as Tensor
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = self.checkpoint.name  # never a path of this machine
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        reader = {
+            "base_checkpoint": self.checkpoint.name,
+            "base_digest": self.checkpoint.digest(),
+            "max_tokens": self._config.max_tokens,
+            "max_question_tokens": self._config.max_question_tokens,
+            "max_answer_tokens": self._config.max_answer_tokens,
+        }
+        (folder / "reader.json").write_text(json.dumps(reader, indent=2) + "\n")
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the real one is written by hand
+
+
+def answer_all(
+    model: nn.Module,
+    encoder: PairEncoder,
+    questions: list[Question],
+    max_answer_tokens: int,
+    device: torch.device,
+    precision: str,
+    console: Console | None = None,
+) -> list[str]:
+    """Best span of each question in its own context, never "no answer" (SQuAD 1.1's setting)."""
+
+    def autocast() -> AbstractContextManager[None]:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")  # type: ignore[return-value]
+
+    texts = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda row: len(questions[row].context))
+    steps = range(0, len(order), 32)
+    for at in track(steps, "evaluating", console=console) if console else steps:
+        rows = order[at : at + 32]
+        batch = [(questions[row].text, [questions[row].context]) for row in rows]
+        for row, prediction in zip(
+            rows, predict(model, encoder, batch, max_answer_tokens=max_answer_tokens, device=device, autocast=autocast), strict=True
+        ):
+            texts[row] = prediction.text
+    return texts
+
+
+def hold_out(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
+    """Split off about `count` questions with all their passages, the same ones on every machine."""
+    by_passage: dict[str, list[Question]] = {}
+    for question in questions:
+        by_passage.setdefault(question.context, []).append(question)
+    held: set[str] = set()
+    taken = 0
+    for context in sorted(by_passage, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if taken >= count:
+            break
+        held.add(context)
+        taken += len(by_passage[context])
+    return [q for q in questions if q.context not in held], [q for q in questions if q.context in held]
+
+
+def _usable(questions: list[Question]) -> tuple[list[Question], list[str]]:
+    usable = [question for question in questions if not question.answers or question.gold_spans()]
+    if not usable:
+        raise InvalidData("no training question has its answer in its passage")
+    kept = {question.id for question in usable}
+    return usable, [question.id for question in questions if question.id not in kept]
+
+
+def _mined_negatives(
+    checkpoint: Checkpoint, questions: list[Question], passages: list[str], config: ReaderConfig, console: Console
+) -> list[list[int]]:
+    """Mined once and kept in the run folder under a name that changes with checkpoint and data."""
+    material = "\0".join([checkpoint.digest(), str(config.mined), *(q.id + q.text for q in questions), *passages])
+    file = Path(config.output) / f"negatives-{hashlib.sha256(material.encode()).hexdigest()[:16]}.json"
+    if file.is_file():
+        mined: list[list[int]] = json.loads(file.read_text())
+        return mined
+    console.print(f"mining hard negatives: {len(passages)} passages, {len(questions)} questions")
+    passage_vectors = embed(checkpoint, passages, precision=config.loop.precision)
+    question_vectors = embed(checkpoint, [question.text for question in questions], precision=config.loop.precision)
+    mined = mine(questions, question_vectors, passages, passage_vectors, config.mined)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(mined))
+    return mined
+
+
+def train_reader(config: ReaderConfig, *, resume: bool, console: Console) -> dict[str, float]:
+    """Run the whole training; the adapter is left in `<output>/best`."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate", "tokenizers")}
+    folder = Path(config.output)
+    write_run_header(folder, dataclasses.asdict(config), versions)
+    task = ReaderTask(config, console)
+    console.print(
+        f"{len(task.train)} training questions over {len(task.passages)} passages, {len(task.held_out)} held out, {len(task.dev)} dev; "
+        f"{sum(p.numel() for p in task.model.parameters() if p.requires_grad):,} trained weights"
+    )
+    return Loop(task, config.loop, folder, console).run(resume=resume)

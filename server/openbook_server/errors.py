@@ -1,6 +1,6 @@
 """Every failure a caller or an operator can meet, each with the gRPC status it becomes.
 
-A request is parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
+A request is admitted (NotServing), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
 (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
 knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, FingerprintMismatch) and sources are read
 (SourceInvalid). `reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the
@@ -44,11 +44,11 @@ class Overloaded(OpenBookError):
         self.retry_after_seconds = retry_after_seconds
 
 
-class Draining(OpenBookError):
-    """The server is shutting down; another one may take the request."""
+class NotServing(OpenBookError):
+    """The server is still starting, or already shutting down; another one, or this one later, may take the request."""
 
     status = grpc.StatusCode.UNAVAILABLE
-    reason = "DRAINING"
+    reason = "NOT_SERVING"
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)

@@ -101,7 +101,7 @@ def _transformers_folder(root: Path, name: str) -> Path:
     try:
         for module in json.loads(modules.read_text()):
             if module["type"].endswith(".Transformer"):
-                return root / module["path"]
+                return root / str(module["path"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointNotFound(f"checkpoint {name!r}: {modules} is damaged ({error})") from error
     return root

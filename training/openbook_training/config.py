@@ -21,6 +21,7 @@ class LoopConfig:
     seed: int = 42  # of data order, sampling and initialisation
     epochs: int = 3  # passes over the training questions
     batch_questions: int = 32  # questions an optimiser step
+    micro_batch_questions: int = 8  # of them, questions a backward pass: bounds memory, changes no gradient
     learning_rate: float = 5e-4  # peak; LoRA wants about ten times a full fine-tuning's
     warmup_share: float = 0.06  # of all steps, linear from 0; then linear down to 0
     weight_decay: float = 0.01
@@ -101,9 +102,8 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
             return tuple(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif type(value) is hint:
-        if not (hint is int and value < 0):
-            return value
+    elif type(value) is hint and not (hint is int and value < 0):
+        return value
     problems.append(f"{name}: {value!r} is not {'a table' if dataclasses.is_dataclass(hint) else _describe(hint)}")
     return None
 

@@ -122,12 +122,15 @@ class Loop(Generic[Example]):
         self._model.train()
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes] or batch[:1]
         rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
-        with self.accelerator.autocast():
-            loss = self._task.loss(self._model, share, rng)
-        value = float(loss)
-        if not math.isfinite(value):
-            raise TrainingDiverged(f"loss is {value} at step {self._step}; lower the learning rate. Batch: {self._task.describe(share)}")
-        self.accelerator.backward(loss)
+        value = 0.0
+        for at in range(0, len(share), config.micro_batch_questions):
+            part = share[at : at + config.micro_batch_questions]
+            with self.accelerator.autocast():
+                loss = self._task.loss(self._model, part, rng) * (len(part) / len(share))
+            value += float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"loss is {value} at step {self._step}; lower the learning rate. Batch: {self._task.describe(part)}")
+            self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self._trained, config.max_gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -260,5 +263,3 @@ def write_run_header(folder: Path, config: dict[str, Any], versions: dict[str, s
     """Record what a run was made with, so that it can be made again."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"config": config, "versions": versions}, indent=2) + "\n")
-
-

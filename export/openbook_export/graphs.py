@@ -1,0 +1,134 @@
+"""The two graphs of a bundle as PyTorch modules, and their export to ONNX through optimum.
+
+What the server would otherwise have to know of a model is inside: pooling, normalisation and span scoring. B texts or
+pairs share a batch, padded on the right to length L; d is the embedder's dimension, N the spans a pair returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from openbook_training.objectives import NEGATIVE
+from optimum.exporters.onnx import export
+from optimum.exporters.onnx.model_configs import BertOnnxConfig
+from torch import Tensor, nn
+from torch.jit._trace import TracerWarning  # torch.jit names it too, but not to type checkers
+
+OPSET = 18
+SPANS = 16  # spans a pair returns; an answer's probability sums over the passages it stands in, so a few of each are enough
+HEADS = ("/pooling/", "/scoring/")  # prefixes of the node names of what follows the transformer; see optimise.to_float16
+
+
+class Pooling(nn.Module):
+    """Token states to one unit vector, the same bits for a text whatever shares its batch.
+
+    onnxruntime adds in another order where a reduction's leading axes multiply to 1, that is for a batch of one. So the
+    mean is a product with the mask, and a vector's squares are added as two halves.
+    """
+
+    def __init__(self, kind: str, dim: int) -> None:
+        super().__init__()
+        self.kind, self.dim = kind, dim  # "mean" or "cls"; d
+
+    def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L, d) states and (B, L) mask to (B, d) unit vectors."""
+        if self.kind == "cls":
+            pooled = states[:, 0]
+        else:
+            mask = attention_mask.to(states.dtype)
+            pooled = torch.bmm(mask.unsqueeze(1), states).squeeze(1) / mask.sum(1, keepdim=True)  # a sum of ones is exact
+        halves = (pooled * pooled).reshape(-1, 2, self.dim // 2).sum(-1)
+        # F.normalize exports to nodes that stop onnxruntime's shape inference, and with it attention fusion.
+        return pooled * torch.rsqrt((halves[:, 0] + halves[:, 1]).unsqueeze(1) + 1e-12)
+
+
+class SpanScoring(nn.Module):
+    """The best spans of each pair and the normaliser over all of them: the exported half of openbook_training.objectives."""
+
+    def __init__(self, *, sep_id: int, max_answer_tokens: int) -> None:
+        super().__init__()
+        self.sep_id, self.max_answer_tokens = sep_id, max_answer_tokens
+
+    def forward(
+        self, start: Tensor, end: Tensor, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All arguments (B, L). Returns span_start, span_end, span_score (B, N), null_score and log_normaliser (B,)."""
+        inside = (token_type_ids == 1) & (attention_mask == 1) & (input_ids != self.sep_id)
+        null = start[:, 0] + end[:, 0]
+        start = start.masked_fill(~inside, NEGATIVE)
+        end = nn.functional.pad(end.masked_fill(~inside, NEGATIVE), (0, self.max_answer_tokens - 1), value=NEGATIVE)
+        first = torch.arange(start.shape[1], device=start.device)
+        last = first.unsqueeze(1) + torch.arange(self.max_answer_tokens, device=start.device)  # (L, A)
+        spans = torch.clamp(start.unsqueeze(2) + end[:, last], min=NEGATIVE)  # (B, L, A)
+        width = -(-self.max_answer_tokens // 16) * 16
+        spans = nn.functional.pad(spans, (0, width - self.max_answer_tokens), value=NEGATIVE)  # (B, L, width)
+        best, where = torch.topk(spans.flatten(1), SPANS, dim=1)
+        span_start = torch.div(where, width, rounding_mode="trunc")
+        span_end = where - span_start * (width - 1)  # start + (where mod width)
+        # logsumexp written out: some providers implement ReduceLogSumExp without subtracting the maximum, and a row must get
+        # the same bits whatever B is (see Pooling). So a start's spans fill whole vector registers, their sums are added over
+        # L in order, and the logarithm is taken of whole registers too: Eigen rounds a tail of one to three values otherwise.
+        top = torch.maximum(best[:, 0], null)
+        total = torch.exp(spans - top[:, None, None]).sum(2).cumsum(1)[:, -1] + torch.exp(null - top)
+        logarithm = torch.log(total.unsqueeze(1) * torch.ones(16, device=total.device))[:, 0]
+        return span_start, span_end, best, null, top + logarithm
+
+
+class EmbedderGraph(nn.Module):
+    """Token ids to a unit vector."""
+
+    outputs: ClassVar[dict[str, dict[int, str]]] = {"sentence_embedding": {0: "batch_size"}}
+
+    def __init__(self, model: nn.Module, pooling: str) -> None:
+        super().__init__()
+        config: Any = model.config
+        self.config = config
+        self.model, self.pooling = model, Pooling(pooling, config.hidden_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        return {"sentence_embedding": self.pooling(states, attention_mask)}
+
+
+class ReaderGraph(nn.Module):
+    """A question beside a passage to the passage's best spans; token_type_ids is 1 on the passage and its [SEP]."""
+
+    outputs: ClassVar[dict[str, dict[int, str]]] = {
+        name: {0: "batch_size"} for name in ("span_start", "span_end", "span_score", "null_score", "log_normaliser")
+    }
+
+    def __init__(self, model: nn.Module, *, sep_id: int, max_answer_tokens: int) -> None:
+        super().__init__()
+        self.config: Any = model.config
+        self.model, self.scoring = model, SpanScoring(sep_id=sep_id, max_answer_tokens=max_answer_tokens)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        scores = self.scoring(logits.start_logits, logits.end_logits, input_ids, attention_mask, token_type_ids)
+        return dict(zip(self.outputs, scores, strict=True))
+
+
+def write_onnx(graph: EmbedderGraph | ReaderGraph, file: Path) -> None:
+    """Trace `graph` into `file` (opset 18, batch and length left open) by optimum's TorchScript exporter."""
+
+    class _Config(BertOnnxConfig):  # type: ignore[misc]  # optimum has no types
+        outputs = graph.outputs
+
+    with _quiet_tracing():
+        export(graph, _Config(graph.config), file, opset=OPSET)
+
+
+@contextlib.contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """Silence what every TorchScript export of a BERT says; parity with PyTorch at other shapes is measured afterwards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export", DeprecationWarning)
+        warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
+        yield

@@ -1,0 +1,173 @@
+"""PyTorch models from a checkpoint, checked to be of a shape that a bundle holds: a BERT and its fast tokenizer.
+
+MiniLM, BGE, E5, GTE and the other encoders with BERT's architecture ("model_type": "bert") qualify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from openbook_training.checkpoint import Checkpoint
+from peft import PeftModel
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoModel, AutoModelForQuestionAnswering
+
+from openbook_export.errors import CheckpointUnsupported
+
+_READER_DEFAULTS = {"max_tokens": 384, "max_question_tokens": 128, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderModel:
+    """A question-answering model in PyTorch fp32, its adapter merged, and the limits it was trained with."""
+
+    model: nn.Module
+    digest: str  # of the adapter's or checkpoint's weights
+    max_tokens: int  # question + passage, special tokens included
+    max_question_tokens: int
+    max_answer_tokens: int
+    prior_weight: float  # calibrated constants, 0.0 where the training stated none
+    null_bias: float
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, int]:
+    """The checkpoint's tokenizer without padding and truncation, and the id of [SEP].
+
+    Raises:
+        CheckpointUnsupported: its templates are not [CLS] A [SEP] and [CLS] A [SEP] B [SEP], segments 0 and 1.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r}: tokenizer.json does not load ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    text, pair = tokenizer.encode("a"), tokenizer.encode("a", "a")
+    cls, sep = text.ids[0], text.ids[-1]
+    body = text.ids[1:-1]
+    types = [0] * (len(body) + 2) + [1] * (len(body) + 1)
+    if (
+        not body
+        or text.special_tokens_mask != [1, *[0] * len(body), 1]
+        or pair.ids != [cls, *body, sep, *body, sep]
+        or pair.type_ids != types
+    ):
+        raise CheckpointUnsupported(
+            f"checkpoint {checkpoint.name!r}: its tokenizer makes {' '.join(pair.tokens)} of a pair, with segments {pair.type_ids}; "
+            "a bundle needs BERT's template [CLS] A [SEP] B [SEP] with segments 0 and 1"
+        )
+    return tokenizer, sep
+
+
+def load_embedder(checkpoint: Checkpoint) -> nn.Module:
+    """The transformer without a head, ready to export.
+
+    Raises:
+        CheckpointUnsupported: it is no BERT, or its weights do not load.
+    """
+    _require_bert(checkpoint.folder, checkpoint.name)
+    model: nn.Module = _load(AutoModel, checkpoint.folder, checkpoint.name, add_pooling_layer=False)
+    return model
+
+
+def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
+    """The reader in `folder`: an adapter to `checkpoint` written by `openbook train reader`, or a whole question-answering checkpoint.
+
+    Raises:
+        CheckpointUnsupported: the folder holds neither, or what it holds does not belong to `checkpoint`.
+    """
+    if not folder.is_dir():
+        raise CheckpointUnsupported(f"--reader {folder}: no such folder; `openbook train reader` leaves one in <output>/best")
+    settings = _READER_DEFAULTS | _read_json(folder / "reader.json")
+    if (folder / "adapter_config.json").is_file():
+        model, digest = _adapted(checkpoint, folder, settings), _adapter_digest(folder)
+    elif (folder / "config.json").is_file():
+        whole = Checkpoint(name=str(folder), folder=folder, pooling="mean", max_tokens=int(settings["max_tokens"]))
+        _require_bert(folder, str(folder))
+        if load_tokenizer(whole)[0].get_vocab() != load_tokenizer(checkpoint)[0].get_vocab():
+            raise CheckpointUnsupported(f"--reader {folder}: its vocabulary is not {checkpoint.name!r}'s; a bundle has one tokenizer")
+        model, digest = _load(AutoModelForQuestionAnswering, folder, str(folder)), whole.digest()
+    else:
+        raise CheckpointUnsupported(f"--reader {folder}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
+    try:
+        return ReaderModel(
+            model=model,
+            digest=digest,
+            max_tokens=min(int(settings["max_tokens"]), int(model.config.max_position_embeddings)),
+            max_question_tokens=int(settings["max_question_tokens"]),
+            max_answer_tokens=int(settings["max_answer_tokens"]),
+            prior_weight=float(settings["prior_weight"]),
+            null_bias=float(settings["null_bias"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointUnsupported(f"--reader {folder}: reader.json holds a value that is no number ({error})") from error
+
+
+def _adapted(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> Any:
+    actual, wanted = checkpoint.digest(), settings.get("base_digest")
+    if wanted is None:
+        raise CheckpointUnsupported(
+            f"--reader {folder}: reader.json with its base_digest is missing; copy the whole folder that training wrote"
+        )
+    if wanted != actual:
+        raise CheckpointUnsupported(
+            f"--reader {folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint "
+            f"{checkpoint.name!r} has {actual}; export the checkpoint it was trained on, or train again"
+        )
+    base = _load(AutoModelForQuestionAnswering, checkpoint.folder, checkpoint.name)
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointUnsupported(f"--reader {folder}: the adapter does not load ({error})") from error
+
+
+def _adapter_digest(folder: Path) -> str:
+    return Checkpoint(name=str(folder), folder=folder, pooling="mean", max_tokens=1).digest()
+
+
+def _load(kind: Any, folder: Path, name: str, **settings: Any) -> Any:
+    try:
+        with _without_head_notice():
+            model = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, use_safetensors=True, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointUnsupported(f"checkpoint {name!r} does not load ({str(error).splitlines()[0]})") from error
+    return model.eval()
+
+
+def _require_bert(folder: Path, name: str) -> None:
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != "bert":
+        raise CheckpointUnsupported(f"checkpoint {name!r} is of model_type {kind!r}; export fuses and verifies 'bert' only")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointUnsupported(f"{file} is unreadable ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointUnsupported(f"{file} holds no JSON object")
+    return content
+
+
+@contextlib.contextmanager
+def _without_head_notice() -> Iterator[None]:
+    """Silence one notice: that a backbone's head is new or unused. The adapter brings the head, the embedder needs none."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("Some weights of", "You should probably TRAIN"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

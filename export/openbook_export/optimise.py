@@ -1,0 +1,116 @@
+"""Fused, half-precision and int8 graphs from an exported one, by onnxruntime's transformer optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.fusion_options import FusionOptions
+from onnxruntime.transformers.onnx_model import OnnxModel
+from onnxruntime.transformers.optimizer import optimize_model
+
+from openbook_export.errors import ExportFailed
+from openbook_export.graphs import HEADS
+
+PRODUCER = "openbook"
+
+
+def fuse(raw: Path, fused: Path, config: Any) -> None:
+    """Fuse attention, layer norms and activations of the BERT in `raw`; write `fused`.
+
+    Args:
+        config: the transformers configuration: heads, layers, hidden size.
+
+    Raises:
+        ExportFailed: fewer were fused than the model has: a graph several times too slow must not pass for an optimised one.
+    """
+    options = FusionOptions("bert")
+    options.use_raw_attention_mask(True)  # the default keeps a row's length only, and so assumes right padding
+    with _quiet_optimiser():
+        # Level 0: onnxruntime's own passes run at load, for the machine that loads it.
+        model = optimize_model(str(raw), "bert", config.num_attention_heads, config.hidden_size, optimization_options=options, opt_level=0)
+    _drop_names_of_this_machine(model.model)
+    model.save_model_to_file(str(fused))
+    _require_fused(fused_nodes(fused), config)
+
+
+def fused_nodes(file: Path) -> dict[str, int]:
+    """How many nodes of each kind that onnxruntime added to ONNX, and layer normalisations, there are in `file`."""
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return dict(
+        sorted(Counter(node.op_type for node in nodes if node.domain == "com.microsoft" or node.op_type == "LayerNormalization").items())
+    )
+
+
+def _require_fused(counts: dict[str, int], config: Any) -> None:
+    layers = config.num_hidden_layers
+    found = {
+        "attention": (counts.get("Attention", 0), layers),
+        "layer normalisation": (sum(count for kind, count in counts.items() if kind.endswith("LayerNormalization")), 2 * layers + 1),
+    }
+    if config.hidden_act == "gelu":
+        found["gelu"] = (sum(count for kind, count in counts.items() if kind.endswith("Gelu")), layers)
+    missing = [f"{fused} of {wanted} {name} nodes" for name, (fused, wanted) in found.items() if fused != wanted]
+    if missing:
+        raise ExportFailed(
+            f"onnxruntime's optimiser fused only {' and '.join(missing)}; the graph would run several times slower. "
+            "The pinned versions of requirements/all.txt fuse all of them"
+        )
+
+
+def to_float16(fused: Path, half: Path) -> None:
+    """Weights and the transformer in fp16, inputs and outputs as before.
+
+    Pooling and span scoring stay fp32: -1e9, which stands for log 0, is not representable in fp16, nor is a sum of many exponentials.
+    """
+    model = OnnxModel(onnx.load(fused))
+    with _quiet_optimiser():
+        model.convert_float_to_float16(
+            keep_io_types=True, node_block_list=[node.name for node in model.nodes() if node.name.startswith(HEADS)]
+        )
+        model.save_model_to_file(str(half))
+
+
+def to_int8(fused: Path, quantised: Path) -> None:
+    """Weights in int8 per channel, activations quantised as they come; a text's vector then depends on its batch."""
+    with _quiet_optimiser():
+        quantize_dynamic(
+            fused,
+            quantised,
+            op_types_to_quantize=["MatMul", "Attention"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of fused nodes, which it knows nothing of
+        )
+
+
+def _drop_names_of_this_machine(model: onnx.ModelProto) -> None:
+    """Export notes source files in every node; the same checkpoint gives the same bytes wherever it is exported."""
+    model.producer_name = PRODUCER
+    model.doc_string = model.graph.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet_optimiser() -> Iterator[None]:
+    """The optimiser logs every fusion, and warns of ones that a graph has no use for; the counts above are what matters."""
+    loggers = [
+        logging.getLogger(),
+        *(logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("onnxruntime")),
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,101 @@
+"""Does an exported graph compute what PyTorch fp32 computes? The gate that every graph passes, and the golden vectors.
+
+Compared are real texts (`samples`) of several lengths, from three tokens to the model's limit, padded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from openbook_server.errors import OpenBookError
+from openbook_server.runtime import TOLERANCES, Graph, build_device, largest_difference, lowest_cosine
+from tokenizers import Encoding, Tokenizer
+
+from openbook_export.errors import ExportFailed
+from openbook_export.graphs import EmbedderGraph, ReaderGraph
+from openbook_export.samples import LONG, PASSAGES, QUESTIONS
+
+GOLDEN_ROWS = 6  # of each model; the server runs them at every start, so there are few
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def embedder_inputs(tokenizer: Tokenizer, max_tokens: int) -> Arrays:
+    """The sample texts as one padded batch, shortest first; the last row has exactly `max_tokens` tokens."""
+    return _padded([_cut(tokenizer.encode(text), max_tokens) for text in (*QUESTIONS, *PASSAGES, LONG)])
+
+
+def reader_inputs(tokenizer: Tokenizer, max_tokens: int) -> Arrays:
+    """Sample questions beside sample passages as one padded batch, shortest first; the last row has exactly `max_tokens` tokens."""
+    pairs = [(question, PASSAGES[at % len(PASSAGES)]) for at, question in enumerate(QUESTIONS)] + [(QUESTIONS[0], LONG)]
+    return _padded([_cut(tokenizer.encode(*pair), max_tokens) for pair in pairs])
+
+
+@torch.inference_mode()
+def expected_outputs(graph: EmbedderGraph | ReaderGraph, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+    """What PyTorch fp32 gives for `inputs`."""
+    outputs = graph(**{name: torch.from_numpy(values) for name, values in inputs.items()})
+    return {name: values.numpy() for name, values in outputs.items()}
+
+
+def check_parity(file: Path, precision: str, inputs: Arrays, expected: Arrays) -> dict[str, float]:
+    """Load the graph in `file`, run it on the CPU, and compare.
+
+    Returns:
+        "cosine" (the lowest) for the embedder, "difference" (the largest, in nats) for the reader.
+
+    Raises:
+        ExportFailed: it does not load or run, or is out of the precision's tolerance (openbook_server.runtime.TOLERANCES,
+            which the server applies too).
+    """
+    try:
+        actual = Graph(file, build_device("cpu", precision)).run(inputs)
+    except OpenBookError as error:
+        raise ExportFailed(f"the exported {file.name} does not load: {error}") from error
+    tolerance = TOLERANCES[precision]
+    if "sentence_embedding" in expected:
+        cosine = lowest_cosine(expected["sentence_embedding"], actual["sentence_embedding"])
+        if cosine < tolerance.cosine:
+            raise ExportFailed(f"{file.name} is not the model it was exported from: lowest cosine {cosine:.6f}, wanted {tolerance.cosine}")
+        return {"cosine": cosine}
+    difference = largest_difference(expected, actual)
+    if difference > tolerance.score:
+        raise ExportFailed(
+            f"{file.name} is not the model it was exported from: scores differ by {difference:.4f}, allowed {tolerance.score}"
+        )
+    return {"difference": difference}
+
+
+def write_golden(file: Path, models: Mapping[str, tuple[Arrays, Arrays]]) -> None:
+    """Keep rows of all lengths, with what PyTorch gave for them, for the server to run again at every start.
+
+    Args:
+        models: (inputs, expected outputs) by model name.
+    """
+    kept: Arrays = {}
+    for model, (inputs, expected) in models.items():
+        rows = len(inputs["input_ids"])
+        chosen = np.unique(np.linspace(0, rows - 1, GOLDEN_ROWS).round().astype(int))
+        kept |= {f"{model}/{name}": values[chosen] for name, values in (inputs | expected).items()}
+    np.savez(file, allow_pickle=False, **kept)
+
+
+def _cut(encoding: Encoding, max_tokens: int) -> tuple[list[int], list[int]]:
+    """(ids, segments) of at most `max_tokens` tokens, the closing [SEP] kept."""
+    ids, types = encoding.ids, encoding.type_ids
+    return ([*ids[: max_tokens - 1], ids[-1]], [*types[: max_tokens - 1], types[-1]]) if len(ids) > max_tokens else (ids, types)
+
+
+def _padded(rows: Sequence[tuple[list[int], list[int]]]) -> Arrays:
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    shape = (len(rows), len(rows[-1][0]))
+    batch = {name: np.zeros(shape, np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for at, (ids, types) in enumerate(rows):
+        batch["input_ids"][at, : len(ids)] = ids
+        batch["attention_mask"][at, : len(ids)] = 1
+        batch["token_type_ids"][at, : len(ids)] = types
+    return dict(batch)

@@ -1,0 +1,99 @@
+"""Does the exported reader still answer as well? EM and F1 on a SQuAD-shaped file, beside PyTorch's on the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from openbook_server.runtime import Graph, build_device
+from openbook_training.checkpoint import Checkpoint
+from openbook_training.reader import Pair, PairEncoder, predict
+from openbook_training.squad import Question, exact_match, f1
+
+from openbook_export.errors import ExportFailed
+from openbook_export.models import ReaderModel
+
+STRIDE = 64  # tokens that neighbouring windows of a long passage share; twice the longest answer
+BATCH = 16  # pairs a run
+
+Answerer = Callable[[Sequence[Question]], list[str]]
+Scores = dict[str, float]
+
+
+def pair_encoder(checkpoint: Checkpoint, reader: ReaderModel) -> PairEncoder:
+    """The windows that both sides read."""
+    return PairEncoder(checkpoint, max_tokens=reader.max_tokens, stride=STRIDE, max_question_tokens=reader.max_question_tokens)
+
+
+def pytorch_scores(reader: ReaderModel, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:
+    """EM and F1 (0 to 100) of the PyTorch model, each question read beside its own passage."""
+    answers = []
+    for at in range(0, len(questions), BATCH):
+        batch = [(question.text, [question.context]) for question in questions[at : at + BATCH]]
+        predictions = predict(
+            reader.model,
+            encoder,
+            batch,
+            max_answer_tokens=reader.max_answer_tokens,
+            device=torch.device("cpu"),
+            autocast=nullcontext,
+        )
+        answers += [prediction.text for prediction in predictions]
+    return _scores(answers, questions)
+
+
+def graph_scores(file: Path, precision: str, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:
+    """EM and F1 (0 to 100) of the exported graph, on the same windows."""
+    graph = Graph(file, build_device("cpu", precision))
+    pairs = [pair for row, question in enumerate(questions) for pair in encoder.pairs(question.text, [question.context], row)]
+    best: dict[int, tuple[float, str]] = {}
+    order = sorted(pairs, key=lambda pair: len(pair.ids))
+    for at in range(0, len(order), BATCH):
+        rows = order[at : at + BATCH]
+        outputs = graph.run(_batch(rows, encoder.pad))
+        for pair, start, end, score in zip(
+            rows, outputs["span_start"][:, 0], outputs["span_end"][:, 0], outputs["span_score"][:, 0].tolist(), strict=True
+        ):
+            first, last = pair.offsets[int(start) - pair.first], pair.offsets[int(end) - pair.first]
+            found = (score, questions[pair.question].context[first[0] : last[1]])
+            best[pair.question] = max(best.get(pair.question, found), found)
+    return _scores([best[row][1] for row in range(len(questions))], questions)
+
+
+def check_quality(
+    file: Path, precision: str, reference: Scores, encoder: PairEncoder, questions: Sequence[Question], budget: float
+) -> Scores:
+    """`graph_scores`, refused when F1 lost more than `budget` points against `reference`.
+
+    Raises:
+        ExportFailed: it did.
+    """
+    scores = graph_scores(file, precision, encoder, questions)
+    if reference["f1"] - scores["f1"] > budget:
+        raise ExportFailed(
+            f"{file.name} answers worse than PyTorch: F1 {scores['f1']:.2f} against {reference['f1']:.2f} on {len(questions)} questions; "
+            f"--quality-budget allows a loss of {budget}"
+        )
+    return scores
+
+
+def _batch(pairs: Sequence[Pair], pad: int) -> dict[str, np.ndarray]:
+    length = max(len(pair.ids) for pair in pairs)
+    ids = np.full((len(pairs), length), pad, np.int64)
+    mask, types = np.zeros_like(ids), np.zeros_like(ids)
+    for row, pair in enumerate(pairs):
+        ids[row, : len(pair.ids)] = pair.ids
+        mask[row, : len(pair.ids)] = 1
+        types[row, pair.first : len(pair.ids)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def _scores(answers: Sequence[str], questions: Sequence[Question]) -> Scores:
+    pairs = list(zip(answers, questions, strict=True))
+    return {
+        "em": 100 * sum(exact_match(answer, question.answers) for answer, question in pairs) / len(pairs),
+        "f1": 100 * sum(f1(answer, question.answers) for answer, question in pairs) / len(pairs),
+    }

@@ -1,0 +1,64 @@
+"""A folder that appears whole or not at all: written beside its destination, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from openbook_export.errors import OutputExists
+
+
+@contextlib.contextmanager
+def staged(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `destination` when the block ends, and vanishes when it raises.
+
+    Args:
+        marker: a file that every folder of this kind holds; without it nothing is ever replaced.
+        force: replace an existing folder of this kind. The old one stays in use until the new one is complete.
+
+    Raises:
+        OutputExists: something stands at `destination` that must not be replaced.
+    """
+    _require_free(destination, marker, force)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        new = aside / "new"
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            _flush(file)
+        _flush(new)
+        _require_free(destination, marker, force)
+        if destination.exists():
+            destination.rename(aside / "old")
+        new.rename(destination)
+        _flush(destination.parent)
+    finally:
+        old = aside / "old"
+        if old.exists() and not destination.exists():  # stopped between the two renames
+            old.rename(destination)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_free(destination: Path, marker: str, force: bool) -> None:
+    if not destination.exists() and not destination.is_symlink():
+        return
+    if destination.is_dir() and not destination.is_symlink():
+        if not any(destination.iterdir()) or ((destination / marker).is_file() and force):
+            return
+        if (destination / marker).is_file():
+            raise OutputExists(f"{destination} holds a bundle already; --force replaces it")
+    raise OutputExists(f"{destination} exists and is no bundle; choose another name, or remove it yourself")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,245 @@
+"""The bundle on disk: what `openbook export` wrote, checked before anything of it is used.
+
+A bundle is an immutable, relocatable folder: manifest.json, tokenizer.json, one graph a model and precision, golden.npz.
+`load_bundle` promises that the format is known, that the manifest is complete, and that every file it lists has the size
+and sha256 it lists. Files it does not list are never opened. Nothing is unpickled, nothing outside the folder is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.errors import BundleInvalid
+
+FORMAT = 1  # raised whenever an older server would misread a bundle
+MANIFEST, TOKENIZER, GOLDEN = "manifest.json", "tokenizer.json", "golden.npz"
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a plain name: no folder, no "..", nothing hidden
+_AGAIN = "write it again with `openbook export`"
+_COPY = f"copy the bundle again, or {_AGAIN}"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedderInfo:
+    """What a caller of the embedder's graph must know."""
+
+    fingerprint: str  # names the embedder; a knowledge base records the one it was built with
+    dim: int  # of the unit vectors it returns
+    max_tokens: int  # longest text, special tokens included
+    graphs: Mapping[str, str]  # precision -> file name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderInfo:
+    """What a caller of the reader's graph must know."""
+
+    max_tokens: int  # longest question + passage, special tokens included
+    max_question_tokens: int  # longest question, special tokens not included
+    max_answer_tokens: int  # longest span considered
+    spans: int  # spans returned a pair
+    prior_weight: float  # weight of the retrieval score beside the span score, a calibrated constant
+    null_bias: float  # added to every null score, a calibrated constant
+    graphs: Mapping[str, str]  # precision -> file name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A checked bundle; its files may be opened."""
+
+    folder: Path
+    id: str  # sha256 of the manifest without this key
+    name: str
+    license: str
+    tasks: tuple[str, ...]
+    embedder: EmbedderInfo
+    reader: ReaderInfo | None
+    manifest: Mapping[str, Any]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / TOKENIZER
+
+    def graph_path(self, model: str, precision: str) -> Path:
+        """The file of the embedder's or reader's graph for a precision of the runtime; bf16 runs the fp32 file.
+
+        Raises:
+            BundleInvalid: the bundle has no such graph.
+        """
+        info = self.embedder if model == "embedder" else self.reader
+        if info is None:
+            raise _invalid(self.folder, f"it has no {model}", "`openbook export --reader` adds one")
+        stored = "fp32" if precision == "bf16" else precision
+        if stored not in info.graphs:
+            way_out = "`openbook export --int8` writes it" if stored == "int8" else _AGAIN
+            raise BundleInvalid(
+                f"bundle {self.folder} has no {stored} graph of the {model}, only {', '.join(sorted(info.graphs))}; {way_out}"
+            )
+        return self.folder / info.graphs[stored]
+
+    def golden(self) -> dict[str, NDArray[np.generic]]:
+        """Inputs with the outputs PyTorch fp32 gave for them: "embedder/<input or output>", "reader/<input or output>".
+
+        Raises:
+            BundleInvalid: the file is no archive of plain arrays.
+        """
+        try:
+            with np.load(self.folder / GOLDEN, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise _invalid(self.folder, f"{GOLDEN} is unreadable ({error})") from error
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Open the bundle in `folder` and check all of it.
+
+    Raises:
+        BundleInvalid: something is missing, malformed, of a newer format, or differs from its digest; the message names
+            the file, what was expected and found, and the way out.
+    """
+    manifest = _read_manifest(folder)
+    bundle = _parse(folder, manifest)
+    files = _get(manifest, "files", dict, folder)
+    graphs = [*bundle.embedder.graphs.values(), *(bundle.reader.graphs.values() if bundle.reader else ())]
+    for name in (TOKENIZER, GOLDEN, *graphs):
+        if name not in files:
+            raise _invalid(folder, f"{MANIFEST} lists no digest for {name}")
+    for name, listed in files.items():
+        _check_file(folder, name, listed)
+    stated, actual = bundle.embedder.fingerprint, embedder_fingerprint(manifest)
+    if stated != actual:
+        raise _invalid(folder, f"{MANIFEST} gives the embedder's fingerprint as {stated}, its files say {actual}")
+    return bundle
+
+
+def bundle_id(manifest: Mapping[str, Any]) -> str:
+    """sha256 over the canonical JSON (sorted keys, no spaces, UTF-8) of the manifest without its "id"."""
+    body = {key: value for key, value in manifest.items() if key != "id"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def embedder_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """sha256 over what decides a text's vector: the fp32 embedder graph, the tokenizer, and the length limit.
+
+    The other precisions share it: they return the same vectors within their tolerance, so one knowledge base serves all.
+    """
+    files, embedder = manifest["files"], manifest["embedder"]
+    parts = (files[embedder["graphs"]["fp32"]]["sha256"], files[TOKENIZER]["sha256"], str(embedder["max_tokens"]))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _invalid(folder: Path, problem: str, way_out: str = _AGAIN) -> BundleInvalid:
+    return BundleInvalid(f"bundle {folder}: {problem}; {way_out}")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleInvalid(f"bundle {folder} does not exist; `openbook export CHECKPOINT {folder}` writes it")
+    if not file.is_file():
+        raise BundleInvalid(f"{folder} is no bundle, it has no {MANIFEST}; `openbook export CHECKPOINT BUNDLE` writes one")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _invalid(folder, f"{MANIFEST} is unreadable ({error})") from error
+    if not isinstance(manifest, dict):
+        raise _invalid(folder, f"{MANIFEST} holds no JSON object")
+    version = manifest.get("format")
+    if type(version) is not int or version < 1:
+        raise _invalid(folder, f"{MANIFEST} has the format version {version!r}, expected {FORMAT}")
+    if version != FORMAT:
+        way_out = "upgrade this server (pip install --upgrade openbook)" if version > FORMAT else _AGAIN
+        raise _invalid(folder, f"it has format version {version}, this server reads {FORMAT}", way_out)
+    try:
+        actual = bundle_id(manifest)
+    except ValueError as error:  # NaN or infinity, which canonical JSON has not
+        raise _invalid(folder, f"{MANIFEST} holds a number that is none ({error})") from error
+    if manifest.get("id") != actual:
+        problem = f"{MANIFEST} was changed after the export: its id is {manifest.get('id')!r}, its content says {actual}"
+        raise _invalid(folder, problem, _COPY)
+    return manifest
+
+
+def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
+    embedder, reader = _get(manifest, "embedder", dict, folder), None
+    if manifest.get("reader") is not None:
+        table = _get(manifest, "reader", dict, folder)
+        reader = ReaderInfo(
+            max_tokens=_positive(table, "max_tokens", folder),
+            max_question_tokens=_positive(table, "max_question_tokens", folder),
+            max_answer_tokens=_positive(table, "max_answer_tokens", folder),
+            spans=_positive(table, "spans", folder),
+            prior_weight=_get(table, "prior_weight", float, folder),
+            null_bias=_get(table, "null_bias", float, folder),
+            graphs=_graphs(table, folder),
+        )
+    return Bundle(
+        folder=folder,
+        id=_get(manifest, "id", str, folder),
+        name=_get(manifest, "name", str, folder),
+        license=_get(manifest, "license", str, folder),
+        tasks=tuple(str(task) for task in _get(manifest, "tasks", list, folder)),
+        embedder=EmbedderInfo(
+            fingerprint=_get(embedder, "fingerprint", str, folder),
+            dim=_positive(embedder, "dim", folder),
+            max_tokens=_positive(embedder, "max_tokens", folder),
+            graphs=_graphs(embedder, folder),
+        ),
+        reader=reader,
+        manifest=manifest,
+    )
+
+
+def _get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:
+    value = table.get(key)
+    if type(value) is not kind:  # exactly: True is no number here
+        found = type(value).__name__ if key in table else "missing"
+        raise _invalid(folder, f'{MANIFEST} key "{key}" is {found}, expected {kind.__name__}')
+    return value
+
+
+def _positive(table: Mapping[str, Any], key: str, folder: Path) -> int:
+    value = _get(table, key, int, folder)
+    if value < 1:
+        raise _invalid(folder, f'{MANIFEST} key "{key}" is {value}, expected 1 or more')
+    return value
+
+
+def _graphs(table: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    graphs = _get(table, "graphs", dict, folder)
+    if "fp32" not in graphs:
+        raise _invalid(folder, f'{MANIFEST} key "graphs" has no fp32 graph')
+    return {precision: _get(graphs, precision, str, folder) for precision in graphs}
+
+
+def _check_file(folder: Path, name: str, listed: object) -> None:
+    if not _FILE_NAME.fullmatch(name):
+        raise _invalid(folder, f"{MANIFEST} names the file {name!r}, which is no plain file name", "do not trust this bundle")
+    sha256, size = (listed.get("sha256"), listed.get("bytes")) if isinstance(listed, dict) else (None, None)
+    if not isinstance(sha256, str) or type(size) is not int:
+        raise _invalid(folder, f"{MANIFEST} has no sha256 and bytes for {name}")
+    file = folder / name
+    if not file.is_file():
+        raise _invalid(folder, f"it lacks {name}", _COPY)
+    if file.stat().st_size != size:
+        raise _invalid(folder, f"{name} has {file.stat().st_size} bytes, expected {size}", _COPY)
+    actual = file_digest(file)
+    if actual != sha256:
+        raise _invalid(folder, f"{name} has sha256 {actual}, expected {sha256}", _COPY)

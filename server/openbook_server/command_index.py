@@ -1,0 +1,175 @@
+"""`openbook index`: documents into a knowledge base."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openbook_server.bundle import Bundle
+    from openbook_server.ingest.indexing import Indexing
+    from openbook_server.ingest.indexing import Progress as IndexingProgress
+    from openbook_server.ingest.sources import Source
+
+PASSAGE_TOKENS = 200
+OVERLAP = 40
+STOPPED, SOME_UNREADABLE = 130, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, which is "
+        "made where there is none. Documents that are stored already and have not changed are left alone, so the same command "
+        "again goes on after a stop, or brings the knowledge base up to date."
+    )
+    parser.epilog = (
+        "sources: files and folders of txt, md, rst, html, pdf, csv, jsonl, parquet; hf:NAME[:SPLIT], a Hugging Face dataset;\n"
+        "python-docs:, the documentation that every Python carries. csv, jsonl, parquet and datasets give a document a row:\n"
+        "`_id` or `id`, `title` and `text` mean just that, other values become metadata.\n"
+        "example: openbook index bundle/ kb/ manuals/ faq.csv\n"
+        "exit status: 0 all stored; 1 nothing could be done; 2 wrong usage; 3 some items were unreadable (named in the log), the\n"
+        "rest is stored; 130 stopped by Ctrl-C, what was reported is stored"
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
+    parser.add_argument("knowledge_base", type=Path, metavar="KB", help="folder of the knowledge base")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
+    parser.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, metavar="N", help="longest passage (default: %(default)s)")
+    parser.add_argument("--overlap", type=int, default=OVERLAP, metavar="N", help="tokens neighbours may share (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="documents a transaction (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "openvino", "cuda"], help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="onnxruntime threads; 0 = all cores (default)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from openbook_server.errors import OpenBookError
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return _index(arguments)
+    except (OpenBookError, OSError) as error:
+        print(f"openbook index: {error}", file=sys.stderr)
+        return 1
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from openbook_server.bundle import load_bundle
+    from openbook_server.errors import SourceInvalid
+    from openbook_server.ingest.embed import PassageEmbedder
+    from openbook_server.ingest.indexing import Indexing
+    from openbook_server.ingest.sources import find_sources
+    from openbook_server.knowledge import open_knowledge_base
+    from openbook_server.runtime import Graph, choose_device
+    from openbook_server.tokenization import load_tokenizer
+
+    sources = find_sources(arguments.sources)
+    bundle = load_bundle(arguments.bundle)
+    _check_lengths(arguments, bundle)
+    device = choose_device(arguments.device, None, arguments.threads)
+    graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
+    tokenizer = load_tokenizer(bundle.tokenizer_path)
+    embedder = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
+    knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle, create=True)
+    try:
+        indexing = Indexing(
+            knowledge_base,
+            tokenizer,
+            embedder,
+            passage_tokens=arguments.passage_tokens,
+            overlap=arguments.overlap,
+            batch=arguments.batch,
+        )
+        began = time.monotonic()
+        with _stop_on_signal() as stopping:
+            _run_with_progress(indexing, sources, stopping)
+            stopped = stopping()
+        knowledge_base.snapshot()
+        counts, progress = knowledge_base.counts(), indexing.progress
+    finally:
+        knowledge_base.close()
+    seconds = time.monotonic() - began
+    print(
+        f"{arguments.knowledge_base}: {counts.documents} documents, {counts.passages} passages; this run read {progress.documents}, "
+        f"{progress.unchanged} of them unchanged, and stored {progress.passages} passages in {seconds:.1f} s"
+        + (f"; {progress.unreadable} items were unreadable and skipped" if progress.unreadable else "")
+        + (f"; {progress.replaced_ids} ids came more than once, the last of each was kept" if progress.replaced_ids else "")
+    )
+    if stopped:
+        print("openbook index: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
+    if not counts.documents:
+        raise SourceInvalid("no document was found in the sources")
+    return SOME_UNREADABLE if progress.unreadable else 0
+
+
+def _check_lengths(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    """A passage must fit whole into the embedder, beside its title, and into the reader, beside the longest question."""
+    from openbook_server.errors import InvalidRequest
+    from openbook_server.ingest.embed import TITLE_TOKENS
+
+    most = bundle.embedder.max_tokens - TITLE_TOKENS - 3
+    if bundle.reader is not None:
+        most = min(most, bundle.reader.max_tokens - bundle.reader.max_question_tokens - 3)
+    if arguments.passage_tokens == PASSAGE_TOKENS:
+        arguments.passage_tokens = max(1, min(most, PASSAGE_TOKENS))
+        arguments.overlap = min(arguments.overlap, arguments.passage_tokens // 4)
+    if not 1 <= arguments.passage_tokens <= most:
+        raise InvalidRequest("--passage-tokens", f"{arguments.passage_tokens} is outside 1 to {most}, what this bundle's models read whole")
+    if not 0 <= arguments.overlap < arguments.passage_tokens:
+        raise InvalidRequest("--overlap", f"{arguments.overlap} is outside 0 to {arguments.passage_tokens - 1}")
+    if not 1 <= arguments.batch <= 4_096:
+        raise InvalidRequest("--batch", f"{arguments.batch} is outside 1 to 4096")
+
+
+def _run_with_progress(indexing: Indexing, sources: list[Source], stopping: Callable[[], bool]) -> None:
+    """Passages a second and, where sizes are known, the time left; a bar on a terminal, else a line every few seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    total = sum(source.bytes for source in sources)
+    began = last = time.monotonic()
+    bar = Progress(
+        TextColumn("indexing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console
+    )
+    task = bar.add_task("", total=total or None)
+
+    def report(progress: IndexingProgress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        rate = progress.passages / max(now - began, 1e-9)
+        line = f"{progress.documents} documents, {progress.passages} passages, {rate:.0f} passages/s"
+        bar.update(task, completed=min(progress.bytes_read, total), description=line)
+        if not console.is_terminal and now - last > 5:
+            last = now
+            done = f"{100 * progress.bytes_read / total:.0f} %, " if total else ""
+            console.print(f"indexing: {done}{line}")
+
+    if console.is_terminal:
+        with bar:
+            indexing.run(sources, report, stopping)
+    else:
+        indexing.run(sources, report, stopping)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Within, SIGINT and SIGTERM only set a flag: the transaction under way is finished first."""
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,44 @@
+"""Settings of one server process; what the models need lives in the bundle, not here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openbook_server.errors import InvalidRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Each field is a flag of `openbook serve` of the same name."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 opens the server to the network
+    port: int = 50051  # 0 = any free one, printed at start
+    device: str = "auto"  # auto, cpu, openvino or cuda
+    precision: str = ""  # fp32, bf16, fp16 or int8; empty = the device's lossless default
+    threads: int = 0  # onnxruntime threads; 0 = all cores
+    max_batch_tokens: int = 2_048  # a batch, padding included; raise it on a GPU until the device is busy
+    max_queued: int = 2_048  # texts and passages waiting; beyond it callers get RESOURCE_EXHAUSTED
+    max_texts: int = 256  # texts or questions a request
+    max_text_bytes: int = 65_536  # of one text
+    max_message_bytes: int = 8 * 1024 * 1024
+    max_top_k: int = 100
+    max_answers: int = 20
+    default_deadline_seconds: float = 30.0  # for callers that set none
+    max_deadline_seconds: float = 600.0  # a longer one counts as this
+    drain_seconds: float = 20.0  # after SIGTERM, time for requests in flight
+    metrics_port: int = 0  # Prometheus over HTTP on the same host; 0 = off
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("port", 0, 65_535),
+            ("metrics_port", 0, 65_535),
+            ("threads", 0, 1_024),
+            ("max_batch_tokens", 512, 1 << 20),
+            ("max_queued", 1, 1 << 20),
+            ("max_texts", 1, 4_096),
+            ("max_top_k", 1, 1_000),
+            ("max_message_bytes", 1_024, 256 * 1024 * 1024),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidRequest("--" + name.replace("_", "-"), f"{value} is outside {low} to {high}")

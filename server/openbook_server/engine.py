@@ -1,0 +1,276 @@
+"""The engine: one thread that owns the device and feeds it batches from a deadline-ordered queue.
+
+Promises
+- No timer: while a batch runs the queue grows; when the device is free it takes what fits the padded-token budget. A
+  text that arrives alone waits for nobody.
+- Rows share a batch only with rows of the same graph and the same padded length, so that a row's result never depends
+  on its neighbours.
+- Earliest deadline first, the foreground lane before the background lane. A row whose caller hung up or whose deadline
+  passed is never run. A job whose predicted finish misses its deadline is refused at once.
+- Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
+
+It knows nothing of texts, questions or gRPC: rows of token ids in, rows of arrays out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.buckets import padded_length
+from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+
+log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+class Runnable(Protocol):
+    """An onnxruntime graph, as far as the engine cares."""
+
+    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> Arrays: ...
+
+
+class Lane(IntEnum):
+    """Who goes first: people waiting for an answer, then bulk work."""
+
+    FOREGROUND = 0
+    BACKGROUND = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text, or one (question, passage) pair, ready for a graph."""
+
+    ids: Sequence[int]
+    types: Sequence[int] | None = None  # segment of each token; None = all zero
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The rows of one request at one graph; done when all of them are."""
+
+    graph: str
+    rows: Sequence[Row]
+    deadline: float  # time.monotonic() seconds
+    lane: Lane
+    done: asyncio.Future[list[Arrays]]
+    submitted: float
+    results: list[Arrays] = field(default_factory=list)
+    missing: int = 0
+    started: float = 0.0  # when its first row began to run; 0 = not yet
+    failure: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished job gives its caller: per row the graph's outputs, and how long the job waited."""
+
+    rows: list[Arrays]
+    queued_seconds: float
+
+
+@dataclass(slots=True)
+class _Cost:
+    """Seconds per padded token of one graph, learned from every batch it runs (exponential average)."""
+
+    seconds_per_token: float = 0.0
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        observed = seconds / tokens
+        self.seconds_per_token = observed if not self.seconds_per_token else 0.9 * self.seconds_per_token + 0.1 * observed
+
+
+class Engine:
+    """Runs graphs on one device; `submit` from the event loop, everything else happens on the engine's own thread."""
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Runnable],
+        *,
+        max_batch_tokens: int,
+        max_queued: int,
+        observe: Callable[[str, int, int, float], None] = lambda graph, rows, tokens, seconds: None,
+    ) -> None:
+        """`observe(graph, rows, padded tokens, seconds)` is told of every batch, for metrics."""
+        self._graphs = dict(graphs)
+        self._budget, self._max_queued, self._observe = max_batch_tokens, max_queued, observe
+        self._costs = {name: _Cost() for name in graphs}
+        self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
+        self._order = itertools.count()
+        self._queued = 0
+        self._queued_tokens = dict.fromkeys(graphs, 0)
+        self._busy_until = 0.0
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Rows waiting."""
+        return self._queued
+
+    async def submit(self, graph: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
+        """Run `rows` through a graph and wait for them; cancelling the wait withdraws them.
+
+        Args:
+            deadline: time.monotonic() seconds after which nobody wants the result.
+
+        Raises:
+            Overloaded: the queue is full, or the predicted finish misses the deadline.
+            DeadlineExceeded: the deadline passed before the rows ran, or even an idle device would miss it.
+            InferenceFailed: onnxruntime failed on one of the rows.
+            NotServing: the engine is closed.
+        """
+        if not rows:
+            return Outcome([], 0.0)
+        loop = asyncio.get_running_loop()
+        now = time.monotonic()
+        job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
+        with self._wake:
+            self._admit(job, now)
+            for number, row in enumerate(rows):
+                length = padded_length(len(row.ids))
+                heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
+                self._queued_tokens[graph] += length
+            self._queued += len(rows)
+            self._wake.notify()
+        return Outcome(await job.done, job.started - job.submitted)
+
+    def _admit(self, job: Job, now: float) -> None:
+        if self._closed:
+            raise NotServing("the server is shutting down", retry_after_seconds=1.0)
+        if now >= job.deadline:
+            raise DeadlineExceeded("the deadline passed before the request reached the queue")
+        ahead = sum(self._queued_tokens[name] * cost.seconds_per_token for name, cost in self._costs.items())
+        wait = ahead + max(0.0, self._busy_until - now)
+        if self._queued + len(job.rows) > self._max_queued and self._queued:
+            raise Overloaded(
+                f"{self._queued} rows are queued and {len(job.rows)} more exceed the limit of {self._max_queued}; "
+                f"try again in {wait:.2f} s",
+                retry_after_seconds=max(wait, 0.01),
+            )
+        own = sum(padded_length(len(row.ids)) for row in job.rows) * self._costs[job.graph].seconds_per_token
+        left = job.deadline - now
+        if own > left:
+            raise DeadlineExceeded(
+                f"{len(job.rows)} rows take about {own:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer"
+            )
+        if wait + own > left:
+            raise Overloaded(
+                f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {wait:.2f} s",
+                retry_after_seconds=wait,
+            )
+
+    def close(self) -> None:
+        """Finish what is queued, then end the thread. Later submissions are refused as NotServing."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queued and not self._closed:
+                    self._wake.wait()
+                if not self._queued:
+                    return
+                graph, length, batch, dropped = self._take()
+            _tell(dropped)
+            if batch:
+                self._run(graph, length, batch)
+
+    def _take(self) -> tuple[str, int, list[tuple[int, Job]], list[Job]]:
+        """The group whose head is most urgent gives rows until the token budget is full; dead rows are dropped."""
+        key = min(self._groups, key=lambda name: self._groups[name][0][:3])
+        graph, length = key
+        heap, now = self._groups[key], time.monotonic()
+        batch: list[tuple[int, Job]] = []
+        dropped: dict[int, Job] = {}
+        while heap and (len(batch) + 1) * length <= max(self._budget, length):
+            *_, number, job = heapq.heappop(heap)
+            self._queued -= 1
+            self._queued_tokens[graph] -= length
+            if job.done.cancelled() or job.failure is not None:
+                continue
+            if now >= job.deadline:
+                job.failure = DeadlineExceeded(f"the deadline passed after {now - job.submitted:.3f} s in the queue")
+                dropped[id(job)] = job
+                continue
+            job.started = job.started or now
+            batch.append((number, job))
+        if not heap:
+            del self._groups[key]
+        self._busy_until = now + len(batch) * length * self._costs[graph].seconds_per_token
+        return graph, length, batch, list(dropped.values())
+
+    def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
+        began = time.monotonic()
+        try:
+            outputs = self._graphs[graph].run(collate([job.rows[number] for number, job in batch], length))
+        except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
+            if len(batch) > 1:
+                for one in batch:
+                    self._run(graph, length, [one])
+                return
+            log.error("graph %s failed on a row of %d tokens: %s", graph, length, error)
+            failed = batch[0][1]
+            failed.failure = InferenceFailed(f"{graph} failed: {error}")
+            _tell([failed])
+            return
+        seconds = time.monotonic() - began
+        self._costs[graph].learn(len(batch) * length, seconds)
+        self._observe(graph, len(batch), len(batch) * length, seconds)
+        finished = []
+        for at, (number, job) in enumerate(batch):
+            job.results[number] = {name: values[at] for name, values in outputs.items()}
+            job.missing -= 1
+            if not job.missing:
+                finished.append(job)
+        _tell(finished)
+
+
+def collate(rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
+    """Rows as the (rows, length) int64 arrays that a graph takes, zero-padded on the right."""
+    ids = np.zeros((len(rows), length), np.int64)
+    mask = np.zeros((len(rows), length), np.int64)
+    types = np.zeros((len(rows), length), np.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row.ids)] = row.ids
+        mask[at, : len(row.ids)] = 1
+        if row.types is not None:
+            types[at, : len(row.types)] = row.types
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def _tell(jobs: Iterable[Job]) -> None:
+    """Wake the waiting callers, once for all that share an event loop: a wake-up costs more than a result."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+    for job in jobs:
+        by_loop.setdefault(job.done.get_loop(), []).append(job)
+    for loop, group in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_resolve, group)
+
+
+def _resolve(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.done.done():
+            continue  # the caller hung up
+        if job.failure is not None:
+            job.done.set_exception(job.failure)
+        else:
+            job.done.set_result(job.results)

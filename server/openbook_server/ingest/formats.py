@@ -1,0 +1,195 @@
+"""One reader a file format: a path in, documents out, streamed where the format allows.
+
+A reader raises `Unreadable` for a file it cannot read, and yields `Unreadable` for a row it cannot use; both are counted
+and named by the caller, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from openbook_server.knowledge import Document
+
+MAX_WHOLE_FILE_BYTES = 256 * 1024 * 1024  # of formats that must be read whole
+MAX_ROW_BYTES = 16 * 1024 * 1024
+_METADATA_KEYS = 64  # of one row
+
+
+class Unreadable(Exception):
+    """A file or a row that cannot become a document; `where` is a line or row, or empty for the whole file."""
+
+    def __init__(self, reason: str, where: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.where = reason, where
+
+
+Item = Document | Unreadable
+Reader = Callable[[Path, str], Iterator[Item]]
+
+
+def read_text(path: Path, name: str) -> Iterator[Item]:
+    text = _whole(path)
+    yield _document(name, text, title="", source=path)
+
+
+def read_markdown(path: Path, name: str) -> Iterator[Item]:
+    """The text as it stands; its first heading is the title."""
+    text = _whole(path)
+    title = next((line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#")), "")
+    yield _document(name, text, title=title, source=path)
+
+
+def read_html(path: Path, name: str) -> Iterator[Item]:
+    """Visible text, a block a paragraph; scripts and styles are left out."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(_whole(path), "html.parser")
+    title = soup.title.get_text(" ", strip=True) if soup.title else ""
+    for hidden in soup(["script", "style", "noscript", "template", "head"]):
+        hidden.decompose()
+    lines = (line.strip() for line in soup.get_text("\n").splitlines())
+    yield _document(name, "\n".join(line for line in lines if line), title=title, source=path)
+
+
+def read_pdf(path: Path, name: str) -> Iterator[Item]:
+    """The text of all pages; a file whose pages hold none (a scan) is unreadable."""
+    import logging
+
+    from pypdf import PdfReader
+
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity of a file that it can read
+    _check_size(path)
+    try:
+        reader = PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise Unreadable("encrypted with a password")
+        title = str(reader.metadata.title or "") if reader.metadata else ""
+        text = "\n\n".join(page.extract_text() for page in reader.pages)
+    except Unreadable:
+        raise
+    except Exception as error:  # pypdf raises all kinds on damaged files
+        raise Unreadable(f"damaged pdf ({type(error).__name__}: {error})") from error
+    yield _document(name, text, title=title, source=path)
+
+
+def read_csv(path: Path, name: str) -> Iterator[Item]:
+    """A document a row. Columns `id`, `title`, `text` mean just that, others are metadata; without `text`, all columns are."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        rows = csv.DictReader(stream)
+        try:
+            for row in rows:
+                yield _from_row({key: value for key, value in row.items() if key and value is not None}, name, rows.line_num, path)
+        except csv.Error as error:
+            raise Unreadable(str(error), f"line {rows.line_num}") from error
+
+
+def read_jsonl(path: Path, name: str) -> Iterator[Item]:
+    """A document a line: `_id` or `id`, `title`, `text`, `metadata` as BEIR has them; other keys are metadata."""
+    with path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_ROW_BYTES):
+            number += 1
+            if len(line) == MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(MAX_ROW_BYTES)
+                yield Unreadable(f"longer than {MAX_ROW_BYTES} bytes", f"line {number}")
+                continue
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Unreadable(f"not JSON ({error})", f"line {number}")
+                continue
+            yield _from_row(row, name, number, path)
+
+
+def read_parquet(path: Path, name: str) -> Iterator[Item]:
+    """A document a row, columns as in csv."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield _from_row(row, name, number, path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Unreadable(f"damaged parquet file ({error})") from error
+
+
+READERS: Mapping[str, Reader] = {
+    ".txt": read_text,
+    ".text": read_text,
+    ".rst": read_text,
+    ".md": read_markdown,
+    ".markdown": read_markdown,
+    ".html": read_html,
+    ".htm": read_html,
+    ".pdf": read_pdf,
+    ".csv": read_csv,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+
+
+def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Item:
+    """A document from named values: `_id`/`id`, `title`, `text`; anything else is metadata."""
+    if not isinstance(row, dict):
+        return Unreadable("not a table of named values", f"row {number}")
+    given = row.get("_id", row.get("id"))
+    known = {"_id", "id", "title", "text", "metadata"}
+    extra = dict(row["metadata"]) if isinstance(row.get("metadata"), dict) else {}
+    if isinstance(row.get("text"), str):
+        text = row["text"]
+        extra |= {key: value for key, value in row.items() if key not in known}
+    elif "text" in row:
+        return Unreadable("`text` is no string", f"row {number}")
+    else:
+        text = "\n".join(
+            f"{key}: {value}" for key, value in row.items() if key not in {"_id", "id"} and isinstance(value, str | int | float)
+        )
+    if not text.strip():
+        return Unreadable("no text in it", f"row {number}")
+    metadata = {str(key): str(value) for key, value in list(extra.items())[:_METADATA_KEYS] if isinstance(value, str | int | float | bool)}
+    title = str(row.get("title") or "")
+    return Document(
+        id=str(given) if given not in (None, "") else f"{name}:{number}",
+        text=_clean(text),
+        title=_clean(title).strip(),
+        source=source,
+        metadata=metadata,
+    )
+
+
+def _from_row(row: Mapping[str, Any], name: str, number: int, path: Path) -> Item:
+    return from_row(row, name, number, str(path))
+
+
+def _document(name: str, text: str, *, title: str, source: Path) -> Document:
+    if not text.strip():
+        raise Unreadable("no text in it")
+    return Document(id=name, text=_clean(text), title=" ".join(_clean(title).split()), source=str(source))
+
+
+def _clean(text: str) -> str:
+    """Without the characters that neither UTF-8 nor SQLite's full-text index can carry."""
+    return text.encode("utf-8", "replace").decode().replace("\0", " ")
+
+
+def _whole(path: Path) -> str:
+    _check_size(path)
+    return path.read_text(encoding="utf-8-sig", errors="replace")
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_WHOLE_FILE_BYTES:
+        raise Unreadable(f"{size} bytes exceed the limit of {MAX_WHOLE_FILE_BYTES}; split it, or turn it into jsonl, which is streamed")

@@ -1,0 +1,121 @@
+"""The indexing run: read, split, leave out what is stored already, embed, store; one transaction a batch.
+
+Memory is bounded by the batch. A stop between two batches loses nothing, and the same run again goes on where it
+stopped, because a document that is stored with the same digest is not embedded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from openbook_server.ingest.formats import Unreadable
+from openbook_server.ingest.sources import Source, read_source
+from openbook_server.ingest.splitting import split
+from openbook_server.knowledge import Document, KnowledgeBase, Passage
+
+log = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 20  # unreadable items that are logged one by one; all are counted
+_BATCH_CHARACTERS = 2_000_000  # of documents read before they are split, whatever their number
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run is; handed to `report` after every batch."""
+
+    documents: int = 0  # read
+    passages: int = 0  # stored by this run
+    unchanged: int = 0  # documents that were stored already
+    replaced_ids: int = 0  # ids that came twice in one run; the last one stays
+    unreadable: int = 0
+    bytes_read: int = 0  # of the files that are finished
+    _ids: set[bytes] = field(default_factory=set)  # 8-byte digests of the ids seen
+
+
+class Indexing:
+    """One run over some sources into one knowledge base."""
+
+    def __init__(
+        self,
+        knowledge_base: KnowledgeBase,
+        tokenizer: Tokenizer,
+        embed: Callable[[Sequence[Passage]], NDArray[np.float32]],
+        *,
+        passage_tokens: int,
+        overlap: int,
+        batch: int = 64,
+    ) -> None:
+        """`batch` is how many documents a transaction holds."""
+        self._knowledge_base, self._tokenizer, self._embed = knowledge_base, tokenizer, embed
+        self._passage_tokens, self._overlap, self._batch = passage_tokens, overlap, batch
+        self.progress = Progress()
+
+    def run(self, sources: Iterable[Source], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
+        """Index everything, or until `stopping` says so between two batches.
+
+        Raises:
+            KnowledgeBaseDamaged: a write failed; everything reported so far is stored.
+        """
+        for batch in self._batches(sources):
+            self._store(batch)
+            report(self.progress)
+            if stopping():
+                return
+
+    def _batches(self, sources: Iterable[Source]) -> Iterator[list[Document]]:
+        batch: dict[str, Document] = {}
+        characters = 0
+        for source in sources:
+            for item in read_source(source):
+                if isinstance(item, Unreadable):
+                    self._note(source, item)
+                    continue
+                self.progress.documents += 1
+                key = hashlib.blake2b(item.id.encode(), digest_size=8).digest()
+                if key in self.progress._ids:
+                    self.progress.replaced_ids += 1
+                self.progress._ids.add(key)
+                batch[item.id] = item
+                characters += len(item.text)
+                if len(batch) >= self._batch or characters >= _BATCH_CHARACTERS:
+                    yield list(batch.values())
+                    batch, characters = {}, 0
+            self.progress.bytes_read += source.bytes
+        if batch:
+            yield list(batch.values())
+
+    def _store(self, documents: Sequence[Document]) -> None:
+        digests = {document.id: self._digest(document) for document in documents}
+        unchanged = self._knowledge_base.unchanged(digests)
+        self.progress.unchanged += len(unchanged)
+        changed = [document for document in documents if document.id not in unchanged]
+        if not changed:
+            return
+        passages = [
+            passage
+            for passages in split(changed, self._tokenizer, passage_tokens=self._passage_tokens, overlap=self._overlap)
+            for passage in passages
+        ]
+        pairs = [(document, digests[document.id]) for document in changed]
+        self._knowledge_base.replace_documents(pairs, passages, self._embed(passages))
+        self.progress.passages += len(passages)
+
+    def _digest(self, document: Document) -> str:
+        """Names the content and how it is split: what must be the same for a stored document to be left alone."""
+        parts = [document.title, document.text, document.source, dict(document.metadata), self._passage_tokens, self._overlap]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _note(self, source: Source, problem: Unreadable) -> None:
+        self.progress.unreadable += 1
+        if self.progress.unreadable <= SHOWN_PROBLEMS:
+            log.warning("skipped %s%s: %s", source.path or source.name, f", {problem.where}" if problem.where else "", problem.reason)
+        elif self.progress.unreadable == SHOWN_PROBLEMS + 1:
+            log.warning("more items are skipped; from here on they are only counted")

@@ -1,0 +1,202 @@
+"""The embedded knowledge base: a store, the indexes derived from it, and search over both.
+
+Opening loads the newest good snapshot of the graph, adds the rows it lacks and drops those that are gone: after any
+crash the indexes hold exactly what the store holds. One process at a time has a knowledge base open.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.bundle import Bundle
+from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
+from openbook_server.knowledge.fusion import CANDIDATES, Scored, fuse
+from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchMode
+from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
+from openbook_server.knowledge.store import FILE, Store
+from openbook_server.knowledge.vectors import EF_CONSTRUCTION, FLAT_LIMIT, VectorIndex, Vectors
+from openbook_server.knowledge.vectors import M as LINKS
+
+log = logging.getLogger(__name__)
+
+_LOCK = "lock"
+
+
+class KnowledgeBase:
+    """Search from one thread, write from another; see `open_knowledge_base`."""
+
+    def __init__(self, folder: Path, *, fingerprint: str, dim: int, create: bool = False, flat_limit: int = FLAT_LIMIT) -> None:
+        """Open a knowledge base.
+
+        Args:
+            fingerprint: of the embedder that will query it.
+            dim: of its vectors.
+            create: make the folder and an empty knowledge base where there is none.
+
+        Raises:
+            KnowledgeBaseLocked: another process has it open.
+            KnowledgeBaseDamaged: it is missing, damaged or of a newer format.
+            FingerprintMismatch: another embedder built it.
+        """
+        self.folder, self._dim = folder, dim
+        if not create and not (folder / FILE).is_file():
+            raise KnowledgeBaseDamaged(
+                f"{folder} is no knowledge base, it has no {FILE}; make one: openbook index BUNDLE {folder} SOURCES..."
+            )
+        self._lock = _lock(folder)
+        try:
+            self._store = Store(folder)
+            self.generation = self._check(fingerprint, folder)
+            self._index = self._open_index(flat_limit)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _check(self, fingerprint: str, folder: Path) -> str:
+        built_by = self._store.meta("fingerprint")
+        if built_by is None:
+            parameters = f"{fingerprint}/{self._dim}/{LINKS}/{EF_CONSTRUCTION}"
+            generation = "1-" + hashlib.sha256(parameters.encode()).hexdigest()[:12]
+            self._store.initialise({"fingerprint": fingerprint, "dim": str(self._dim), "generation": generation})
+            return generation
+        if built_by != fingerprint:
+            raise FingerprintMismatch(
+                f"{folder} was built by embedder {built_by[:12]}, the bundle's is {fingerprint[:12]}; their vectors do not compare. "
+                f"Serve the bundle it was built with, or build a new one: openbook index BUNDLE NEW-FOLDER SOURCES..."
+            )
+        return self._store.meta("generation") or ""
+
+    def _open_index(self, flat_limit: int) -> VectorIndex:
+        live = self._store.numbers()
+        snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._dim, sequence=self._store.sequence())
+        index = VectorIndex(self._dim, flat_limit=flat_limit, graph=snapshot.graph if snapshot else None, live=live)
+        missing = sorted(live - index.labels)
+        if missing and len(missing) > flat_limit:
+            log.info("building the index of %d passages that no snapshot holds", len(missing))
+        for numbers, vectors in self._store.vectors(missing, self._dim):
+            index.add(numbers, vectors)
+        return index
+
+    def counts(self) -> Counts:
+        return self._store.counts()
+
+    def unchanged(self, digests: dict[str, str]) -> set[str]:
+        """Which documents (id -> digest) are stored with just that digest and need not be embedded again."""
+        stored = self._store.digests(list(digests))
+        return {id_ for id_, digest in digests.items() if stored.get(id_) == digest}
+
+    def replace_documents(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
+        """Store documents (each with its digest) and their passages; durable and searchable when this returns.
+
+        Args:
+            documents: replaced whole where their ids are stored already; ids must differ within a call.
+            passages: all passages of all of them.
+            vectors: (passages, dim) unit vectors.
+
+        Raises:
+            KnowledgeBaseDamaged: the write failed (disk full, folder read-only); nothing of it is stored.
+        """
+        removed, added = self._store.replace(documents, passages, vectors)
+        self._index.delete(removed)
+        if added:
+            self._index.add(added, vectors)
+
+    def delete_documents(self, ids: Sequence[str]) -> int:
+        """Remove documents for good; returns how many passages went with them."""
+        removed = self._store.delete(ids)
+        self._index.delete(removed)
+        return len(removed)
+
+    def search(
+        self, questions: Sequence[str], vectors: NDArray[np.float32] | None, *, top_k: int, mode: SearchMode, ef: int | None = None
+    ) -> list[list[Hit]]:
+        """The best passages for each question, best first, ties in the order of storing.
+
+        Args:
+            vectors: (questions, dim) unit vectors; not needed for "lexical".
+            top_k: hits a question, at least 1; fewer where the knowledge base is smaller or no word matches.
+            mode: what scores are compared, see docs/search.md.
+            ef: candidates the graph keeps; by default `vectors.EF`.
+        """
+        if mode == "lexical":
+            ranked = [
+                [Scored(number, score, None, score) for number, score in self._store.search_words(question, top_k).items()]
+                for question in questions
+            ]
+        elif vectors is None:
+            raise ValueError(f"mode {mode!r} needs the questions' vectors")
+        elif mode == "dense":
+            found = self._index.search(vectors, top_k, ef=ef)
+            ranked = [[Scored(number, score, score, None) for number, score in row.items()] for row in found]
+        else:
+            depth = max(CANDIDATES, top_k)
+            nearest = self._index.search(vectors, depth, ef=ef)
+            ranked = [
+                self._fuse(vector, dense, self._store.search_words(question, depth), top_k)
+                for question, vector, dense in zip(questions, vectors, nearest, strict=True)
+            ]
+        return [self._hits(row) for row in ranked]
+
+    def _fuse(self, vector: Vectors, dense: dict[int, float], words: dict[int, float], top_k: int) -> list[Scored]:
+        """Candidates that only the words found get their exact cosine before the two are compared."""
+        stored = self._index.vectors([number for number in words if number not in dense])
+        dense = dense | {number: float(np.dot(row, vector)) for number, row in stored.items()}
+        return fuse(dense, words, top_k)
+
+    def _hits(self, ranked: Sequence[Scored]) -> list[Hit]:
+        passages = self._store.passages([item.number for item in ranked])
+        return [
+            Hit(passage=passages[item.number], score=item.score, dense_score=item.dense, lexical_score=item.lexical)
+            for item in ranked
+            if item.number in passages  # deleted since it was found
+        ]
+
+    def snapshot(self) -> None:
+        """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written. Nothing is lost: the store has every row.
+        """
+        self._index.flush()
+        if self._index.graph_rows:
+            save_snapshot(self.folder, self._index, generation=self.generation, sequence=self._store.sequence())
+
+    def close(self) -> None:
+        self._store.close()
+        self._lock.close()
+
+
+def open_knowledge_base(folder: Path, bundle: Bundle, *, create: bool = False) -> KnowledgeBase:
+    """Open the knowledge base that a bundle's embedder queries; raises as `KnowledgeBase` does."""
+    return KnowledgeBase(folder, fingerprint=bundle.embedder.fingerprint, dim=bundle.embedder.dim, create=create)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder's lock until the returned file is closed or the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise KnowledgeBaseDamaged(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "unknown"
+        handle.close()
+        raise KnowledgeBaseLocked(
+            f"{folder} is open in another process (pid {owner}); stop it first, or use a copy of the folder"
+        ) from error
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle

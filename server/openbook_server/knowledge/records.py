@@ -1,0 +1,49 @@
+"""What goes into a knowledge base and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+SearchMode = Literal["hybrid", "dense", "lexical"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """What a user hands in."""
+
+    id: str  # given by the source where it has one
+    text: str
+    title: str = ""
+    source: str = ""  # file, URL or dataset row it came from
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passage:
+    """The unit that is retrieved: `document.text[start : start + len(text)]`."""
+
+    id: str  # "<document id>#<number>"
+    document_id: str
+    text: str
+    start: int  # code points into the document's text
+    title: str = ""
+    source: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hit:
+    """A passage that a search found; docs/search.md gives the scale of each score."""
+
+    passage: Passage
+    score: float  # what hits are ordered by
+    dense_score: float | None = None  # inner product of unit vectors
+    lexical_score: float | None = None  # BM25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    documents: int
+    passages: int

@@ -1,0 +1,50 @@
+"""What Prometheus scrapes: one registry a server, numbers only, never a text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+if TYPE_CHECKING:
+    from openbook_server.engine import Engine
+    from openbook_server.pipeline import Timings
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counters and histograms of one server; each server has its own registry, so tests may run several."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter("openbook_requests", "Requests by outcome", ["method", "status"], registry=self.registry)
+        self._latency = Histogram("openbook_request_seconds", "Whole request", ["method"], buckets=_SECONDS, registry=self.registry)
+        self._stages = Histogram("openbook_stage_seconds", "One stage", ["method", "stage"], buckets=_SECONDS, registry=self.registry)
+        self._batch_rows = Histogram("openbook_batch_rows", "Rows a batch", ["graph"], buckets=_ROWS, registry=self.registry)
+        self._batch_tokens = Counter("openbook_batch_tokens", "Padded tokens run", ["graph"], registry=self.registry)
+        self._batch_seconds = Counter("openbook_batch_seconds", "Time the device was busy", ["graph"], registry=self.registry)
+        self._queued = Gauge("openbook_queued_rows", "Rows waiting for the device", registry=self.registry)
+
+    def observe_request(self, method: str, status: str, seconds: float, timings: Timings) -> None:
+        self._requests.labels(method, status).inc()
+        self._latency.labels(method).observe(seconds)
+        for stage in ("tokenise", "embed", "search", "read", "rank", "queue"):
+            spent = getattr(timings, stage)
+            if spent:
+                self._stages.labels(method, stage).observe(spent / 1000)
+
+    def observe_batch(self, graph: str, rows: int, tokens: int, seconds: float) -> None:
+        self._batch_rows.labels(graph).observe(rows)
+        self._batch_tokens.labels(graph).inc(tokens)
+        self._batch_seconds.labels(graph).inc(seconds)
+
+    def serve(self, engine: Engine, host: str, port: int) -> None:
+        """Answer scrapes on http://host:port/metrics from a thread of its own.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        self._queued.set_function(lambda: engine.queued)
+        start_http_server(port, addr=host, registry=self.registry)

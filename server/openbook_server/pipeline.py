@@ -1,0 +1,140 @@
+"""One request, end to end: the only file that knows the order of the stages.
+
+    tokenise -> embed -> search -> read -> rank        (one pass down, an await a stage)
+
+Texts come in validated, results go out as plain objects; gRPC is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.bundle import Bundle
+from openbook_server.engine import Arrays, Engine, Row
+from openbook_server.knowledge import Hit, KnowledgeBase
+from openbook_server.ranking import RankedAnswer, Reading, Span, rank_answers
+from openbook_server.tokenization import Pair, TextEncoder
+
+NO_SPAN = -1e8  # the reader's graph fills unused slots with -1e9
+
+
+@dataclass(slots=True)
+class Timings:
+    """Milliseconds of each stage of one request."""
+
+    tokenise: float = 0.0
+    embed: float = 0.0
+    search: float = 0.0
+    read: float = 0.0
+    rank: float = 0.0
+    queue: float = 0.0  # of embed and read, the part spent waiting
+    _mark: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> float:
+        """Milliseconds since the last lap, or since the start."""
+        now = time.perf_counter()
+        passed, self._mark = 1000 * (now - self._mark), now
+        return passed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOptions:
+    mode: str  # hybrid, dense, lexical or none
+    top_k: int
+    ef: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionAnswered:
+    hits: list[Hit]
+    answers: list[RankedAnswer]
+    no_answer_probability: float
+
+
+class Pipeline:
+    """Owns nothing but the order; engine, encoder and knowledge base are handed in."""
+
+    def __init__(self, bundle: Bundle, encoder: TextEncoder, engine: Engine, knowledge_base: KnowledgeBase | None) -> None:
+        self._bundle, self._encoder, self._engine, self._knowledge_base = bundle, encoder, engine, knowledge_base
+        self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
+
+    async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings) -> NDArray[np.float32]:
+        """(rows, dim) unit vectors of tokenised texts."""
+        outcome = await self._engine.submit("embedder", rows, deadline=deadline)
+        timings.embed += timings.lap()
+        timings.queue += 1000 * outcome.queued_seconds
+        return np.stack([row["sentence_embedding"] for row in outcome.rows]).astype(np.float32, copy=False)
+
+    async def search(
+        self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions, deadline: float, timings: Timings
+    ) -> list[list[Hit]]:
+        """Best passages for each question, best first."""
+        if options.mode == "none" or self._knowledge_base is None:
+            return [[] for _ in questions]
+        vectors = None if options.mode == "lexical" else await self.embed(rows, deadline, timings)
+        knowledge_base = self._knowledge_base
+        hits = await asyncio.get_running_loop().run_in_executor(
+            self._searcher, lambda: knowledge_base.search(questions, vectors, top_k=options.top_k, mode=options.mode, ef=options.ef)
+        )
+        timings.search += timings.lap()
+        return hits
+
+    async def answer(
+        self,
+        questions: Sequence[str],
+        rows: Sequence[Row],
+        options: SearchOptions,
+        max_answers: int,
+        deadline: float,
+        timings: Timings,
+    ) -> list[QuestionAnswered]:
+        """Search, read every hit beside its question, and rank what was read."""
+        found = await self.search(questions, rows, options, deadline, timings)
+        reader = self._bundle.reader
+        if reader is None:
+            raise RuntimeError("validated requests reach a bundle without a reader")  # the service refuses them first
+        pairs = [
+            pair
+            for question, hits in zip(questions, found, strict=True)
+            for pair in self._encoder.pairs(question, [(hit.passage.id, hit.passage.text) for hit in hits], reader.max_tokens)
+        ]
+        timings.tokenise += timings.lap()
+        outcome = await self._engine.submit("reader", [pair.row for pair in pairs], deadline=deadline)
+        timings.read += timings.lap()
+        timings.queue += 1000 * outcome.queued_seconds
+        answered, at = [], 0
+        for hits in found:
+            here = range(at, at + len(hits))
+            readings = [_reading(pairs[i], outcome.rows[i], i - at) for i in here]
+            answers, nothing = rank_answers(
+                [hit.passage.text for hit in hits],
+                readings,
+                [reader.prior_weight * hit.score for hit in hits],
+                null_bias=reader.null_bias,
+                max_answers=max_answers,
+            )
+            answered.append(QuestionAnswered(hits, answers, nothing))
+            at += len(hits)
+        timings.rank += timings.lap()
+        return answered
+
+    def close(self) -> None:
+        self._searcher.shutdown()
+
+
+def _reading(pair: Pair, outputs: Arrays, passage: int) -> Reading:
+    spans = []
+    for first, last, score in zip(
+        outputs["span_start"].tolist(), outputs["span_end"].tolist(), outputs["span_score"].tolist(), strict=True
+    ):
+        if score > NO_SPAN:
+            start, end = pair.characters(first, last)
+            spans.append(Span(passage, start, end, score))
+    return Reading(spans, float(outputs["null_score"]), float(outputs["log_normaliser"]))

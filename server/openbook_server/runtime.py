@@ -1,0 +1,306 @@
+"""onnxruntime: the choice of a device, a session per graph, and the proof that it computes what PyTorch computed.
+
+The only module that imports onnxruntime. It knows nothing of batching or of requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.bundle import GOLDEN, Bundle
+from openbook_server.errors import BundleInvalid, DeviceUnavailable
+
+DISTRIBUTIONS = {"onnxruntime": "server", "onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}  # -> our extra
+PROVIDERS = {"cpu": "CPUExecutionProvider", "openvino": "OpenVINOExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What each device runs, its default first. int8 stays on the CPU: on CUDA it is slower than fp32.
+PRECISIONS = {"cuda": ("fp16", "fp32"), "openvino": ("bf16", "fp32"), "cpu": ("fp32", "fp16", "int8")}
+BOUND_SHAPES = 32  # (batch, length) pairs that a graph keeps device buffers for, a few hundred kB each
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """How far a graph may be from PyTorch fp32."""
+
+    cosine: float  # at least, for every vector
+    score: float  # at most, in nats, for every span score, null score and normaliser
+
+
+TOLERANCES = {
+    "fp32": Tolerance(cosine=0.9999, score=0.001),  # measured 1e-5: other kernels add in another order
+    "fp16": Tolerance(cosine=0.999, score=0.1),  # 11 bits of mantissa, head in fp32
+    "bf16": Tolerance(cosine=0.999, score=0.5),  # 8 bits of mantissa; measured 0.07
+    "int8": Tolerance(cosine=0.9, score=4.0),  # an explicit choice: single texts are well off, answers mostly agree
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """Where and how graphs run."""
+
+    name: str  # cpu, openvino or cuda
+    precision: str  # fp32, bf16, fp16 or int8
+    providers: list[tuple[str, dict[str, str]]]  # as onnxruntime takes them, the one that must run first
+    memory: str = ""  # onnxruntime's name of the memory that inputs and outputs are preallocated in; "" = none are
+
+
+def require_onnxruntime() -> ModuleType:
+    """The onnxruntime module, of whichever distribution provides it.
+
+    Raises:
+        DeviceUnavailable: none is installed, or more than one: they overwrite each other's files.
+    """
+    installed = [name for name in DISTRIBUTIONS if _is_installed(name)]
+    if not installed:
+        raise DeviceUnavailable("onnxruntime is not installed; pip install 'openbook[server]' (or [server-openvino], [server-gpu])")
+    if len(installed) > 1:
+        raise DeviceUnavailable(
+            f"{' and '.join(installed)} are installed together and overwrite each other; "
+            f"pip uninstall -y {' '.join(installed)}, then pip install 'openbook[{DISTRIBUTIONS[installed[-1]]}]'"
+        )
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise DeviceUnavailable(f"{installed[0]} does not load ({error}); reinstall it") from error
+
+
+def choose_device(name: str = "auto", precision: str | None = None, threads: int = 0) -> Device:
+    """Find the device to run on.
+
+    Args:
+        name: cpu, openvino, cuda, or auto: the first of cuda, openvino, cpu that works here and runs `precision`.
+        precision: of the graphs; None = the device's default (cuda fp16; openvino bf16 where the processor has bf16
+            instructions, else fp32; cpu fp32).
+        threads: processor threads per graph; 0 = all cores.
+
+    Raises:
+        DeviceUnavailable: the device is not here or does not run that precision; the message says what would help.
+    """
+    available = require_onnxruntime().get_available_providers()
+    if name != "auto" and name not in PRECISIONS:
+        raise DeviceUnavailable(f"unknown device {name!r}; choose auto, {', '.join(PRECISIONS)}")
+    problems = []
+    for candidate in PRECISIONS if name == "auto" else (name,):
+        chosen = precision or _default_precision(candidate)
+        problem = _obstacle(candidate, chosen, available)
+        if problem is None:
+            return build_device(candidate, chosen, threads)
+        problems.append(problem)
+    raise DeviceUnavailable("; ".join(problems))
+
+
+def build_device(name: str, precision: str, threads: int = 0) -> Device:
+    """The device with its provider's options, whether or not it is here; `choose_device` asks that."""
+    cpu: tuple[str, dict[str, str]] = (PROVIDERS["cpu"], {})
+    if name == "openvino":
+        settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "NUM_STREAMS": "1"}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = str(threads)
+        options = {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}  # it wants its JSON as a string
+        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu])
+    if name == "cuda":
+        # Growing by what is asked for, not by doubling, leaves memory to others; TF32 would make fp32 a third precision.
+        options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu], memory="cuda")
+    return Device(name=name, precision=precision, providers=[cpu])
+
+
+class Graph:
+    """One onnxruntime session; safe to call from several threads."""
+
+    def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
+        """Load the graph in `path`.
+
+        Args:
+            threads: processor threads; 0 = all cores.
+
+        Raises:
+            BundleInvalid: onnxruntime does not take the file.
+            DeviceUnavailable: the device's provider did not start.
+        """
+        ort = self._ort = require_onnxruntime()
+        if device.name == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a shared machine's cores
+        if device.name == "openvino":
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it optimises by itself, and better
+        try:
+            # Without its fallback onnxruntime would print to stdout and go on with another provider.
+            self._session = ort.InferenceSession(str(path), options, providers=device.providers, enable_fallback=0)
+        except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
+            raise BundleInvalid(f"{path} does not load on {device.name}: {_first_line(error)}") from error
+        wanted, running = device.providers[0][0], self._session.get_providers()
+        if wanted not in running:
+            raise DeviceUnavailable(f"{wanted} did not start, only {', '.join(running)}; are its libraries installed? or use --device cpu")
+        self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
+        self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+        self._memory = device.memory
+        self._bound: OrderedDict[tuple[int, ...], _Buffers] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        """Run one batch.
+
+        Args:
+            inputs: (batch, length) int64 arrays by name, all of one shape; names that the graph does not take are ignored.
+
+        Returns:
+            The outputs by name, the first axis being the batch.
+        """
+        feed = {name: inputs[name] for name in self.input_names}
+        if self._memory:
+            return self._run_bound(feed)
+        return dict(zip(self.output_names, self._session.run(self.output_names, feed), strict=True))
+
+    def _run_bound(self, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        """Copy in, run, copy out, in buffers allocated once per shape: no allocation, and no copy that onnxruntime decides on."""
+        shape = next(iter(feed.values())).shape
+        with self._lock:
+            buffers = self._bound.pop(shape, None) or _Buffers(self._ort, self._session, self._memory, shape)
+            self._bound[shape] = buffers  # most recent last
+            if len(self._bound) > BOUND_SHAPES:
+                self._bound.popitem(last=False)
+            return buffers.run(self._session, feed)
+
+
+class _Buffers:
+    """Device memory for the inputs and outputs of one batch shape, bound to a session."""
+
+    def __init__(self, ort: ModuleType, session: Any, memory: str, shape: tuple[int, ...]) -> None:
+        self._binding = session.io_binding()
+        allocate = ort.OrtValue.ortvalue_from_shape_and_type
+        self._inputs = {value.name: allocate(list(shape), np.int64, memory, 0) for value in session.get_inputs()}
+        self._outputs = {}
+        for value in session.get_outputs():
+            kind = np.int64 if value.type == "tensor(int64)" else np.float32
+            self._outputs[value.name] = allocate([shape[0], *value.shape[1:]], kind, memory, 0)  # only the batch is open
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+
+    def run(self, session: Any, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        for name, value in self._inputs.items():
+            value.update_inplace(np.ascontiguousarray(feed[name]))
+        session.run_with_iobinding(self._binding)
+        return {name: value.numpy().copy() for name, value in self._outputs.items()}  # in host memory numpy() is a view
+
+
+def verify_golden(bundle: Bundle, embedder: Graph, reader: Graph | None, device: Device) -> dict[str, float]:
+    """Run the bundle's golden inputs through its graphs and compare with what PyTorch gave at export.
+
+    Returns:
+        "embedder_cosine" (the lowest) and, with a reader, "reader_difference" (the largest, in nats).
+
+    Raises:
+        BundleInvalid: a graph is further off than the precision's tolerance, or an array is missing.
+    """
+    golden, tolerance = bundle.golden(), TOLERANCES[device.precision]
+    try:
+        expected = {name.removeprefix("embedder/"): value for name, value in golden.items() if name.startswith("embedder/")}
+        measured = {"embedder_cosine": lowest_cosine(expected["sentence_embedding"], embedder.run(expected)["sentence_embedding"])}
+        if reader is not None:
+            expected = {name.removeprefix("reader/"): value for name, value in golden.items() if name.startswith("reader/")}
+            measured["reader_difference"] = largest_difference(expected, reader.run(expected))
+    except Exception as error:  # onnxruntime's own kinds among them
+        raise BundleInvalid(
+            f"bundle {bundle.folder}: {GOLDEN} does not fit its graphs ({_first_line(error)}); write it again with `openbook export`"
+        ) from error
+    if measured["embedder_cosine"] < tolerance.cosine or measured.get("reader_difference", 0.0) > tolerance.score:
+        numbers = ", ".join(f"{name} {value:.6f}" for name, value in measured.items())
+        raise BundleInvalid(
+            f"bundle {bundle.folder} fails its golden vectors on {device.name} in {device.precision}: {numbers}; allowed: cosine at least "
+            f"{tolerance.cosine}, difference at most {tolerance.score}; use another --device or --precision, or export again"
+        )
+    return measured
+
+
+def lowest_cosine(expected: NDArray[np.generic], actual: NDArray[np.generic]) -> float:
+    """Lowest cosine between rows of two (batch, dim) arrays, -1.0 if any value is not finite or a row is no unit vector."""
+    one, other = expected.astype(np.float64), actual.astype(np.float64)
+    norms = np.linalg.norm(other, axis=1)
+    if one.shape != other.shape or not np.isfinite(norms).all() or abs(norms - 1).max() > 1e-3:
+        return -1.0
+    return float(((one * other).sum(1) / (np.linalg.norm(one, axis=1) * norms)).min())
+
+
+def largest_difference(expected: Mapping[str, NDArray[np.generic]], actual: Mapping[str, NDArray[np.generic]]) -> float:
+    """Largest absolute difference, in nats, between two readers' scores; infinite where a best span is not listed at all.
+
+    Compared are null scores, normalisers, the ranked span scores, and the score that each pair's expected best span got.
+    The order of spans whose scores are closer than the tolerance is not.
+    """
+    worst = [np.abs(expected[name].astype(np.float64) - actual[name].astype(np.float64)).max() for name in ("null_score", "log_normaliser")]
+    worst.append(np.abs(expected["span_score"].astype(np.float64) - actual["span_score"].astype(np.float64)).max())
+    same = (actual["span_start"] == expected["span_start"][:, :1]) & (actual["span_end"] == expected["span_end"][:, :1])
+    found = np.where(same, actual["span_score"].astype(np.float64), -np.inf).max(axis=1)
+    worst.append(np.abs(found - expected["span_score"][:, 0].astype(np.float64)).max())
+    largest = float(np.max(worst))
+    return largest if np.isfinite(largest) else float("inf")
+
+
+def cuda_devices() -> int:
+    """How many GPUs the NVIDIA driver answers for; 0 without a driver. The provider's own presence says nothing of that."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def has_bf16_instructions(processor: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor multiplies bf16 natively; without that, bf16 is slower than fp32. Unknown counts as no."""
+    try:
+        flags = processor.read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags  # the last is Arm's name
+
+
+def _default_precision(device: str) -> str:
+    return "fp32" if device == "openvino" and not has_bf16_instructions() else PRECISIONS[device][0]
+
+
+def _obstacle(device: str, precision: str, available: list[str]) -> str | None:
+    """Why the device cannot run that precision here, and what would help; None if it can."""
+    if PROVIDERS[device] not in available:
+        wanted = "onnxruntime-gpu" if device == "cuda" else f"onnxruntime-{device}"
+        others = " ".join(name for name in DISTRIBUTIONS if _is_installed(name))
+        return f"{device}: no {PROVIDERS[device]} here; pip uninstall -y {others}, then pip install 'openbook[{DISTRIBUTIONS[wanted]}]'"
+    if precision not in PRECISIONS[device]:
+        return f"{device}: runs {', '.join(PRECISIONS[device])}, not {precision}"
+    if device == "cuda" and not cuda_devices():
+        return "cuda: the driver shows no GPU (`nvidia-smi` should list one); use --device cpu"
+    if device == "openvino" and precision == "bf16" and not has_bf16_instructions():
+        return "openvino: this processor has no bf16 instructions; use --precision fp32"
+    return None
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

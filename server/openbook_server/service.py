@@ -1,0 +1,218 @@
+"""The methods of openbook.v1: a parsed message in, validated, through the pipeline, a message out.
+
+A text that is bad beside good ones leaves as an ItemError; every other failure is raised for `frontend` to report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+from openbook import __version__
+from openbook.v1 import openbook_pb2 as pb
+
+from openbook_server.bundle import Bundle
+from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest
+from openbook_server.knowledge import Hit, KnowledgeBase
+from openbook_server.pipeline import Pipeline, QuestionAnswered, SearchOptions, Timings
+from openbook_server.ranking import RankedAnswer
+from openbook_server.runtime import Device
+from openbook_server.tokenization import TextEncoder
+from openbook_server.validation import MAX_EF, Validated, bounded, validate_texts
+from openbook_server.wire import Parsed
+
+DEFAULT_TOP_K = 5
+DEFAULT_ANSWERS = 3
+MODES = {
+    pb.SEARCH_MODE_UNSPECIFIED: "hybrid",
+    pb.SEARCH_MODE_HYBRID: "hybrid",
+    pb.SEARCH_MODE_DENSE: "dense",
+    pb.SEARCH_MODE_LEXICAL: "lexical",
+    pb.SEARCH_MODE_NONE: "none",
+}
+
+Request = TypeVar("Request", bound=Message)
+
+
+class Service:
+    """Serves one bundle and, where there is one, one knowledge base."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        knowledge_base: KnowledgeBase | None,
+        *,
+        config: ServerConfig,
+        device: Device,
+        encoder: TextEncoder,
+        pipeline: Pipeline,
+    ) -> None:
+        self._bundle, self._knowledge_base, self._config, self._device = bundle, knowledge_base, config, device
+        self._encoder, self._pipeline = encoder, pipeline
+
+    async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
+        request = parsed.message
+        valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate)
+        timings.tokenise += timings.lap()
+        vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")
+        tokens = [0] * len(request.texts)
+        if valid.rows:
+            vectors[valid.kept] = await self._pipeline.embed(valid.rows, deadline, timings)
+        for at, row in zip(valid.kept, valid.rows, strict=True):
+            tokens[at] = len(row.ids)
+        return pb.EmbedResponse(
+            vectors=vectors.tobytes(),
+            dim=self._bundle.embedder.dim,
+            tokens=tokens,
+            errors=_item_errors(valid.errors),
+            provenance=pb.Provenance(bundle_id=self._bundle.id),
+            timings=_timings(timings),
+        )
+
+    async def search(self, parsed: Parsed[pb.SearchRequest], deadline: float, timings: Timings) -> pb.SearchResponse:
+        request = parsed.message
+        options = self._options(request)
+        valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
+        timings.tokenise += timings.lap()
+        results = [pb.SearchResult() for _ in request.questions]
+        if valid.rows:
+            found = await self._pipeline.search(valid.texts, valid.rows, options, deadline, timings)
+            for at, hits in zip(valid.kept, found, strict=True):
+                results[at].hits.extend(_hit(hit, omit_text=request.omit_text) for hit in hits)
+        return pb.SearchResponse(
+            results=results, errors=_item_errors(valid.errors), provenance=self._provenance(), timings=_timings(timings)
+        )
+
+    async def answer(self, parsed: Parsed[pb.AnswerRequest], deadline: float, timings: Timings) -> pb.AnswerResponse:
+        request = parsed.message
+        if self._bundle.reader is None:
+            raise InvalidRequest("questions", "this bundle has no reader; export one with `openbook export --reader`, or use Search")
+        options = self._options(request)
+        max_answers = bounded(
+            "max_answers", request.max_answers if request.HasField("max_answers") else None, DEFAULT_ANSWERS, 1, self._config.max_answers
+        )
+        valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
+        timings.tokenise += timings.lap()
+        results = [pb.AnswerResult() for _ in request.questions]
+        if valid.rows:
+            answered = await self._pipeline.answer(valid.texts, valid.rows, options, max_answers, deadline, timings)
+            for at, outcome in zip(valid.kept, answered, strict=True):
+                results[at].CopyFrom(_answer_result(outcome, omit_text=request.omit_text))
+        return pb.AnswerResponse(
+            results=results, errors=_item_errors(valid.errors), provenance=self._provenance(), timings=_timings(timings)
+        )
+
+    async def describe(self, parsed: Parsed[pb.DescribeRequest], deadline: float, timings: Timings) -> pb.DescribeResponse:
+        bundle, config = self._bundle, self._config
+        reply = pb.DescribeResponse(
+            version=__version__,
+            bundle=pb.DescribeResponse.Bundle(
+                id=bundle.id,
+                name=bundle.name,
+                license=bundle.license,
+                embedder_fingerprint=bundle.embedder.fingerprint,
+                tasks=bundle.tasks,
+                dim=bundle.embedder.dim,
+            ),
+            limits=pb.DescribeResponse.Limits(
+                max_texts=config.max_texts,
+                max_text_bytes=config.max_text_bytes,
+                max_text_tokens=bundle.embedder.max_tokens - self._encoder.special_tokens,
+                max_question_tokens=self._max_question_tokens() - self._encoder.special_tokens,
+                max_top_k=config.max_top_k,
+                max_answers=config.max_answers,
+                max_message_bytes=config.max_message_bytes,
+            ),
+            device=self._device.name,
+            precision=self._device.precision,
+        )
+        if self._knowledge_base is not None:
+            counts = self._knowledge_base.counts()
+            reply.knowledge_base.generation = self._knowledge_base.generation
+            reply.knowledge_base.passages = counts.passages
+            reply.knowledge_base.documents = counts.documents
+        return reply
+
+    def _options(self, request: pb.SearchRequest | pb.AnswerRequest) -> SearchOptions:
+        if self._knowledge_base is None:
+            raise InvalidRequest("questions", "this server has no knowledge base; start it as `openbook serve BUNDLE KB`, or use Embed")
+        if request.mode not in MODES:
+            raise InvalidRequest("mode", f"{request.mode} is no SearchMode; see openbook.proto")
+        given = request.top_k if request.HasField("top_k") else None
+        top_k = bounded("top_k", given, DEFAULT_TOP_K, 1, self._config.max_top_k)
+        ef = bounded("ef", request.ef, 0, top_k, MAX_EF) if request.HasField("ef") else None
+        return SearchOptions(mode=MODES[request.mode], top_k=top_k, ef=ef)
+
+    def _max_question_tokens(self) -> int:
+        """Special tokens included: what both the embedder and the reader take in whole."""
+        reader, embedder = self._bundle.reader, self._bundle.embedder
+        return min(embedder.max_tokens, reader.max_question_tokens + self._encoder.special_tokens) if reader else embedder.max_tokens
+
+    def _validate(self, field: str, texts: Iterable[str], parsed: Parsed[Request], max_tokens: int, *, truncate: bool = False) -> Validated:
+        return validate_texts(
+            field, list(texts), parsed.not_utf8, config=self._config, encoder=self._encoder, max_tokens=max_tokens, truncate=truncate
+        )
+
+    def _provenance(self) -> pb.Provenance:
+        generation = self._knowledge_base.generation if self._knowledge_base is not None else ""
+        return pb.Provenance(bundle_id=self._bundle.id, generation=generation)
+
+
+def _item_errors(errors: dict[int, InvalidRequest]) -> list[pb.ItemError]:
+    return [
+        pb.ItemError(index=at, code=error.status.value[0], reason=error.reason, field=error.field, message=error.description)
+        for at, error in errors.items()
+    ]
+
+
+def _hit(hit: Hit, *, omit_text: bool) -> pb.Hit:
+    passage = hit.passage
+    message = pb.Hit(
+        passage_id=passage.id,
+        document_id=passage.document_id,
+        score=hit.score,
+        dense_score=hit.dense_score,
+        lexical_score=hit.lexical_score,
+        document_start=passage.start,
+    )
+    if not omit_text:
+        message.title, message.text, message.source = passage.title, passage.text, passage.source
+        message.metadata.update(passage.metadata)
+    return message
+
+
+def _answer_result(outcome: QuestionAnswered, *, omit_text: bool) -> pb.AnswerResult:
+    return pb.AnswerResult(
+        answers=[_answer(answer, outcome.hits[answer.best.passage]) for answer in outcome.answers],
+        hits=[_hit(hit, omit_text=omit_text) for hit in outcome.hits],
+        no_answer_probability=outcome.no_answer_probability,
+    )
+
+
+def _answer(answer: RankedAnswer, hit: Hit) -> pb.Answer:
+    return pb.Answer(
+        text=answer.text,
+        probability=answer.probability,
+        passage_id=hit.passage.id,
+        document_id=hit.passage.document_id,
+        start=answer.best.start,
+        end=answer.best.end,
+        document_start=hit.passage.start + answer.best.start,
+        document_end=hit.passage.start + answer.best.end,
+    )
+
+
+def _timings(timings: Timings) -> pb.Timings:
+    stages = [timings.tokenise, timings.embed, timings.search, timings.read, timings.rank]
+    return pb.Timings(
+        tokenise_ms=timings.tokenise,
+        embed_ms=timings.embed,
+        search_ms=timings.search,
+        read_ms=timings.read,
+        rank_ms=timings.rank,
+        queue_ms=timings.queue,
+        total_ms=sum(stages),
+    )

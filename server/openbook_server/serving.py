@@ -1,0 +1,164 @@
+"""Life of a server process: listen, load, verify, warm up, serve, drain.
+
+The port opens first, health says NOT_SERVING and every method UNAVAILABLE; health says SERVING only after every digest
+and golden vector matched and every padding bucket ran once. SIGTERM and SIGINT drain: health turns, new requests are
+refused with a time to come back, those in flight finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import _async as aio_health
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from openbook_server.buckets import padded_lengths
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.config import ServerConfig
+from openbook_server.engine import Engine, Row, collate
+from openbook_server.errors import InvalidRequest
+from openbook_server.frontend import SERVICE, Frontend
+from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
+from openbook_server.metrics import Metrics
+from openbook_server.pipeline import Pipeline
+from openbook_server.runtime import Device, Graph, choose_device, verify_golden
+from openbook_server.service import Service
+from openbook_server.tokenization import TextEncoder, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and SERVICE tell readiness
+_HARD_LIMIT = 4  # times the message limit: gRPC itself refuses such a message, without details; below it, we explain
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """Everything that takes time to open."""
+
+    bundle: Bundle
+    device: Device
+    graphs: dict[str, Graph]
+    knowledge_base: KnowledgeBase | None
+
+
+@asynccontextmanager
+async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None, config: ServerConfig) -> AsyncIterator[int]:
+    """A server that is ready to answer within the block; yields its port.
+
+    Raises:
+        InvalidRequest: the address cannot be listened on.
+        OpenBookError: the bundle, the device or the knowledge base does not open; see errors.py.
+    """
+    began = time.perf_counter()
+    metrics = Metrics()
+    frontend = Frontend(config, metrics)
+    server, readiness, port = await _listen(frontend, config)
+    try:
+        loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base_folder, config)
+        engine = Engine(
+            loaded.graphs, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch
+        )
+        encoder = TextEncoder(load_tokenizer(loaded.bundle.tokenizer_path))
+        pipeline = Pipeline(loaded.bundle, encoder, engine, loaded.knowledge_base)
+        try:
+            if config.metrics_port:
+                metrics.serve(engine, config.host, config.metrics_port)
+            frontend.service = Service(
+                loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline
+            )
+            await _set_readiness(readiness, ready=True)
+            log.info(
+                "serving %s on %s:%d: %s in %s, %s; ready after %.1f s",
+                loaded.bundle.name,
+                config.host,
+                port,
+                loaded.device.name,
+                loaded.device.precision,
+                f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base",
+                time.perf_counter() - began,
+            )
+            yield port
+        finally:
+            frontend.service, frontend.refusal = None, "the server is shutting down"
+            await _set_readiness(readiness, ready=False)
+            await server.stop(config.drain_seconds)
+            engine.close()
+            pipeline.close()
+            if loaded.knowledge_base is not None:
+                loaded.knowledge_base.close()
+    finally:
+        await server.stop(0)
+
+
+async def serve_until_stopped(bundle: Path, knowledge_base: Path | None, config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    async with running_server(bundle, knowledge_base, config):
+        await stop.wait()
+        log.info("draining for up to %.0f s; a second signal stops at once", config.drain_seconds)
+        for number in signals:
+            loop.remove_signal_handler(number)
+    log.info("stopped")
+
+
+async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Server, aio_health.HealthServicer, int]:
+    limit = config.max_message_bytes * _HARD_LIMIT
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),  # two servers on one port would share its callers in silence
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+        ]
+    )
+    readiness = aio_health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
+    await readiness.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+    await _set_readiness(readiness, ready=False)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    server.add_generic_rpc_handlers((frontend.handlers(),))
+    try:
+        port = server.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError as error:
+        raise InvalidRequest("--port", f"cannot listen on {config.host}:{config.port}; is it in use? choose another --port") from error
+    await server.start()
+    return server, readiness, port
+
+
+def _load(bundle_folder: Path, knowledge_base_folder: Path | None, config: ServerConfig) -> _Loaded:
+    """Open, verify and warm everything; blocking, so that health answers meanwhile."""
+    device = choose_device(config.device, config.precision or None, config.threads)
+    bundle = load_bundle(bundle_folder)
+    knowledge_base = open_knowledge_base(knowledge_base_folder, bundle) if knowledge_base_folder else None
+    try:
+        limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
+        graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
+        verify_golden(bundle, graphs["embedder"], graphs.get("reader"), device)
+        for name, limit in limits.items():
+            for length in padded_lengths(limit):
+                half = length // 2
+                graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))
+    except BaseException:
+        if knowledge_base is not None:
+            knowledge_base.close()
+        raise
+    return _Loaded(bundle, device, graphs, knowledge_base)
+
+
+async def _set_readiness(readiness: aio_health.HealthServicer, *, ready: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in ("", SERVICE):
+        await readiness.set(name, status)

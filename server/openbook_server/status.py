@@ -1,0 +1,33 @@
+"""Errors as gRPC statuses with google.rpc details; used by the service, which is the only place where one becomes the other."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from openbook_server.errors import InvalidRequest, NotServing, OpenBookError, Overloaded
+
+DOMAIN = "openbook"
+
+
+def grpc_status(error: OpenBookError) -> grpc.Status:
+    """The status for `context.abort_with_status`: code, message, and details in grpc-status-details-bin."""
+    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if isinstance(error, InvalidRequest):
+        violation = BadRequest.FieldViolation(field=error.field, description=error.description)
+        details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, Overloaded | NotServing):
+        delay = Duration()
+        delay.FromNanoseconds(int(1e9 * error.retry_after_seconds))
+        details.append(RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        packed.append(AnyMessage())
+        packed[-1].Pack(detail)
+    status: grpc.Status = rpc_status.to_status(Status(code=error.status.value[0], message=str(error), details=packed))
+    return status

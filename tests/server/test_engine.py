@@ -1,0 +1,186 @@
+"""The engine's promises, with a graph whose runs are opened and closed by hand: no sleeps, no timing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from openbook_server.engine import Engine, Lane, Outcome, Row, collate
+from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+
+POISON = 666
+
+
+class GatedGraph:
+    """Echoes the sum of each row's ids; each run waits until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+
+    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
+        self.batches.append(inputs["input_ids"][:, 0].tolist())
+        self.entered.release()
+        assert self.gate.acquire(timeout=30)
+        if (inputs["input_ids"] == POISON).any():
+            raise RuntimeError("poisoned row")
+        return {"total": inputs["input_ids"].sum(axis=1)}
+
+    async def wait_entered(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=30)
+
+    def let(self, runs: int) -> None:
+        self.gate.release(runs)
+
+
+@pytest.fixture
+def graph() -> GatedGraph:
+    return GatedGraph()
+
+
+@pytest.fixture
+async def engine(graph: GatedGraph) -> AsyncIterator[Engine]:
+    engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
+    yield engine
+    graph.let(1000)
+    await asyncio.to_thread(engine.close)
+
+
+def row(first: int, length: int = 4) -> Row:
+    return Row([first] + [1] * (length - 1))
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+async def start(engine: Engine, *rows: Row, deadline: float | None = None, lane: Lane = Lane.FOREGROUND) -> asyncio.Task[Outcome]:
+    """Submit and let the submission reach the queue."""
+    task = asyncio.create_task(engine.submit("embedder", rows, deadline=deadline or soon(), lane=lane))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_row_that_arrives_alone_is_run_at_once(engine: Engine, graph: GatedGraph) -> None:
+    task = await start(engine, row(5))
+    await graph.wait_entered()
+    graph.let(1)
+    assert (await task).rows == [{"total": 8}]
+
+
+async def test_requests_that_arrive_while_the_device_is_busy_share_the_next_batch(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    others = [await start(engine, row(number)) for number in (2, 3, 4)]
+    graph.let(2)
+    await asyncio.gather(first, *others)
+    assert graph.batches == [[1], [2, 3, 4]]
+
+
+async def test_a_batch_holds_only_rows_of_one_padded_length_and_at_most_the_token_budget(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    mixed = await start(engine, *(row(number, length=16 if number % 2 else 32) for number in range(2, 10)))
+    graph.let(100)
+    await asyncio.gather(first, mixed)
+    assert all(len(batch) * (16 if batch[0] % 2 else 32) <= 64 for batch in graph.batches[1:])
+    assert all(len({number % 2 for number in batch}) == 1 for batch in graph.batches)
+    assert sorted(number for batch in graph.batches[1:] for number in batch) == list(range(2, 10))
+
+
+async def test_results_come_back_in_the_order_of_the_rows(engine: Engine, graph: GatedGraph) -> None:
+    graph.let(100)
+    lengths = [3, 40, 7, 16, 25, 4]
+    outcome = await engine.submit("embedder", [row(10 * at, length) for at, length in enumerate(lengths)], deadline=soon())
+    assert [int(result["total"]) for result in outcome.rows] == [10 * at + length - 1 for at, length in enumerate(lengths)]
+
+
+async def test_the_earliest_deadline_goes_first_and_the_background_lane_last(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    now = time.monotonic()
+    tasks = [
+        await start(engine, *[row(2, 60)], deadline=now + 20, lane=Lane.BACKGROUND),
+        await start(engine, *[row(3, 60)], deadline=now + 50),
+        await start(engine, *[row(4, 60)], deadline=now + 40),
+    ]
+    graph.let(4)
+    await asyncio.gather(first, *tasks)
+    assert graph.batches == [[1], [4], [3], [2]]
+
+
+async def test_a_caller_that_hangs_up_is_not_inferred(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    gone = await start(engine, row(2))
+    kept = await start(engine, row(3))
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    graph.let(2)
+    await asyncio.gather(first, kept)
+    assert graph.batches == [[1], [3]]
+
+
+async def test_a_row_whose_deadline_passed_in_the_queue_is_told_and_never_run(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    deadline = time.monotonic() + 0.05
+    late = await start(engine, row(2), deadline=deadline)
+    while time.monotonic() <= deadline:
+        await asyncio.sleep(0.01)
+    graph.let(2)
+    with pytest.raises(DeadlineExceeded, match="in the queue"):
+        await late
+    await first
+    assert graph.batches == [[1]]
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    waiting = await start(engine, *[row(2)] * 20)
+    with pytest.raises(Overloaded, match="limit of 20") as refused:
+        await engine.submit("embedder", [row(3)], deadline=soon())
+    assert refused.value.retry_after_seconds > 0
+    graph.let(100)
+    await asyncio.gather(first, waiting)
+
+
+async def test_a_deadline_in_the_past_is_refused_before_the_queue(engine: Engine) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await engine.submit("embedder", [row(1)], deadline=time.monotonic() - 1)
+    assert engine.queued == 0
+
+
+async def test_a_row_that_breaks_its_batch_fails_alone(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    good, bad = await start(engine, row(2)), await start(engine, row(POISON))
+    graph.let(100)
+    assert (await good).rows == [{"total": 5}]
+    with pytest.raises(InferenceFailed, match="poisoned row"):
+        await bad
+    await first
+
+
+async def test_closing_finishes_what_is_queued_and_refuses_what_comes_later(graph: GatedGraph) -> None:
+    engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
+    first = await start(engine, row(1))
+    graph.let(100)
+    await asyncio.to_thread(engine.close)
+    assert (await first).rows == [{"total": 4}]
+    with pytest.raises(NotServing):
+        await engine.submit("embedder", [row(2)], deadline=soon())
+
+
+def test_collated_rows_are_padded_on_the_right_and_masked() -> None:
+    inputs = collate([Row([7, 8, 9], [0, 1, 1]), Row([5])], 4)
+    assert inputs["input_ids"].tolist() == [[7, 8, 9, 0], [5, 0, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert inputs["token_type_ids"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]

@@ -1,0 +1,63 @@
+"""Ranking against the formula written out over explicit tables of spans."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from openbook_server.ranking import Reading, Span, rank_answers
+
+
+def log_sum(values: list[float]) -> float:
+    return math.log(sum(math.exp(value) for value in values))
+
+
+def reading(passage: int, scores: dict[tuple[int, int], float], null: float) -> Reading:
+    spans = sorted((Span(passage, start, end, score) for (start, end), score in scores.items()), key=lambda span: -span.score)
+    return Reading(spans, null, log_sum([*scores.values(), null]))
+
+
+def test_probabilities_are_the_sum_over_passages_and_places_of_the_same_text() -> None:
+    passages = ["Paris is Paris.", "in paris", "Rome"]
+    scores = [{(0, 5): 2.0, (9, 14): 1.0}, {(3, 8): 0.5, (0, 8): -1.0}, {(0, 4): 1.5}]
+    nulls, priors, bias = [0.3, -0.2, 0.9], [0.0, 1.0, -0.5], 0.25
+    answers, nothing = rank_answers(passages, [reading(z, scores[z], nulls[z]) for z in range(3)], priors, null_bias=bias, max_answers=10)
+    weights = [priors[z] + score for z in range(3) for score in scores[z].values()]
+    null_weights = [priors[z] + nulls[z] + bias for z in range(3)]
+    total = sum(math.exp(weight) for weight in weights + null_weights)
+    paris = (math.exp(2.0) + math.exp(1.0) + math.exp(1.5)) / total
+    assert answers[0].text == "Paris"
+    assert answers[0].probability == pytest.approx(paris, rel=1e-9)
+    assert nothing == pytest.approx(sum(math.exp(weight) for weight in null_weights) / total, rel=1e-9)
+    assert (answers[0].best.passage, answers[0].best.start) == (0, 0)
+
+
+def test_answers_and_no_answer_share_one_distribution() -> None:
+    rng = random.Random(1)
+    text = "a b c d e f g h"
+    readings = [reading(z, {(2 * i, 2 * i + 1): rng.gauss(0, 3) for i in range(8)}, rng.gauss(0, 3)) for z in range(4)]
+    answers, nothing = rank_answers([text] * 4, readings, [rng.gauss(0, 1) for _ in range(4)], null_bias=0.0, max_answers=100)
+    assert sum(answer.probability for answer in answers) + nothing == pytest.approx(1.0, rel=1e-9)
+
+
+def test_an_answer_that_overlaps_a_better_one_is_left_out() -> None:
+    scores = {(0, 12): 3.0, (0, 7): 2.9, (8, 12): 1.0, (16, 20): 0.0}
+    answers, _ = rank_answers(["October 1973 or 1974"], [reading(0, scores, -5.0)], [0.0], null_bias=0.0, max_answers=5)
+    assert [answer.text for answer in answers] == ["October 1973", "1974"]
+
+
+def test_a_larger_prior_moves_the_answer_to_its_passage() -> None:
+    readings = [reading(0, {(0, 4): 1.0}, 0.0), reading(1, {(0, 5): 1.0}, 0.0)]
+    for priors, expected in (([1.0, 0.0], "Rome"), ([0.0, 1.0], "Milan")):
+        answers, _ = rank_answers(["Rome", "Milan"], readings, priors, null_bias=0.0, max_answers=1)
+        assert [answer.text for answer in answers] == [expected]
+
+
+def test_nothing_read_is_no_answer_for_certain() -> None:
+    assert rank_answers([], [], [], null_bias=0.0, max_answers=3) == ([], 1.0)
+
+
+def test_extreme_scores_neither_overflow_nor_lose_the_answer() -> None:
+    answers, nothing = rank_answers(["yes"], [Reading([Span(0, 0, 3, 900.0)], -900.0, 900.0)], [0.0], null_bias=0.0, max_answers=1)
+    assert (answers[0].probability, nothing) == (1.0, 0.0)

@@ -1,0 +1,211 @@
+"""A real server with tiny models, asked over the wire: what it answers, and how it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from openbook.v1 import openbook_pb2 as pb
+from openbook.v1 import openbook_pb2_grpc
+from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest
+from openbook_server.serving import LIVENESS, running_server
+
+CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
+
+
+@pytest.fixture
+async def address(tiny_bundle: Path, tiny_knowledge_base: Path) -> AsyncIterator[str]:
+    async with running_server(tiny_bundle, tiny_knowledge_base, CONFIG) as port:
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", -1)]) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> openbook_pb2_grpc.OpenBookAsyncStub:
+    return openbook_pb2_grpc.OpenBookStub(channel)
+
+
+def vectors(reply: pb.EmbedResponse) -> np.ndarray:
+    return np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim)
+
+
+async def refusal(call: grpc.aio.UnaryUnaryCall[object, object]) -> tuple[grpc.StatusCode, str, list[str]]:
+    """(status, reason, fields) of a call that must fail with google.rpc details."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    status = rpc_status.from_call(raised.value)
+    info, bad = ErrorInfo(), BadRequest()
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(bad)
+    return raised.value.code(), info.reason, [violation.field for violation in bad.field_violations]
+
+
+async def test_embed_returns_a_unit_vector_a_text_in_order(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    reply = await stub.Embed(pb.EmbedRequest(texts=["red city", "blue", "one two three river king book red blue"]))
+    assert vectors(reply).shape == (3, reply.dim)
+    assert np.linalg.norm(vectors(reply), axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert list(reply.tokens) == [4, 3, 10]
+    assert len(reply.provenance.bundle_id) == 64
+    assert reply.timings.total_ms > 0
+
+
+async def test_the_same_text_gives_the_same_bytes_whatever_shares_its_batch(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    text = "the red city"
+    alone = (await stub.Embed(pb.EmbedRequest(texts=[text]))).vectors
+    for others in (["blue"] * 7, ["one two three city river king book " * 3, "red", "the blue city"]):
+        reply = await stub.Embed(pb.EmbedRequest(texts=[text, *others]))
+        assert vectors(reply)[0].tobytes() == alone
+    crowd = await asyncio.gather(*(stub.Embed(pb.EmbedRequest(texts=[text if n % 2 else "a king"])) for n in range(40)))
+    assert all(reply.vectors == alone for reply in crowd[1::2])
+
+
+async def test_search_returns_hits_best_first_in_every_mode(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    for mode in (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_LEXICAL):
+        reply = await stub.Search(pb.SearchRequest(questions=["red river", "book"], top_k=3, mode=mode))
+        assert len(reply.results) == 2
+        for result in reply.results:
+            scores = [hit.score for hit in result.hits]
+            assert scores == sorted(scores, reverse=True)
+            assert len({hit.passage_id for hit in result.hits}) == len(scores)
+        assert reply.provenance.generation
+    assert [
+        hit.document_id for hit in (await stub.Search(pb.SearchRequest(questions=["book"], mode=pb.SEARCH_MODE_LEXICAL))).results[0].hits
+    ] == ["d2"]
+
+
+async def test_an_answer_is_the_span_it_points_at(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    reply = await stub.Answer(pb.AnswerRequest(questions=["what is red ?", "who is king ?"], top_k=3, max_answers=2))
+    for result in reply.results:
+        texts = {hit.passage_id: hit.text for hit in result.hits}
+        assert 1 <= len(result.answers) <= 2
+        for answer in result.answers:
+            assert texts[answer.passage_id][answer.start : answer.end] == answer.text
+        assert 0 <= result.no_answer_probability <= 1
+        assert sum(answer.probability for answer in result.answers) + result.no_answer_probability <= 1 + 1e-6
+
+
+async def test_without_retrieval_nothing_is_read_and_nothing_answered(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    [result] = (await stub.Answer(pb.AnswerRequest(questions=["what is red ?"], mode=pb.SEARCH_MODE_NONE))).results
+    assert (list(result.answers), list(result.hits), result.no_answer_probability) == ([], [], 1.0)
+
+
+async def test_describe_names_what_is_served_and_its_limits(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    reply = await stub.Describe(pb.DescribeRequest())
+    assert (reply.limits.max_texts, reply.limits.max_top_k, reply.device, reply.precision) == (8, 100, "cpu", "fp32")
+    assert reply.knowledge_base.documents == 3
+    assert set(reply.bundle.tasks) == {"embed", "read"}
+
+
+async def test_one_bad_text_among_good_ones_fails_alone(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    reply = await stub.Embed(pb.EmbedRequest(texts=["red", "", "blue", "x" * 3_000]))
+    assert {error.index: (error.field, error.reason) for error in reply.errors} == {
+        1: ("texts[1]", "INVALID_REQUEST"),
+        3: ("texts[3]", "INVALID_REQUEST"),
+    }
+    assert np.linalg.norm(vectors(reply), axis=1) == pytest.approx([1, 0, 1, 0], abs=1e-5)
+    answers = await stub.Answer(pb.AnswerRequest(questions=["", "what is red ?"]))
+    assert [error.index for error in answers.errors] == [0]
+    assert answers.results[1].answers
+
+
+async def test_invalid_utf8_is_pinned_to_its_text(channel: grpc.aio.Channel) -> None:
+    embed = channel.unary_unary("/openbook.v1.OpenBook/Embed", response_deserializer=pb.EmbedResponse.FromString)
+    reply = await embed(b"\x0a\x03red\x0a\x02\xff\xfe")
+    assert [(error.index, error.field) for error in reply.errors] == [(1, "texts[1]")]
+    assert await refusal(embed(b"\x0a\x02\xff\xfe")) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", ["texts[0]"])
+    assert await refusal(embed(b"\xff\xff\xff")) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", ["request"])
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "field"),
+    [
+        ("Embed", pb.EmbedRequest(), "texts"),
+        ("Embed", pb.EmbedRequest(texts=[" "]), "texts[0]"),
+        ("Embed", pb.EmbedRequest(texts=["red"] * 9), "texts"),
+        ("Embed", pb.EmbedRequest(texts=["red " * 400]), "texts[0]"),
+        ("Embed", pb.EmbedRequest(texts=["x" * 30_000]), "request"),
+        ("Search", pb.SearchRequest(questions=["red"], top_k=0), "top_k"),
+        ("Search", pb.SearchRequest(questions=["red"], top_k=-1), "top_k"),
+        ("Search", pb.SearchRequest(questions=["red"], top_k=2_000_000_000), "top_k"),
+        ("Search", pb.SearchRequest(questions=["red"], top_k=5, ef=4), "ef"),
+        ("Search", pb.SearchRequest(questions=["red"], mode=17), "mode"),  # type: ignore[arg-type]
+        ("Answer", pb.AnswerRequest(questions=["red"], max_answers=0), "max_answers"),
+        ("Answer", pb.AnswerRequest(questions=["red " * 400]), "questions[0]"),
+    ],
+)
+async def test_a_bad_field_is_refused_by_name(stub: openbook_pb2_grpc.OpenBookAsyncStub, method: str, request_: object, field: str) -> None:
+    assert await refusal(getattr(stub, method)(request_)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", [field])
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await stub.Embed(pb.EmbedRequest(texts=["red"]), timeout=1e-6)
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_an_absurdly_long_deadline_is_served(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    assert (await stub.Embed(pb.EmbedRequest(texts=["red"]), timeout=3e7)).dim > 0
+
+
+async def test_health_tells_readiness_and_liveness(channel: grpc.aio.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    for name in ("", "openbook.v1.OpenBook", LIVENESS):
+        reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_reflection_describes_the_protocol_to_a_stranger(channel: grpc.aio.Channel) -> None:
+    requests = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol="openbook.v1.OpenBook")])
+    async for reply in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(requests):
+        assert any(b"AnswerRequest" in file for file in reply.file_descriptor_response.file_descriptor_proto)
+
+
+async def test_a_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:
+    taken = ServerConfig(port=int(address.rpartition(":")[2]), device="cpu")
+    with pytest.raises(InvalidRequest, match="choose another --port"):
+        async with running_server(tiny_bundle, None, taken):
+            pass
+
+
+async def test_without_a_knowledge_base_embed_serves_and_search_says_how_to_get_one(tiny_bundle: Path) -> None:
+    async with (
+        running_server(tiny_bundle, None, CONFIG) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        assert (await stub.Embed(pb.EmbedRequest(texts=["red"]))).dim > 0
+        code, _, fields = await refusal(stub.Search(pb.SearchRequest(questions=["red"])))
+        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["questions"])
+
+
+async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, unused_tcp_port: int) -> None:
+    config = ServerConfig(port=0, device="cpu", metrics_port=unused_tcp_port)
+    async with running_server(tiny_bundle, None, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        await stub.Embed(pb.EmbedRequest(texts=["red", "blue"]))
+        await refusal(stub.Embed(pb.EmbedRequest()))
+        reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
+        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        page = (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+    assert 'openbook_requests_total{method="Embed",status="OK"} 1.0' in page
+    assert 'openbook_requests_total{method="Embed",status="INVALID_ARGUMENT"} 1.0' in page
+    assert 'openbook_batch_rows_count{graph="embedder"}' in page
+    assert "red" not in page.replace("registered", "")

@@ -1,0 +1,105 @@
+"""Texts and pairs by the bundle's tokenizer: nothing cut silently, offsets in the passage's own characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest
+from openbook_server.tokenization import TextEncoder, load_tokenizer
+from openbook_server.validation import bounded, validate_texts
+
+
+@pytest.fixture
+def encoder(tiny_checkpoint: Path) -> TextEncoder:
+    return TextEncoder(load_tokenizer(tiny_checkpoint / "tokenizer.json"))
+
+
+def test_a_text_is_encoded_alone_as_it_is_among_others(encoder: TextEncoder) -> None:
+    texts = ["red", "one two three city river king book", "blue green"]
+    assert encoder.texts(texts) == [encoder.texts([text])[0] for text in texts]
+
+
+def test_a_pair_has_the_question_first_and_offsets_of_the_passage(encoder: TextEncoder) -> None:
+    passage = "the red city, the blue river"
+    [pair] = encoder.pairs("what red ?", [("p1", passage)], 64)
+    assert pair.row.types is not None
+    first = pair.row.types.index(1)
+    last = len(pair.row.ids) - 2  # before the closing [SEP]
+    assert pair.characters(first, last) == (0, len(passage))
+    assert passage[slice(*pair.characters(first, first))] == "the"
+
+
+def test_a_passage_too_long_for_the_question_beside_it_is_cut_to_fit(encoder: TextEncoder) -> None:
+    [long, short] = encoder.pairs("what red ?", [("p1", "red " * 200), ("p2", "red")], 32)
+    assert len(long.row.ids) == 32
+    assert long.row.ids[-1] == short.row.ids[-1]
+
+
+def test_a_remembered_passage_gives_the_same_pair_beside_another_question(encoder: TextEncoder, tiny_checkpoint: Path) -> None:
+    encoder.pairs("what blue ?", [("p1", "the red city")], 64)
+    fresh = TextEncoder(load_tokenizer(tiny_checkpoint / "tokenizer.json"))
+    assert encoder.pairs("what red ?", [("p1", "the red city")], 64) == fresh.pairs("what red ?", [("p1", "the red city")], 64)
+
+
+def test_special_tokens_written_in_a_text_are_text(encoder: TextEncoder) -> None:
+    plain, tricky = encoder.texts(["red", "red [SEP]"])
+    assert tricky.ids.count(plain.ids[-1]) == 1
+
+
+def validate(
+    encoder: TextEncoder,
+    texts: list[str],
+    *,
+    max_tokens: int = 8,
+    truncate: bool = False,
+    not_utf8: frozenset[tuple[str, int]] = frozenset(),
+):  # type: ignore[no-untyped-def]
+    config = ServerConfig(max_texts=4, max_text_bytes=100)
+    return validate_texts("texts", texts, not_utf8, config=config, encoder=encoder, max_tokens=max_tokens, truncate=truncate)
+
+
+def test_a_bad_text_among_good_ones_fails_alone_and_is_named(encoder: TextEncoder) -> None:
+    valid = validate(encoder, ["red", "  ", "red " * 20, "blue"])
+    assert valid.kept == [0, 3]
+    assert {at: error.field for at, error in valid.errors.items()} == {1: "texts[1]", 2: "texts[2]"}
+    assert "20 tokens exceed the limit of 6" in str(valid.errors[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("\n\t ", "empty"),
+        ("é" * 60, "120 bytes exceed the limit of 100"),
+        ("red " * 20, "set truncate"),
+        ("\x00\x01", "no word"),
+    ],
+)
+def test_a_bad_text_alone_fails_the_request(encoder: TextEncoder, text: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        validate(encoder, [text])
+
+
+def test_truncation_keeps_the_beginning_and_the_closing_token(encoder: TextEncoder) -> None:
+    valid = validate(encoder, ["red " * 20], truncate=True)
+    whole = encoder.texts(["red " * 20])[0]
+    assert list(valid.rows[0].ids) == [*whole.ids[:7], whole.ids[-1]]
+
+
+def test_a_text_that_was_not_utf8_is_refused_by_name(encoder: TextEncoder) -> None:
+    valid = validate(encoder, ["red", ""], not_utf8=frozenset({("texts", 1)}))
+    assert "UTF-8" in str(valid.errors[1])
+
+
+@pytest.mark.parametrize("texts", [[], ["red"] * 5])
+def test_no_texts_and_too_many_texts_are_refused(encoder: TextEncoder, texts: list[str]) -> None:
+    with pytest.raises(InvalidRequest):
+        validate(encoder, texts)
+
+
+@pytest.mark.parametrize("value", [0, -1, 101, 2**31 - 1])
+def test_a_number_outside_its_range_is_refused_with_both_bounds(value: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"{value} is outside 1 to 100"):
+        bounded("top_k", value, 5, 1, 100)

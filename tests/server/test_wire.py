@@ -1,0 +1,55 @@
+"""Bytes off the wire: good ones parse, bad ones are pinned to the text that is bad."""
+
+from __future__ import annotations
+
+import random
+
+from openbook.v1 import openbook_pb2 as pb
+from openbook_server.wire import parser
+
+parse_embed = parser(pb.EmbedRequest, max_message_bytes=10_000)
+parse_answer = parser(pb.AnswerRequest, max_message_bytes=10_000)
+
+
+def test_a_valid_message_is_parsed_as_protobuf_does() -> None:
+    request = pb.AnswerRequest(questions=["who?", "où ?"], top_k=-3, omit_text=True)
+    parsed = parse_answer(request.SerializeToString())
+    assert (parsed.message, parsed.not_utf8, parsed.failure) == (request, frozenset(), None)
+
+
+def test_a_text_that_is_not_utf8_is_emptied_and_named_while_the_others_survive() -> None:
+    data = b"\x0a\x04good" + b"\x0a\x03b\xffd" + b"\x10\x01" + b"\x0a\x05later"
+    parsed = parse_embed(data)
+    assert list(parsed.message.texts) == ["good", "", "later"]
+    assert parsed.message.truncate
+    assert parsed.not_utf8 == {("texts", 1)}
+
+
+def test_bytes_that_are_no_message_name_the_message_expected() -> None:
+    for data in (b"\x0a\x50short", b"\xff" * 20, b"\x0b\x0b", b"\x0a"):
+        failure = parse_embed(data).failure
+        assert failure is not None
+        assert "openbook.v1.EmbedRequest" in str(failure)
+
+
+def test_a_message_over_the_limit_is_told_both_numbers() -> None:
+    failure = parse_embed(pb.EmbedRequest(texts=["x" * 20_000]).SerializeToString()).failure
+    assert failure is not None
+    assert "10000" in str(failure)
+    assert "20004" in str(failure)
+
+
+def test_random_bytes_never_raise() -> None:
+    rng = random.Random(7)
+    for _ in range(3000):
+        parse_answer(rng.randbytes(rng.randrange(40)))
+
+
+def test_every_damaged_valid_message_is_parsed_or_refused() -> None:
+    rng = random.Random(8)
+    data = pb.AnswerRequest(questions=["what is a list?", "wo liegt Köln?"], top_k=3, mode=pb.SEARCH_MODE_DENSE).SerializeToString()
+    for _ in range(3000):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        parsed = parse_answer(bytes(damaged))
+        assert parsed.failure is None or parsed.failure.field == "request"

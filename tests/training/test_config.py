@@ -1,0 +1,55 @@
+"""Configuration files: defaults, types, and every mistake reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from openbook_training.config import ReaderConfig, load_config
+from openbook_training.errors import InvalidConfig
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "config.toml").write_text(text)
+    return folder / "config.toml"
+
+
+def test_missing_keys_take_their_defaults_and_tables_nest(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, 'train = "t.jsonl"\nnegatives = [0, 2]\n[loop]\nlearning_rate = 1\n'), ReaderConfig)
+    assert (config.train, config.negatives, config.loop.learning_rate, config.loop.seed) == ("t.jsonl", (0, 2), 1.0, 42)
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    text = 'trian = "t"\nmax_tokens = "many"\nnegatives = [-1]\nstride = -5\n[loop]\nepochs = true\nspeed = 3\n'
+    with pytest.raises(InvalidConfig) as raised:
+        load_config(write(tmp_path, text), ReaderConfig)
+    for part in (
+        "trian: unknown key",
+        "train: missing",
+        "max_tokens: 'many'",
+        "negatives: [-1]",
+        "stride: -5",
+        "loop.epochs: True",
+        "loop.speed",
+    ):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["= 3", "train = 'a\n", "\udcff"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InvalidConfig, match=r"broken\.toml"):
+        load_config(path, ReaderConfig)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"none\.toml"):
+        load_config(tmp_path / "none.toml", ReaderConfig)
+
+
+def test_the_shipped_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "training" / "configs").glob("reader*.toml"))
+    assert recipes
+    for recipe in recipes:
+        load_config(recipe, ReaderConfig)

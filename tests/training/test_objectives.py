@@ -1,0 +1,63 @@
+"""Objectives against slow formulas written out here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from openbook_training.objectives import NEGATIVE, multi_passage_span_loss, null_scores, span_scores
+
+
+def test_a_span_scores_its_first_start_plus_its_last_end_logit_and_only_inside_the_passage() -> None:
+    rng = np.random.default_rng(0)
+    start, end = rng.normal(size=(3, 9)), rng.normal(size=(3, 9))
+    context = rng.random((3, 9)) < 0.6
+    spans = span_scores(torch.tensor(start), torch.tensor(end), torch.tensor(context), max_answer_tokens=4).numpy()
+    assert spans.shape == (3, 9, 4)
+    for pair in range(3):
+        for first in range(9):
+            for extra in range(4):
+                inside = first + extra < 9 and context[pair, first] and context[pair, first + extra]
+                expected = start[pair, first] + end[pair, first + extra] if inside else NEGATIVE
+                assert spans[pair, first, extra] == pytest.approx(expected)
+
+
+def test_the_loss_is_minus_log_of_the_gold_share_over_all_passages_of_a_question() -> None:
+    rng = np.random.default_rng(1)
+    pairs, length, longest = 5, 7, 3
+    owner = np.array([0, 0, 1, 1, 1])
+    start, end = rng.normal(size=(pairs, length)), rng.normal(size=(pairs, length))
+    context = np.ones((pairs, length), bool)
+    context[:, :2] = False
+    gold = np.zeros((pairs, length, longest), bool)
+    gold[0, 3, 1] = gold[1, 2, 0] = gold[1, 5, 1] = True  # question 1 has none: its gold is the null of each passage
+    expected = 0.0
+    for question in (0, 1):
+        everything, right = [], []
+        for pair in np.flatnonzero(owner == question):
+            null = start[pair, 0] + end[pair, 0]
+            everything.append(null)
+            if question == 1:
+                right.append(null)
+            for first in range(2, length):
+                for extra in range(min(longest, length - first)):
+                    everything.append(start[pair, first] + end[pair, first + extra])
+                    if gold[pair, first, extra]:
+                        right.append(everything[-1])
+        expected -= (np.log(np.sum(np.exp(right))) - np.log(np.sum(np.exp(everything)))) / 2
+    tensors = torch.tensor(start), torch.tensor(end)
+    loss = multi_passage_span_loss(
+        span_scores(*tensors, torch.tensor(context), longest), null_scores(*tensors), torch.tensor(gold), torch.tensor(owner), 2
+    )
+    assert float(loss) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_passage_without_any_gold_span_gets_a_finite_gradient() -> None:
+    start = torch.zeros((2, 5), requires_grad=True)
+    context = torch.tensor([[False, False, True, True, True], [False] * 5])
+    gold = torch.zeros((2, 5, 2), dtype=torch.bool)
+    gold[0, 2, 0] = True
+    loss = multi_passage_span_loss(span_scores(start, start, context, 2), null_scores(start, start), gold, torch.tensor([0, 0]), 1)
+    loss.backward()
+    assert start.grad is not None
+    assert torch.isfinite(start.grad).all()

@@ -1,0 +1,192 @@
+"""The reader on a tiny checkpoint: windows, gold spans, batches, and a whole run that is stopped and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from openbook_training.checkpoint import resolve_checkpoint
+from openbook_training.config import LoopConfig, ReaderConfig
+from openbook_training.errors import InvalidConfig, TrainingDiverged
+from openbook_training.loop import Loop
+from openbook_training.negatives import draw, embed, mine
+from openbook_training.reader import PairEncoder, build_reader, forward, predict
+from openbook_training.squad import Question
+from openbook_training.train_reader import ReaderTask, hold_out, train_reader
+from rich.console import Console
+
+WORDS = "red blue green one two three city river king book"
+
+
+@pytest.fixture
+def encoder(tiny_checkpoint: Path) -> PairEncoder:
+    return PairEncoder(resolve_checkpoint(str(tiny_checkpoint)), max_tokens=24, stride=4, max_question_tokens=6)
+
+
+@pytest.fixture
+def training_file(tmp_path: Path) -> Path:
+    words = WORDS.split()
+    rows = []
+    for number in range(24):
+        answer = words[number % 10]
+        context = f"the {words[(number + 3) % 10]} of {answer} was {words[(number + 5) % 10]} in case {number}"
+        rows.append({"id": f"q{number}", "question": f"what was {answer} ?", "context": context, "answers": {"text": [answer]}})
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def config_for(training_file: Path, tiny_checkpoint: Path, output: Path, **loop: object) -> ReaderConfig:
+    return ReaderConfig(
+        output=str(output),
+        checkpoint=str(tiny_checkpoint),
+        train=str(training_file),
+        held_out=4,
+        max_tokens=32,
+        stride=4,
+        max_question_tokens=8,
+        max_answer_tokens=5,
+        negatives=(1,),
+        mined=5,
+        lora_rank=2,
+        lora_alpha=2,
+        loop=dataclasses.replace(LoopConfig(epochs=2, batch_questions=4, precision="fp32", learning_rate=1e-2), **loop),  # type: ignore[arg-type]
+    )
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.mark.parametrize("words", [1, 5, 14, 15, 16, 30, 97])
+def test_windows_cover_every_passage_token_and_keep_to_the_limit(encoder: PairEncoder, words: int) -> None:
+    passage = " ".join(WORDS.split()[number % 10] for number in range(words))
+    pairs = list(encoder.pairs("what was red ?", [passage], 0))
+    covered = {offset for pair in pairs for offset in pair.offsets}
+    assert covered == set(encoder.tokens(passage)[1])
+    assert all(len(pair.ids) <= 24 for pair in pairs)
+    assert all(pair.ids[pair.first + len(pair.offsets) :] == [encoder.sep] for pair in pairs)
+
+
+def test_gold_spans_point_at_the_answer_in_every_window_that_holds_it_whole(encoder: PairEncoder) -> None:
+    passage = "red blue green one two three city river king book " * 3
+    start = passage.index("river king", 60)
+    found = 0
+    for pair in encoder.pairs("what ?", [passage], 0):
+        for first, extra in pair.gold([(start, start + len("river king"))], 5):
+            offsets = pair.offsets[first - pair.first], pair.offsets[first - pair.first + extra]
+            assert passage[offsets[0][0] : offsets[1][1]] == "river king"
+            found += 1
+    assert found >= 1
+
+
+def test_logits_do_not_depend_on_the_other_pairs_of_a_batch(encoder: PairEncoder, tiny_checkpoint: Path) -> None:
+    model = build_reader(resolve_checkpoint(str(tiny_checkpoint)), lora_rank=2, lora_alpha=2).eval()
+    pairs = list(encoder.pairs("what was red ?", ["red blue", "one two three city river king book one two"], 0))
+    with torch.inference_mode():
+        together = forward(model, pairs, encoder.pad, torch.device("cpu"))[0]
+        alone = forward(model, pairs[:1], encoder.pad, torch.device("cpu"))[0]
+    width = alone.shape[1]
+    assert torch.allclose(together[0, :width], alone[0], atol=1e-5)
+
+
+def test_a_prediction_is_text_of_the_passage_and_probabilities_do_not_exceed_one(encoder: PairEncoder, tiny_checkpoint: Path) -> None:
+    model = build_reader(resolve_checkpoint(str(tiny_checkpoint)), lora_rank=2, lora_alpha=2).eval()
+    passages = ["the red king", "one city by the river two three one two three one two three red"]
+    [prediction] = predict(
+        model, encoder, [("what was red ?", passages)], max_answer_tokens=5, device=torch.device("cpu"), autocast=nullcontext
+    )
+    assert any(prediction.text in passage for passage in passages)
+    assert prediction.score <= 0
+    assert prediction.null <= 0
+
+
+def test_held_out_questions_share_no_passage_with_training() -> None:
+    questions = [Question(id=str(n), text="?", context=f"passage {n // 3}", answers=("passage",)) for n in range(60)]
+    train, held = hold_out(questions, 9)
+    assert 9 <= len(held) <= 11
+    assert not {q.context for q in train} & {q.context for q in held}
+    assert len(train) + len(held) == 60
+
+
+def test_mined_negatives_are_ranked_and_hold_no_answer(tiny_checkpoint: Path) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    passages = ["red city", "blue river", "red king", "one book"]
+    question = Question(id="q", text="what is red ?", context="red king", answers=("king",))
+    vectors, asked = embed(checkpoint, passages), embed(checkpoint, [question.text])
+    [mined] = mine([question], asked, passages, vectors, 4)
+    assert set(mined) == {0, 1, 3}
+    scores = (asked @ vectors.T)[0]
+    assert mined == sorted(mined, key=lambda z: -scores[z])
+
+
+def test_drawing_negatives_never_repeats_and_never_exceeds_what_there_is() -> None:
+    import random
+
+    for seed in range(50):
+        drawn = draw([4, 7, 9], seed % 5, random.Random(seed))
+        assert len(drawn) == len(set(drawn)) == min(seed % 5, 3)
+        assert set(drawn) <= {4, 7, 9}
+
+
+def losses(output: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    whole = config_for(training_file, tiny_checkpoint, tmp_path / "whole")
+    train_reader(whole, resume=False, console=quiet())
+    halves = config_for(training_file, tiny_checkpoint, tmp_path / "halves", checkpoint_minutes=0.0)
+
+    class Killed(BaseException):
+        pass
+
+    original, steps = Loop._take_step, 0
+
+    def dies_after_seven(self: Loop[object], batch: list[object], total: int) -> float:
+        nonlocal steps
+        if steps == 7:
+            raise Killed
+        steps += 1
+        return original(self, batch, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_take_step", dies_after_seven)
+        with pytest.raises(Killed):
+            train_reader(halves, resume=False, console=quiet())
+    train_reader(halves, resume=True, console=quiet())
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert len(losses(tmp_path / "whole")) == 10
+    assert {file.name for file in (tmp_path / "whole" / "best").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "reader.json",
+    }
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=1, max_steps=1)
+    train_reader(config, resume=False, console=quiet())
+    with pytest.raises(InvalidConfig, match="--resume"):
+        train_reader(config, resume=False, console=quiet())
+
+
+def test_a_diverged_step_names_itself_and_its_batch(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReaderTask, "loss", lambda self, model, batch, rng: torch.tensor(float("nan")))
+        with pytest.raises(TrainingDiverged, match=r"step 0.*Batch: q\d+"):
+            train_reader(config_for(training_file, tiny_checkpoint, tmp_path / "run"), resume=False, console=quiet())
+
+
+def test_training_lowers_the_loss(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    train_reader(config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=12), resume=False, console=quiet())
+    history = list(losses(tmp_path / "run").values())
+    assert sum(history[-5:]) < 0.8 * sum(history[:5])

@@ -1,0 +1,69 @@
+"""Questions, gold spans and metrics as SQuAD defines them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from openbook_training.errors import InvalidData
+from openbook_training.squad import exact_match, f1, load_questions, normalise, occurrences
+
+
+def test_normal_form_drops_case_punctuation_articles_and_extra_spaces() -> None:
+    assert normalise("  The  Eiffel-Tower, a  landmark! ") == "eiffeltower landmark"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "em", "expected"),
+    [
+        ("the Normans", ["Normans"], 1.0, 1.0),
+        ("in France", ["France", "northern France"], 0.0, 2 / 3),
+        ("Denmark", ["Iceland"], 0.0, 0.0),
+        ("", [], 1.0, 1.0),
+        ("something", [], 0.0, 0.0),
+        ("a b b", ["b b c"], 0.0, 0.8),  # "a" is an article: {b, b} against {b, b, c}
+    ],
+)
+def test_exact_match_and_f1_take_the_best_accepted_answer(prediction: str, answers: list[str], em: float, expected: float) -> None:
+    assert exact_match(prediction, answers) == em
+    assert f1(prediction, answers) == pytest.approx(expected)
+
+
+def test_every_free_standing_occurrence_counts_and_one_inside_a_word_only_when_there_is_no_other() -> None:
+    assert occurrences("art, party, art", ["art"]) == [(0, 3), (12, 15)]
+    assert occurrences("party", ["art"]) == [(1, 4)]
+    assert occurrences("it costs $12 (12%)", ["$12", " "]) == [(9, 12)]
+
+
+def test_flat_and_nested_files_give_the_same_questions(tmp_path: Path) -> None:
+    row = {"id": "q1", "question": " Who? ", "context": "Ada did.", "answers": {"text": ["Ada", "Ada"], "answer_start": [0, 0]}}
+    (tmp_path / "flat.jsonl").write_text(json.dumps(row) + "\n\n")
+    answers = [{"text": "Ada", "answer_start": 0}] * 2
+    nested = {"data": [{"paragraphs": [{"context": "Ada did.", "qas": [{"id": "q1", "question": "Who?", "answers": answers}]}]}]}
+    (tmp_path / "nested.json").write_text(json.dumps(nested))
+    flat = load_questions(str(tmp_path / "flat.jsonl"))
+    assert flat == load_questions(str(tmp_path / "nested.json"))
+    assert (flat[0].text, flat[0].answers, flat[0].gold_spans()) == ("Who?", ("Ada",), [(0, 3)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"id": 1}\n', "row 1"),
+        ("a.jsonl", '{"id": 1, "question": "x"\n', "line 1 is not JSON"),
+        ("a.json", "[]", "not a SQuAD JSON file"),
+        ("a.jsonl", "", "no questions"),
+        ("a.jsonl", '{"id": 1, "question": " ", "context": "c", "answers": []}', "empty question"),
+    ],
+)
+def test_bad_data_names_file_row_and_reason(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidData, match=message) as raised:
+        load_questions(str(tmp_path / name))
+    assert name in str(raised.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(InvalidData, match="nowhere.jsonl"):
+        load_questions("nowhere.jsonl")

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from openbook_training.checkpoint import Checkpoint
 from peft import PeftModel
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForQuestionAnswering
 
 from openbook_export.errors import CheckpointUnsupported
 
+_UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers and peft raise on a damaged file
 _READER_DEFAULTS = {"max_tokens": 384, "max_question_tokens": 128, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
 
 
@@ -73,8 +75,8 @@ def load_embedder(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointUnsupported: it is no BERT, or its weights do not load.
     """
-    _require_bert(checkpoint.folder, checkpoint.name)
-    model: nn.Module = _load(AutoModel, checkpoint.folder, checkpoint.name, add_pooling_layer=False)
+    _require_bert(checkpoint)
+    model: nn.Module = _load(AutoModel, checkpoint, add_pooling_layer=False)
     return model
 
 
@@ -87,20 +89,20 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
     if not folder.is_dir():
         raise CheckpointUnsupported(f"--reader {folder}: no such folder; `openbook train reader` leaves one in <output>/best")
     settings = _READER_DEFAULTS | _read_json(folder / "reader.json")
+    stored = Checkpoint(name=f"--reader {folder}", folder=folder, pooling="", max_tokens=0)
     if (folder / "adapter_config.json").is_file():
-        model, digest = _adapted(checkpoint, folder, settings), _adapter_digest(folder)
+        model = _adapted(checkpoint, folder, settings)
     elif (folder / "config.json").is_file():
-        whole = Checkpoint(name=str(folder), folder=folder, pooling="mean", max_tokens=int(settings["max_tokens"]))
-        _require_bert(folder, str(folder))
-        if load_tokenizer(whole)[0].get_vocab() != load_tokenizer(checkpoint)[0].get_vocab():
+        _require_bert(stored)
+        if load_tokenizer(stored)[0].get_vocab() != load_tokenizer(checkpoint)[0].get_vocab():
             raise CheckpointUnsupported(f"--reader {folder}: its vocabulary is not {checkpoint.name!r}'s; a bundle has one tokenizer")
-        model, digest = _load(AutoModelForQuestionAnswering, folder, str(folder)), whole.digest()
+        model = _load(AutoModelForQuestionAnswering, stored)
     else:
         raise CheckpointUnsupported(f"--reader {folder}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
     try:
-        return ReaderModel(
+        reader = ReaderModel(
             model=model,
-            digest=digest,
+            digest=stored.digest(),
             max_tokens=min(int(settings["max_tokens"]), int(model.config.max_position_embeddings)),
             max_question_tokens=int(settings["max_question_tokens"]),
             max_answer_tokens=int(settings["max_answer_tokens"]),
@@ -109,43 +111,51 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
         )
     except (TypeError, ValueError) as error:
         raise CheckpointUnsupported(f"--reader {folder}: reader.json holds a value that is no number ({error})") from error
+    if min(reader.max_question_tokens, reader.max_answer_tokens) < 1 or reader.max_tokens <= reader.max_question_tokens + 3:
+        raise CheckpointUnsupported(
+            f"--reader {folder}: {reader.max_tokens} tokens in all leave no room for a passage beside a question of "
+            f"{reader.max_question_tokens} and three special tokens; reader.json states these limits"
+        )
+    return reader
 
 
 def _adapted(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> Any:
     actual, wanted = checkpoint.digest(), settings.get("base_digest")
-    if wanted is None:
-        raise CheckpointUnsupported(
-            f"--reader {folder}: reader.json with its base_digest is missing; copy the whole folder that training wrote"
-        )
+    missing = [name for name in ("reader.json", "adapter_model.safetensors") if not (folder / name).is_file()]
+    if missing or wanted is None:
+        lacks = ", ".join(missing) or "reader.json with a base_digest"
+        raise CheckpointUnsupported(f"--reader {folder} lacks {lacks}; copy the whole folder that `openbook train reader` wrote")
     if wanted != actual:
         raise CheckpointUnsupported(
             f"--reader {folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint "
             f"{checkpoint.name!r} has {actual}; export the checkpoint it was trained on, or train again"
         )
-    base = _load(AutoModelForQuestionAnswering, checkpoint.folder, checkpoint.name)
+    base = _load(AutoModelForQuestionAnswering, checkpoint)
     try:
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointUnsupported(f"--reader {folder}: the adapter does not load ({error})") from error
+    except (*_UNLOADABLE, KeyError, TypeError) as error:
+        raise CheckpointUnsupported(f"--reader {folder}: the adapter does not load ({_first_line(error)})") from error
 
 
-def _adapter_digest(folder: Path) -> str:
-    return Checkpoint(name=str(folder), folder=folder, pooling="mean", max_tokens=1).digest()
-
-
-def _load(kind: Any, folder: Path, name: str, **settings: Any) -> Any:
+def _load(kind: Any, checkpoint: Checkpoint, **settings: Any) -> Any:
     try:
         with _without_head_notice():
-            model = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, use_safetensors=True, **settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointUnsupported(f"checkpoint {name!r} does not load ({str(error).splitlines()[0]})") from error
+            model = kind.from_pretrained(
+                checkpoint.folder, attn_implementation="eager", dtype=torch.float32, use_safetensors=True, **settings
+            )
+    except _UNLOADABLE as error:
+        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r} does not load ({_first_line(error)})") from error
     return model.eval()
 
 
-def _require_bert(folder: Path, name: str) -> None:
-    kind = _read_json(folder / "config.json").get("model_type")
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+
+
+def _require_bert(checkpoint: Checkpoint) -> None:
+    kind = _read_json(checkpoint.folder / "config.json").get("model_type")
     if kind != "bert":
-        raise CheckpointUnsupported(f"checkpoint {name!r} is of model_type {kind!r}; export fuses and verifies 'bert' only")
+        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r} is of model_type {kind!r}; export fuses and verifies 'bert' only")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

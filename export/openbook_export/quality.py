@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,16 +16,18 @@ from openbook_training.squad import Question, exact_match, f1
 from openbook_export.errors import ExportFailed
 from openbook_export.models import ReaderModel
 
-STRIDE = 64  # tokens that neighbouring windows of a long passage share; twice the longest answer
+STRIDE = 64  # tokens that neighbouring windows of a long passage share, where there is room; twice the longest answer
 BATCH = 16  # pairs a run
 
-Answerer = Callable[[Sequence[Question]], list[str]]
 Scores = dict[str, float]
 
 
 def pair_encoder(checkpoint: Checkpoint, reader: ReaderModel) -> PairEncoder:
     """The windows that both sides read."""
-    return PairEncoder(checkpoint, max_tokens=reader.max_tokens, stride=STRIDE, max_question_tokens=reader.max_question_tokens)
+    room = reader.max_tokens - reader.max_question_tokens - 3
+    return PairEncoder(
+        checkpoint, max_tokens=reader.max_tokens, stride=min(STRIDE, room // 2), max_question_tokens=reader.max_question_tokens
+    )
 
 
 def pytorch_scores(reader: ReaderModel, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:

@@ -1,0 +1,117 @@
+"""What `ask`, `search` and `embed` share: their common arguments, files of texts, and replies on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from openbook.errors import ClientError
+from openbook.results import Answer, Hit
+
+FAILED, SOME_FAILED = 1, 3
+_AROUND = 160  # characters of a passage shown on each side of an answer
+
+
+class InvalidFile(ClientError):
+    """A file of texts cannot be read, or a file of results cannot be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputRow:
+    """One row of a file of texts, or why it is none."""
+
+    line: int
+    id: str
+    text: str
+    problem: str = ""
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for each message, retries included (default: 30)")
+
+
+def add_search_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--top-k", type=int, metavar="N", help=f"passages {what} (default: 5)")
+    parser.add_argument("--ef", type=int, metavar="N", help="candidates of the dense index; more is slower and more exact")
+
+
+def read_rows(name: str) -> Iterator[InputRow]:
+    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`, and `text` or `question`. Bad rows say why.
+
+    Raises:
+        InvalidFile: the file cannot be read.
+    """
+    try:
+        with open(name, "rb") if name != "-" else os.fdopen(os.dup(0), "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _row(number, line)
+    except OSError as error:
+        raise InvalidFile(f"{name}: {error.strerror}") from error
+
+
+def _row(number: int, line: bytes) -> InputRow:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return InputRow(number, str(number), "", f"not JSON ({error})")
+    if not isinstance(row, dict):
+        return InputRow(number, str(number), "", "no JSON object")
+    given = row.get("_id", row.get("id", number))
+    text = row.get("text", row.get("question"))
+    if not isinstance(text, str):
+        return InputRow(number, str(given), "", "neither `text` nor `question` is a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return InputRow(number, str(given), "", f"text that is no valid Unicode ({error.reason})")
+    return InputRow(number, str(given), text)
+
+
+@contextmanager
+def written_aside(name: str) -> Iterator[IO[str]]:
+    """A text file that gets its name only when the block ends well; `-` is standard output.
+
+    Raises:
+        InvalidFile: the file cannot be written.
+    """
+    if name == "-":
+        yield sys.stdout
+        return
+    path = Path(name)
+    aside = path.with_name(path.name + ".part")
+    try:
+        with aside.open("w", encoding="utf-8") as stream:
+            yield stream
+        aside.replace(path)
+    except OSError as error:
+        raise InvalidFile(f"{name}: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def coloured() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def marked(hit: Hit, answer: Answer) -> str:
+    """The passage around an answer, the answer marked: bold on a terminal, »…« elsewhere."""
+    start, end = max(0, answer.start - _AROUND), min(len(hit.text), answer.end + _AROUND)
+    before, after = hit.text[start : answer.start], hit.text[answer.end : end]
+    left, right = ("\033[1;32m", "\033[0m") if coloured() else ("»", "«")
+    text = ("…" if start else "") + before + left + answer.text + right + after + ("…" if end < len(hit.text) else "")
+    return " ".join(text.split())
+
+
+def spent(timings_ms: dict[str, float]) -> str:
+    """Where the time went, in one line."""
+    stages = "  ".join(f"{stage} {timings_ms[stage]:.1f}" for stage in ("tokenise", "embed", "search", "read", "rank"))
+    return f"{timings_ms['total']:.1f} ms on the server: {stages} (of it waiting {timings_ms['queue']:.1f})"

@@ -1,0 +1,87 @@
+"""The `openbook` command: finds the subcommand's module, and turns what can go wrong around it into one line.
+
+A module is imported only when its subcommand is asked for. Each has `add_arguments(parser)` and `run(arguments) -> int`
+and imports nothing heavy before `run`, so that every `--help` works on the base install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from openbook import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Subcommand:
+    module: str
+    meaning: str
+    extra: str  # that brings what the module imports; empty for the base install
+
+
+SUBCOMMANDS = {
+    "train": Subcommand("openbook_training.command", "fine-tune a model on questions with answers", "training"),
+    "export": Subcommand("openbook_export.command", "turn a checkpoint into a bundle of verified ONNX graphs", "server,export"),
+    "index": Subcommand("openbook_server.command_index", "put documents into a knowledge base", "server"),
+    "serve": Subcommand("openbook_server.command_serve", "answer over gRPC from a bundle and a knowledge base", "server"),
+    "ask": Subcommand("openbook.command_ask", "ask a server a question, or a file of questions", ""),
+    "search": Subcommand("openbook.command_search", "find the passages for a question", ""),
+    "embed": Subcommand("openbook.command_embed", "turn texts into vectors", ""),
+    "evaluate": Subcommand("openbook_export.command_evaluate", "measure a running server on questions with known answers", ""),
+    "info": Subcommand("openbook_server.command_info", "say what a bundle, a knowledge base or a server is", ""),
+}
+_EXTRAS = {"datasets": "datasets", "pyarrow": "datasets"}  # modules that another extra than the subcommand's own brings
+_INTERRUPTED, _DEFECT = 130, 70
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    parser = argparse.ArgumentParser(
+        prog="openbook",
+        description="Answers from your documents: train, export, index, serve, ask.",
+        epilog="`openbook SUBCOMMAND --help` is the manual of each.  First steps: export, index, serve, ask.",
+    )
+    parser.add_argument("--version", action="version", version=f"openbook {__version__}")
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    try:
+        for known, subcommand in SUBCOMMANDS.items():
+            subparser = subparsers.add_parser(known, help=subcommand.meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
+            if known == name:
+                module = importlib.import_module(subcommand.module)
+                module.add_arguments(subparser)
+                subparser.set_defaults(run=module.run)
+        parsed = parser.parse_args(arguments)
+        status: int = parsed.run(parsed)
+        sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        return _missing(name, error)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away; so do we, quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("OPENBOOK_TRACEBACK"):
+            raise
+        print(f"openbook {name}: {type(error).__name__}: {error} (OPENBOOK_TRACEBACK=1 shows where)", file=sys.stderr)
+        return _DEFECT
+    return status
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> int:
+    module = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(module, SUBCOMMANDS[name].extra if name in SUBCOMMANDS else "")
+    if not extra:
+        raise error
+    print(f"openbook {name} needs {module}, which is not installed: pip install 'openbook[{extra}]'", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""`openbook ask`: one question on the command line, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from openbook.asking import (
+    FAILED,
+    SOME_FAILED,
+    InputRow,
+    add_search_arguments,
+    add_server_arguments,
+    marked,
+    read_rows,
+    spent,
+    written_aside,
+)
+from openbook.client import MODES, TEXTS_A_MESSAGE, Client
+from openbook.errors import ClientError, RequestRejected
+from openbook.results import AnswerResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Ask a running server. Answers come with their probability, the passage they stand in, and its source."
+    parser.epilog = (
+        'example: openbook ask "Who signed the lease?" --top-k 10\n'
+        "         openbook ask --file questions.jsonl --out answers.jsonl\n"
+        "A file has a JSON object a line, with `_id` or `id` and `text` or `question`; the output has a line a question, in order:\n"
+        '{"id", "question", "answers": [{"text", "probability", "passage_id", "document_id", "start", "end"}],\n'
+        ' "hits": [{"passage_id", "document_id", "score"}], "no_answer_probability", "timings_ms"}; for a bad row {"id", "error"}.\n'
+        "exit status: 0 all answered; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed; 130 stopped"
+    )
+    parser.add_argument("question", nargs="?", help="the question")
+    parser.add_argument("--file", metavar="QUESTIONS.jsonl", help="a file of questions; - is standard input")
+    parser.add_argument("--out", metavar="ANSWERS.jsonl", default="-", help="where answers to a file go (default: standard output)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add_search_arguments(parser, "read for each question")
+    parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question (default: 3)")
+    parser.add_argument("--mode", choices=sorted(MODES), help="how passages are found (default: hybrid)")
+    add_server_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if (arguments.question is None) == (arguments.file is None):
+        print("openbook ask: give a question, or --file QUESTIONS.jsonl (one of the two)", file=sys.stderr)
+        return 2
+    try:
+        with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
+            return _ask_file(client, arguments) if arguments.file else _ask_one(client, arguments)
+    except ClientError as error:
+        print(f"openbook ask: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _ask(client: Client, questions: list[str], arguments: argparse.Namespace) -> list[AnswerResult | RequestRejected]:
+    options = {name: getattr(arguments, name) for name in ("top_k", "max_answers", "mode", "ef")}
+    return client.answer(questions, **options)
+
+
+def _ask_one(client: Client, arguments: argparse.Namespace) -> int:
+    [result] = _ask(client, [arguments.question], arguments)
+    if isinstance(result, RequestRejected):
+        raise result
+    print(json.dumps(result.to_json(), ensure_ascii=False) if arguments.json else render(result))
+    return 0
+
+
+def render(result: AnswerResult) -> str:
+    """A result for people: each answer, its passage with the span marked, its source, and where the time went."""
+    hits = {hit.passage_id: hit for hit in result.hits}
+    lines = [result.question]
+    if not result.answers:
+        lines.append("  no answer: no passage was found to read")
+    for number, answer in enumerate(result.answers, 1):
+        hit = hits[answer.passage_id]
+        place = f"characters {answer.document_start} to {answer.document_end} of {hit.source or answer.document_id}"
+        title = f" ({hit.title})" if hit.title else ""
+        lines += [
+            f"  {number}. {' '.join(answer.text.split())}   [{answer.probability:.0%}]",
+            f"     {marked(hit, answer)}",
+            f"     passage {answer.passage_id}{title}, {place}",
+        ]
+    lines += [f"  no answer in these passages: {result.no_answer_probability:.0%}", f"  {spent(dict(result.timings_ms))}"]
+    return "\n".join(lines)
+
+
+def _ask_file(client: Client, arguments: argparse.Namespace) -> int:
+    """Answer every row in order, a message at a time; a bad row fails alone and is named."""
+    asked = failed = 0
+    began = shown = time.monotonic()
+    client.describe()  # a server that is not there is told before a file is opened for writing
+    rows = read_rows(arguments.file)
+    with written_aside(arguments.out) as out:
+        while batch := [row for row, _ in zip(rows, range(TEXTS_A_MESSAGE), strict=False)]:
+            for row, line in _answer_batch(client, batch, arguments):
+                asked += 1
+                if "error" in line:
+                    failed += 1
+                    print(f"openbook ask: {arguments.file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{asked} questions, {asked / (shown - began):.1f} a second", file=sys.stderr)
+    print(f"{asked - failed} of {asked} questions answered in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return SOME_FAILED if failed else 0
+
+
+def _answer_batch(client: Client, batch: list[InputRow], arguments: argparse.Namespace) -> list[tuple[InputRow, dict[str, object]]]:
+    good = [row for row in batch if not row.problem]
+    try:
+        results = _ask(client, [row.text for row in good], arguments) if good else []
+    except RequestRejected as error:
+        if error.field.startswith("questions"):  # the only question of its message is bad
+            results = [error] * len(good)
+        else:
+            raise
+    answered = {row.line: result for row, result in zip(good, results, strict=True)}
+    lines: list[tuple[InputRow, dict[str, object]]] = []
+    for row in batch:
+        result = answered.get(row.line)
+        if isinstance(result, AnswerResult):
+            lines.append((row, {"id": row.id, **result.to_json()}))
+        else:
+            lines.append((row, {"id": row.id, "error": row.problem or str(result)}))
+    return lines

@@ -1,0 +1,79 @@
+"""`openbook embed`: texts into vectors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from openbook.asking import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows
+from openbook.client import TEXTS_A_MESSAGE, Client
+from openbook.errors import ClientError, RequestRejected
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Turn texts into unit vectors; the similarity of two texts is the inner product of theirs."
+    parser.epilog = (
+        'example: openbook embed "a lease" "a rental contract"\n'
+        "         openbook embed --file texts.jsonl --out vectors.npy\n"
+        'Vectors are printed as JSON lines {"id", "vector"}; an --out that ends in .npy gets one float32 array, a row a text.\n'
+        "exit status: 0 all embedded; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed (their rows are zeros in .npy)"
+    )
+    parser.add_argument("texts", nargs="*", help="the texts")
+    parser.add_argument(
+        "--file", metavar="TEXTS.jsonl", help="a file with a JSON object a line: `_id` or `id`, and `text`; - is standard input"
+    )
+    parser.add_argument("--out", metavar="FILE", help="where the vectors go (default: standard output)")
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model instead of refusing them")
+    add_server_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if bool(arguments.texts) == bool(arguments.file):
+        print("openbook embed: give texts, or --file TEXTS.jsonl (one of the two)", file=sys.stderr)
+        return 2
+    try:
+        with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
+            return _embed(client, arguments)
+    except ClientError as error:
+        print(f"openbook embed: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _embed(client: Client, arguments: argparse.Namespace) -> int:
+    dim = client.describe().bundle.dim
+    if arguments.file:
+        rows = [(row.id, row.text, row.problem) for row in read_rows(arguments.file)]
+    else:
+        rows = [(str(number), text, "") for number, text in enumerate(arguments.texts, 1)]
+    vectors = np.zeros((len(rows), dim), np.float32)
+    failed: dict[int, str] = {at: problem for at, (_, _, problem) in enumerate(rows) if problem}
+    good = [at for at in range(len(rows)) if at not in failed]
+    for first in range(0, len(good), TEXTS_A_MESSAGE):
+        batch = good[first : first + TEXTS_A_MESSAGE]
+        try:
+            vectors[batch] = client.embed([rows[at][1] for at in batch], truncate=arguments.truncate)
+        except RequestRejected:  # a bad text among them: one by one, so that it fails alone
+            for at in batch:
+                try:
+                    vectors[at] = client.embed([rows[at][1]], truncate=arguments.truncate)[0]
+                except RequestRejected as error:
+                    failed[at] = str(error)
+    for at, problem in failed.items():
+        print(f"openbook embed: text {rows[at][0]}: {problem}", file=sys.stderr)
+    if len(failed) == len(rows):
+        return FAILED
+    lines = "".join(json.dumps({"id": rows[at][0], "vector": [float(x) for x in vectors[at]]}) + "\n" for at in good if at not in failed)
+    try:
+        if arguments.out is None:
+            sys.stdout.write(lines)
+        elif arguments.out.endswith(".npy"):
+            np.save(arguments.out, vectors)
+        else:
+            Path(arguments.out).write_text(lines)
+    except OSError as error:
+        raise InvalidFile(f"{arguments.out}: {error.strerror}") from error
+    return SOME_FAILED if failed else 0

@@ -1,0 +1,55 @@
+"""`openbook search`: the passages for a question, without reading them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from openbook.asking import FAILED, add_search_arguments, add_server_arguments
+from openbook.client import MODES, Client
+from openbook.errors import ClientError, RequestRejected
+from openbook.results import SearchResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Find the passages that fit a question best."
+    parser.epilog = 'example: openbook search "termination of the lease" --mode lexical --top-k 20 --json\nexit status: 0 found; 1 failed; 2 wrong usage'
+    parser.add_argument("question", help="the question, or just words")
+    parser.add_argument("--json", action="store_true", help="print the hits as JSON, whole passages included")
+    add_search_arguments(parser, "found")
+    parser.add_argument("--mode", choices=sorted(set(MODES) - {"none"}), help="what scores are compared (default: hybrid)")
+    add_server_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
+            [result] = client.search([arguments.question], top_k=arguments.top_k, mode=arguments.mode, ef=arguments.ef)
+        if isinstance(result, RequestRejected):
+            raise result
+    except ClientError as error:
+        print(f"openbook search: {error}", file=sys.stderr)
+        return FAILED
+    print(_json(result) if arguments.json else render(result))
+    return 0
+
+
+def _json(result: SearchResult) -> str:
+    texts = [{"title": hit.title, "text": hit.text, "source": hit.source, "metadata": dict(hit.metadata)} for hit in result.hits]
+    whole = result.to_json()
+    whole["hits"] = [hit | text for hit, text in zip(whole["hits"], texts, strict=True)]
+    return json.dumps(whole, ensure_ascii=False)
+
+
+def render(result: SearchResult) -> str:
+    """A line for each hit: score, where it is, and how it begins."""
+    if not result.hits:
+        return "no passage found"
+    lines = []
+    for number, hit in enumerate(result.hits, 1):
+        parts = [f"cosine {hit.dense_score:.3f}"] if hit.dense_score is not None else []
+        parts += [f"BM25 {hit.lexical_score:.2f}"] if hit.lexical_score is not None else []
+        lines.append(f"{number:3}. {hit.score:.3f}  {hit.passage_id}  ({', '.join(parts)})")
+        lines.append(f"     {' '.join(hit.text.split())[:150]}")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""Every way a call can fail, one class for each thing a caller can do differently.
+
+A request is wrong (RequestRejected: mend it), the server is not there (ServerUnavailable: start it, try another), too busy
+(ServerOverloaded: come back later), too slow (DeadlineExceeded: allow more time), or broken (ServerFailed: report it).
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+
+class ClientError(Exception):
+    """Root: the message is fit for a user."""
+
+
+class RequestRejected(ClientError):
+    """The server, or the client before sending, found the request wrong; unchanged it will be refused again."""
+
+    def __init__(self, message: str, *, field: str = "", reason: str = "INVALID_REQUEST") -> None:
+        super().__init__(f"{field}: {message}" if field and not message.startswith(field) else message)
+        self.field = field  # e.g. "questions[3]" or "top_k"
+        self.reason = reason  # stable, for programs
+
+
+class ServerUnavailable(ClientError):
+    """No server there, or it is starting or shutting down."""
+
+
+class ServerOverloaded(ClientError):
+    """The server's queue is full and stayed so until the deadline."""
+
+
+class DeadlineExceeded(ClientError):
+    """No answer within the time allowed."""
+
+
+class ServerFailed(ClientError):
+    """A failure inside the server; its log has more."""
+
+
+def from_rpc(error: grpc.RpcError, address: str, timeout_seconds: float) -> tuple[ClientError, float | None]:
+    """A failed call as a ClientError, and the delay in seconds the server asked for (None where it asked for none)."""
+    code, details = error.code(), error.details() or ""
+    status = rpc_status.from_call(error)
+    reason, field, delay = "", "", None
+    for detail in status.details if status is not None else ():
+        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(bad) and bad.field_violations:
+            field, details = bad.field_violations[0].field, bad.field_violations[0].description
+        elif detail.Unpack(retry):
+            delay = retry.retry_delay.ToNanoseconds() / 1e9
+    if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE}:
+        return RequestRejected(details, field=field, reason=reason or code.name), None
+    if code is grpc.StatusCode.UNAVAILABLE:
+        said = details if reason else f"no server at {address}; start one with `openbook serve BUNDLE KB`, or name another with --server"
+        return ServerUnavailable(said), delay
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if not reason:  # gRPC's own limit on the size of a message
+            return RequestRejected(details, field="request", reason="MESSAGE_TOO_LARGE"), None
+        return ServerOverloaded(details), delay
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        said = f" ({details})" if reason else ""
+        return DeadlineExceeded(f"no answer from {address} within {timeout_seconds:g} s{said}; allow more time"), None
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return RequestRejected(f"{address} does not serve openbook.v1 ({details})", reason="UNIMPLEMENTED"), None
+    return ServerFailed(f"{address} failed: {code.name} {details}"), None

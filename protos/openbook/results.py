@@ -1,0 +1,108 @@
+"""What a client gets back: plain frozen objects instead of protocol messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openbook.v1 import openbook_pb2 as pb
+
+STAGES = ("tokenise", "embed", "search", "read", "rank", "queue", "total")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hit:
+    """A passage that a search found, with its score and where it comes from."""
+
+    passage_id: str
+    document_id: str
+    score: float
+    dense_score: float | None
+    lexical_score: float | None
+    title: str
+    text: str
+    source: str
+    document_start: int  # where the passage begins in the document's text, in code points
+    metadata: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passage_id": self.passage_id, "document_id": self.document_id, "score": self.score}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A span of a passage; offsets count code points of the passage's text, the end is exclusive."""
+
+    text: str
+    probability: float
+    passage_id: str
+    document_id: str
+    start: int
+    end: int
+    document_start: int  # the same place in the document's text
+    document_end: int
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("text", "probability", "passage_id", "document_id", "start", "end")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """The passages found for one question, best first."""
+
+    question: str
+    hits: tuple[Hit, ...]
+    timings_ms: Mapping[str, float]  # of the message the question travelled in
+    bundle_id: str
+    generation: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"question": self.question, "hits": [hit.to_json() for hit in self.hits], "timings_ms": dict(self.timings_ms)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerResult:
+    """The answers to one question, most probable first, and the passages that were read for it."""
+
+    question: str
+    answers: tuple[Answer, ...]
+    hits: tuple[Hit, ...]
+    no_answer_probability: float  # that none of the passages holds an answer
+    timings_ms: Mapping[str, float]  # of the message the question travelled in
+    bundle_id: str
+    generation: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "answers": [answer.to_json() for answer in self.answers],
+            "hits": [hit.to_json() for hit in self.hits],
+            "no_answer_probability": self.no_answer_probability,
+            "timings_ms": dict(self.timings_ms),
+        }
+
+
+def timings_ms(message: pb.Timings) -> dict[str, float]:
+    """Stage -> milliseconds; `queue` is the part of embed and read spent waiting."""
+    return {stage: round(getattr(message, stage + "_ms"), 3) for stage in STAGES}
+
+
+def hit(message: pb.Hit) -> Hit:
+    return Hit(
+        passage_id=message.passage_id,
+        document_id=message.document_id,
+        score=message.score,
+        dense_score=message.dense_score if message.HasField("dense_score") else None,
+        lexical_score=message.lexical_score if message.HasField("lexical_score") else None,
+        title=message.title,
+        text=message.text,
+        source=message.source,
+        document_start=message.document_start,
+        metadata=dict(message.metadata),
+    )
+
+
+def answer(message: pb.Answer) -> Answer:
+    return Answer(**{field: getattr(message, field) for field in Answer.__dataclass_fields__})

@@ -1,0 +1,114 @@
+"""`openbook info`: what a bundle, a knowledge base or a running server is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Say what a bundle, a knowledge base or a server is; a bundle's digests are checked."
+    parser.epilog = (
+        "example: openbook info bundle/; openbook info kb/; openbook info localhost:50051\nexit status: 0; 1 when it is none or damaged"
+    )
+    parser.add_argument("target", metavar="BUNDLE|KB|HOST:PORT", help="a folder, or the address of a server")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from openbook.errors import ClientError
+
+    from openbook_server.errors import OpenBookError
+
+    try:
+        facts = _facts(arguments.target)
+    except (OpenBookError, ClientError) as error:
+        print(f"openbook info: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        width = max(map(len, facts))
+        print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    return 0
+
+
+def _facts(target: str) -> dict[str, Any]:
+    from openbook_server.bundle import MANIFEST
+    from openbook_server.errors import BundleInvalid
+    from openbook_server.knowledge.store import FILE
+
+    folder = Path(target)
+    if (folder / MANIFEST).is_file():
+        return _bundle(folder)
+    if (folder / FILE).is_file():
+        return _knowledge_base(folder)
+    if not folder.exists() and ":" in target:
+        return _server(target)
+    what = "is neither a bundle nor a knowledge base" if folder.exists() else "does not exist"
+    raise BundleInvalid(f"{target} {what}; give a folder written by `openbook export` or `openbook index`, or HOST:PORT of a server")
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    from openbook_server.bundle import load_bundle
+
+    bundle = load_bundle(folder)
+    facts: dict[str, Any] = {
+        "kind": "bundle (every digest matches)",
+        "name": bundle.name,
+        "id": bundle.id,
+        "licence": bundle.license,
+        "tasks": ", ".join(bundle.tasks),
+        "source": bundle.manifest.get("source"),
+        "embedder": f"{bundle.embedder.dim} dimensions, {bundle.embedder.max_tokens} tokens, graphs {', '.join(bundle.embedder.graphs)}",
+        "fingerprint": bundle.embedder.fingerprint,
+    }
+    if bundle.reader is not None:
+        facts["reader"] = f"{bundle.reader.max_tokens} tokens a pair, graphs {', '.join(bundle.reader.graphs)}"
+    return facts
+
+
+def _knowledge_base(folder: Path) -> dict[str, Any]:
+    from openbook_server.knowledge.store import FILE, Store
+
+    store = Store(folder, read_only=True)
+    try:
+        counts = store.counts()
+        return {
+            "kind": "knowledge base",
+            "documents": counts.documents,
+            "passages": counts.passages,
+            "generation": store.meta("generation"),
+            "fingerprint": store.meta("fingerprint"),
+            "dimensions": store.meta("dim"),
+            "writes": store.sequence(),
+            "bytes": (folder / FILE).stat().st_size,
+            "snapshots": ", ".join(sorted(file.name for file in folder.glob("index-*.hnsw"))) or "none (all rows are scanned exactly)",
+        }
+    finally:
+        store.close()
+
+
+def _server(address: str) -> dict[str, Any]:
+    from openbook.client import Client
+
+    with Client(address, timeout_seconds=10) as client:
+        reply = client.describe()
+    limits = reply.limits
+    return {
+        "kind": f"server, openbook {reply.version}",
+        "bundle": f"{reply.bundle.name} {reply.bundle.id}",
+        "licence": reply.bundle.license,
+        "tasks": ", ".join(reply.bundle.tasks),
+        "fingerprint": reply.bundle.embedder_fingerprint,
+        "device": f"{reply.device}, {reply.precision}",
+        "knowledge base": f"{reply.knowledge_base.documents} documents, {reply.knowledge_base.passages} passages, "
+        f"generation {reply.knowledge_base.generation}"
+        if reply.HasField("knowledge_base")
+        else "none",
+        "limits": f"{limits.max_texts} texts a request, {limits.max_text_tokens} tokens a text, {limits.max_question_tokens} a question, "
+        f"top_k {limits.max_top_k}, {limits.max_message_bytes} bytes a message",
+    }

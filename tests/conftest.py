@@ -1,0 +1,80 @@
+"""Tiny real models for every suite: a random BERT of two layers, a reader on it, and the bundle that the export makes of them."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+
+WORDS = "red blue green one two three city river king book the of was in case what who read and a to is it by"
+DIM = 32
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: BERT with 2 layers of 32, and a WordPiece tokenizer that knows `WORDS` and single letters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    characters = string.ascii_lowercase + string.digits
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *string.punctuation, *characters, *(f"##{character}" for character in characters), *WORDS.split()]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=DIM,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # ten times BERT's: texts must differ although nothing was learned
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reader(tiny_checkpoint: Path) -> Path:
+    """An adapter to `tiny_checkpoint`, as `openbook train reader` leaves one; random, so that merging it matters."""
+    import torch
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.reader import build_reader
+
+    torch.manual_seed(1)
+    checkpoint, folder = resolve_checkpoint(str(tiny_checkpoint)), tiny_checkpoint.parent / "reader"
+    model = build_reader(checkpoint, lora_rank=2, lora_alpha=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    limits = {"max_tokens": 64, "max_question_tokens": 16, "max_answer_tokens": 5}
+    settings = {"base_checkpoint": str(tiny_checkpoint), "base_digest": checkpoint.digest(), **limits}
+    (folder / "reader.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tiny_reader: Path) -> Path:
+    """The bundle that `openbook export` makes of `tiny_checkpoint` and `tiny_reader`, with int8 graphs. Copy it before you change it."""
+    from openbook_export.export import ExportOptions, export_bundle
+
+    folder = tiny_checkpoint.parent / "bundle"
+    export_bundle(
+        ExportOptions(checkpoint=str(tiny_checkpoint), bundle=folder, reader=tiny_reader, int8=True, name="tiny", license="Apache-2.0"),
+        lambda line: None,
+    )
+    return folder

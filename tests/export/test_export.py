@@ -1,0 +1,352 @@
+"""The export on a tiny checkpoint: what a bundle promises, and every gate that refuses one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from openbook_export.errors import CheckpointUnsupported, ExportFailed, OutputExists
+from openbook_export.export import ExportOptions, export_bundle
+from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, SpanScoring
+from openbook_export.models import load_embedder, load_reader, load_tokenizer
+from openbook_export.optimise import fuse
+from openbook_export.parity import check_parity
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.runtime import Graph, build_device
+from openbook_training.checkpoint import resolve_checkpoint
+from openbook_training.errors import CheckpointNotFound, InvalidData
+from openbook_training.negatives import embed
+from openbook_training.objectives import null_scores, span_scores
+from tokenizers import Tokenizer
+
+TEXTS = ["red", "the king read", "one two three city river king book", "what was it, in the case of a blue book?"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return load_bundle(tiny_bundle)
+
+
+def batch(tokenizer: Tokenizer, texts: list[str] | list[tuple[str, str]], length: int) -> dict[str, np.ndarray]:
+    encodings = tokenizer.encode_batch(texts)
+    rows = {
+        "input_ids": [encoding.ids for encoding in encodings],
+        "attention_mask": [encoding.attention_mask for encoding in encodings],
+        "token_type_ids": [encoding.type_ids for encoding in encodings],
+    }
+    return {name: np.array([[*row, *[0] * (length - len(row))] for row in values]) for name, values in rows.items()}
+
+
+def graph(bundle: Bundle, model: str, precision: str = "fp32") -> Graph:
+    return Graph(bundle.graph_path(model, precision), build_device("cpu", precision, 1), 1)
+
+
+def options(tmp_path: Path, checkpoint: Path, **changes: object) -> ExportOptions:
+    return ExportOptions(**{"checkpoint": str(checkpoint), "bundle": tmp_path / "bundle", **changes})
+
+
+def silent(line: str) -> None:
+    """Progress goes nowhere."""
+
+
+def test_the_embedder_gives_the_vectors_of_pytorch(bundle: Bundle, tiny_checkpoint: Path) -> None:
+    wanted = embed(resolve_checkpoint(str(tiny_checkpoint)), TEXTS)
+    inputs = batch(Tokenizer.from_file(str(bundle.tokenizer_path)), TEXTS, 24)
+    for precision, cosine in (("fp32", 0.9999), ("fp16", 0.999)):
+        vectors = graph(bundle, "embedder", precision).run(inputs)["sentence_embedding"]
+        assert vectors.dtype == np.float32
+        assert (vectors * wanted).sum(1).min() >= cosine
+
+
+def test_the_reader_gives_the_spans_and_normaliser_of_the_training_objective(
+    bundle: Bundle, tiny_checkpoint: Path, tiny_reader: Path
+) -> None:
+    """The oracle is the objective that the reader was trained with, on PyTorch's logits of every pair alone."""
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+    reader = load_reader(checkpoint, tiny_reader)
+    pairs = [("who read ?", text) for text in TEXTS]
+    outputs = graph(bundle, "reader").run(batch(tokenizer, pairs, 40))
+    for row, pair in enumerate(pairs):
+        encoding = tokenizer.encode(*pair)
+        one = {name: torch.tensor(values) for name, values in batch(tokenizer, [pair], len(encoding.ids)).items()}
+        with torch.inference_mode():
+            logits = reader.model(**one)
+        passage = torch.tensor([[kind == 1 for kind in encoding.type_ids[:-1]] + [False]])
+        spans = span_scores(logits.start_logits, logits.end_logits, passage, 5)[0]
+        null = null_scores(logits.start_logits, logits.end_logits)
+        ranked = sorted(
+            ((float(spans[first, extra]), first, first + extra) for first in range(len(encoding.ids)) for extra in range(5)), reverse=True
+        )
+        valid = [span for span in ranked if span[0] > -1e8][:SPANS]
+        assert outputs["span_score"][row][: len(valid)] == pytest.approx([score for score, _, _ in valid], abs=1e-3)
+        assert (outputs["span_score"][row][len(valid) :] == -1e9).all()
+        assert (outputs["span_start"][row][0], outputs["span_end"][row][0]) == valid[0][1:]
+        assert outputs["null_score"][row] == pytest.approx(float(null), abs=1e-3)
+        everything = torch.logsumexp(torch.cat([spans.flatten(), null]), dim=0)
+        assert outputs["log_normaliser"][row] == pytest.approx(float(everything), abs=1e-3)
+
+
+@pytest.mark.parametrize("model", ["embedder", "reader"])
+@pytest.mark.parametrize("length", [20, 21])
+def test_a_row_gives_the_same_bytes_whatever_shares_its_batch(bundle: Bundle, model: str, length: int) -> None:
+    """One row alone is where onnxruntime's reductions would add in another order."""
+    texts = [" ".join(TEXTS[2].split()[: count % 7 + 1]) for count in range(17)]
+    rows = batch(Tokenizer.from_file(str(bundle.tokenizer_path)), texts if model == "embedder" else [("who ?", t) for t in texts], length)
+    run = graph(bundle, model).run
+    alone = [run({name: values[row : row + 1] for name, values in rows.items()}) for row in range(17)]
+    for size in (2, 3, 5, 8, 17):
+        together = run({name: values[:size] for name, values in rows.items()})
+        for name, values in together.items():
+            for row in range(size):
+                assert values[row].tobytes() == alone[row][name][0].tobytes(), (name, size, row)
+
+
+def test_a_passage_without_tokens_scores_as_no_answer() -> None:
+    ids = torch.tensor([[2, 9, 3, 3, 0]])
+    types, mask = torch.tensor([[0, 0, 0, 1, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
+    logits = torch.arange(5.0)[None]
+    _, _, scores, null, normaliser = SpanScoring(sep_id=3, max_answer_tokens=2)(logits, logits, ids, mask, types)
+    assert (scores == -1e9).all()
+    assert normaliser == null == 0.0
+
+
+def test_the_tokenizer_neither_pads_nor_truncates(bundle: Bundle) -> None:
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+    assert tokenizer.padding is None
+    assert tokenizer.truncation is None
+
+
+def test_the_manifest_says_what_was_fused_and_how_far_every_graph_is_from_pytorch(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert manifest["embedder"]["measured"]["fp32"]["fused"]["Attention"] == 2
+    assert manifest["embedder"]["measured"]["fp32"]["parity"]["cosine"] >= 0.9999
+    assert manifest["reader"]["measured"]["fp16"]["parity"]["difference"] <= 0.1
+    assert set(manifest["reader"]["graphs"]) == {"fp32", "fp16", "int8"}
+    assert manifest["versions"]["onnxruntime"]
+    assert manifest["source"]["checkpoint"] == "checkpoint"
+    assert str(bundle.folder.parent) not in json.dumps(manifest)
+
+
+def test_no_graph_names_a_path_of_the_machine_that_wrote_it(bundle: Bundle) -> None:
+    root = str(Path(torch.__file__).parent.parent).encode()
+    for file in bundle.folder.glob("*.onnx"):
+        assert root not in file.read_bytes()
+        assert onnx.load(file).producer_name in {"openbook", "onnx.quantize"}
+
+
+def test_the_same_export_gives_the_same_bundle_id(bundle: Bundle, tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    again = export_bundle(options(tmp_path, tiny_checkpoint, reader=tiny_reader, int8=True, name="tiny", license="Apache-2.0"), silent)
+    assert again.id == bundle.id
+
+
+def test_a_bundle_without_a_reader_only_embeds(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    bundle = export_bundle(options(tmp_path, tiny_checkpoint), lines.append)
+    assert bundle.reader is None
+    assert bundle.tasks == ("embed",)
+    assert bundle.name == "checkpoint"
+    assert bundle.license == "unknown"
+    assert {file.name for file in bundle.folder.iterdir()} == {
+        "manifest.json",
+        "tokenizer.json",
+        "golden.npz",
+        "embedder.fp32.onnx",
+        "embedder.fp16.onnx",
+    }
+    assert any("embedder.fp16.onnx: cosine" in line for line in lines)
+
+
+def test_calibrated_constants_come_from_the_reader_unless_given(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    reader = shutil.copytree(tiny_reader, tmp_path / "reader")
+    settings_of(reader, prior_weight=2.5, null_bias=-1.0)
+    info = export_bundle(options(tmp_path, tiny_checkpoint, reader=reader, null_bias=0.5), silent).reader
+    assert info is not None
+    assert (info.prior_weight, info.null_bias) == (2.5, 0.5)
+    assert (info.max_tokens, info.max_question_tokens, info.max_answer_tokens) == (64, 16, 5)
+
+
+def test_a_whole_question_answering_checkpoint_is_a_reader_too(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    merged = load_reader(checkpoint, tiny_reader).model
+    whole = shutil.copytree(tiny_checkpoint, tmp_path / "whole")
+    merged.save_pretrained(whole)  # type: ignore[operator]  # a transformers model; nn.Module types its attributes as Tensor
+    reloaded = load_reader(checkpoint, whole)
+    assert torch.equal(reloaded.model.qa_outputs.weight, merged.qa_outputs.weight)  # type: ignore[union-attr]  # the same
+    assert reloaded.max_tokens == 128  # the default of 384, cut to the model's positions
+
+
+def settings_of(reader: Path, **changes: object) -> None:
+    """Change what reader.json states."""
+    file = reader / "reader.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_an_adapter_of_another_checkpoint_is_refused(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    reader = shutil.copytree(tiny_reader, tmp_path / "reader")
+    settings_of(reader, base_digest="0" * 64, base_checkpoint="other")
+    with pytest.raises(CheckpointUnsupported, match=r"was trained on 'other' with digest 0000"):
+        export_bundle(options(tmp_path, tiny_checkpoint, reader=reader), silent)
+    assert [file.name for file in tmp_path.iterdir()] == ["reader"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "reader.json").unlink(), "lacks reader.json"),
+        (lambda folder: (folder / "reader.json").write_text("{}"), "lacks reader.json with a base_digest"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "lacks adapter_model.safetensors"),
+        (lambda folder: (folder / "reader.json").write_text("{"), "unreadable"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"), "does not load"),
+        (lambda folder: settings_of(folder, max_tokens="many"), "no number"),
+        (lambda folder: settings_of(folder, max_tokens=18), "leave no room for a passage"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "neither adapter_config.json"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_a_damaged_reader_is_refused_with_a_reason(
+    tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path, damage: object, message: str
+) -> None:
+    reader = shutil.copytree(tiny_reader, tmp_path / "reader")
+    damage(reader)  # type: ignore[operator]  # a function of the folder
+    with pytest.raises(CheckpointUnsupported, match=message):
+        load_reader(resolve_checkpoint(str(tiny_checkpoint)), reader)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("config.json", '"model_type": "bert"', '"model_type": "roberta"', "model_type 'roberta'"),
+        ("tokenizer.json", '"type_id": 1', '"type_id": 0', "segments 0 and 1"),
+        ("tokenizer.json", "{", "[", "does not load"),
+    ],
+)
+def test_a_checkpoint_that_is_no_bert_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new))
+    with pytest.raises(CheckpointUnsupported, match=message):
+        export_bundle(options(tmp_path, copy), silent)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_export_whose_attention_is_not_fused_fails(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A graph that holds one layer, where the configuration promises two, is what a broken fusion looks like."""
+    from openbook_export.graphs import write_onnx
+
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    model = load_embedder(checkpoint)
+    del model.encoder.layer[1]  # type: ignore[union-attr,operator]  # a BertModel; nn.Module types its attributes as Tensor
+    write_onnx(EmbedderGraph(model, "cls").eval(), tmp_path / "raw.onnx")
+    with pytest.raises(ExportFailed, match=r"fused only 1 of 2 attention nodes"):
+        fuse(tmp_path / "raw.onnx", tmp_path / "fused.onnx", model.config)
+
+
+def test_a_graph_that_differs_from_pytorch_fails_parity(bundle: Bundle, tiny_checkpoint: Path) -> None:
+    golden = bundle.golden()
+    for model in ("embedder", "reader"):
+        arrays = {name.removeprefix(f"{model}/"): values for name, values in golden.items() if name.startswith(model)}
+        check_parity(bundle.graph_path(model, "fp32"), "fp32", arrays, arrays)
+        wrong = {name: values if values.dtype == np.int64 else values[::-1] for name, values in arrays.items()}
+        with pytest.raises(ExportFailed, match="is not the model it was exported from"):
+            check_parity(bundle.graph_path(model, "fp32"), "fp32", arrays, wrong)
+
+
+def test_a_graph_that_does_not_load_fails_the_export(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ExportFailed, match="does not load"):
+        check_parity(tmp_path / "broken.onnx", "fp32", {}, {})
+
+
+def questions_file(tmp_path: Path) -> Path:
+    rows = [
+        {"id": str(n), "question": "who read ?", "context": f"the {word} king read a book", "answers": {"text": [word]}}
+        for n, word in enumerate(["red", "blue", "green", "one"])
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def test_task_quality_is_measured_and_written_down(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(
+        options(tmp_path, tiny_checkpoint, reader=tiny_reader, quality=str(questions_file(tmp_path)), quality_questions=2), silent
+    )
+    quality = bundle.manifest["reader"]["measured"]["fp32"]["quality"]
+    assert quality["questions"] == 2
+    assert quality["graph"] == quality["pytorch"]
+
+
+def test_a_loss_of_task_quality_beyond_the_budget_fails_and_leaves_nothing(
+    tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openbook_export.export.pytorch_scores", lambda *arguments: {"em": 100.0, "f1": 100.0})
+    file = questions_file(tmp_path)
+    with pytest.raises(ExportFailed, match=r"answers worse than PyTorch: F1 .* against 100.00 on 4 questions"):
+        export_bundle(options(tmp_path, tiny_checkpoint, reader=tiny_reader, quality=str(file)), silent)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_an_existing_bundle_is_replaced_only_by_force(bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    with pytest.raises(OutputExists, match="--force replaces it"):
+        export_bundle(options(tmp_path, tiny_checkpoint), silent)
+    assert load_bundle(tmp_path / "bundle").id == bundle.id
+    assert export_bundle(options(tmp_path, tiny_checkpoint, force=True), silent).reader is None
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExists, match="is no bundle"):
+        export_bundle(options(tmp_path, tiny_checkpoint, force=True), silent)
+    assert (tmp_path / "bundle" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(
+    bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    monkeypatch.setattr("openbook_export.export.write_golden", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(options(tmp_path, tiny_checkpoint, force=True), silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert load_bundle(tmp_path / "bundle").id == bundle.id
+
+
+def test_what_is_missing_is_said_before_any_work_is_done(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match="no such folder"):
+        export_bundle(options(tmp_path, tmp_path / "absent"), silent)
+    with pytest.raises(InvalidData, match="does not exist"):
+        export_bundle(options(tmp_path, tiny_checkpoint, reader=tmp_path, quality="absent.json"), silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pooling_on_the_first_token_gives_its_state(tiny_checkpoint: Path) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    model, (tokenizer, _) = load_embedder(checkpoint), load_tokenizer(checkpoint)
+    inputs = {name: torch.from_numpy(values) for name, values in batch(tokenizer, TEXTS, 24).items()}
+    with torch.inference_mode():
+        vectors = EmbedderGraph(model, "cls")(**inputs)["sentence_embedding"]
+        states = model(**inputs).last_hidden_state[:, 0]
+    assert torch.allclose(vectors, torch.nn.functional.normalize(states, dim=1), atol=1e-5)
+
+
+def test_reader_outputs_are_named_once(tiny_checkpoint: Path, tiny_reader: Path) -> None:
+    reader = load_reader(resolve_checkpoint(str(tiny_checkpoint)), tiny_reader)
+    graph = ReaderGraph(reader.model, sep_id=3, max_answer_tokens=5).eval()
+    inputs = {name: torch.ones((2, 8), dtype=torch.long) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.inference_mode():
+        assert list(graph(**inputs)) == list(ReaderGraph.outputs)

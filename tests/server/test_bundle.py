@@ -1,0 +1,156 @@
+"""A bundle is checked before any of it is used: what is refused, and what the message says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openbook_server.bundle import GOLDEN, MANIFEST, bundle_id, embedder_fingerprint, file_digest, load_bundle
+from openbook_server.errors import BundleInvalid
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and give it the id that fits, as somebody who tampers would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"id": bundle_id(manifest)}))
+
+
+def test_a_bundle_says_what_its_models_take_and_are_called(tiny_bundle: Path) -> None:
+    bundle = load_bundle(tiny_bundle)
+    assert (bundle.name, bundle.license, bundle.tasks) == ("tiny", "Apache-2.0", ("embed", "answer"))
+    assert (bundle.embedder.dim, bundle.embedder.max_tokens) == (32, 128)
+    assert bundle.reader is not None
+    assert (bundle.reader.max_tokens, bundle.reader.spans) == (64, 16)
+    assert bundle.id == bundle_id(bundle.manifest)
+    assert bundle.embedder.fingerprint == embedder_fingerprint(bundle.manifest)
+
+
+def test_a_bundle_can_be_moved(copy: Path, tiny_bundle: Path) -> None:
+    assert load_bundle(copy).id == load_bundle(tiny_bundle).id
+
+
+def test_bf16_runs_the_fp32_file_and_a_missing_precision_is_named(copy: Path) -> None:
+    rewrite(copy, lambda manifest: [manifest[model]["graphs"].pop("int8") for model in ("embedder", "reader")])
+    bundle = load_bundle(copy)
+    assert bundle.graph_path("embedder", "bf16") == bundle.graph_path("embedder", "fp32") == copy / "embedder.fp32.onnx"
+    with pytest.raises(BundleInvalid, match=r"no int8 graph of the reader, only fp16, fp32; `openbook export --int8`"):
+        bundle.graph_path("reader", "int8")
+
+
+def test_files_that_the_manifest_does_not_list_are_ignored(copy: Path) -> None:
+    (copy / "notes.txt").write_text("mine")
+    assert load_bundle(copy).name == "tiny"
+
+
+@pytest.mark.parametrize("name", ["embedder.fp32.onnx", "reader.fp16.onnx", "tokenizer.json", "golden.npz"])
+def test_a_missing_truncated_or_changed_file_is_named_with_what_was_expected(copy: Path, name: str) -> None:
+    file = copy / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleInvalid, match=rf"{name} has sha256 {file_digest(file)}, expected [0-9a-f]{{64}}; copy the bundle again"):
+        load_bundle(copy)
+    file.write_bytes(content[:-1])
+    with pytest.raises(BundleInvalid, match=rf"{name} has {len(content) - 1} bytes, expected {len(content)}"):
+        load_bundle(copy)
+    file.unlink()
+    with pytest.raises(BundleInvalid, match=f"lacks {name}"):
+        load_bundle(copy)
+
+
+def test_a_manifest_edited_by_hand_is_refused(copy: Path) -> None:
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(text.replace('"tiny"', '"tidy"'))
+    with pytest.raises(BundleInvalid, match="was changed after the export"):
+        load_bundle(copy)
+
+
+def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
+    rewrite(copy, lambda manifest: manifest.update(format=2))
+    with pytest.raises(BundleInvalid, match=r"has format version 2, this server reads 1; upgrade this server"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["../embedder.fp32.onnx", "/etc/passwd", "a/b", "a\\b", "..", "", ".hidden", "C:secret"])
+def test_a_file_name_that_leaves_the_folder_is_refused(copy: Path, name: str) -> None:
+    def rename(manifest: dict[str, Any]) -> None:
+        manifest["files"][name] = manifest["files"].pop("embedder.fp16.onnx")
+        manifest["embedder"]["graphs"]["fp16"] = name
+
+    rewrite(copy, rename)
+    with pytest.raises(BundleInvalid, match="no plain file name"):
+        load_bundle(copy)
+
+
+def test_a_graph_without_a_digest_is_never_loaded(copy: Path) -> None:
+    rewrite(copy, lambda manifest: manifest["files"].pop("reader.fp32.onnx"))
+    with pytest.raises(BundleInvalid, match=r"lists no digest for reader.fp32.onnx"):
+        load_bundle(copy)
+
+
+def test_a_false_fingerprint_is_refused(copy: Path) -> None:
+    rewrite(copy, lambda manifest: manifest["embedder"].update(max_tokens=64))
+    with pytest.raises(BundleInvalid, match="fingerprint"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest.pop("name"), r'key "name" is missing, expected str'),
+        (lambda manifest: manifest.update(embedder=[]), r'key "embedder" is list, expected dict'),
+        (lambda manifest: manifest["embedder"].update(dim="384"), r'key "dim" is str, expected int'),
+        (lambda manifest: manifest["embedder"].update(dim=True), r'key "dim" is bool, expected int'),
+        (lambda manifest: manifest["reader"].update(spans=0), r'key "spans" is 0, expected 1 or more'),
+        (lambda manifest: manifest["reader"].update(null_bias=None), r'key "null_bias" is NoneType, expected float'),
+        (lambda manifest: manifest["reader"]["graphs"].pop("fp32"), "has no fp32 graph"),
+        (lambda manifest: manifest["files"].update({"golden.npz": {"bytes": 3}}), r"no sha256 and bytes for golden.npz"),
+    ],
+)
+def test_an_incomplete_manifest_names_the_key(copy: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    rewrite(copy, change)
+    with pytest.raises(BundleInvalid, match=message):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "unreadable"),
+        (b"[]", "no JSON object"),
+        (b"\xff\xfe", "unreadable"),
+        (b"{}", "format version None"),
+        (b'{"format": true}', "format version True"),
+        (b'{"format": 1, "x": NaN}', "a number that is none"),
+        (b"[" * 100_000, "unreadable"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(copy: Path, content: bytes, message: str) -> None:
+    (copy / MANIFEST).write_bytes(content)
+    with pytest.raises(BundleInvalid, match=message):
+        load_bundle(copy)
+
+
+def test_a_folder_that_is_missing_or_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(BundleInvalid, match="openbook export"):
+            load_bundle(folder)
+
+
+def test_golden_arrays_are_never_unpickled(copy: Path) -> None:
+    with (copy / GOLDEN).open("wb") as file:
+        np.savez(file, **{"embedder/input_ids": np.array([object()])})
+    listed = {"sha256": file_digest(copy / GOLDEN), "bytes": (copy / GOLDEN).stat().st_size}
+    rewrite(copy, lambda manifest: manifest["files"].update({GOLDEN: listed}))
+    with pytest.raises(BundleInvalid, match=r"golden.npz is unreadable"):
+        load_bundle(copy).golden()

@@ -1,0 +1,221 @@
+"""Devices are chosen with a reason, graphs run the same through every path, and a wrong graph is found out at start."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from openbook_server import runtime
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.errors import BundleInvalid, DeviceUnavailable
+from openbook_server.runtime import (
+    BOUND_SHAPES,
+    Device,
+    Graph,
+    build_device,
+    choose_device,
+    has_bf16_instructions,
+    largest_difference,
+    lowest_cosine,
+    require_onnxruntime,
+    verify_golden,
+)
+
+BOUND = Device(name="cpu", precision="fp32", providers=[("CPUExecutionProvider", {})], memory="cpu")  # CUDA's path without CUDA
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return load_bundle(tiny_bundle)
+
+
+class Onnxruntime:
+    """What `choose_device` asks of onnxruntime."""
+
+    def __init__(self, *providers: str) -> None:
+        self._providers = [f"{name}ExecutionProvider" for name in (*providers, "CPU")]
+
+    def get_available_providers(self) -> list[str]:
+        return self._providers
+
+
+def machine(patch: pytest.MonkeyPatch, *providers: str, gpus: int = 0, bf16: bool = False) -> None:
+    patch.setattr(runtime, "require_onnxruntime", lambda: Onnxruntime(*providers))
+    patch.setattr(runtime, "cuda_devices", lambda: gpus)
+    patch.setattr(runtime, "has_bf16_instructions", lambda: bf16)
+
+
+@pytest.mark.parametrize(
+    ("providers", "gpus", "bf16", "precision", "chosen"),
+    [
+        ((), 0, True, None, ("cpu", "fp32")),
+        (("CUDA",), 1, False, None, ("cuda", "fp16")),
+        (("CUDA",), 0, False, None, ("cpu", "fp32")),  # onnxruntime-gpu on a machine without a GPU
+        (("OpenVINO",), 0, True, None, ("openvino", "bf16")),
+        (("OpenVINO",), 0, False, None, ("openvino", "fp32")),
+        (("OpenVINO",), 0, True, "int8", ("cpu", "int8")),
+        (("CUDA",), 1, False, "fp32", ("cuda", "fp32")),
+    ],
+)
+def test_auto_takes_the_fastest_device_that_works_here(
+    monkeypatch: pytest.MonkeyPatch, providers: tuple[str, ...], gpus: int, bf16: bool, precision: str | None, chosen: tuple[str, str]
+) -> None:
+    machine(monkeypatch, *providers, gpus=gpus, bf16=bf16)
+    device = choose_device("auto", precision)
+    assert (device.name, device.precision) == chosen
+
+
+@pytest.mark.parametrize(
+    ("providers", "name", "precision", "message"),
+    [
+        ((), "cuda", None, r"no CUDAExecutionProvider here; .*pip install 'openbook\[server-gpu\]'"),
+        ((), "openvino", None, r"no OpenVINOExecutionProvider here; .*pip install 'openbook\[server-openvino\]'"),
+        (("CUDA",), "cuda", None, "the driver shows no GPU"),
+        (("CUDA",), "cuda", "int8", "runs fp16, fp32, not int8"),
+        (("OpenVINO",), "openvino", "bf16", "no bf16 instructions; use --precision fp32"),
+        ((), "cpu", "bf16", "runs fp32, fp16, int8, not bf16"),
+        ((), "tpu", None, "unknown device 'tpu'; choose auto, cuda, openvino, cpu"),
+    ],
+)
+def test_a_device_that_is_not_here_says_what_would_help(
+    monkeypatch: pytest.MonkeyPatch, providers: tuple[str, ...], name: str, precision: str | None, message: str
+) -> None:
+    machine(monkeypatch, *providers)
+    with pytest.raises(DeviceUnavailable, match=message):
+        choose_device(name, precision)
+
+
+def test_openvino_gets_its_settings_as_a_string_of_json() -> None:
+    [(name, options), (fallback, _)] = build_device("openvino", "bf16", threads=3).providers
+    assert (name, fallback) == ("OpenVINOExecutionProvider", "CPUExecutionProvider")
+    settings = json.loads(options["load_config"])["CPU"]
+    assert settings == {"INFERENCE_PRECISION_HINT": "bf16", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "3"}
+    [(_, options), _] = build_device("openvino", "fp32").providers
+    assert json.loads(options["load_config"])["CPU"] == {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1"}
+
+
+def test_cuda_binds_its_inputs_and_outputs() -> None:
+    device = build_device("cuda", "fp16")
+    assert device.providers[0][0] == "CUDAExecutionProvider"
+    assert device.providers[0][1]["use_tf32"] == "0"
+    assert device.memory == "cuda"
+
+
+def test_none_or_two_distributions_of_onnxruntime_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(*names: str) -> None:
+        def version(name: str) -> str:
+            if name not in names:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return "1.0"
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    installed()
+    with pytest.raises(DeviceUnavailable, match=r"not installed; pip install 'openbook\[server\]'"):
+        require_onnxruntime()
+    installed("onnxruntime", "onnxruntime-gpu")
+    with pytest.raises(DeviceUnavailable, match=r"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'openbook\[server-gpu\]'"):
+        require_onnxruntime()
+
+
+def test_bf16_instructions_are_read_from_the_processors_flags(tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("flags\t: fpu avx512f avx512_bf16 amx_tile\n")
+    (tmp_path / "old").write_text("flags\t: fpu avx2\n")
+    assert has_bf16_instructions(tmp_path / "new")
+    assert not has_bf16_instructions(tmp_path / "old")
+    assert not has_bf16_instructions(tmp_path / "absent")
+
+
+def test_bound_buffers_give_the_same_bytes_as_a_plain_run(bundle: Bundle) -> None:
+    rng = np.random.default_rng(0)
+    for model in ("embedder", "reader"):
+        path = bundle.graph_path(model, "fp32")
+        plain, bound = Graph(path, build_device("cpu", "fp32")), Graph(path, BOUND)
+        kept = []
+        for rows, length in ((1, 8), (3, 16), (1, 8), (2, 8)):
+            ids = rng.integers(4, 60, (rows, length))
+            inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": ids % 2}
+            wanted = plain.run(inputs)
+            kept.append((wanted, bound.run(inputs)))
+        for wanted, got in kept:  # an earlier result must not be a view of a buffer that a later run wrote to
+            assert {name: values.tobytes() for name, values in got.items()} == {name: values.tobytes() for name, values in wanted.items()}
+
+
+def test_buffers_of_the_least_recent_shape_are_given_up(bundle: Bundle) -> None:
+    graph = Graph(bundle.graph_path("embedder", "fp32"), BOUND)
+    for length in range(4, 4 + BOUND_SHAPES + 5):
+        ids = np.full((1, length), 7)
+        graph.run({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": ids * 0})
+    assert len(graph._bound) == BOUND_SHAPES
+    assert (1, 4) not in graph._bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_golden_vectors_match_in_every_precision(bundle: Bundle, precision: str) -> None:
+    device = choose_device("cpu", precision)
+    graphs = [Graph(bundle.graph_path(model, precision), device) for model in ("embedder", "reader")]
+    measured = verify_golden(bundle, graphs[0], graphs[1], device)
+    assert measured["embedder_cosine"] > 0.9
+    assert set(verify_golden(bundle, graphs[0], None, device)) == {"embedder_cosine"}
+
+
+class Wrong:
+    """A graph whose floats are off."""
+
+    def __init__(self, graph: Graph, change: float) -> None:
+        self._graph, self._change = graph, change
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._graph.run(inputs)
+        return {name: values if values.dtype == np.int64 else values + np.float32(self._change) for name, values in outputs.items()}
+
+
+@pytest.mark.parametrize("change", [0.01, float("nan")])
+def test_a_graph_that_computes_something_else_is_refused(bundle: Bundle, change: float) -> None:
+    device = choose_device("cpu")
+    embedder, reader = (Graph(bundle.graph_path(model, "fp32"), device) for model in ("embedder", "reader"))
+    with pytest.raises(BundleInvalid, match=r"fails its golden vectors on cpu in fp32: embedder_cosine"):
+        verify_golden(bundle, Wrong(embedder, change), reader, device)  # type: ignore[arg-type]  # stands for a graph
+    with pytest.raises(BundleInvalid, match=r"reader_difference"):
+        verify_golden(bundle, embedder, Wrong(reader, change), device)  # type: ignore[arg-type]  # the same
+    with pytest.raises(BundleInvalid, match="does not fit its graphs"):
+        verify_golden(bundle, reader, reader, device)
+
+
+def test_a_vector_that_is_no_unit_vector_counts_as_wrong() -> None:
+    unit = np.eye(3, dtype=np.float32)
+    assert lowest_cosine(unit, unit) == 1.0
+    assert lowest_cosine(unit, 2 * unit) == -1.0
+    assert lowest_cosine(unit, unit * np.float32("nan")) == -1.0
+    assert lowest_cosine(unit, unit[:2]) == -1.0
+
+
+def test_readers_are_compared_by_scores_and_by_where_the_best_span_is() -> None:
+    scores = {
+        "span_start": np.array([[4, 5]]),
+        "span_end": np.array([[4, 6]]),
+        "span_score": np.array([[3.0, 2.9]], np.float32),
+        "null_score": np.array([1.0], np.float32),
+        "log_normaliser": np.array([4.0], np.float32),
+    }
+    swapped = scores | {"span_start": np.array([[5, 4]]), "span_end": np.array([[6, 4]])}
+    elsewhere = scores | {"span_start": np.array([[7, 8]])}
+    assert largest_difference(scores, scores) == 0.0
+    assert largest_difference(scores, swapped) == pytest.approx(0.1, abs=1e-6)  # a near tie may turn
+    assert largest_difference(scores, elsewhere) == float("inf")
+    assert largest_difference(scores, scores | {"null_score": np.array([1.5], np.float32)}) == 0.5
+
+
+def test_a_file_that_is_no_graph_is_an_invalid_bundle(tmp_path: Path) -> None:
+    (tmp_path / "embedder.fp32.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleInvalid, match=r"embedder.fp32.onnx does not load on cpu"):
+        Graph(tmp_path / "embedder.fp32.onnx", build_device("cpu", "fp32"))
+
+
+def test_a_provider_that_is_not_there_is_not_replaced_in_silence(bundle: Bundle) -> None:
+    device = Device(name="npu", precision="fp32", providers=[("AbsentExecutionProvider", {}), ("CPUExecutionProvider", {})])
+    with pytest.raises(DeviceUnavailable, match="no AbsentExecutionProvider, only .*CPUExecutionProvider"):
+        Graph(bundle.graph_path("embedder", "fp32"), device)

@@ -67,6 +67,7 @@ def server(bundle: Path, knowledge_base: Path) -> Iterator[str]:
             yield found.group(1)
             process.send_signal(signal.SIGTERM)
             rest = process.stderr.read()
+            process.stderr.close()
             assert process.wait(timeout=60) == 0
             assert "stopped" in rest
             assert "king" not in "".join(seen) + rest  # questions are never logged

@@ -4,8 +4,8 @@
                        |                                |        |       |
                        +------ expected outputs --------+-- parity gate -+   -> manifest.json, golden.npz
 
-The bundle folder appears when the last gate is passed, or not at all. The same checkpoint, options and versions give the
-same bytes, so the bundle's id names what it does.
+The bundle folder appears when the last gate is passed, or not at all. On one machine the same checkpoint, options and
+versions give the same bytes, and so the same bundle id.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 from openbook_server.bundle import FORMAT, GOLDEN, MANIFEST, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
 from openbook_server.runtime import Graph, build_device, verify_golden
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.errors import InvalidData
 from openbook_training.squad import Question, load_questions
 
-from openbook_export.errors import CheckpointUnsupported
+from openbook_export.errors import ExportFailed
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, write_onnx
 from openbook_export.models import ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
@@ -34,7 +35,7 @@ from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
 from openbook_export.staging import staged
 
 _RECORDED = ("openbook", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
-_LICENSE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
+_LICENSE = re.compile(r"\A---\n(?:(?!---).*\n)*?license:\s*(\S+)\s*$", re.MULTILINE)  # a key of the card's front matter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +106,10 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
 
 def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callable[[str], None]) -> None:
     raw = folder / f"{model.name}.raw.onnx"
-    write_onnx(model.graph, raw)
+    try:
+        write_onnx(model.graph, raw)
+    except Exception as error:  # torch and optimum raise many kinds; to the user they are one
+        raise ExportFailed(f"the {model.name} does not export to ONNX ({type(error).__name__}: {error})") from error
     gc.collect()  # the tracer leaves cycles that hold a copy of the weights
     model.files = {precision: f"{model.name}.{precision}.onnx" for precision in ("fp32", "fp16", *(("int8",) if int8 else ()))}
     fused = folder / model.files["fp32"]
@@ -117,7 +121,8 @@ def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callabl
     for precision, name in model.files.items():
         parity = check_parity(folder / name, precision, model.inputs, model.expected)
         model.measured[precision] = {"fused": fused_nodes(folder / name), "parity": parity}
-        report(f"{name}: " + ", ".join(f"{what} {value:.6f}" for what, value in parity.items()))
+        alone = "" if parity["batch_invariant"] else "; a row's result depends on its batch"
+        report(f"{name}: " + ", ".join(f"{what} {value:.6f}" for what, value in parity.items() if type(value) is float) + alone)
 
 
 def _measure_quality(
@@ -206,5 +211,5 @@ def _spread(questions: list[Question], count: int) -> list[Question]:
     """At most `count` of the questions that have an answer, evenly spread over the file."""
     answerable = [question for question in questions if question.answers]
     if not answerable:
-        raise CheckpointUnsupported("--quality: no question of the file has an answer")
+        raise InvalidData("--quality: no question of the file has an answer")
     return answerable[:: -(-len(answerable) // count)]

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering
 from openbook_export.errors import CheckpointUnsupported
 
 _UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers and peft raise on a damaged file
-_READER_DEFAULTS = {"max_tokens": 384, "max_question_tokens": 128, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
+_READER_DEFAULTS = {"max_tokens": 384, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +100,12 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
     else:
         raise CheckpointUnsupported(f"--reader {folder}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
     try:
+        max_tokens = min(int(settings["max_tokens"]), int(model.config.max_position_embeddings))
         reader = ReaderModel(
             model=model,
             digest=stored.digest(),
-            max_tokens=min(int(settings["max_tokens"]), int(model.config.max_position_embeddings)),
-            max_question_tokens=int(settings["max_question_tokens"]),
+            max_tokens=max_tokens,
+            max_question_tokens=int(settings.get("max_question_tokens", max_tokens // 3)),
             max_answer_tokens=int(settings["max_answer_tokens"]),
             prior_weight=float(settings["prior_weight"]),
             null_bias=float(settings["null_bias"]),

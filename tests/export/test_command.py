@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,14 @@ def test_an_output_that_cannot_be_written_is_named(tiny_checkpoint: Path, tmp_pa
     (tmp_path / "file").write_text("in the way")
     assert export(tiny_checkpoint, tmp_path / "file" / "bundle") == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_terminated_export_leaves_nothing_behind(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("openbook_export.export.write_golden", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    assert export(tiny_checkpoint, tmp_path / "bundle") == 130
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.endswith("openbook export: interrupted; nothing was written\n")
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -126,6 +126,7 @@ def test_the_manifest_says_what_was_fused_and_how_far_every_graph_is_from_pytorc
     manifest = bundle.manifest
     assert manifest["embedder"]["measured"]["fp32"]["fused"]["Attention"] == 2
     assert manifest["embedder"]["measured"]["fp32"]["parity"]["cosine"] >= 0.9999
+    assert manifest["embedder"]["measured"]["fp32"]["parity"]["batch_invariant"] is True
     assert manifest["reader"]["measured"]["fp16"]["parity"]["difference"] <= 0.1
     assert set(manifest["reader"]["graphs"]) == {"fp32", "fp16", "int8"}
     assert manifest["versions"]["onnxruntime"]
@@ -162,6 +163,13 @@ def test_a_bundle_without_a_reader_only_embeds(tiny_checkpoint: Path, tmp_path: 
     assert any("embedder.fp16.onnx: cosine" in line for line in lines)
 
 
+def test_the_licence_is_what_the_model_cards_state(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    checkpoint, reader = shutil.copytree(tiny_checkpoint, tmp_path / "model"), shutil.copytree(tiny_reader, tmp_path / "reader")
+    (checkpoint / "README.md").write_text("---\nlanguage: en\nlicense: mit\ntags:\n- x\n---\nlicense: none of this\n")
+    (reader / "README.md").write_text("---\nlicense: cc-by-sa-4.0\n---\n")
+    assert export_bundle(options(tmp_path, checkpoint, reader=reader), silent).license == "mit AND cc-by-sa-4.0"
+
+
 def test_calibrated_constants_come_from_the_reader_unless_given(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
     reader = shutil.copytree(tiny_reader, tmp_path / "reader")
     settings_of(reader, prior_weight=2.5, null_bias=-1.0)
@@ -178,7 +186,7 @@ def test_a_whole_question_answering_checkpoint_is_a_reader_too(tiny_checkpoint: 
     merged.save_pretrained(whole)  # type: ignore[operator]  # a transformers model; nn.Module types its attributes as Tensor
     reloaded = load_reader(checkpoint, whole)
     assert torch.equal(reloaded.model.qa_outputs.weight, merged.qa_outputs.weight)  # type: ignore[union-attr]  # the same
-    assert reloaded.max_tokens == 128  # the default of 384, cut to the model's positions
+    assert (reloaded.max_tokens, reloaded.max_question_tokens) == (128, 42)  # 384 cut to the positions that it has, and a third
 
 
 def settings_of(reader: Path, **changes: object) -> None:
@@ -262,7 +270,7 @@ def test_a_graph_that_differs_from_pytorch_fails_parity(bundle: Bundle, tiny_che
 
 def test_a_graph_that_does_not_load_fails_the_export(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a graph")
-    with pytest.raises(ExportFailed, match="does not load"):
+    with pytest.raises(ExportFailed, match="does not run"):
         check_parity(tmp_path / "broken.onnx", "fp32", {}, {})
 
 

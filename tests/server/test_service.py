@@ -109,7 +109,7 @@ async def test_describe_names_what_is_served_and_its_limits(stub: openbook_pb2_g
     reply = await stub.Describe(pb.DescribeRequest())
     assert (reply.limits.max_texts, reply.limits.max_top_k, reply.device, reply.precision) == (8, 100, "cpu", "fp32")
     assert reply.knowledge_base.documents == 3
-    assert set(reply.bundle.tasks) == {"embed", "read"}
+    assert set(reply.bundle.tasks) == {"embed", "answer"}
 
 
 async def test_one_bad_text_among_good_ones_fails_alone(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:

@@ -65,7 +65,7 @@ class Loop(Generic[Example]):
             raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
         if config.threads:
             torch.set_num_threads(config.threads)
-        set_seed(config.seed)
+        set_seed(config.seed)  # of dropout; a restored checkpoint brings its own state
         # bf16 autocast works on a CPU too; accelerate picks the device and shards over processes.
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         self._trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]

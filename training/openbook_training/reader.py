@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
@@ -82,6 +83,8 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
 
     Attention dropout is off: on a CPU it costs as much as the attention itself.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the span head is new, which is the point of the training
     model = AutoModelForQuestionAnswering.from_pretrained(
         checkpoint.folder,
         attn_implementation="eager",
@@ -89,6 +92,7 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
         attention_probs_dropout_prob=0.0,
         dtype=torch.float32,
     )
+    logging.set_verbosity(verbosity)
     if adapter:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")

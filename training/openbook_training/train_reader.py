@@ -18,6 +18,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
@@ -195,6 +196,7 @@ def train_reader(config: ReaderConfig, *, resume: bool, console: Console) -> dic
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate", "tokenizers")}
     folder = Path(config.output)
     write_run_header(folder, dataclasses.asdict(config), versions)
+    set_seed(config.loop.seed)  # before the model is built: its new weights are random
     task = ReaderTask(config, console)
     console.print(
         f"{len(task.train)} training questions over {len(task.passages)} passages, {len(task.held_out)} held out, {len(task.dev)} dev; "

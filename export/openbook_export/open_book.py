@@ -1,0 +1,157 @@
+"""Open-book evaluation: ask a running server questions with known answers, and score what it finds and says.
+
+Data in BEIR's layout: `queries.jsonl` with `_id`, `text` and `metadata.answers`, and `qrels/*.tsv` with query-id, corpus-id and
+score. Retrieval is scored by document: R@k is the share of questions with a relevant document among the first k
+distinct ones; answer-hit@k the share with an accepted answer, in normal form, in the text of the first k passages. Reading is
+scored as SQuAD does. Latency is that of single questions, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openbook_training.squad import exact_match, f1, normalise
+
+if TYPE_CHECKING:
+    from openbook.client import Client
+    from openbook.results import Hit
+
+DEPTHS = (1, 5, 20)
+LATENCY_QUESTIONS = 100  # asked one by one for the percentiles
+_BATCH = 32
+MODES = {"hybrid": "hybrid", "lexical": "BM25 only", "dense": "dense only", "none": "no retrieval"}
+
+
+class InvalidBenchmark(Exception):
+    """The data folder is missing something; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    relevant: frozenset[str]
+
+
+def load_queries(folder: Path) -> list[Query]:
+    """Questions with answers and relevant documents.
+
+    Raises:
+        InvalidBenchmark: a file is missing or malformed.
+    """
+    relevant: dict[str, set[str]] = {}
+    tables = sorted((folder / "qrels").glob("*.tsv"))
+    if not (folder / "queries.jsonl").is_file() or not tables:
+        raise InvalidBenchmark(f"{folder} lacks queries.jsonl or qrels/*.tsv; see `openbook evaluate --help`")
+    for table in tables:
+        for number, line in enumerate(table.read_text().splitlines(), 1):
+            fields = line.split("\t")
+            if number == 1 and fields[-1] == "score":
+                continue
+            if len(fields) != 3:
+                raise InvalidBenchmark(f"{table} line {number}: expected query-id, corpus-id and score between tabs")
+            if float(fields[2]) > 0:
+                relevant.setdefault(fields[0], set()).add(fields[1])
+    queries = []
+    for number, line in enumerate((folder / "queries.jsonl").read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            answers = tuple(row["metadata"]["answers"])
+            queries.append(Query(row["_id"], row["text"], answers, frozenset(relevant.get(row["_id"], ()))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidBenchmark(f"{folder / 'queries.jsonl'} line {number}: {type(error).__name__} {error}") from error
+    return queries
+
+
+def sample(queries: Sequence[Query], limit: int) -> list[Query]:
+    """The same `limit` queries on every machine; all where limit is 0."""
+    if not limit or limit >= len(queries):
+        return list(queries)
+    return random.Random(0).sample(list(queries), limit)
+
+
+def evaluate_mode(
+    client: Client, queries: Sequence[Query], mode: str, *, top_k: int, concurrency: int, progress: Callable[[int], None]
+) -> dict[str, float]:
+    """One row of the table: every metric in percent, latencies in milliseconds, and how many questions failed.
+
+    Args:
+        top_k: passages that are read; searches go 20 deep whatever it is.
+        progress: told how many questions each finished batch held.
+    """
+    from openbook.results import AnswerResult
+
+    def ask(batch: Sequence[Query]) -> list[tuple[Query, Sequence[Hit], str | None]]:
+        texts = [query.text for query in batch]
+        searches = client.search(texts, top_k=max(DEPTHS), mode=mode) if mode != "none" else [None] * len(texts)
+        answers = client.answer(texts, top_k=top_k, max_answers=1, mode=mode)
+        rows: list[tuple[Query, Sequence[Hit], str | None]] = []
+        for query, found, answered in zip(batch, searches, answers, strict=True):
+            if not isinstance(answered, AnswerResult):
+                rows.append((query, (), None))
+                continue
+            hits = getattr(found, "hits", ())
+            rows.append((query, hits, answered.answers[0].text if answered.answers else ""))
+        progress(len(batch))
+        return rows
+
+    batches = [queries[at : at + _BATCH] for at in range(0, len(queries), _BATCH)]
+    with ThreadPoolExecutor(concurrency) as pool:
+        rows = [row for part in pool.map(ask, batches) for row in part]
+    return score(rows) | latencies(client, queries[:LATENCY_QUESTIONS], mode, top_k)
+
+
+def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, float]:
+    """Metrics over (query, hits, prediction); a prediction of None is a question that failed and counts as wrong."""
+    count = max(1, len(rows))
+    metrics: dict[str, float] = {}
+    for depth in DEPTHS:
+        found = sum(bool(query.relevant & set(_documents(hits)[:depth])) for query, hits, _ in rows)
+        metrics[f"R@{depth}"] = 100 * found / count
+    for depth in DEPTHS:
+        metrics[f"answer-hit@{depth}"] = 100 * sum(_holds_answer(query, hits[:depth]) for query, hits, _ in rows) / count
+    metrics["EM"] = 100 * sum(exact_match(text or "", query.answers) for query, _, text in rows) / count
+    metrics["F1"] = 100 * sum(f1(text or "", query.answers) for query, _, text in rows) / count
+    metrics["questions"] = len(rows)
+    metrics["failed"] = sum(text is None for _, _, text in rows)
+    return metrics
+
+
+def latencies(client: Client, queries: Sequence[Query], mode: str, top_k: int) -> dict[str, float]:
+    """Client-side milliseconds of single questions, asked one after the other."""
+    took = []
+    for query in queries:
+        began = time.perf_counter()
+        client.answer([query.text], top_k=top_k, mode=mode)
+        took.append(1000 * (time.perf_counter() - began))
+    took.sort()
+    return {f"p{share}_ms": took[min(len(took) - 1, len(took) * share // 100)] for share in (50, 95, 99)} if took else {}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Rows of metrics as an aligned table."""
+    names = list(next(iter(rows.values())))
+    lines = [["", *names]]
+    for mode, metrics in rows.items():
+        lines.append(
+            [MODES[mode], *(f"{metrics[name]:.0f}" if name in {"questions", "failed"} else f"{metrics[name]:.1f}" for name in names)]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _documents(hits: Sequence[Hit]) -> list[str]:
+    return list(dict.fromkeys(hit.document_id for hit in hits))
+
+
+def _holds_answer(query: Query, hits: Sequence[Hit]) -> bool:
+    texts = [f" {normalise(hit.text)} " for hit in hits]
+    return any(f" {wanted} " in text for text in texts for wanted in map(normalise, query.answers) if wanted)

@@ -1,0 +1,203 @@
+"""Sources and indexing runs: every format, every kind of damage, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from openbook_server.errors import SourceInvalid
+from openbook_server.ingest.formats import Unreadable
+from openbook_server.ingest.indexing import Indexing
+from openbook_server.ingest.python_docs import python_docs
+from openbook_server.ingest.sources import find_sources, read_source
+from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.tokenization import load_tokenizer
+from reportlab.pdfgen.canvas import Canvas
+
+
+def items(path: Path) -> list[Document | Unreadable]:
+    [source] = find_sources([str(path)])
+    return list(read_source(source))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_text_and_markdown_are_kept_as_they_stand(tmp_path: Path) -> None:
+    [text] = items(write(tmp_path / "a.txt", "\ufeffPlain töxt"))
+    [markdown] = items(write(tmp_path / "b.md", "intro\n# The *Title*\nbody"))
+    assert (text.id, text.text) == ("a.txt", "Plain töxt")  # type: ignore[union-attr]
+    assert (markdown.title, markdown.text) == ("The *Title*", "intro\n# The *Title*\nbody")  # type: ignore[union-attr]
+
+
+def test_html_gives_its_visible_text_and_title(tmp_path: Path) -> None:
+    page = "<html><head><title>My page</title><style>x{}</style></head><body><h1>Head</h1><p>One &amp; two</p><script>bad()</script></body>"
+    [document] = items(write(tmp_path / "a.html", page))
+    assert document == Document(id="a.html", title="My page", text="Head\nOne & two", source=str(tmp_path / "a.html"))
+
+
+def test_pdf_gives_the_text_of_its_pages_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "good.pdf"))
+    for line in ("First page text", "Second page text"):
+        canvas.drawString(72, 700, line)
+        canvas.showPage()
+    canvas.save()
+    [document] = items(tmp_path / "good.pdf")
+    assert isinstance(document, Document)
+    assert document.text.split() == "First page text Second page text".split()
+    for name, content in (("cut.pdf", (tmp_path / "good.pdf").read_bytes()[:200]), ("no.pdf", b"%PDF-1.4 nothing")):
+        [problem] = items(write(tmp_path / name, content))
+        assert isinstance(problem, Unreadable)
+
+
+def test_jsonl_keeps_given_ids_and_names_each_bad_row(tmp_path: Path) -> None:
+    rows = [
+        '{"_id": "x1", "title": "T", "text": "one", "metadata": {"year": 3, "deep": {}}}',
+        '{"id": 7, "text": "two", "lang": "en"}',
+        '{"text": "three"}',
+        "{broken",
+        '{"text": 5}',
+        '{"text": "  "}',
+        "[1]",
+        '{"name": "Ada", "born": 1815}',
+    ]
+    found = items(write(tmp_path / "a.jsonl", "\n".join(rows) + "\n\n"))
+    documents = [item for item in found if isinstance(item, Document)]
+    assert [(d.id, d.text) for d in documents] == [
+        ("x1", "one"),
+        ("7", "two"),
+        ("a.jsonl:3", "three"),
+        ("a.jsonl:8", "name: Ada\nborn: 1815"),
+    ]
+    assert documents[0].metadata == {"year": "3"}
+    assert documents[1].metadata == {"lang": "en"}
+    assert [item.where for item in found if isinstance(item, Unreadable)] == ["line 4", "row 5", "row 6", "row 7"]
+
+
+def test_csv_and_parquet_give_a_document_a_row(tmp_path: Path) -> None:
+    [first, second] = items(write(tmp_path / "a.csv", 'id,title,text,author\n1,T,"a, ""b""\nc",Ada\n2,,second,\n'))
+    assert first == Document(id="1", title="T", text='a, "b"\nc', source=str(tmp_path / "a.csv"), metadata={"author": "Ada"})
+    assert second.text == "second"  # type: ignore[union-attr]
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["p"], "text": ["from parquet"]}), tmp_path / "a.parquet")
+    assert items(tmp_path / "a.parquet") == [Document(id="p", text="from parquet", source=str(tmp_path / "a.parquet"))]
+    [problem] = items(write(tmp_path / "bad.parquet", b"PAR1 no"))
+    assert isinstance(problem, Unreadable)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe\x00\xd8bad", b"nul\0inside"])
+def test_bytes_that_are_hardly_text_give_a_clean_document_or_a_reason(tmp_path: Path, content: bytes) -> None:
+    [item] = items(write(tmp_path / "a.txt", content))
+    if isinstance(item, Document):
+        assert "\0" not in item.text
+        item.text.encode()
+    else:
+        assert item.reason == "no text in it"
+
+
+def test_folders_are_read_whole_in_a_fixed_order_without_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    for name in ("b.txt", "a.md", "sub/c.txt", "sub/.git/x.txt", ".hidden.txt", "image.png"):
+        write(tmp_path / name, "text")
+    assert [source.name for source in find_sources([str(tmp_path)])] == ["a.md", "b.txt", "sub/c.txt"]
+
+
+def test_sources_that_are_none_are_refused_with_what_would_be_one(tmp_path: Path) -> None:
+    write(tmp_path / "a.exe", b"MZ")
+    (tmp_path / "empty").mkdir()
+    for source, message in ((tmp_path / "none.txt", "does not exist"), (tmp_path / "a.exe", "jsonl"), (tmp_path / "empty", "no file")):
+        with pytest.raises(SourceInvalid, match=message):
+            find_sources([str(source)])
+
+
+def test_a_hugging_face_dataset_saved_on_disk_is_a_source(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"id": ["h1"], "text": ["from a dataset"]}).save_to_disk(str(tmp_path / "data"))
+    [source] = find_sources([str(tmp_path / "data")])
+    [document] = read_source(source)
+    assert (document.id, document.text) == ("h1", "from a dataset")  # type: ignore[union-attr]
+
+
+def test_the_documentation_inside_python_names_what_it_documents() -> None:
+    documents = {document.id: document for document in python_docs()}
+    assert documents["python:str.casefold"].text.startswith("str.casefold(")
+    assert "with" in documents["python:topic:with"].title
+    assert documents["python:heapq"].text.startswith("The module heapq.")
+    assert len(documents) > 3_000
+    assert not any("/" in document.source for document in documents.values())
+
+
+def fake_embed(passages: Sequence[Passage]) -> np.ndarray:
+    """A unit vector from the text alone."""
+    vectors = np.array([np.random.default_rng(len(passage.text)).normal(size=8) for passage in passages], np.float32).reshape(-1, 8)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+class Run:
+    """An indexing run over a folder that counts what it embeds."""
+
+    def __init__(self, folder: Path, tiny_checkpoint: Path, **options: int) -> None:
+        self.embedded = 0
+        self.knowledge_base = KnowledgeBase(folder / "kb", fingerprint="f", dim=8, create=True)
+        tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
+        self.indexing = Indexing(self.knowledge_base, tokenizer, self._embed, passage_tokens=8, overlap=2, batch=4, **options)
+
+    def _embed(self, passages: Sequence[Passage]) -> np.ndarray:
+        self.embedded += len(passages)
+        return fake_embed(passages)
+
+    def __call__(self, source: Path, stop_after: int = 10**9) -> Run:
+        batches = 0
+
+        def report(progress: object) -> None:
+            nonlocal batches
+            batches += 1
+
+        self.indexing.run(find_sources([str(source)]), report, lambda: batches >= stop_after)
+        self.documents = self.knowledge_base.counts().documents
+        self.knowledge_base.close()
+        return self
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [json.dumps({"_id": f"r{n}", "text": f"red city {n}. Blue king {n}. One book of the river {n}."}) for n in range(30)]
+    return write(tmp_path / "rows.jsonl", "\n".join(lines))
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, tiny_checkpoint: Path, rows: Path) -> None:
+    first = Run(tmp_path, tiny_checkpoint)(rows, stop_after=3)
+    assert first.documents == 12
+    second = Run(tmp_path, tiny_checkpoint)(rows)
+    assert (second.documents, second.indexing.progress.unchanged) == (30, 12)
+    whole = Run(tmp_path / "other", tiny_checkpoint)(rows)
+    assert first.embedded + second.embedded == whole.embedded
+
+
+def test_only_what_changed_is_embedded_again(tmp_path: Path, tiny_checkpoint: Path, rows: Path) -> None:
+    Run(tmp_path, tiny_checkpoint)(rows)
+    rows.write_text(rows.read_text().replace("Blue king 7.", "Green king 7."))
+    again = Run(tmp_path, tiny_checkpoint)(rows)
+    assert (again.documents, again.indexing.progress.unchanged, again.indexing.progress.documents) == (30, 29, 30)
+
+
+def test_an_id_that_comes_twice_keeps_its_last_text_and_is_counted(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    path = write(tmp_path / "twice.jsonl", '{"_id": "a", "text": "red"}\n{"_id": "b", "text": "two"}\n{"_id": "a", "text": "blue"}\n')
+    run = Run(tmp_path, tiny_checkpoint)(path)
+    assert (run.documents, run.indexing.progress.replaced_ids) == (2, 1)
+
+
+def test_unreadable_rows_are_counted_and_the_rest_is_stored(
+    tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "some.jsonl", '{"_id": "a", "text": "red"}\n{nope\n{"_id": "b", "text": "two"}\n')
+    run = Run(tmp_path, tiny_checkpoint)(path)
+    assert (run.documents, run.indexing.progress.unreadable) == (2, 1)
+    assert "some.jsonl, line 2" in caplog.text

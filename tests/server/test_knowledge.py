@@ -1,0 +1,261 @@
+"""The knowledge base: what it finds against an exact oracle, and what survives."""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
+from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, fuse
+from openbook_server.knowledge.lexical import match_expression
+from openbook_server.knowledge.store import FILE, FORMAT
+from openbook_server.knowledge.vectors import VectorIndex
+
+DIM = 16
+
+
+def unit(count: int, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def opened(folder: Path, **options: object) -> KnowledgeBase:
+    return KnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=True, **options)  # type: ignore[arg-type]
+
+
+def store(knowledge_base: KnowledgeBase, texts: dict[str, str], vectors: np.ndarray, digest: str = "d") -> None:
+    documents = [(Document(id=id_, text=text, metadata={"k": "v"}), digest) for id_, text in texts.items()]
+    passages = [Passage(id=f"{id_}#0", document_id=id_, text=text, start=0) for id_, text in texts.items()]
+    knowledge_base.replace_documents(documents, passages, vectors)
+
+
+def found(knowledge_base: KnowledgeBase, question: str, vector: np.ndarray | None, mode: str, top_k: int = 5) -> list[str]:
+    vectors = None if vector is None else vector[None]
+    [hits] = knowledge_base.search([question], vectors, top_k=top_k, mode=mode)  # type: ignore[arg-type]
+    return [hit.passage.document_id for hit in hits]
+
+
+@pytest.mark.parametrize("flat_limit", [0, 100, 10_000])
+def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
+    vectors, queries = unit(2_000), unit(50, seed=1)
+    index = VectorIndex(DIM, flat_limit=flat_limit)
+    for at in range(0, 2_000, 250):
+        index.add(list(range(at, at + 250)), vectors[at : at + 250])
+    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    got = [list(row) for row in index.search(queries, 10, ef=200)]
+    recall = np.mean([len(set(a) & set(b.tolist())) / 10 for a, b in zip(got, exact, strict=True)])
+    assert recall >= (1.0 if flat_limit == 10_000 else 0.98)
+    for query, row in zip(queries, index.search(queries, 10), strict=True):
+        assert list(row.values()) == sorted(row.values(), reverse=True)
+        for label, score in row.items():
+            assert score == pytest.approx(float(query @ vectors[label]), abs=1e-5)
+
+
+@pytest.mark.parametrize("flat_limit", [0, 10_000])
+def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_what_there_is(flat_limit: int) -> None:
+    vectors = unit(300)
+    index = VectorIndex(DIM, flat_limit=flat_limit)
+    index.add(list(range(300)), vectors)
+    index.delete(list(range(0, 300, 2)))
+    [row] = index.search(vectors[:1], 1_000)
+    assert set(row) == set(range(1, 300, 2))
+    index.delete(list(range(300)))
+    assert index.search(vectors[:1], 5) == [{}]
+
+
+@pytest.mark.parametrize("bad", [np.full((1, DIM), np.nan, np.float32), np.zeros((1, DIM), np.float32), np.ones((1, DIM + 1), np.float32)])
+def test_a_vector_that_is_none_is_refused(bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"vectors"):
+        VectorIndex(DIM).add([1], bad)
+
+
+def test_every_mode_finds_what_was_stored_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    vectors = unit(3)
+    texts = {"a": "running dogs", "b": "a quiet cat", "c": "the river bank"}
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, texts, vectors)
+    for _ in range(2):
+        assert found(knowledge_base, "dog runs", None, "lexical") == ["a"]
+        assert found(knowledge_base, "anything", vectors[1], "dense")[0] == "b"
+        assert found(knowledge_base, "cat", vectors[2], "hybrid", top_k=2)[0] in {"b", "c"}
+        knowledge_base.close()
+        knowledge_base = opened(tmp_path / "kb")
+    knowledge_base.close()
+
+
+def test_hybrid_scores_are_cosine_plus_weighted_bm25_over_both_candidate_lists(tmp_path: Path) -> None:
+    vectors = unit(400)
+    knowledge_base = opened(tmp_path / "kb", flat_limit=50)
+    store(knowledge_base, {f"d{n}": f"common word{n % 40}" for n in range(400)}, vectors)
+    [hits] = knowledge_base.search(["word7"], vectors[3:4], top_k=400, mode="hybrid")
+    [words] = knowledge_base.search(["word7"], None, top_k=400, mode="lexical")
+    assert {hit.passage.id for hit in words} <= {hit.passage.id for hit in hits}
+    lexical = {hit.passage.id: hit.lexical_score or 0.0 for hit in words}
+    for hit in hits:
+        cosine = float(vectors[3] @ vectors[int(hit.passage.document_id[1:])])
+        assert hit.dense_score == pytest.approx(cosine, abs=1e-5)
+        assert hit.score == pytest.approx(cosine + LEXICAL_WEIGHT * lexical.get(hit.passage.id, 0.0), abs=1e-5)
+    knowledge_base.close()
+
+
+def test_fusion_breaks_ties_by_the_order_of_storing() -> None:
+    assert [item.number for item in fuse({9: 0.5, 2: 0.5, 4: 0.5}, {}, 2)] == [2, 4]
+
+
+def test_a_document_stored_again_replaces_itself_and_an_unchanged_one_is_recognised(tmp_path: Path) -> None:
+    vectors = unit(3)
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, {"a": "old words", "b": "other"}, vectors[:2], digest="1")
+    assert knowledge_base.unchanged({"a": "1", "b": "2", "c": "1"}) == {"a"}
+    store(knowledge_base, {"a": "new words"}, vectors[2:], digest="2")
+    assert found(knowledge_base, "old", None, "lexical") == []
+    assert found(knowledge_base, "new", None, "lexical") == ["a"]
+    assert (knowledge_base.counts().documents, knowledge_base.counts().passages) == (2, 2)
+    assert knowledge_base.delete_documents(["a", "unknown"]) == 1
+    assert found(knowledge_base, "new", vectors[2], "hybrid") == ["b"]
+    knowledge_base.close()
+
+
+@pytest.mark.parametrize("question", ['"', "' OR 1=1", "a AND NOT b*", "NEAR(x)", "title:x", "(((", "ß…—", "\0", "ünï", "-", "the of and"])
+def test_no_question_is_a_query_of_its_own(tmp_path: Path, question: str) -> None:
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, {"a": "the of and x title near"}, unit(1))
+    found(knowledge_base, question, None, "lexical")
+    knowledge_base.close()
+
+
+def test_stop_words_count_only_where_there_is_nothing_else() -> None:
+    assert match_expression("who is the king") == '"king"'
+    assert match_expression("who is the") == '"who" OR "is" OR "the"'
+    assert match_expression("?!") is None
+
+
+def saved(folder: Path) -> np.ndarray:
+    """A closed knowledge base of 300 rows with a snapshot of its graph, and 10 rows past it."""
+    vectors = unit(310)
+    knowledge_base = opened(folder, flat_limit=50)
+    store(knowledge_base, {f"d{n}": f"w{n}" for n in range(300)}, vectors[:300])
+    knowledge_base.snapshot()
+    store(knowledge_base, {f"d{n}": f"w{n}" for n in range(300, 310)}, vectors[300:])
+    knowledge_base.delete_documents(["d5"])
+    knowledge_base.close()
+    return vectors
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "flipped", "missing graph", "missing note", "torn note", "other generation"])
+def test_whatever_happens_to_a_snapshot_the_next_start_holds_what_the_store_holds(tmp_path: Path, damage: str) -> None:
+    vectors = saved(tmp_path / "kb")
+    [graph] = (tmp_path / "kb").glob("*.hnsw")
+    note = graph.with_suffix(".json")
+    if damage == "truncated":
+        graph.write_bytes(graph.read_bytes()[:-100])
+    elif damage == "flipped":
+        data = bytearray(graph.read_bytes())
+        data[len(data) // 2] ^= 1
+        graph.write_bytes(data)
+    elif damage == "missing graph":
+        graph.unlink()
+    elif damage == "missing note":
+        note.unlink()
+    elif damage == "torn note":
+        note.write_text(note.read_text()[:20])
+    elif damage == "other generation":
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"generation": "x"}))
+    knowledge_base = opened(tmp_path / "kb", flat_limit=50)
+    for row in (0, 5, 150, 299, 305):
+        top = found(knowledge_base, "", vectors[row], "dense")
+        assert (top[0] == f"d{row}") == (row != 5)
+        assert "d5" not in top
+    assert len(found(knowledge_base, "", vectors[0], "dense", top_k=500)) == 309
+    knowledge_base.close()
+
+
+def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:
+    knowledge_base = opened(tmp_path / "kb")
+    with pytest.raises(KnowledgeBaseLocked, match=r"pid \d+"):
+        opened(tmp_path / "kb")
+    knowledge_base.close()
+    opened(tmp_path / "kb").close()
+
+
+def test_another_embedder_is_refused_with_both_names_and_the_way_out(tmp_path: Path) -> None:
+    opened(tmp_path / "kb").close()
+    with pytest.raises(FingerprintMismatch, match=r"ffffffffffff.*eeeeeeeeeeee.*openbook index"):
+        KnowledgeBase(tmp_path / "kb", fingerprint="e" * 64, dim=DIM)
+    opened(tmp_path / "kb").close()  # and the refusal left nothing locked
+
+
+def test_a_missing_a_newer_and_a_damaged_store_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(KnowledgeBaseDamaged, match="openbook index"):
+        KnowledgeBase(tmp_path / "none", fingerprint="f", dim=DIM)
+    assert not (tmp_path / "none").exists()
+    saved(tmp_path / "kb")
+    with sqlite3.connect(tmp_path / "kb" / FILE) as connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT + 1),))
+    connection.close()
+    with pytest.raises(KnowledgeBaseDamaged, match="upgrade"):
+        opened(tmp_path / "kb")
+    (tmp_path / "kb" / FILE).write_bytes(b"not a database" * 1_000)
+    with pytest.raises(KnowledgeBaseDamaged, match=r"recover"):
+        opened(tmp_path / "kb")
+
+
+WRITER = """
+import sys, numpy as np
+sys.path[:0] = {path!r}
+from openbook_server.knowledge import Document, KnowledgeBase, Passage
+kb = KnowledgeBase(__import__("pathlib").Path({folder!r}), fingerprint="f" * 64, dim=16, create=True, flat_limit=20)
+number = int(sys.argv[1])
+while True:
+    ids = [f"d{{number + n}}" for n in range(3)]
+    rng = np.random.default_rng(number)
+    vectors = rng.normal(size=(3, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    documents = [(Document(id=i, text="w" + i), "d") for i in ids]
+    kb.replace_documents(documents, [Passage(id=i + "#0", document_id=i, text="w" + i, start=0) for i in ids], vectors)
+    print(number, flush=True)
+    number += 3
+    if number % 60 == 0:
+        kb.snapshot()
+"""
+
+
+def kill_loop(folder: Path, kills: int) -> None:
+    """Kill a writer at random points, again and again; nothing it acknowledged may be missing at the next start."""
+    rng = random.Random(kills)
+    script = WRITER.format(path=sys.path, folder=str(folder))
+    acknowledged: list[int] = []
+    for _ in range(kills):
+        begin = acknowledged[-1] + 3 if acknowledged else 0
+        writer = subprocess.Popen([sys.executable, "-c", script, str(begin)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        for _ in range(rng.randrange(1, 60)):
+            acknowledged.append(int(writer.stdout.readline()))
+        writer.kill()
+        acknowledged += [int(line) for line in writer.stdout.read().splitlines()]
+        writer.stdout.close()
+        writer.wait()
+        knowledge_base = opened(folder, flat_limit=20)
+        for first in (acknowledged[0], acknowledged[-1], rng.choice(acknowledged)):
+            for number in range(first, first + 3):
+                assert found(knowledge_base, f"wd{number}", None, "lexical") == [f"d{number}"]
+        counts = knowledge_base.counts()
+        assert counts.documents == counts.passages >= 3 * len(acknowledged)
+        assert len(found(knowledge_base, "", unit(1)[0], "dense", top_k=100_000)) == counts.passages
+        knowledge_base.close()
+
+
+def test_an_acknowledged_write_survives_a_kill(tmp_path: Path) -> None:
+    kill_loop(tmp_path / "kb", 12)
+
+
+@pytest.mark.slow
+def test_acknowledged_writes_survive_hundreds_of_kills(tmp_path: Path) -> None:
+    kill_loop(tmp_path / "kb", 300)

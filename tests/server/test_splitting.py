@@ -1,0 +1,68 @@
+"""Splitting: nothing lost, nothing too long, every offset true."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from openbook_server.ingest.splitting import sentences, split
+from openbook_server.knowledge import Document
+from openbook_server.tokenization import load_tokenizer
+from tokenizers import Tokenizer
+
+PIECES = [
+    "red blue. ",
+    "The king! ",
+    'He said "one." ',
+    "e.g. two ",
+    "Dr. Book was 3.5 tall. ",
+    "\n\n",
+    "x" * 90 + " ",
+    "río — ½ 東京。 ",
+    "\t",
+    "A. B. c? ",
+]
+
+
+@pytest.fixture
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    return load_tokenizer(tiny_checkpoint / "tokenizer.json")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_character_is_in_a_passage_that_keeps_to_the_limit_and_is_a_slice_of_its_document(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choices(PIECES, k=rng.randrange(0, 60)))
+    limit = rng.randrange(2, 40)
+    [passages] = split([Document(id="d", text=text, title="t")], tokenizer, passage_tokens=limit, overlap=rng.randrange(0, limit))
+    covered = set()
+    for number, passage in enumerate(passages):
+        assert passage.id == f"d#{number}"
+        assert text[passage.start : passage.start + len(passage.text)] == passage.text
+        assert passage.text == passage.text.strip() != ""
+        assert len(tokenizer.encode(passage.text, add_special_tokens=False).ids) <= limit + 1  # a cut may split a word's pieces
+        covered |= set(range(passage.start, passage.start + len(passage.text)))
+    assert all(at in covered for at, character in enumerate(text) if not character.isspace())
+    starts = [passage.start for passage in passages]
+    assert starts == sorted(set(starts))
+
+
+def test_neighbours_share_their_last_whole_sentences(tokenizer: Tokenizer) -> None:
+    text = "Red is one. Blue is two. Green is three. The king is a book. The city is red."
+    [passages] = split([Document(id="d", text=text)], tokenizer, passage_tokens=10, overlap=5)
+    assert [passage.text for passage in passages[:2]] == ["Red is one. Blue is two.", "Blue is two. Green is three."]
+
+
+def test_sentences_end_at_full_stops_but_not_at_initials_abbreviations_or_numbers() -> None:
+    text = 'Dr. A. Smith paid 3.5 million. "Really?" he asked. Then, e.g. now, it ended.\n\nnext block'
+    assert [text[a:b] for a, b in sentences(text)] == [
+        "Dr. A. Smith paid 3.5 million.",
+        '"Really?" he asked.',
+        "Then, e.g. now, it ended.",
+        "next block",
+    ]
+
+
+def test_a_document_without_text_has_no_passages(tokenizer: Tokenizer) -> None:
+    assert split([Document(id="d", text=" \n ")], tokenizer, passage_tokens=10, overlap=2) == [[]]

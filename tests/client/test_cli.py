@@ -1,0 +1,122 @@
+"""The command line as a new user tries it: manuals, wrong uses, missing parts; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openbook import cli
+
+NOWHERE = "127.0.0.1:9"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as exit_:  # argparse
+        status = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return status, out, err
+
+
+@pytest.mark.parametrize("name", sorted(cli.SUBCOMMANDS))
+def test_every_subcommand_has_a_manual_with_an_example_and_its_exit_status(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert f"openbook {name}" in out
+    assert "example" in out
+
+
+def test_the_first_page_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--help")
+    assert all(f"\n    {name} " in out for name in cli.SUBCOMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ((), 2, "SUBCOMMAND"),
+        (("frobnicate",), 2, "frobnicate"),
+        (("ask",), 2, "give a question"),
+        (("ask", "x", "--file", "y"), 2, "one of the two"),
+        (("ask", "x", "--server", NOWHERE), 1, "openbook serve"),
+        (("ask", "x", "--mode", "psychic"), 2, "psychic"),
+        (("ask", "--file", "none.jsonl", "--server", NOWHERE), 1, "openbook serve"),
+        (("search", "x", "--server", NOWHERE), 1, "openbook serve"),
+        (("embed",), 2, "give texts"),
+        (("embed", "x", "--server", NOWHERE), 1, "openbook serve"),
+        (("evaluate", "squad-open", "nowhere"), 1, "queries.jsonl"),
+        (("info", "nowhere"), 1, "does not exist"),
+        (("info", "."), 1, "neither a bundle nor a knowledge base"),
+        (("info", NOWHERE), 1, "openbook serve"),
+        (("serve", "nowhere"), 1, "openbook export"),
+        (("serve", "nowhere", "--port", "70000"), 1, "0 to 65535"),
+        (("serve", "nowhere", "--port", "x"), 2, "--port"),
+        (("index", "nowhere", "kb", "nothing.txt"), 1, "does not exist"),
+        (("train", "reader", "none.toml"), 1, "cannot be read"),
+        (("train", "juggler", "none.toml"), 2, "juggler"),
+    ],
+)
+def test_a_wrong_use_says_the_way_out(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    actual, _, err = run(capsys, *arguments)
+    assert message in err
+    assert actual == status
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, extra in (("tokenizers", "server"), ("pyarrow", "datasets")):
+
+        def run_(arguments: object, module: str = module) -> int:
+            raise ModuleNotFoundError(name=module)
+
+        monkeypatch.setattr("openbook_server.command_index.run", run_)
+        status, _, err = run(capsys, "index", "b", "k", "s")
+        assert (status, f"openbook[{extra}]" in err, module in err) == (1, True, True)
+
+
+def test_a_defect_is_one_line_and_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, expected, message in ((ZeroDivisionError("oops"), 70, "ZeroDivisionError: oops"), (KeyboardInterrupt(), 130, "")):
+
+        def run_(arguments: object, error: BaseException = error) -> int:
+            raise error
+
+        monkeypatch.setattr("openbook.command_ask.run", run_)
+        status, _, err = run(capsys, "ask", "x")
+        assert status == expected
+        assert message in err
+
+
+def test_an_environment_variable_of_the_wrong_type_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBOOK_MAX_QUEUED", "many")
+    status, _, err = run(capsys, "serve", "nowhere")
+    assert (status, "OPENBOOK_MAX_QUEUED" in err) == (1, True)
+
+
+def test_the_client_imports_nothing_of_the_server_or_the_training() -> None:
+    code = "import json, sys, openbook.client, openbook.cli; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {
+        "openbook_server",
+        "openbook_training",
+        "openbook_export",
+        "torch",
+        "transformers",
+        "onnxruntime",
+        "tokenizers",
+        "hnswlib",
+        "rich",
+    }
+    assert not heavy & set(json.loads(done.stdout))

@@ -1,0 +1,230 @@
+"""The client against a scripted server: results, retries, deadlines, and every error as its own class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+from openbook.client import TEXTS_A_MESSAGE, AsyncClient, Client
+from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
+from openbook.results import AnswerResult, SearchResult
+from openbook.v1 import openbook_pb2 as pb
+from openbook.v1 import openbook_pb2_grpc
+
+
+def failure(code: grpc.StatusCode, message: str, *details: object) -> Callable[[grpc.ServicerContext], None]:
+    packed = []
+    for detail in details:
+        packed.append(AnyMessage())
+        packed[-1].Pack(detail)  # type: ignore[arg-type]
+    status = rpc_status.to_status(Status(code=code.value[0], message=message, details=packed))
+    return lambda context: context.abort_with_status(status)
+
+
+def come_back(milliseconds: int) -> RetryInfo:
+    return RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000))
+
+
+class Scripted(openbook_pb2_grpc.OpenBookServicer):
+    """Fails as the test scripted, then answers; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.script: list[Callable[[grpc.ServicerContext], None]] = []
+        self.requests: list[object] = []
+
+    def _next(self, request: object, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        if self.script:
+            self.script.pop(0)(context)
+
+    def Embed(self, request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:  # noqa: N802
+        self._next(request, context)
+        vectors = np.array([[len(text), 1] for text in request.texts], "<f4")
+        return pb.EmbedResponse(vectors=vectors.tobytes(), dim=2, errors=self._errors("texts", request.texts))
+
+    def Search(self, request: pb.SearchRequest, context: grpc.ServicerContext) -> pb.SearchResponse:  # noqa: N802
+        self._next(request, context)
+        hit = pb.Hit(passage_id="d#0", document_id="d", score=1.5, lexical_score=0.0, text="the passage", source="file.txt")
+        return pb.SearchResponse(
+            results=[pb.SearchResult(hits=[hit]) for _ in request.questions], errors=self._errors("questions", request.questions)
+        )
+
+    def Answer(self, request: pb.AnswerRequest, context: grpc.ServicerContext) -> pb.AnswerResponse:  # noqa: N802
+        self._next(request, context)
+        answer = pb.Answer(text="passage", probability=0.5, passage_id="d#0", document_id="d", start=4, end=11)
+        hit = pb.Hit(passage_id="d#0", document_id="d", score=1.5, text="the passage")
+        return pb.AnswerResponse(
+            results=[pb.AnswerResult(answers=[answer], hits=[hit], no_answer_probability=0.25) for _ in request.questions],
+            errors=self._errors("questions", request.questions),
+            timings=pb.Timings(total_ms=3),
+        )
+
+    @staticmethod
+    def _errors(field: str, texts: list[str]) -> list[pb.ItemError]:
+        return [
+            pb.ItemError(index=at, field=f"{field}[{at}]", reason="INVALID_REQUEST", message="empty")
+            for at, text in enumerate(texts)
+            if not text
+        ]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Scripted, str]]:
+    scripted = Scripted()
+    server = grpc.server(ThreadPoolExecutor(4))
+    openbook_pb2_grpc.add_OpenBookServicer_to_server(scripted, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield scripted, f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def scripted(server: tuple[Scripted, str]) -> Scripted:
+    return server[0]
+
+
+@pytest.fixture
+def client(server: tuple[Scripted, str]) -> Iterator[Client]:
+    with Client(server[1], timeout_seconds=5) as client:
+        yield client
+
+
+def test_results_are_plain_objects_with_the_documented_json(client: Client) -> None:
+    [answered] = client.answer(["what?"], top_k=1)
+    assert isinstance(answered, AnswerResult)
+    assert answered.to_json() == {
+        "question": "what?",
+        "answers": [{"text": "passage", "probability": 0.5, "passage_id": "d#0", "document_id": "d", "start": 4, "end": 11}],
+        "hits": [{"passage_id": "d#0", "document_id": "d", "score": 1.5}],
+        "no_answer_probability": 0.25,
+        "timings_ms": {
+            stage: 3.0 if stage == "total" else 0.0 for stage in ("tokenise", "embed", "search", "read", "rank", "queue", "total")
+        },
+    }
+    [searched] = client.search(["what?"])
+    assert isinstance(searched, SearchResult)
+    assert (searched.hits[0].dense_score, searched.hits[0].lexical_score) == (None, 0.0)
+
+
+def test_long_lists_travel_as_several_messages_and_come_back_in_order(client: Client, scripted: Scripted) -> None:
+    texts = ["x" * n for n in range(1, TEXTS_A_MESSAGE * 2 + 4)]
+    assert client.embed(texts)[:, 0].tolist() == [len(text) for text in texts]
+    assert [len(request.texts) for request in scripted.requests] == [TEXTS_A_MESSAGE, TEXTS_A_MESSAGE, 3]  # type: ignore[attr-defined]
+
+
+def test_a_bad_question_among_good_ones_takes_its_own_place_in_the_result(client: Client) -> None:
+    first, second, third = client.answer(["a", "", "b"])
+    assert isinstance(first, AnswerResult)
+    assert isinstance(third, AnswerResult)
+    assert isinstance(second, RequestRejected)
+    assert (second.field, str(second)) == ("questions[1]", "questions[1]: empty")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        failure(grpc.StatusCode.UNAVAILABLE, "starting", ErrorInfo(reason="NOT_SERVING"), come_back(1)),
+        failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", ErrorInfo(reason="OVERLOADED"), come_back(1)),
+        failure(grpc.StatusCode.UNAVAILABLE, "connection lost"),
+    ],
+)
+def test_a_passing_fault_is_retried(client: Client, scripted: Scripted, fault: Callable[[grpc.ServicerContext], None]) -> None:
+    scripted.script = [fault, fault]
+    assert client.embed(["abc"])[0, 0] == 3
+    assert len(scripted.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        (
+            failure(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "top_k: 0 is outside",
+                ErrorInfo(reason="INVALID_REQUEST"),
+                BadRequest(field_violations=[BadRequest.FieldViolation(field="top_k", description="0 is outside 1 to 100")]),
+            ),
+            RequestRejected,
+            "top_k: 0 is outside 1 to 100",
+        ),
+        (failure(grpc.StatusCode.INTERNAL, "broken"), ServerFailed, "INTERNAL broken"),
+        (failure(grpc.StatusCode.UNIMPLEMENTED, "no such method"), RequestRejected, "does not serve openbook.v1"),
+        (failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", ErrorInfo(reason="OVERLOADED"), come_back(60_000)), ServerOverloaded, "busy"),
+        (failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "message larger than max"), RequestRejected, "larger than max"),
+    ],
+)
+def test_a_lasting_fault_is_told_at_once_by_its_class(
+    client: Client, scripted: Scripted, fault: Callable[[grpc.ServicerContext], None], kind: type[ClientError], message: str
+) -> None:
+    scripted.script = [fault]
+    with pytest.raises(kind, match=message):
+        client.embed(["a"])
+    assert len(scripted.requests) == 1
+
+
+def test_retries_end_with_the_deadline(server: tuple[Scripted, str]) -> None:
+    scripted, address = server
+    scripted.script = [failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", ErrorInfo(reason="OVERLOADED"), come_back(20))] * 1000
+    with Client(address, timeout_seconds=0.3) as client, pytest.raises(ServerOverloaded):
+        client.embed(["a"])
+    assert 1 < len(scripted.requests) < 30
+
+
+def test_a_server_too_slow_for_the_deadline_is_told_with_the_time_allowed(server: tuple[Scripted, str]) -> None:
+    scripted, address = server
+    import threading
+
+    release = threading.Event()
+    scripted.script = [lambda context: release.wait(30) and None]
+    with Client(address, timeout_seconds=0.2) as client, pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
+        client.embed(["a"])
+    release.set()
+
+
+def test_no_server_is_told_quickly_with_the_way_out() -> None:
+    with Client("127.0.0.1:9", timeout_seconds=30) as client, pytest.raises(ServerUnavailable, match="openbook serve"):
+        client.describe()
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda client: client.embed("one string"), "texts"),
+        (lambda client: client.embed(["fine", "\ud800"]), r"texts\[1\]"),
+        (lambda client: client.answer([None]), r"questions\[0\]"),
+        (lambda client: client.search(["a"], top_k=2**40), "top_k"),
+        (lambda client: client.search(["a"], mode="psychic"), "mode"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_by_name(client: Client, call: Callable[[Client], object], field: str) -> None:
+    with pytest.raises(RequestRejected, match=field):
+        call(client)
+
+
+def test_no_texts_give_no_vectors_and_no_call(client: Client, scripted: Scripted) -> None:
+    assert len(client.embed([])) == 0
+    assert client.answer([]) == []
+    assert scripted.requests == []
+
+
+async def test_the_async_client_does_the_same(server: tuple[Scripted, str]) -> None:
+    scripted, address = server
+    scripted.script = [failure(grpc.StatusCode.UNAVAILABLE, "starting", ErrorInfo(reason="NOT_SERVING"), come_back(1))]
+    async with AsyncClient(address, timeout_seconds=5) as client:
+        assert (await client.embed(["ab", "c"]))[:, 0].tolist() == [2, 1]
+        first, second = await client.answer(["a", ""])
+        assert isinstance(first, AnswerResult)
+        assert isinstance(second, RequestRejected)
+        assert isinstance((await client.search(["a"]))[0], SearchResult)
+        scripted.script = [failure(grpc.StatusCode.INTERNAL, "broken")]
+        with pytest.raises(ServerFailed):
+            await client.embed(["a"])

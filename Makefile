@@ -40,22 +40,26 @@ stubs: $(READY)  ## regenerate the protocol's Python stubs
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --mypy_out=protos --mypy_grpc_out=protos protos/openbook/v1/openbook.proto
 
-LOCK := uv pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
+LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+  --no-annotate --no-header --quiet
 lock: $(READY)  ## pin every dependency again, with hashes
-	cd $(CURDIR) && $(BIN)/$(LOCK) --extra server --extra export --extra datasets --extra dev -o requirements/all.txt
-	$(BIN)/$(LOCK) --extra server --extra datasets -o requirements/server.txt
-	$(BIN)/$(LOCK) --extra server-openvino --extra datasets -o requirements/server-openvino.txt
-	$(BIN)/$(LOCK) --extra server-gpu --extra datasets -o requirements/server-gpu.txt
+	$(LOCK) requirements/uv.in -o requirements/uv.txt
+	$(LOCK) requirements/build.in -o requirements/build.txt
+	$(LOCK) pyproject.toml --extra server --extra export --extra datasets --extra dev -o requirements/all.txt
+	$(LOCK) pyproject.toml --extra server --extra datasets -o requirements/server.txt
+	$(LOCK) pyproject.toml --extra server-openvino --extra datasets -o requirements/server-openvino.txt
+	$(LOCK) pyproject.toml --extra server-gpu --extra datasets -o requirements/server-gpu.txt
 
 clean:
 	rm -rf $(VENV) $(DEMO)
 
-$(READY): requirements/all.txt requirements/uv.txt pyproject.toml
+$(READY): requirements/all.txt requirements/uv.txt requirements/build.txt pyproject.toml
 	@command -v c++ >/dev/null || { echo "a C++ compiler is needed to build hnswlib (Debian: apt-get install g++)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/all.txt requirements/uv.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --build-constraints requirements/build.txt \
+	  requirements/all.txt requirements/uv.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 

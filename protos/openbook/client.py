@@ -277,7 +277,7 @@ class AsyncClient:
                 await asyncio.sleep(attempts.delay_after(failure))
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def __aenter__(self) -> AsyncClient:
         return self

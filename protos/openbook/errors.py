@@ -6,6 +6,8 @@ A request is wrong (RequestRejected: mend it), the server is not there (ServerUn
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -40,8 +42,11 @@ class ServerFailed(ClientError):
     """A failure inside the server; its log has more."""
 
 
-def from_rpc(error: grpc.RpcError, address: str, timeout_seconds: float) -> tuple[ClientError, float | None]:
-    """A failed call as a ClientError, and the delay in seconds the server asked for (None where it asked for none)."""
+def from_rpc(error: Any, address: str, timeout_seconds: float) -> tuple[ClientError, float | None]:
+    """A failed call as a ClientError, and the delay in seconds the server asked for (None where it asked for none).
+
+    `error` is the grpc.RpcError of a call, sync or async: both have `code()`, `details()` and trailing metadata.
+    """
     code, details = error.code(), error.details() or ""
     status = rpc_status.from_call(error)
     reason, field, delay = "", "", None

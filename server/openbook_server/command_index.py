@@ -148,8 +148,9 @@ def _run_with_progress(indexing: Indexing, sources: list[Source], stopping: Call
         bar.update(task, completed=min(progress.bytes_read, total), description=line)
         if not console.is_terminal and now - last > 5:
             last = now
-            done = f"{100 * progress.bytes_read / total:.0f} %, " if total else ""
-            console.print(f"indexing: {done}{line}")
+            share = progress.bytes_read / total if total else 0.0
+            left = f"{share:.0%} done, about {(now - began) * (1 - share) / share:.0f} s left, " if share else ""
+            console.print(f"indexing: {left}{line}")
 
     if console.is_terminal:
         with bar:

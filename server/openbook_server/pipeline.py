@@ -8,6 +8,7 @@ Texts come in validated, results go out as plain objects; gRPC is not known here
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
 from openbook_server.engine import Arrays, Engine, Row
-from openbook_server.knowledge import Hit, KnowledgeBase
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchMode
 from openbook_server.ranking import RankedAnswer, Reading, Span, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
@@ -46,7 +47,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchOptions:
-    mode: str  # hybrid, dense, lexical or none
+    mode: SearchMode | None  # None = no retrieval
     top_k: int
     ef: int | None
 
@@ -76,13 +77,11 @@ class Pipeline:
         self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions, deadline: float, timings: Timings
     ) -> list[list[Hit]]:
         """Best passages for each question, best first."""
-        if options.mode == "none" or self._knowledge_base is None:
+        if options.mode is None or self._knowledge_base is None:
             return [[] for _ in questions]
         vectors = None if options.mode == "lexical" else await self.embed(rows, deadline, timings)
-        knowledge_base = self._knowledge_base
-        hits = await asyncio.get_running_loop().run_in_executor(
-            self._searcher, lambda: knowledge_base.search(questions, vectors, top_k=options.top_k, mode=options.mode, ef=options.ef)
-        )
+        search = functools.partial(self._knowledge_base.search, questions, vectors, top_k=options.top_k, mode=options.mode, ef=options.ef)
+        hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search)
         timings.search += timings.lap()
         return hits
 
@@ -112,7 +111,7 @@ class Pipeline:
         answered, at = [], 0
         for hits in found:
             here = range(at, at + len(hits))
-            readings = [_reading(pairs[i], outcome.rows[i], i - at) for i in here]
+            readings = [reading_of(pairs[i], outcome.rows[i], i - at) for i in here]
             answers, nothing = rank_answers(
                 [hit.passage.text for hit in hits],
                 readings,
@@ -129,7 +128,8 @@ class Pipeline:
         self._searcher.shutdown()
 
 
-def _reading(pair: Pair, outputs: Arrays, passage: int) -> Reading:
+def reading_of(pair: Pair, outputs: Arrays, passage: int) -> Reading:
+    """What the reader's graph returned for one pair, in characters of its passage; `passage` is the row it gets."""
     spans = []
     for first, last, score in zip(
         outputs["span_start"].tolist(), outputs["span_end"].tolist(), outputs["span_score"].tolist(), strict=True

@@ -16,7 +16,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge import Hit, KnowledgeBase
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchMode
 from openbook_server.pipeline import Pipeline, QuestionAnswered, SearchOptions, Timings
 from openbook_server.ranking import RankedAnswer
 from openbook_server.runtime import Device
@@ -26,12 +26,12 @@ from openbook_server.wire import Parsed
 
 DEFAULT_TOP_K = 5
 DEFAULT_ANSWERS = 3
-MODES = {
+MODES: dict[int, SearchMode | None] = {
     pb.SEARCH_MODE_UNSPECIFIED: "hybrid",
     pb.SEARCH_MODE_HYBRID: "hybrid",
     pb.SEARCH_MODE_DENSE: "dense",
     pb.SEARCH_MODE_LEXICAL: "lexical",
-    pb.SEARCH_MODE_NONE: "none",
+    pb.SEARCH_MODE_NONE: None,
 }
 
 Request = TypeVar("Request", bound=Message)

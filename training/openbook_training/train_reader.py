@@ -108,7 +108,7 @@ class ReaderTask:
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        cast(PeftModel, model).save_pretrained(folder)
+        cast(PeftModel, model).save_pretrained(str(folder))
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = self.checkpoint.name  # never a path of this machine
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

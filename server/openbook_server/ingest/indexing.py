@@ -36,7 +36,7 @@ class Progress:
     unchanged: int = 0  # documents that were stored already
     replaced_ids: int = 0  # ids that came twice in one run; the last one stays
     unreadable: int = 0
-    bytes_read: int = 0  # of the files that are finished
+    bytes_read: int = 0  # of all sources, about; exact at the end of each
     _ids: set[bytes] = field(default_factory=set)  # 8-byte digests of the ids seen
 
 
@@ -73,7 +73,9 @@ class Indexing:
     def _batches(self, sources: Iterable[Source]) -> Iterator[list[Document]]:
         batch: dict[str, Document] = {}
         characters = 0
+        finished = 0
         for source in sources:
+            read = 0
             for item in read_source(source):
                 if isinstance(item, Unreadable):
                     self._note(source, item)
@@ -85,10 +87,13 @@ class Indexing:
                 self.progress._ids.add(key)
                 batch[item.id] = item
                 characters += len(item.text)
+                read += len(item.text) + len(item.title)
+                self.progress.bytes_read = finished + min(read, source.bytes)
                 if len(batch) >= self._batch or characters >= _BATCH_CHARACTERS:
                     yield list(batch.values())
                     batch, characters = {}, 0
-            self.progress.bytes_read += source.bytes
+            finished += source.bytes
+            self.progress.bytes_read = finished
         if batch:
             yield list(batch.values())
 

@@ -21,7 +21,7 @@ class Source:
 
     name: str  # for messages and, where documents have no ids of their own, for their ids
     path: Path | None  # of a file
-    bytes: int  # of a file; 0 where it is not known beforehand
+    bytes: int  # of the file, or of the collection's text; 0 where it is not known beforehand
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -33,7 +33,9 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
     for name in names:
         path = Path(name)
-        if name.startswith(HUGGING_FACE) or name == PYTHON_DOCS:
+        if name == PYTHON_DOCS:
+            sources.append(Source(name, None, sum(len(document.text) for document in python_docs())))
+        elif name.startswith(HUGGING_FACE):
             sources.append(Source(name, None, 0))
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             sources.append(Source(HUGGING_FACE + name, None, 0))

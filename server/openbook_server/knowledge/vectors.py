@@ -39,9 +39,10 @@ class VectorIndex:
         loaded = frozenset(graph.get_ids_list()) if graph is not None else frozenset()
         self._in_graph: set[int] = set(loaded & live)
         self._deleted = len(loaded - live)  # rows of the graph that are marked deleted
-        for label in loaded - live:
-            with contextlib.suppress(RuntimeError):  # marked already when the snapshot was taken
-                graph.mark_deleted(label)
+        if graph is not None:
+            for label in loaded - live:
+                with contextlib.suppress(RuntimeError):  # marked already when the snapshot was taken
+                    graph.mark_deleted(label)
         self._flat: dict[int, Vectors] = {}
         self._scan: tuple[NDArray[np.int64], Vectors] | None = None  # the buffer as arrays, built when first searched
 

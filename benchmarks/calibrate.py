@@ -29,7 +29,7 @@ from openbook_server.ranking import Reading, rank_answers
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, load_questions
-from openbook_training.train_reader import hold_out
+from openbook_training.tasks.reader import hold_out
 
 LEXICAL_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
 PRIOR_WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)

@@ -38,7 +38,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "reader.toml").write_text(
         f'output = "{folder}/run"\ncheckpoint = "{tiny_checkpoint}"\ntrain = "{folder}/train.jsonl"\n'
         "held_out = 3\nmax_tokens = 64\nstride = 8\nmax_question_tokens = 16\nmax_answer_tokens = 5\nnegatives = [1]\n"
-        'lora_rank = 2\nlora_alpha = 2\n[loop]\nepochs = 1\nbatch_questions = 4\nprecision = "fp32"\n'
+        'lora_rank = 2\nlora_alpha = 2\n[loop]\nepochs = 1\nbatch_examples = 4\nprecision = "fp32"\n'
     )
     openbook("train", "reader", folder / "reader.toml")
     openbook("export", tiny_checkpoint, folder / "bundle", "--reader", folder / "run" / "best")

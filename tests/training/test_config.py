@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from openbook_training.config import ReaderConfig, load_config
+from openbook_training.config import load_config
 from openbook_training.errors import InvalidConfig
+from openbook_training.tasks.reader import ReaderConfig
 
 
 def write(folder: Path, text: str) -> Path:

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, ReaderConfig
+from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, TrainingDiverged
 from openbook_training.loop import Loop
 from openbook_training.negatives import draw, embed, mine
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
+from openbook_training.run import train
 from openbook_training.squad import Question
-from openbook_training.train_reader import ReaderTask, hold_out, train_reader
+from openbook_training.tasks import OBJECTIVES
+from openbook_training.tasks.reader import ReaderConfig, ReaderTask, hold_out
 from rich.console import Console
 
 WORDS = "red blue green one two three city river king book"
@@ -55,7 +57,7 @@ def config_for(training_file: Path, tiny_checkpoint: Path, output: Path, **loop:
         mined=5,
         lora_rank=2,
         lora_alpha=2,
-        loop=dataclasses.replace(LoopConfig(epochs=2, batch_questions=4, precision="fp32", learning_rate=1e-2), **loop),  # type: ignore[arg-type]
+        loop=dataclasses.replace(LoopConfig(epochs=2, batch_examples=4, precision="fp32", learning_rate=1e-2), **loop),  # type: ignore[arg-type]
     )
 
 
@@ -143,7 +145,7 @@ def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
     training_file: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     whole = config_for(training_file, tiny_checkpoint, tmp_path / "whole")
-    train_reader(whole, resume=False, console=quiet())
+    train(OBJECTIVES["reader"], whole, resume=False, console=quiet())
     halves = config_for(training_file, tiny_checkpoint, tmp_path / "halves", checkpoint_minutes=0.0)
 
     class Killed(BaseException):
@@ -161,8 +163,8 @@ def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_take_step", dies_after_seven)
         with pytest.raises(Killed):
-            train_reader(halves, resume=False, console=quiet())
-    train_reader(halves, resume=True, console=quiet())
+            train(OBJECTIVES["reader"], halves, resume=False, console=quiet())
+    train(OBJECTIVES["reader"], halves, resume=True, console=quiet())
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "whole")) == 10
     assert {file.name for file in (tmp_path / "whole" / "best").iterdir()} == {
@@ -174,19 +176,19 @@ def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
 
 def test_a_finished_run_is_not_overwritten_by_accident(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=1, max_steps=1)
-    train_reader(config, resume=False, console=quiet())
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
     with pytest.raises(InvalidConfig, match="--resume"):
-        train_reader(config, resume=False, console=quiet())
+        train(OBJECTIVES["reader"], config, resume=False, console=quiet())
 
 
 def test_a_diverged_step_names_itself_and_its_batch(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReaderTask, "loss", lambda self, model, batch, rng: torch.tensor(float("nan")))
         with pytest.raises(TrainingDiverged, match=r"step 0.*Batch: q\d+"):
-            train_reader(config_for(training_file, tiny_checkpoint, tmp_path / "run"), resume=False, console=quiet())
+            train(OBJECTIVES["reader"], config_for(training_file, tiny_checkpoint, tmp_path / "run"), resume=False, console=quiet())
 
 
 def test_training_lowers_the_loss(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    train_reader(config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=12), resume=False, console=quiet())
+    train(OBJECTIVES["reader"], config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=12), resume=False, console=quiet())
     history = list(losses(tmp_path / "run").values())
     assert sum(history[-5:]) < 0.8 * sum(history[:5])

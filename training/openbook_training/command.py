@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from openbook_training.tasks import OBJECTIVES
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model of the system. OBJECTIVE names what is trained; CONFIG.toml says on what and for how long."
@@ -14,8 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`openbook export --reader` takes. Ctrl-C saves a checkpoint; the same command with --resume goes on.\n"
         "Several GPUs: accelerate launch -m openbook.cli train reader CONFIG.toml"
     )
-    parser.add_argument("objective", choices=["reader"], help="what to train")
-    parser.add_argument("config", metavar="CONFIG.toml", help="settings; training/configs/reader.toml documents every key")
+    parser.add_argument(
+        "objective", choices=list(OBJECTIVES), metavar="OBJECTIVE", help="; ".join(f"{name}: {o.summary}" for name, o in OBJECTIVES.items())
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", help="settings; training/configs/ holds recipes, training/README.md every key")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--output", help="run folder, instead of the configuration's")
 
@@ -23,23 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from openbook_training.config import ReaderConfig, load_config
+    from openbook_training.config import load_config
     from openbook_training.errors import TrainingError
 
     console = Console(stderr=True)
     try:
         overrides = {"output": arguments.output} if arguments.output else {}
-        config = load_config(arguments.config, ReaderConfig, overrides)
+        objective = OBJECTIVES[arguments.objective]
+        config = load_config(arguments.config, objective.config(), overrides)
         from openbook_training.loop import Stopped
-        from openbook_training.train_reader import train_reader
+        from openbook_training.run import train
 
         try:
-            metrics = train_reader(config, resume=arguments.resume, console=console)
+            metrics = train(objective, config, resume=arguments.resume, console=console)
         except Stopped as stop:
             console.print(str(stop))
             return 130
     except TrainingError as error:
         print(f"openbook train: {error}", file=sys.stderr)
         return 1
-    print(f"best adapter: {config.output}/best  " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    print(f"best: {config.output}/best  " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
     return 0

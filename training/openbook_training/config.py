@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openbook_training.checkpoint import DEFAULT_CHECKPOINT
 from openbook_training.errors import InvalidConfig
 
 
@@ -19,9 +18,9 @@ class LoopConfig:
     """What every objective shares: how long, how fast, how often to save."""
 
     seed: int = 42  # of data order, sampling and initialisation
-    epochs: int = 3  # passes over the training questions
-    batch_questions: int = 32  # questions an optimiser step
-    micro_batch_questions: int = 8  # of them, questions a backward pass: bounds memory, changes no gradient
+    epochs: int = 3  # passes over the training examples
+    batch_examples: int = 32  # an optimiser step
+    micro_batch_examples: int = 8  # of them, those of one backward pass: bounds memory, changes no gradient of a mean over examples
     learning_rate: float = 5e-4  # peak; LoRA wants about ten times a full fine-tuning's
     warmup_share: float = 0.06  # of all steps, linear from 0; then linear down to 0
     weight_decay: float = 0.01
@@ -32,29 +31,6 @@ class LoopConfig:
     checkpoint_minutes: float = 5.0  # wall time between checkpoints; a stop loses at most this much
     evaluate_every_epochs: int = 1
     max_steps: int = 0  # stop early after this many steps, for trying things out; 0 = no limit
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReaderConfig:
-    """Settings of `openbook train reader`."""
-
-    output: str = "runs/reader"  # run folder: config, metrics, checkpoints, the adapter
-    checkpoint: str = DEFAULT_CHECKPOINT  # backbone: package:NAME, folder or hub id
-    train: str  # questions: .jsonl/.json file or NAME:SPLIT of a Hugging Face dataset
-    dev: str = ""  # questions for the report after each epoch; empty: only the held-out ones
-    dev_questions: int = 1000  # first N of them for the report during training; 0 = all
-    held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
-    max_tokens: int = 384  # question + passage + special tokens; longer passages are read in windows
-    stride: int = 128  # tokens that neighbouring windows share
-    max_question_tokens: int = 64  # the rest of a longer question is cut
-    max_answer_tokens: int = 30  # longest span considered
-    negatives: tuple[int, ...] = (2,)  # hard negatives beside the gold passage, by epoch; the last value repeats
-    mined: int = 20  # depth of the ranking that negatives are drawn from
-    no_answer_share: float = 0.1  # questions whose gold passage is taken away; they learn to abstain
-    lora_rank: int = 64
-    lora_alpha: int = 64  # update is scaled by alpha / rank
-    initial_adapter: str = ""  # go on from this adapter folder instead of a fresh one
-    loop: LoopConfig = LoopConfig()
 
 
 Config = TypeVar("Config")
@@ -88,7 +64,7 @@ def _build(kind: type[Any], table: dict[str, Any], prefix: str, problems: list[s
     for name, field in fields.items():
         if name in table:
             values[name] = _value(hints[name], table[name], prefix + name, problems)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.append(f"{prefix}{name}: missing, and it has no default")
     return kind(**values) if not problems else None
 

@@ -38,6 +38,11 @@ class Task(Protocol[Example]):
 
     model: nn.Module
 
+    def __init__(self, config: Any, console: Console) -> None: ...
+
+    def summary(self) -> str:
+        """What it trains on, for the first line of the run."""
+
     def batches(self, epoch: int) -> list[list[Example]]:
         """All batches of an epoch: the same for the same seed and epoch, however often it is asked."""
 
@@ -123,8 +128,8 @@ class Loop(Generic[Example]):
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes] or batch[:1]
         rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
         value = 0.0
-        for at in range(0, len(share), config.micro_batch_questions):
-            part = share[at : at + config.micro_batch_questions]
+        for at in range(0, len(share), config.micro_batch_examples):
+            part = share[at : at + config.micro_batch_examples]
             with self.accelerator.autocast():
                 loss = self._task.loss(self._model, part, rng) * (len(part) / len(share))
             value += float(loss.detach())
@@ -257,9 +262,3 @@ def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for target, value in zip(into, values, strict=True):
             target.copy_(value)
-
-
-def write_run_header(folder: Path, config: dict[str, Any], versions: dict[str, str]) -> None:
-    """Record what a run was made with, so that it can be made again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"config": config, "versions": versions}, indent=2) + "\n")

@@ -7,34 +7,55 @@ is only ever reported.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import random
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
-from openbook_training.config import ReaderConfig
+from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
+from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidData
-from openbook_training.loop import Loop, length_grouped, write_run_header
+from openbook_training.loop import length_grouped
 from openbook_training.negatives import draw, embed, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.squad import Question, exact_match, f1, load_questions, occurrences
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderConfig:
+    """Settings of `openbook train reader`."""
+
+    output: str = "runs/reader"  # run folder: config, metrics, checkpoints, the adapter
+    checkpoint: str = DEFAULT_CHECKPOINT  # backbone: package:NAME, folder or hub id
+    train: str  # questions: .jsonl/.json file or NAME:SPLIT of a Hugging Face dataset
+    dev: str = ""  # questions for the report after each epoch; empty: only the held-out ones
+    dev_questions: int = 1000  # first N of them for the report during training; 0 = all
+    held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
+    max_tokens: int = 384  # question + passage + special tokens; longer passages are read in windows
+    stride: int = 128  # tokens that neighbouring windows share
+    max_question_tokens: int = 64  # the rest of a longer question is cut
+    max_answer_tokens: int = 30  # longest span considered
+    negatives: tuple[int, ...] = (2,)  # hard negatives beside the gold passage, by epoch; the last value repeats
+    mined: int = 20  # depth of the ranking that negatives are drawn from
+    no_answer_share: float = 0.1  # questions whose gold passage is taken away; they learn to abstain
+    lora_rank: int = 64
+    lora_alpha: int = 64  # update is scaled by alpha / rank
+    initial_adapter: str = ""  # go on from this adapter folder instead of a fresh one
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A training question with the passages it is read beside."""
 
@@ -65,6 +86,11 @@ class ReaderTask:
         )
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    def summary(self) -> str:
+        return (
+            f"{len(self.train)} training questions over {len(self.passages)} passages, {len(self.held_out)} held out, {len(self.dev)} dev"
+        )
+
     def batches(self, epoch: int) -> list[list[Example]]:
         config = self._config
         rng = random.Random(f"{config.loop.seed}/{epoch}")
@@ -75,7 +101,7 @@ class ReaderTask:
             others = [self.passages[z] for z in draw(self._mined[row], max(count, 1) if absent else count, rng)] if self._mined else []
             examples.append(Example(question, others if absent and others else [question.context, *others]))
         lengths = [sum(len(passage) for passage in example.passages) for example in examples]
-        return [[examples[i] for i in rows] for rows in length_grouped(lengths, config.loop.batch_questions, rng)]
+        return [[examples[i] for i in rows] for rows in length_grouped(lengths, config.loop.batch_examples, rng)]
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         limit = self._config.max_answer_tokens
@@ -189,17 +215,3 @@ def _mined_negatives(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(mined))
     return mined
-
-
-def train_reader(config: ReaderConfig, *, resume: bool, console: Console) -> dict[str, float]:
-    """Run the whole training; the adapter is left in `<output>/best`."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate", "tokenizers")}
-    folder = Path(config.output)
-    write_run_header(folder, dataclasses.asdict(config), versions)
-    set_seed(config.loop.seed)  # before the model is built: its new weights are random
-    task = ReaderTask(config, console)
-    console.print(
-        f"{len(task.train)} training questions over {len(task.passages)} passages, {len(task.held_out)} held out, {len(task.dev)} dev; "
-        f"{sum(p.numel() for p in task.model.parameters() if p.requires_grad):,} trained weights"
-    )
-    return Loop(task, config.loop, folder, console).run(resume=resume)

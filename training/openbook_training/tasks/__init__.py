@@ -1,0 +1,33 @@
+"""What can be trained: one module an objective, each a configuration and a task for the loop."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openbook_training.loop import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Where an objective lives. Its module is imported only when it is wanted: PyTorch takes seconds."""
+
+    module: str
+    name: str  # prefix of its Config and its Task
+    summary: str
+
+    def config(self) -> type[Any]:
+        """The dataclass of its settings; it has `output` and `loop` beside its own."""
+        kind: type[Any] = getattr(importlib.import_module(self.module), self.name + "Config")
+        return kind
+
+    def task(self) -> type[Task[Any]]:
+        kind: type[Task[Any]] = getattr(importlib.import_module(self.module), self.name + "Task")
+        return kind
+
+
+OBJECTIVES = {
+    "reader": Objective("openbook_training.tasks.reader", "Reader", "spans of retrieved passages that answer a question"),
+}

@@ -40,6 +40,7 @@ _INTERRUPTED, _DEFECT = 130, 70
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would log, in its own words, failures that are reported below
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in arguments if not word.startswith("-")), "")
     parser = argparse.ArgumentParser(

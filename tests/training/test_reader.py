@@ -13,8 +13,9 @@ import torch
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, TrainingDiverged
-from openbook_training.loop import Loop
+from openbook_training.loop import Loop, Stopped
 from openbook_training.negatives import draw, embed, mine
+from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.run import train
 from openbook_training.squad import Question
@@ -172,6 +173,42 @@ def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
         "adapter_model.safetensors",
         "reader.json",
     }
+
+
+def test_a_stop_after_the_last_step_of_an_epoch_does_not_skip_its_evaluation(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=1)
+    original = Loop._take_step
+
+    def stops_at_five(self: Loop[object], batch: list[object], total: int) -> float:
+        loss = original(self, batch, total)
+        if self._step == 5:
+            self._stopping.set()
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_take_step", stops_at_five)
+        with pytest.raises(Stopped, match="step 5 of 5"):
+            train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    metrics = train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+    assert "held_out_f1" in metrics
+    assert (tmp_path / "run" / "best" / "reader.json").is_file()
+    assert train(OBJECTIVES["reader"], config, resume=True, console=quiet()) == metrics
+
+
+def test_a_log_tells_how_far_a_long_job_is_and_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 40.0, 41.0, 90.0])
+    monkeypatch.setattr("openbook_training.progress.time.monotonic", lambda: next(clock))
+    console = quiet()
+    with progress(console, "training", 100, completed=20) as update:
+        for done in (30, 60, 61, 100):
+            update(done, "loss 1.5")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "training: 60 of 100, about 0.7 min left, loss 1.5",
+        "training: 100 of 100, about 0.0 min left, loss 1.5",
+    ]
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

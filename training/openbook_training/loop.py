@@ -24,11 +24,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, TrainingDiverged
+from openbook_training.progress import progress
 
 Example = TypeVar("Example")
 
@@ -66,6 +66,7 @@ class Stopped(Exception):
 class Loop(Generic[Example]):
     def __init__(self, task: Task[Example], config: LoopConfig, folder: Path, console: Console) -> None:
         self._task, self._config, self._folder, self._console = task, config, folder, console
+        self._file = folder / "checkpoint.pt"
         if config.precision not in {"bf16", "fp32"}:
             raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
         if config.threads:
@@ -77,7 +78,8 @@ class Loop(Generic[Example]):
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self._model, self._optimizer = self.accelerator.prepare(task.model, self._optimizer)
         self._average = [parameter.detach().clone() for parameter in self._trained] if config.average_decay else None
-        self._step, self._best = 0, -math.inf
+        self._step = self._evaluated = 0
+        self._best: dict[str, float] = {}  # metrics of the best epoch so far
         self._stopping = threading.Event()
 
     def run(self, *, resume: bool) -> dict[str, float]:
@@ -88,37 +90,41 @@ class Loop(Generic[Example]):
             TrainingDiverged: the loss is NaN or infinite.
         """
         config = self._config
-        state = self._folder / "checkpoint.pt"
-        if resume and state.is_file():
-            self._restore(state)
+        if resume and self._file.is_file():
+            self._restore(self._file)
             self._console.print(f"resuming {self._folder} at step {self._step}")
-        elif state.is_file():
+        elif self._file.is_file():
             raise InvalidConfig(f"{self._folder} already holds a run; go on with --resume, or choose another output")
         sizes = [len(self._task.batches(epoch)) for epoch in range(config.epochs)]
         total = min(sum(sizes), config.max_steps or sum(sizes))
-        saved, metrics = time.monotonic(), {}
-        with self._signals(), self._progress() as progress:
-            bar = progress.add_task("training", total=total, completed=self._step, loss=math.nan)
+        silent = not self.accelerator.is_main_process
+        with self._signals(), progress(self._console, "training", total, completed=self._step, silent=silent) as update:
             for epoch, size in enumerate(sizes):
                 first = sum(sizes[:epoch])
-                if self._step >= first + size:
+                end = min(first + size, total)
+                if self._step > end:
                     continue
-                for batch in self._task.batches(epoch)[self._step - first :]:
-                    if self._step >= total:
-                        break
-                    loss = self._take_step(batch, total)
-                    progress.update(bar, completed=self._step, loss=loss)
-                    self._log({"step": self._step, "epoch": epoch, "loss": loss, "learning_rate": self._rate(total)})
-                    if self._stopping.is_set():
-                        self._checkpoint(state)
-                        raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
-                    if time.monotonic() - saved > config.checkpoint_minutes * 60:
-                        self._checkpoint(state)
-                        saved = time.monotonic()
-                if (epoch + 1) % config.evaluate_every_epochs == 0 or self._step >= total:
-                    metrics = self._evaluate(epoch)
-                    self._checkpoint(state)
-        return metrics
+                self._train_epoch(epoch, first, total, update)
+                due = (epoch + 1) % config.evaluate_every_epochs == 0 or end == total
+                if due and self._evaluated < end:  # a stop may have fallen between the last step and this
+                    self._evaluate(epoch)
+                    self._evaluated = end
+                    self._checkpoint()
+        return self._best
+
+    def _train_epoch(self, epoch: int, first: int, total: int, update: Callable[[int, str], None]) -> None:
+        """The epoch's batches that are not behind us yet; `first` is the step that the epoch begins with."""
+        saved = time.monotonic()
+        for batch in self._task.batches(epoch)[self._step - first : total - first]:
+            loss = self._take_step(batch, total)
+            update(self._step, f"loss {loss:.3f}")
+            self._log({"step": self._step, "epoch": epoch, "loss": loss, "learning_rate": self._rate(total)})
+            if self._stopping.is_set():
+                self._checkpoint()
+                raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
+            if time.monotonic() - saved > self._config.checkpoint_minutes * 60:
+                self._checkpoint()
+                saved = time.monotonic()
 
     def _take_step(self, batch: list[Example], total: int) -> float:
         config = self._config
@@ -152,21 +158,20 @@ class Loop(Generic[Example]):
             return self._config.learning_rate * (self._step + 1) / warmup
         return self._config.learning_rate * max(0.0, (total - self._step) / max(1, total - warmup))
 
-    def _evaluate(self, epoch: int) -> dict[str, float]:
+    def _evaluate(self, epoch: int) -> None:
         with self._averaged():
             model = self.accelerator.unwrap_model(self._model).eval()
             with torch.inference_mode():
                 metrics = self._task.evaluate(model)
             self._log({"step": self._step, "epoch": epoch, **metrics})
             self._console.print(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-            if metrics["score"] >= self._best and self.accelerator.is_main_process:
-                self._best = metrics["score"]
+            if metrics["score"] >= self._best.get("score", -math.inf) and self.accelerator.is_main_process:
+                self._best = metrics
                 aside = self._folder / "best.new"
                 shutil.rmtree(aside, ignore_errors=True)
                 self._task.save(model, aside)
                 shutil.rmtree(self._folder / "best", ignore_errors=True)
                 aside.rename(self._folder / "best")
-        return metrics
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -181,23 +186,24 @@ class Loop(Generic[Example]):
         finally:
             _copy(self._trained, own)
 
-    def _checkpoint(self, file: Path) -> None:
+    def _checkpoint(self) -> None:
         if not self.accelerator.is_main_process:
             return
         state = {
             "step": self._step,
+            "evaluated": self._evaluated,
             "best": self._best,
             "trained": [parameter.detach() for parameter in self._trained],
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
         }
-        aside = file.with_suffix(".new")
+        aside = self._file.with_suffix(".new")
         with aside.open("wb") as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        aside.replace(file)
+        aside.replace(self._file)
 
     def _restore(self, file: Path) -> None:
         state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
@@ -208,7 +214,7 @@ class Loop(Generic[Example]):
         if self._average is not None and state["average"] is not None:
             _copy(self._average, state["average"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self._step, self._best = state["step"], state["best"]
+        self._step, self._evaluated, self._best = state["step"], state["evaluated"], state["best"]
         torch.set_rng_state(state["torch_rng"].cpu())
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -230,20 +236,6 @@ class Loop(Generic[Example]):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self.accelerator.is_main_process,
-            refresh_per_second=1,
-        )
 
 
 def length_grouped(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:

@@ -19,11 +19,11 @@ def embed(
     *,
     batch: int = 64,
     precision: str = "fp32",
-    progress: Callable[[int], None] | None = None,
+    report: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """Unit vectors (len(texts), dim) float32 by the checkpoint in PyTorch: the reference the exported graph must match.
 
-    `progress`, where given, is told how many texts each batch finished.
+    `report` is told how many texts are done after each batch.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     model = AutoModel.from_pretrained(checkpoint.folder, attn_implementation="eager", dtype=torch.float32).eval()
@@ -37,8 +37,7 @@ def embed(
         mask = inputs["attention_mask"][:, :, None].float()
         pooled = states[:, 0] if checkpoint.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
         vectors[rows] = torch.nn.functional.normalize(pooled, dim=1).numpy()
-        if progress is not None:
-            progress(len(rows))
+        report(at + len(rows))
     return vectors
 
 

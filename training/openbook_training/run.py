@@ -18,7 +18,7 @@ _RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
 def train(objective: Objective, config: Any, *, resume: bool, console: Console) -> dict[str, float]:
-    """Run the whole training; what a user deploys is left in `<output>/best`. Returns the metrics of the last evaluation.
+    """Run the whole training; what a user deploys is left in `<output>/best`. Returns the metrics of the best epoch.
 
     Args:
         config: an `objective.config()`.

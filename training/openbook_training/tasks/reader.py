@@ -29,6 +29,7 @@ from openbook_training.errors import InvalidData
 from openbook_training.loop import length_grouped
 from openbook_training.negatives import draw, embed, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
+from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.squad import Question, exact_match, f1, load_questions, occurrences
 
@@ -211,9 +212,10 @@ def _mined_negatives(
     if file.is_file():
         mined: list[list[int]] = json.loads(file.read_text())
         return mined
-    console.print(f"mining hard negatives: {len(passages)} passages, {len(questions)} questions")
-    passage_vectors = embed(checkpoint, passages, precision=config.loop.precision)
-    question_vectors = embed(checkpoint, [question.text for question in questions], precision=config.loop.precision)
+    texts = [*passages, *(question.text for question in questions)]
+    with progress(console, "embedding passages and questions to mine hard negatives", len(texts)) as update:
+        vectors = embed(checkpoint, texts, precision=config.loop.precision, report=lambda done: update(done, ""))
+    passage_vectors, question_vectors = vectors[: len(passages)], vectors[len(passages) :]
     mined = mine(questions, question_vectors, passages, passage_vectors, config.mined)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(mined))

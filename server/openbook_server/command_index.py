@@ -143,14 +143,14 @@ def _run_with_progress(indexing: Indexing, sources: list[Source], stopping: Call
     def report(progress: IndexingProgress) -> None:
         nonlocal last
         now = time.monotonic()
-        rate = progress.passages / max(now - began, 1e-9)
-        line = f"{progress.documents} documents, {progress.passages} passages, {rate:.0f} passages/s"
+        rate = progress.embedded / max(now - began, 1e-9)
+        line = f"{progress.documents} documents, {progress.embedded} passages, {rate:.0f} passages/s"
         bar.update(task, completed=min(progress.bytes_read, total), description=line)
         if not console.is_terminal and now - last > 5:
             last = now
             share = progress.bytes_read / total if total else 0.0
             left = f"{share:.0%} done, about {(now - began) * (1 - share) / share:.0f} s left, " if share else ""
-            console.print(f"indexing: {left}{line}")
+            console.print(f"indexing: {left}{line}", soft_wrap=True)
 
     if console.is_terminal:
         with bar:

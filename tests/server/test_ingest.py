@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from openbook_server.errors import SourceInvalid
+from openbook_server.ingest import indexing
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.python_docs import python_docs
@@ -179,6 +180,16 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, tiny_checkpoint:
     assert (second.documents, second.indexing.progress.unchanged) == (30, 12)
     whole = Run(tmp_path / "other", tiny_checkpoint)(rows)
     assert first.embedded + second.embedded == whole.embedded
+
+
+def test_a_stop_in_the_middle_of_a_huge_document_leaves_no_half_of_it(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "_EMBEDDED_AT_ONCE", 10)
+    path = write(tmp_path / "huge.txt", "\n\n".join(f"Red city {n} by the river." for n in range(100)))
+    stopped = Run(tmp_path, tiny_checkpoint)(path, stop_after=2)
+    assert (stopped.documents, stopped.embedded) == (0, 20)
+    assert Run(tmp_path, tiny_checkpoint)(path).documents == 1
 
 
 def test_only_what_changed_is_embedded_again(tmp_path: Path, tiny_checkpoint: Path, rows: Path) -> None:

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from openbook_server.ingest import splitting
 from openbook_server.ingest.splitting import sentences, split
 from openbook_server.knowledge import Document
 from openbook_server.tokenization import load_tokenizer
@@ -66,3 +67,21 @@ def test_sentences_end_at_full_stops_but_not_at_initials_abbreviations_or_number
 
 def test_a_document_without_text_has_no_passages(tokenizer: Tokenizer) -> None:
     assert split([Document(id="d", text=" \n ")], tokenizer, passage_tokens=10, overlap=2) == [[]]
+
+
+def test_a_text_longer_than_what_is_tokenised_at_once_is_split_as_if_it_were_not(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document(id=f"d{n}", text="".join(random.Random(n).choices(PIECES, k=80))) for n in range(5)]
+    whole = split(documents, tokenizer, passage_tokens=20, overlap=6)
+    monkeypatch.setattr(splitting, "_PART_CHARACTERS", 100)
+    assert split(documents, tokenizer, passage_tokens=20, overlap=6) == whole
+
+
+def test_what_never_ends_is_cut_into_passages_of_bounded_size(tokenizer: Tokenizer) -> None:
+    text = "x" * 30_000 + " " + "red " * 5_000 + "y" * 9_000
+    [passages] = split([Document(id="d", text=text)], tokenizer, passage_tokens=50, overlap=10)
+    assert max(len(passage.text) for passage in passages) <= 50 * 4_000
+    assert max(end - start for start, end in sentences(text)) <= 4_000
+    covered = {at for passage in passages for at in range(passage.start, passage.start + len(passage.text))}
+    assert all(at in covered for at, character in enumerate(text) if not character.isspace())

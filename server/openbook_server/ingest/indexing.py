@@ -24,6 +24,7 @@ from openbook_server.knowledge import Document, KnowledgeBase, Passage
 log = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 20  # unreadable items that are logged one by one; all are counted
+_EMBEDDED_AT_ONCE = 1_024  # passages between two looks at whether the run shall stop
 _BATCH_CHARACTERS = 2_000_000  # of documents read before they are split, whatever their number
 
 
@@ -32,7 +33,8 @@ class Progress:
     """Where a run is; handed to `report` after every batch."""
 
     documents: int = 0  # read
-    passages: int = 0  # stored by this run
+    embedded: int = 0  # passages embedded by this run
+    passages: int = 0  # of them, those that are stored
     unchanged: int = 0  # documents that were stored already
     replaced_ids: int = 0  # ids that came twice in one run; the last one stays
     unreadable: int = 0
@@ -59,13 +61,14 @@ class Indexing:
         self.progress = Progress()
 
     def run(self, sources: Iterable[Source], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
-        """Index everything, or until `stopping` says so between two batches.
+        """Index everything, or until `stopping` says so; a batch under way is then left out, it was not reported.
 
         Raises:
             KnowledgeBaseDamaged: a write failed; everything reported so far is stored.
         """
         for batch in self._batches(sources):
-            self._store(batch)
+            if not self._store(batch, report, stopping):
+                return
             report(self.progress)
             if stopping():
                 return
@@ -97,21 +100,31 @@ class Indexing:
         if batch:
             yield list(batch.values())
 
-    def _store(self, documents: Sequence[Document]) -> None:
+    def _store(self, documents: Sequence[Document], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> bool:
+        """Whether the documents are stored; False where the run was stopped while they were embedded."""
         digests = {document.id: self._digest(document) for document in documents}
         unchanged = self._knowledge_base.unchanged(digests)
         self.progress.unchanged += len(unchanged)
         changed = [document for document in documents if document.id not in unchanged]
         if not changed:
-            return
+            return True
         passages = [
             passage
             for passages in split(changed, self._tokenizer, passage_tokens=self._passage_tokens, overlap=self._overlap)
             for passage in passages
         ]
         pairs = [(document, digests[document.id]) for document in changed]
-        self._knowledge_base.replace_documents(pairs, passages, self._embed(passages))
+        vectors = []
+        for at in range(0, max(len(passages), 1), _EMBEDDED_AT_ONCE):  # one document may have a hundred thousand
+            if at:
+                report(self.progress)
+            if at and stopping():
+                return False
+            vectors.append(self._embed(passages[at : at + _EMBEDDED_AT_ONCE]))
+            self.progress.embedded += len(vectors[-1])
+        self._knowledge_base.replace_documents(pairs, passages, np.concatenate(vectors))
         self.progress.passages += len(passages)
+        return True
 
     def _digest(self, document: Document) -> str:
         """Names the content and how it is split: what must be the same for a stored document to be left alone."""

@@ -7,7 +7,7 @@ in at least one passage.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer
 
@@ -17,6 +17,9 @@ from openbook_server.knowledge import Document, Passage
 # a blank line always ends it. Initials and common abbreviations do not.
 _BOUNDARY = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[^\Wa-z_])|\n\s*\n", re.UNICODE)
 _ABBREVIATION = re.compile(r"(?:\b[A-Z]|\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|cf|No|Fig|approx|Inc|Ltd|Jr|Sr))\.$")
+
+_LONGEST_SENTENCE = 4_000  # characters; what goes on without an end (a table, a base64 blob) is cut
+_PART_CHARACTERS = 500_000  # tokenised at a time
 
 Unit = tuple[int, int, int]  # start, end in characters, and how many tokens
 
@@ -29,7 +32,6 @@ def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens
         passage_tokens: longest passage.
         overlap: neighbouring passages share whole sentences of up to this many tokens.
     """
-    encodings = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
     return [
         [
             Passage(
@@ -41,11 +43,9 @@ def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens
                 source=document.source,
                 metadata=document.metadata,
             )
-            for number, (start, end) in enumerate(
-                _windows(_units(document.text, encoding.offsets, passage_tokens), passage_tokens, overlap)
-            )
+            for number, (start, end) in enumerate(_windows(units, passage_tokens, overlap))
         ]
-        for document, encoding in zip(documents, encodings, strict=True)
+        for document, units in zip(documents, _measured(documents, tokenizer, passage_tokens), strict=True)
     ]
 
 
@@ -62,7 +62,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
         start = match.end()
     spans.append((start, len(text)))
     trimmed = []
-    for begin, end in spans:
+    for begin, end in (part for span in spans for part in _cut(text, *span)):
         body = text[begin:end]
         if stripped := body.strip():
             begin += len(body) - len(body.lstrip())
@@ -70,11 +70,51 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return trimmed
 
 
-def _units(text: str, offsets: Sequence[tuple[int, int]], limit: int) -> list[Unit]:
-    """Sentences with their token counts; one over the limit is cut between tokens."""
+def _cut(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """A span in parts of at most `_LONGEST_SENTENCE` characters, cut at white space where there is some."""
+    while end - start > _LONGEST_SENTENCE:
+        stop = next((at for at in range(start + _LONGEST_SENTENCE, start, -1) if text[at].isspace()), start + _LONGEST_SENTENCE)
+        yield start, stop
+        start = stop
+    yield start, end
+
+
+def _measured(documents: Sequence[Document], tokenizer: Tokenizer, limit: int) -> list[list[Unit]]:
+    """The units of each document. Texts are tokenised in parts of whole sentences: the tokens of a huge one never exist at once."""
+    units: list[list[Unit]] = [[] for _ in documents]
+    waiting: list[tuple[int, list[tuple[int, int]]]] = []
+    characters = 0
+
+    def finish() -> None:
+        nonlocal characters
+        texts = [documents[at].text[spans[0][0] : spans[-1][1]] for at, spans in waiting]
+        for (at, spans), encoding in zip(waiting, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            units[at] += _units(documents[at].text, spans, encoding.offsets, limit)
+        waiting.clear()
+        characters = 0
+
+    for at, document in enumerate(documents):
+        part: list[tuple[int, int]] = []
+        for span in sentences(document.text):
+            part.append(span)
+            characters += span[1] - span[0]
+            if characters >= _PART_CHARACTERS:
+                waiting.append((at, part))
+                part = []
+                finish()
+        if part:
+            waiting.append((at, part))
+    finish()
+    return units
+
+
+def _units(text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], limit: int) -> list[Unit]:
+    """Sentences with their token counts; one over the limit is cut between tokens. `offsets` count from the first sentence."""
+    base = spans[0][0]
+    offsets = [(start + base, end + base) for start, end in offsets]
     units: list[Unit] = []
     token = 0
-    for start, end in sentences(text):
+    for start, end in spans:
         while token < len(offsets) and offsets[token][1] <= start:
             token += 1
         first = token

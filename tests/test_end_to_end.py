@@ -96,6 +96,13 @@ def test_a_file_of_questions_is_answered_row_by_row(server: str, tmp_path: Path)
     assert not answered.get("c", {}).get("answers")
 
 
+def test_no_question_of_a_long_file_is_left_out(server: str, tmp_path: Path) -> None:
+    ids = [str(number) for number in range(100)]  # several messages
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"_id": id_, "text": "who was red ?"}) for id_ in ids))
+    openbook("ask", "--file", tmp_path / "questions.jsonl", "--out", tmp_path / "answers.jsonl", "--server", server)
+    assert [json.loads(line)["id"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == ids
+
+
 def test_search_embed_and_info_speak_to_the_same_server(server: str, bundle: Path, knowledge_base: Path) -> None:
     hits = json.loads(openbook("search", "blue river", "--server", server, "--mode", "lexical", "--json").stdout)
     assert hits["hits"][0]["document_id"] == "rivers.txt"

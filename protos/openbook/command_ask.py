@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -94,7 +95,7 @@ def _ask_file(client: Client, arguments: argparse.Namespace) -> int:
     client.describe()  # a server that is not there is told before a file is opened for writing
     rows = read_rows(arguments.file)
     with written_aside(arguments.out) as out:
-        while batch := [row for row, _ in zip(rows, range(TEXTS_A_MESSAGE), strict=False)]:
+        while batch := list(itertools.islice(rows, TEXTS_A_MESSAGE)):
             for row, line in _answer_batch(client, batch, arguments):
                 asked += 1
                 if "error" in line:

@@ -38,7 +38,7 @@ format: $(READY)
 stubs: $(READY)  ## regenerate the protocol's Python stubs
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --mypy_out=protos --mypy_grpc_out=protos protos/openbook/v1/openbook.proto
+	  --mypy_out=protos --mypy_grpc_out=protos protos/openbook/v1/*.proto
 
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
   --no-annotate --no-header --quiet

@@ -63,8 +63,9 @@ def test_regenerating_the_stubs_changes_nothing(tmp_path: Path) -> None:
         f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
         f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
     ]
-    subprocess.run([*command, str(ROOT / "protos" / "openbook" / "v1" / "openbook.proto")], check=True, capture_output=True)
+    protocol = sorted((ROOT / "protos" / "openbook" / "v1").glob("*.proto"))
+    subprocess.run([*command, *map(str, protocol)], check=True, capture_output=True)
     generated = sorted((tmp_path / "openbook" / "v1").iterdir())
-    assert len(generated) == 4
+    assert len(generated) == 4 * len(protocol)
     for file in generated:
         assert file.read_text() == (PACKAGES["openbook"] / "v1" / file.name).read_text(), file.name

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook import __version__, results
-from openbook.errors import ClientError, RequestRejected, ServerOverloaded, ServerUnavailable, from_rpc
-from openbook.results import AnswerResult, SearchResult
+from openbook.errors import ClientError, RequestRejected
+from openbook.results import AnswerResult, Document, SearchResult, Written
+from openbook.retrying import Attempts
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook.v1 import openbook_pb2_grpc
 
 MODES = {
     "hybrid": pb.SEARCH_MODE_HYBRID,
@@ -33,8 +34,7 @@ MODES = {
     "none": pb.SEARCH_MODE_NONE,
 }
 TEXTS_A_MESSAGE = 32
-_FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0  # seconds between tries where the server names none
-_UNREACHABLE_TRIES = 3  # a server that is not there is not waited for until the deadline
+_BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
 _OPTIONS = [
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),
     ("grpc.max_send_message_length", -1),
@@ -42,40 +42,10 @@ _OPTIONS = [
     ("grpc.enable_retries", 0),  # retries are made here, where RetryInfo is understood
 ]
 
-Reply = TypeVar("Reply")
-
 
 def default_address() -> str:
     """$OPENBOOK_SERVER, or localhost:50051."""
     return os.environ.get("OPENBOOK_SERVER", "localhost:50051")
-
-
-class _Attempts:
-    """Decides, after each failure of a call, whether and when to try again."""
-
-    def __init__(self, address: str, timeout_seconds: float) -> None:
-        self._address, self._timeout = address, timeout_seconds
-        self._deadline = time.monotonic() + timeout_seconds
-        self._failed = 0
-
-    @property
-    def seconds_left(self) -> float:
-        return max(1e-3, self._deadline - time.monotonic())
-
-    def delay_after(self, failure: grpc.RpcError) -> float:
-        """Seconds to wait before the next try.
-
-        Raises:
-            ClientError: there will be none.
-        """
-        error, asked = from_rpc(failure, self._address, self._timeout)
-        self._failed += 1
-        patience = isinstance(error, ServerOverloaded) or asked is not None or self._failed < _UNREACHABLE_TRIES
-        delay = asked if asked is not None else min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._failed)
-        delay *= random.uniform(1.0, 1.5)  # callers that were refused together shall not come back together
-        if not isinstance(error, ServerOverloaded | ServerUnavailable) or not patience or delay >= self.seconds_left:
-            raise error from failure
-        return delay
 
 
 def _embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
@@ -88,6 +58,25 @@ def _search_requests(questions: Sequence[str], **options: Any) -> list[pb.Search
 
 def _answer_requests(questions: Sequence[str], **options: Any) -> list[pb.AnswerRequest]:
     return [pb.AnswerRequest(questions=part, **_given(options)) for part in _parts(questions, "questions")]
+
+
+def _upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
+    """Messages of bounded size; documents are taken from the iterable no sooner than they are sent."""
+    request, size, ids = kb.UpsertRequest(), 0, set[str]()
+    for at, document in enumerate(documents):
+        try:
+            message = document.to_message()
+        except (UnicodeEncodeError, TypeError, ValueError) as error:
+            raise RequestRejected(f"document {document.id!r} cannot be sent ({error})", field=f"documents[{at}]") from error
+        full = len(ids) == TEXTS_A_MESSAGE or size + message.ByteSize() > _BYTES_A_MESSAGE
+        if ids and (full or document.id in ids):  # of one id that comes twice, the last one stays
+            yield request
+            request, size, ids = kb.UpsertRequest(), 0, set()
+        request.documents.append(message)
+        size += message.ByteSize()
+        ids.add(document.id)
+    if request.documents:
+        yield request
 
 
 def _parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
@@ -169,6 +158,7 @@ class Client:
         self.address, self._timeout = address or default_address(), timeout_seconds
         self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
+        self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
 
     def embed(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """(texts, dim) unit vectors.
@@ -203,13 +193,26 @@ class Client:
             found += _answer_results(request, self._call(self._stub.Answer, request))
         return found
 
+    def upsert(self, documents: Iterable[Document]) -> Iterator[Written]:
+        """Store documents; yields what became of each, in order, as soon as it is durable and searchable.
+
+        Nothing is sent before the first result is asked for.
+        """
+        for request in _upsert_requests(documents):
+            yield from map(results.written, self._call(self._knowledge_base.Upsert, request).results)
+
+    def delete(self, ids: Sequence[str]) -> list[Written]:
+        """Remove documents for good."""
+        replies = [self._call(self._knowledge_base.Delete, kb.DeleteRequest(ids=part)) for part in _parts(ids, "ids")]
+        return [results.written(result) for reply in replies for result in reply.results]
+
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
         reply: pb.DescribeResponse = self._call(self._stub.Describe, pb.DescribeRequest())
         return reply
 
-    def _call(self, method: Callable[..., Reply], request: object) -> Reply:
-        attempts = _Attempts(self.address, self._timeout)
+    def _call(self, method: Callable[..., Any], request: object) -> Any:
+        attempts = Attempts(self.address, self._timeout)
         while True:
             try:
                 return method(request, timeout=attempts.seconds_left)
@@ -233,6 +236,7 @@ class AsyncClient:
         self.address, self._timeout = address or default_address(), timeout_seconds
         self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
+        self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
 
     async def embed(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """As `Client.embed`."""
@@ -260,16 +264,28 @@ class AsyncClient:
         replies = await self._calls(self._stub.Answer, requests)
         return [result for request, reply in zip(requests, replies, strict=True) for result in _answer_results(request, reply)]
 
+    async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
+        """As `Client.upsert`."""
+        for request in _upsert_requests(documents):
+            reply: kb.UpsertResponse = await self._call(self._knowledge_base.Upsert, request)
+            for result in reply.results:
+                yield results.written(result)
+
+    async def delete(self, ids: Sequence[str]) -> list[Written]:
+        """As `Client.delete`."""
+        replies = await self._calls(self._knowledge_base.Delete, [kb.DeleteRequest(ids=part) for part in _parts(ids, "ids")])
+        return [results.written(result) for reply in replies for result in reply.results]
+
     async def describe(self) -> pb.DescribeResponse:
         """As `Client.describe`."""
         reply: pb.DescribeResponse = await self._call(self._stub.Describe, pb.DescribeRequest())
         return reply
 
-    async def _calls(self, method: Callable[..., Awaitable[Reply]], requests: Sequence[object]) -> list[Reply]:
+    async def _calls(self, method: Callable[..., Awaitable[Any]], requests: Sequence[object]) -> list[Any]:
         return list(await asyncio.gather(*(self._call(method, request) for request in requests)))
 
-    async def _call(self, method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
-        attempts = _Attempts(self.address, self._timeout)
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
+        attempts = Attempts(self.address, self._timeout)
         while True:
             try:
                 return await method(request, timeout=attempts.seconds_left)
@@ -286,4 +302,4 @@ class AsyncClient:
         await self.close()
 
 
-__all__ = ["AsyncClient", "Client", "ClientError", "default_address"]
+__all__ = ["AsyncClient", "Client", "ClientError", "Document", "Written", "default_address"]

@@ -1,11 +1,12 @@
-"""What a client gets back: plain frozen objects instead of protocol messages."""
+"""What a client sends and gets back: plain frozen objects instead of protocol messages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
 STAGES = ("tokenise", "embed", "search", "read", "rank", "queue", "total")
@@ -84,6 +85,38 @@ class AnswerResult:
         }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """What `upsert` stores: named by its id, replaced whole when it is written again."""
+
+    id: str
+    text: str
+    title: str = ""
+    source: str = ""  # file, URL or row it came from; given back with every hit
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def to_message(self) -> kb.Document:
+        return kb.Document(id=self.id, text=self.text, title=self.title, source=self.source, metadata=dict(self.metadata))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What became of one document of a write."""
+
+    id: str
+    outcome: str  # created, replaced, unchanged, deleted, absent or failed
+    passages: int  # that it has now; for a deletion, that it had
+    problem: str  # why it failed; empty where it did not
+
+
+def written(message: kb.WriteResult) -> Written:
+    if message.HasField("error"):
+        problem = f"{message.error.field}: {message.error.message}"
+        return Written(id=message.id, outcome="failed", passages=0, problem=problem)
+    outcome = kb.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower()
+    return Written(id=message.id, outcome=outcome, passages=message.passages, problem="")
+
+
 def timings_ms(message: pb.Timings) -> dict[str, float]:
     """Stage -> milliseconds; `queue` is the part of embed and read spent waiting."""
     return {stage: round(getattr(message, stage + "_ms"), 3) for stage in STAGES}
@@ -105,4 +138,4 @@ def hit(message: pb.Hit) -> Hit:
 
 
 def answer(message: pb.Answer) -> Answer:
-    return Answer(**{field: getattr(message, field) for field in Answer.__dataclass_fields__})
+    return Answer(**{name: getattr(message, name) for name in Answer.__dataclass_fields__})

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from openbook_server.bundle import Bundle
     from openbook_server.ingest.indexing import Indexing
     from openbook_server.ingest.indexing import Progress as IndexingProgress
     from openbook_server.ingest.sources import Source
 
-PASSAGE_TOKENS = 200
-OVERLAP = 40
 STOPPED, SOME_UNREADABLE = 130, 3
 
 
@@ -40,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument("knowledge_base", type=Path, metavar="KB", help="folder of the knowledge base")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
-    parser.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, metavar="N", help="longest passage (default: %(default)s)")
-    parser.add_argument("--overlap", type=int, default=OVERLAP, metavar="N", help="tokens neighbours may share (default: %(default)s)")
+    parser.add_argument("--passage-tokens", type=int, metavar="N", help="longest passage (default: as before, at first 200)")
+    parser.add_argument("--overlap", type=int, metavar="N", help="tokens neighbours may share (default: as before, at first 40)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="documents a transaction (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "openvino", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="onnxruntime threads; 0 = all cores (default)")
@@ -60,9 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from openbook_server.bundle import load_bundle
-    from openbook_server.errors import SourceInvalid
+    from openbook_server.errors import InvalidRequest, SourceInvalid
     from openbook_server.ingest.embed import PassageEmbedder
     from openbook_server.ingest.indexing import Indexing
+    from openbook_server.ingest.preparation import choose_splitting
     from openbook_server.ingest.sources import find_sources
     from openbook_server.knowledge import open_knowledge_base
     from openbook_server.runtime import Graph, choose_device
@@ -70,21 +68,20 @@ def _index(arguments: argparse.Namespace) -> int:
 
     sources = find_sources(arguments.sources)
     bundle = load_bundle(arguments.bundle)
-    _check_lengths(arguments, bundle)
+    if not 1 <= arguments.batch <= 4_096:
+        raise InvalidRequest("--batch", f"{arguments.batch} is outside 1 to 4096")
+    splitting = choose_splitting(bundle, {}, arguments.passage_tokens, arguments.overlap)  # refused before a folder is made
     device = choose_device(arguments.device, None, arguments.threads)
     graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embedder = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
     knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle, create=True)
     try:
-        indexing = Indexing(
-            knowledge_base,
-            tokenizer,
-            embedder,
-            passage_tokens=arguments.passage_tokens,
-            overlap=arguments.overlap,
-            batch=arguments.batch,
-        )
+        recorded = knowledge_base.facts(*splitting.facts())
+        splitting = choose_splitting(bundle, recorded, arguments.passage_tokens, arguments.overlap)
+        if splitting.facts() != recorded:
+            knowledge_base.record(splitting.facts())
+        indexing = Indexing(knowledge_base, tokenizer, embedder, splitting, batch=arguments.batch)
         began = time.monotonic()
         with _stop_on_signal() as stopping:
             _run_with_progress(indexing, sources, stopping)
@@ -106,25 +103,6 @@ def _index(arguments: argparse.Namespace) -> int:
     if not counts.documents:
         raise SourceInvalid("no document was found in the sources")
     return SOME_UNREADABLE if progress.unreadable else 0
-
-
-def _check_lengths(arguments: argparse.Namespace, bundle: Bundle) -> None:
-    """A passage must fit whole into the embedder, beside its title, and into the reader, beside the longest question."""
-    from openbook_server.errors import InvalidRequest
-    from openbook_server.ingest.embed import TITLE_TOKENS
-
-    most = bundle.embedder.max_tokens - TITLE_TOKENS - 3
-    if bundle.reader is not None:
-        most = min(most, bundle.reader.max_tokens - bundle.reader.max_question_tokens - 3)
-    if arguments.passage_tokens == PASSAGE_TOKENS:
-        arguments.passage_tokens = max(1, min(most, PASSAGE_TOKENS))
-        arguments.overlap = min(arguments.overlap, arguments.passage_tokens // 4)
-    if not 1 <= arguments.passage_tokens <= most:
-        raise InvalidRequest("--passage-tokens", f"{arguments.passage_tokens} is outside 1 to {most}, what this bundle's models read whole")
-    if not 0 <= arguments.overlap < arguments.passage_tokens:
-        raise InvalidRequest("--overlap", f"{arguments.overlap} is outside 0 to {arguments.passage_tokens - 1}")
-    if not 1 <= arguments.batch <= 4_096:
-        raise InvalidRequest("--batch", f"{arguments.batch} is outside 1 to 4096")
 
 
 def _run_with_progress(indexing: Indexing, sources: list[Source], stopping: Callable[[], bool]) -> None:

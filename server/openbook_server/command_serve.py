@@ -28,8 +28,11 @@ _FLAGS = {
     "max_top_k": "largest top_k",
     "default_deadline_seconds": "for callers that set no deadline",
     "drain_seconds": "after SIGTERM, time for requests in flight",
+    "writable": "take writes (KnowledgeBase service) although --host lets other machines in; there is no authentication",
     "metrics_port": "Prometheus metrics over HTTP on the same host; 0 = off",
 }
+
+_SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
     for name, meaning in _FLAGS.items():
         kind = type(defaults[name])
+        if kind is bool:
+            parser.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=meaning)
+            continue
         shown = f" (default: {defaults[name]})" if defaults[name] != "" else ""
         parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(), help=meaning + shown)
 
@@ -84,8 +90,8 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
         if given is None and variable in os.environ:
             kind = type(getattr(ServerConfig(), name))
             try:
-                given = kind(os.environ[variable])
-            except ValueError as error:
+                given = _SWITCH[os.environ[variable].lower()] if kind is bool else kind(os.environ[variable])
+            except (ValueError, KeyError) as error:
                 raise InvalidRequest(variable, f"{os.environ[variable]!r} is no {kind.__name__}") from error
         if given is not None:
             values[name] = given

@@ -26,6 +26,7 @@ class ServerConfig:
     default_deadline_seconds: float = 30.0  # for callers that set none
     max_deadline_seconds: float = 600.0  # a longer one counts as this
     drain_seconds: float = 20.0  # after SIGTERM, time for requests in flight
+    writable: bool = False  # take writes although `host` lets other machines in; on a loopback address they are always taken
     metrics_port: int = 0  # Prometheus over HTTP on the same host; 0 = off
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ Promises
   on its neighbours.
 - Earliest deadline first, the foreground lane before the background lane. A row whose caller hung up or whose deadline
   passed is never run. A job whose predicted finish misses its deadline is refused at once.
+- Background rows run in batches of a quarter of the budget and fill at most half of the queue, so that whoever waits for an
+  answer never waits long for them.
 - Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
 
 It knows nothing of texts, questions or gRPC: rows of token ids in, rows of arrays out.
@@ -47,6 +49,9 @@ class Lane(IntEnum):
 
     FOREGROUND = 0
     BACKGROUND = 1
+
+
+_SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 4}  # a lane's batches hold this fraction of the token budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +114,8 @@ class Engine:
         self._costs = {name: _Cost() for name in graphs}
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
-        self._queued = 0
-        self._queued_tokens = dict.fromkeys(graphs, 0)
+        self._queued_rows = dict.fromkeys(Lane, 0)
+        self._queued_tokens = {(name, lane): 0 for name in graphs for lane in Lane}
         self._busy_until = 0.0
         self._wake = threading.Condition()
         self._closed = False
@@ -120,7 +125,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Rows waiting."""
-        return self._queued
+        return sum(self._queued_rows.values())
 
     async def submit(self, graph: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
         """Run `rows` through a graph and wait for them; cancelling the wait withdraws them.
@@ -144,8 +149,8 @@ class Engine:
             for number, row in enumerate(rows):
                 length = padded_length(len(row.ids))
                 heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
-                self._queued_tokens[graph] += length
-            self._queued += len(rows)
+                self._queued_tokens[graph, lane] += length
+            self._queued_rows[lane] += len(rows)
             self._wake.notify()
         return Outcome(await job.done, job.started - job.submitted)
 
@@ -154,12 +159,15 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= job.deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        ahead = sum(self._queued_tokens[name] * cost.seconds_per_token for name, cost in self._costs.items())
+        ahead = sum(
+            tokens * self._costs[name].seconds_per_token for (name, lane), tokens in self._queued_tokens.items() if lane <= job.lane
+        )
         wait = ahead + max(0.0, self._busy_until - now)
-        if self._queued + len(job.rows) > self._max_queued and self._queued:
+        queued = self._queued_rows[job.lane] if job.lane is Lane.BACKGROUND else self.queued
+        limit = self._max_queued // 2 if job.lane is Lane.BACKGROUND else self._max_queued
+        if queued + len(job.rows) > limit and queued:
             raise Overloaded(
-                f"{self._queued} rows are queued and {len(job.rows)} more exceed the limit of {self._max_queued}; "
-                f"try again in {wait:.2f} s",
+                f"{queued} rows are queued and {len(job.rows)} more exceed the limit of {limit}; try again in {wait:.2f} s",
                 retry_after_seconds=max(wait, 0.01),
             )
         own = sum(padded_length(len(row.ids)) for row in job.rows) * self._costs[job.graph].seconds_per_token
@@ -184,9 +192,9 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not self._queued and not self._closed:
+                while not self.queued and not self._closed:
                     self._wake.wait()
-                if not self._queued:
+                if not self.queued:
                     return
                 graph, length, batch, dropped = self._take()
             _tell(dropped)
@@ -200,10 +208,10 @@ class Engine:
         heap, now = self._groups[key], time.monotonic()
         batch: list[tuple[int, Job]] = []
         dropped: dict[int, Job] = {}
-        while heap and (len(batch) + 1) * length <= max(self._budget, length):
-            *_, number, job = heapq.heappop(heap)
-            self._queued -= 1
-            self._queued_tokens[graph] -= length
+        while heap and (len(batch) + 1) * length <= max(self._budget // _SHARE[heap[0][0]], length):
+            lane, *_, number, job = heapq.heappop(heap)
+            self._queued_rows[lane] -= 1
+            self._queued_tokens[graph, lane] -= length
             if job.done.cancelled() or job.failure is not None:
                 continue
             if now >= job.deadline:

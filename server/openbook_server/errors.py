@@ -1,6 +1,6 @@
 """Every failure a caller or an operator can meet, each with the gRPC status it becomes.
 
-A request is admitted (NotServing), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
+A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
 (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
 knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, FingerprintMismatch) and sources are read
 (SourceInvalid). `reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the
@@ -42,6 +42,13 @@ class Overloaded(OpenBookError):
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class ReadOnly(OpenBookError):
+    """A write to a server that takes none."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "READ_ONLY"
 
 
 class NotServing(OpenBookError):

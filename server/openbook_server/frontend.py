@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InferenceFailed, NotServing, OpenBookError
+from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError
+from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
 from openbook_server.service import Service
@@ -27,6 +30,7 @@ from openbook_server.wire import Parsed, parser
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OpenBook"].full_name
+KNOWLEDGE_SERVICE = kb.DESCRIPTOR.services_by_name["KnowledgeBase"].full_name
 
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
@@ -34,53 +38,102 @@ Method = Callable[[Parsed[Request], float, Timings], Awaitable[Reply]]
 Context = grpc.aio.ServicerContext
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The services behind the methods, once everything is loaded."""
+
+    openbook: Service
+    knowledge_base: KnowledgeService | None
+
+    @property
+    def knowledge(self) -> KnowledgeService:
+        if self.knowledge_base is None:
+            raise InvalidRequest("request", "this server has no knowledge base; start it as `openbook serve BUNDLE KB`")
+        return self.knowledge_base
+
+
 class Frontend:
     """The methods of openbook.v1 as gRPC sees them."""
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
-        self.service: Service | None = None
-        self.refusal = "the server is starting"  # told to callers while there is no service
+        self.served: Served | None = None
+        self.refusal = "the server is starting"  # told to callers while nothing is served
 
-    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Embed": self._method("Embed", pb.EmbedRequest, lambda service: service.embed),
-            "Search": self._method("Search", pb.SearchRequest, lambda service: service.search),
-            "Answer": self._method("Answer", pb.AnswerRequest, lambda service: service.answer),
-            "Describe": self._method("Describe", pb.DescribeRequest, lambda service: service.describe),
+            "Embed": self._unary("Embed", pb.EmbedRequest, lambda served: served.openbook.embed),
+            "Search": self._unary("Search", pb.SearchRequest, lambda served: served.openbook.search),
+            "Answer": self._unary("Answer", pb.AnswerRequest, lambda served: served.openbook.answer),
+            "Describe": self._unary("Describe", pb.DescribeRequest, lambda served: served.openbook.describe),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        writes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Upsert": self._unary("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert),
+            "UpsertStream": self._stream("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert),
+            "Delete": self._unary("Delete", kb.DeleteRequest, lambda served: served.knowledge.delete),
+            "DeleteStream": self._stream("Delete", kb.DeleteRequest, lambda served: served.knowledge.delete),
+            "Get": self._unary("Get", kb.GetRequest, lambda served: served.knowledge.get),
+            "List": self._unary("List", kb.ListRequest, lambda served: served.knowledge.list),
+            "Describe": self._unary("DescribeKnowledgeBase", kb.DescribeKnowledgeBaseRequest, lambda served: served.knowledge.describe),
+            "Snapshot": self._unary("Snapshot", kb.SnapshotRequest, lambda served: served.knowledge.snapshot),
+        }
+        return (
+            grpc.method_handlers_generic_handler(SERVICE, methods),
+            grpc.method_handlers_generic_handler(KNOWLEDGE_SERVICE, writes),
+        )
 
-    def _method(
-        self, name: str, kind: type[Request], method_of: Callable[[Service], Method[Request, Reply]]
+    def _unary(
+        self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(parsed: Parsed[Request], context: Context[Request, Reply]) -> Reply:
-            timings, began = Timings(), time.perf_counter()
-            status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
-            try:
-                if self.service is None:
-                    raise NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
-                if parsed.failure is not None:
-                    raise parsed.failure
-                reply = await method_of(self.service)(parsed, self._deadline(context), timings)
-                status = grpc.StatusCode.OK
-            except OpenBookError as error:
-                status = error.status
-                await _abort(context, error)
-            except Exception as error:  # a defect of ours: logged whole, reported without internals
-                log.exception("%s failed", name)
-                status = grpc.StatusCode.INTERNAL
-                await _abort(context, InferenceFailed(f"internal error: {type(error).__name__}"))
-            finally:
-                self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
-            return reply
+            return await self._reply(name, method_of, parsed, context)
 
-        return grpc.unary_unary_rpc_method_handler(
-            handle,
-            request_deserializer=parser(kind, self._config.max_message_bytes),
-            response_serializer=lambda reply: reply.SerializeToString(),
-        )
+        return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
+
+    def _stream(
+        self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """A reply a request, in order; the next request is read when the reply to the one before is out."""
+
+        async def handle(requests: AsyncIterator[Parsed[Request]], context: Context[Request, Reply]) -> AsyncIterator[Reply]:
+            async for parsed in requests:
+                yield await self._reply(name, method_of, parsed, context)
+
+        return grpc.stream_stream_rpc_method_handler(handle, **self._serialisers(kind))
+
+    def _serialisers(self, kind: type[Message]) -> dict[str, Any]:
+        return {
+            "request_deserializer": parser(kind, self._config.max_message_bytes),
+            "response_serializer": lambda reply: reply.SerializeToString(),
+        }
+
+    async def _reply(
+        self,
+        name: str,
+        method_of: Callable[[Served], Method[Request, Reply]],
+        parsed: Parsed[Request],
+        context: Context[Request, Reply],
+    ) -> Reply:
+        timings, began = Timings(), time.perf_counter()
+        status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
+        try:
+            if self.served is None:
+                raise NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
+            if parsed.failure is not None:
+                raise parsed.failure
+            reply = await method_of(self.served)(parsed, self._deadline(context), timings)
+            status = grpc.StatusCode.OK
+        except OpenBookError as error:
+            status = error.status
+            await _abort(context, error)
+        except Exception as error:  # a defect of ours: logged whole, reported without internals
+            log.exception("%s failed", name)
+            status = grpc.StatusCode.INTERNAL
+            await _abort(context, InferenceFailed(f"internal error: {type(error).__name__}"))
+        finally:
+            self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
+        return reply
 
     def _deadline(self, context: Context[Request, Reply]) -> float:
         left = context.time_remaining()

@@ -27,8 +27,11 @@ from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.engine import Engine, Row, collate
 from openbook_server.errors import InvalidRequest
-from openbook_server.frontend import SERVICE, Frontend
+from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend, Served
+from openbook_server.ingest.preparation import choose_splitting
+from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
+from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Pipeline
 from openbook_server.runtime import Device, Graph, choose_device, verify_golden
@@ -38,6 +41,7 @@ from openbook_server.tokenization import TextEncoder, load_tokenizer
 log = logging.getLogger(__name__)
 
 LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and SERVICE tell readiness
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _HARD_LIMIT = 4  # times the message limit: gRPC itself refuses such a message, without details; below it, we explain
 
 
@@ -70,12 +74,13 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
         )
         encoder = TextEncoder(load_tokenizer(loaded.bundle.tokenizer_path))
         pipeline = Pipeline(loaded.bundle, encoder, engine, loaded.knowledge_base)
+        writer = _writer(loaded, engine, config)
         try:
             if config.metrics_port:
                 metrics.serve(engine, config.host, config.metrics_port)
-            frontend.service = Service(
-                loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline
-            )
+            service = Service(loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline)
+            knowledge = KnowledgeService(loaded.bundle, loaded.knowledge_base, writer, config) if loaded.knowledge_base else None
+            frontend.served = Served(service, knowledge)
             await _set_readiness(readiness, ready=True)
             log.info(
                 "serving %s on %s:%d: %s in %s, %s; ready after %.1f s",
@@ -89,11 +94,14 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
             )
             yield port
         finally:
-            frontend.service, frontend.refusal = None, "the server is shutting down"
+            frontend.served, frontend.refusal = None, "the server is shutting down"
             await _set_readiness(readiness, ready=False)
             await server.stop(config.drain_seconds)
-            engine.close()
+            await asyncio.to_thread(engine.close)
             pipeline.close()
+            if writer is not None:
+                await asyncio.to_thread(writer.close)
+                await asyncio.to_thread(_save_index, loaded.knowledge_base)
             if loaded.knowledge_base is not None:
                 loaded.knowledge_base.close()
     finally:
@@ -128,8 +136,8 @@ async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Se
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
     await readiness.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
     await _set_readiness(readiness, ready=False)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    server.add_generic_rpc_handlers((frontend.handlers(),))
+    reflection.enable_server_reflection((SERVICE, KNOWLEDGE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    server.add_generic_rpc_handlers(frontend.handlers())
     try:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
     except RuntimeError as error:
@@ -156,6 +164,24 @@ def _load(bundle_folder: Path, knowledge_base_folder: Path | None, config: Serve
             knowledge_base.close()
         raise
     return _Loaded(bundle, device, graphs, knowledge_base)
+
+
+def _writer(loaded: _Loaded, engine: Engine, config: ServerConfig) -> Writer | None:
+    """Only this machine may write, unless the operator says otherwise: there is no authentication."""
+    if loaded.knowledge_base is None or not (config.writable or config.host in LOOPBACK):
+        return None
+    splitting = choose_splitting(loaded.bundle, loaded.knowledge_base.facts("passage_tokens", "overlap"))
+    tokenizer = load_tokenizer(loaded.bundle.tokenizer_path)
+    return Writer(loaded.bundle, loaded.knowledge_base, tokenizer, engine, splitting)
+
+
+def _save_index(knowledge_base: KnowledgeBase | None) -> None:
+    """Spare the next start the building; a failure costs that start some time and nothing else."""
+    try:
+        if knowledge_base is not None:
+            knowledge_base.snapshot()
+    except OSError as error:
+        log.warning("%s", error)
 
 
 async def _set_readiness(readiness: aio_health.HealthServicer, *, ready: bool) -> None:

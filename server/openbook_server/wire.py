@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -44,7 +44,7 @@ def parser(kind: type[Request], max_message_bytes: int) -> Callable[[bytes], Par
         except DecodeError:
             pass
         try:
-            repaired, bad = _empty_bad_strings(data, kind)
+            repaired, bad = _empty_bad_strings(data, kind.DESCRIPTOR)
             return Parsed(kind.FromString(repaired), frozenset(bad))
         except (DecodeError, ValueError):
             return Parsed(kind(), frozenset(), InvalidRequest("request", f"the bytes are no {kind.DESCRIPTOR.full_name} message"))
@@ -52,19 +52,26 @@ def parser(kind: type[Request], max_message_bytes: int) -> Callable[[bytes], Par
     return parse
 
 
-def _empty_bad_strings(data: bytes, kind: type[Message]) -> tuple[bytes, list[tuple[str, int]]]:
-    strings = {field.number: field.name for field in kind.DESCRIPTOR.fields if field.type == FieldDescriptor.TYPE_STRING}
-    seen = dict.fromkeys(strings, 0)
+def _empty_bad_strings(data: bytes, descriptor: Any) -> tuple[bytes, list[tuple[str, int]]]:
+    """The message with strings that are no UTF-8 emptied, and the (field, index) of each, or of the submessage that holds it."""
+    fields = {field.number: field for field in descriptor.fields}
+    seen = dict.fromkeys(fields, 0)
     bad: list[tuple[str, int]] = []
     parts = []
     for tag, number, start, payload, end in _fields(data):
-        part = data[start:end]
-        if number in strings:
+        part, field = data[start:end], fields.get(number)
+        if field is not None and field.type == FieldDescriptor.TYPE_STRING:
             try:
                 data[payload:end].decode()
             except UnicodeDecodeError:
-                bad.append((strings[number], seen[number]))
+                bad.append((field.name, seen[number]))
                 part = tag + b"\0"
+        elif field is not None and field.type == FieldDescriptor.TYPE_MESSAGE and start + len(tag) < payload:
+            inner, found = _empty_bad_strings(data[payload:end], field.message_type)
+            if found:
+                bad.append((field.name, seen[number]))
+                part = tag + _encoded(len(inner)) + inner
+        if number in seen:
             seen[number] += 1
         parts.append(part)
     return b"".join(parts), bad
@@ -90,6 +97,15 @@ def _fields(data: bytes) -> Iterator[tuple[bytes, int, int, int, int]]:
             raise ValueError("truncated message")
         yield tag, key >> 3, start, at, at + size
         at += size
+
+
+def _encoded(value: int) -> bytes:
+    """`value` as a varint."""
+    parts = []
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import pytest
 from openbook_server.bundle import load_bundle
 from openbook_server.ingest.embed import PassageEmbedder
 from openbook_server.ingest.indexing import Indexing
+from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.sources import find_sources
 from openbook_server.knowledge import open_knowledge_base
 from openbook_server.runtime import Graph, build_device
@@ -31,7 +32,7 @@ def _indexed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embed = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
     knowledge_base = open_knowledge_base(folder / "kb", bundle, create=True)
-    indexing = Indexing(knowledge_base, tokenizer, embed, passage_tokens=20, overlap=4)
+    indexing = Indexing(knowledge_base, tokenizer, embed, Splitting(20, 4))
     indexing.run(find_sources([str(folder / "documents.jsonl")]), lambda progress: None, lambda: False)
     knowledge_base.close()
     return folder / "kb"

@@ -184,3 +184,32 @@ def test_collated_rows_are_padded_on_the_right_and_masked() -> None:
     assert inputs["input_ids"].tolist() == [[7, 8, 9, 0], [5, 0, 0, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
     assert inputs["token_type_ids"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+
+
+async def test_background_rows_wait_for_whoever_came_later_and_never_count_against_them(engine: Engine, graph: GatedGraph) -> None:
+    running = asyncio.create_task(engine.submit("embedder", [row(1)], deadline=soon()))
+    await graph.wait_entered()
+    bulk = asyncio.create_task(engine.submit("embedder", [row(10 + n) for n in range(10)], deadline=soon(), lane=Lane.BACKGROUND))
+    await asyncio.sleep(0)
+    asked = asyncio.create_task(engine.submit("embedder", [row(2), row(3)], deadline=soon()))
+    await asyncio.sleep(0)
+    graph.let(100)
+    await asyncio.gather(running, bulk, asked)
+    assert graph.batches[0] == [1]
+    assert graph.batches[1][:2] == [2, 3]
+    background = [first for batch in graph.batches[1:] for first in batch if first >= 10]
+    assert background == [10 + n for n in range(10)]
+    assert all(len(batch) <= 4 for batch in graph.batches[2:])  # a quarter of 64 tokens, in rows of 4
+
+
+async def test_background_rows_fill_at_most_half_of_the_queue(engine: Engine, graph: GatedGraph) -> None:
+    running = asyncio.create_task(engine.submit("embedder", [row(1)], deadline=soon()))
+    await graph.wait_entered()
+    bulk = asyncio.create_task(engine.submit("embedder", [row(2)] * 10, deadline=soon(), lane=Lane.BACKGROUND))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="limit of 10"):
+        await engine.submit("embedder", [row(3)], deadline=soon(), lane=Lane.BACKGROUND)
+    asked = asyncio.create_task(engine.submit("embedder", [row(4)] * 10, deadline=soon()))
+    await asyncio.sleep(0)
+    graph.let(100)
+    await asyncio.gather(running, bulk, asked)

@@ -14,6 +14,7 @@ from openbook_server.errors import SourceInvalid
 from openbook_server.ingest import indexing
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.indexing import Indexing
+from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.python_docs import python_docs
 from openbook_server.ingest.sources import find_sources, read_source
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
@@ -148,7 +149,7 @@ class Run:
         self.embedded = 0
         self.knowledge_base = KnowledgeBase(folder / "kb", fingerprint="f", dim=8, create=True)
         tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
-        self.indexing = Indexing(self.knowledge_base, tokenizer, self._embed, passage_tokens=8, overlap=2, batch=4, **options)
+        self.indexing = Indexing(self.knowledge_base, tokenizer, self._embed, Splitting(8, 2), batch=4, **options)
 
     def _embed(self, passages: Sequence[Passage]) -> np.ndarray:
         self.embedded += len(passages)

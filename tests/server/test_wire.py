@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 from openbook_server.wire import parser
 
@@ -23,6 +24,18 @@ def test_a_text_that_is_not_utf8_is_emptied_and_named_while_the_others_survive()
     assert list(parsed.message.texts) == ["good", "", "later"]
     assert parsed.message.truncate
     assert parsed.not_utf8 == {("texts", 1)}
+
+
+def test_a_text_inside_a_nested_message_is_pinned_to_that_message() -> None:
+    parse = parser(kb.UpsertRequest, max_message_bytes=10_000)
+    good = kb.Document(id="a", text="x" * 300, metadata={"k": "v"})
+    bad = b"\x0a\x01b" + b"\x1a\x02\xff\xfe"  # id, then a text that is not UTF-8
+    worse = b"\x0a\x01c" + b"\x1a\x04text" + b"\x2a\x04\x0a\x02\xff\xfe"  # in a key of the metadata
+    data = b"".join(b"\x0a" + len(part).to_bytes(1) + part for part in (bad, worse))
+    parsed = parse(kb.UpsertRequest(documents=[good]).SerializeToString() + data)
+    assert parsed.not_utf8 == {("documents", 1), ("documents", 2)}
+    assert [(document.id, document.text) for document in parsed.message.documents] == [("a", good.text), ("b", ""), ("c", "text")]
+    assert parsed.message.documents[0] == good
 
 
 def test_bytes_that_are_no_message_name_the_message_expected() -> None:

@@ -1,4 +1,4 @@
-"""Passages to vectors, offline: the bundle's own embedder graph, the one that will later embed the questions."""
+"""Passages to rows of tokens and to vectors, by the bundle's own tokenizer and graph, which will later embed the questions."""
 
 from __future__ import annotations
 
@@ -16,23 +16,17 @@ TITLE_TOKENS = 32  # of a title that stand before its passage; the rest is cut
 SEPARATOR = "\n"
 
 
-class PassageEmbedder:
-    """Embeds passages in batches of similar length."""
+class PassageEncoder:
+    """Turns passages into rows of tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, graph: Runnable, *, dim: int, max_tokens: int, max_batch_tokens: int = 4_096) -> None:
-        self._tokenizer, self._graph = tokenizer, graph
-        self._dim, self._max_tokens, self._budget = dim, max_tokens, max_batch_tokens
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+        """`max_tokens` of a row, special tokens included; what is over is cut."""
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
 
-    def __call__(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
-        """(passages, dim) unit vectors; each depends on its own passage alone, never on its neighbours."""
-        rows = [Row(encoding.ids) for encoding in self._tokenizer.encode_batch_fast([self._text(passage) for passage in passages])]
-        rows = [row if len(row.ids) <= self._max_tokens else Row([*row.ids[: self._max_tokens - 1], row.ids[-1]]) for row in rows]
-        vectors = np.empty((len(rows), self._dim), np.float32)
-        lengths = [len(row.ids) for row in rows]
-        for batch in batches_by_length(lengths, self._budget):
-            inputs = collate([rows[at] for at in batch], padded_length(lengths[batch[0]]))
-            vectors[batch] = self._graph.run(inputs)["sentence_embedding"]
-        return vectors
+    def __call__(self, passages: Sequence[Passage]) -> list[Row]:
+        encodings = self._tokenizer.encode_batch_fast([self._text(passage) for passage in passages])
+        rows = [encoding.ids for encoding in encodings]
+        return [Row(ids if len(ids) <= self._max_tokens else [*ids[: self._max_tokens - 1], ids[-1]]) for ids in rows]
 
     def _text(self, passage: Passage) -> str:
         """What the embedder reads: the title, so that a passage from the middle of a document says what it is about."""
@@ -43,3 +37,21 @@ class PassageEmbedder:
         if len(encoding.ids) > TITLE_TOKENS:
             title = title[: encoding.offsets[TITLE_TOKENS - 1][1]]
         return title + SEPARATOR + passage.text
+
+
+class PassageEmbedder:
+    """Embeds passages in batches of similar length."""
+
+    def __init__(self, tokenizer: Tokenizer, graph: Runnable, *, dim: int, max_tokens: int, max_batch_tokens: int = 4_096) -> None:
+        self._encode, self._graph = PassageEncoder(tokenizer, max_tokens), graph
+        self._dim, self._budget = dim, max_batch_tokens
+
+    def __call__(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
+        """(passages, dim) unit vectors; each depends on its own passage alone, never on its neighbours."""
+        rows = self._encode(passages)
+        vectors = np.empty((len(rows), self._dim), np.float32)
+        lengths = [len(row.ids) for row in rows]
+        for batch in batches_by_length(lengths, self._budget):
+            inputs = collate([rows[at] for at in batch], padded_length(lengths[batch[0]]))
+            vectors[batch] = self._graph.run(inputs)["sentence_embedding"]
+        return vectors

@@ -7,7 +7,6 @@ stopped, because a document that is stored with the same digest is not embedded 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from openbook_server.ingest.formats import Unreadable
+from openbook_server.ingest.preparation import Splitting, prepare
 from openbook_server.ingest.sources import Source, read_source
-from openbook_server.ingest.splitting import split
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 
 log = logging.getLogger(__name__)
@@ -50,14 +49,13 @@ class Indexing:
         knowledge_base: KnowledgeBase,
         tokenizer: Tokenizer,
         embed: Callable[[Sequence[Passage]], NDArray[np.float32]],
+        splitting: Splitting,
         *,
-        passage_tokens: int,
-        overlap: int,
         batch: int = 64,
     ) -> None:
         """`batch` is how many documents a transaction holds."""
         self._knowledge_base, self._tokenizer, self._embed = knowledge_base, tokenizer, embed
-        self._passage_tokens, self._overlap, self._batch = passage_tokens, overlap, batch
+        self._splitting, self._batch = splitting, batch
         self.progress = Progress()
 
     def run(self, sources: Iterable[Source], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
@@ -102,18 +100,11 @@ class Indexing:
 
     def _store(self, documents: Sequence[Document], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> bool:
         """Whether the documents are stored; False where the run was stopped while they were embedded."""
-        digests = {document.id: self._digest(document) for document in documents}
-        unchanged = self._knowledge_base.unchanged(digests)
-        self.progress.unchanged += len(unchanged)
-        changed = [document for document in documents if document.id not in unchanged]
-        if not changed:
+        prepared = prepare(documents, self._knowledge_base, self._tokenizer, self._splitting)
+        self.progress.unchanged += len(documents) - len(prepared.documents)
+        passages = prepared.passages
+        if not prepared.documents:
             return True
-        passages = [
-            passage
-            for passages in split(changed, self._tokenizer, passage_tokens=self._passage_tokens, overlap=self._overlap)
-            for passage in passages
-        ]
-        pairs = [(document, digests[document.id]) for document in changed]
         vectors = []
         for at in range(0, max(len(passages), 1), _EMBEDDED_AT_ONCE):  # one document may have a hundred thousand
             if at:
@@ -122,14 +113,9 @@ class Indexing:
                 return False
             vectors.append(self._embed(passages[at : at + _EMBEDDED_AT_ONCE]))
             self.progress.embedded += len(vectors[-1])
-        self._knowledge_base.replace_documents(pairs, passages, np.concatenate(vectors))
+        self._knowledge_base.replace_documents(prepared.documents, passages, np.concatenate(vectors))
         self.progress.passages += len(passages)
         return True
-
-    def _digest(self, document: Document) -> str:
-        """Names the content and how it is split: what must be the same for a stored document to be left alone."""
-        parts = [document.title, document.text, document.source, dict(document.metadata), self._passage_tokens, self._overlap]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _note(self, source: Source, problem: Unreadable) -> None:
         self.progress.unreadable += 1

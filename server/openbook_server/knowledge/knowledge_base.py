@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -78,6 +78,7 @@ class KnowledgeBase:
     def _open_index(self, flat_limit: int) -> VectorIndex:
         live = self._store.numbers()
         snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._dim, sequence=self._store.sequence())
+        self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the newest snapshot goes
         index = VectorIndex(self._dim, flat_limit=flat_limit, graph=snapshot.graph if snapshot else None, live=live)
         missing = sorted(live - index.labels)
         if missing and len(missing) > flat_limit:
@@ -89,11 +90,6 @@ class KnowledgeBase:
     def counts(self) -> Counts:
         return self._store.counts()
 
-    def unchanged(self, digests: dict[str, str]) -> set[str]:
-        """Which documents (id -> digest) are stored with just that digest and need not be embedded again."""
-        stored = self._store.digests(list(digests))
-        return {id_ for id_, digest in digests.items() if stored.get(id_) == digest}
-
     def replace_documents(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
         """Store documents (each with its digest) and their passages; durable and searchable when this returns.
 
@@ -104,17 +100,54 @@ class KnowledgeBase:
 
         Raises:
             KnowledgeBaseDamaged: the write failed (disk full, folder read-only); nothing of it is stored.
+            ValueError: a vector is not of unit length (NaN included); nothing is stored.
         """
+        self._index.check(vectors, len(passages))  # a row that the index cannot take must not get into the store
         removed, added = self._store.replace(documents, passages, vectors)
         self._index.delete(removed)
         if added:
             self._index.add(added, vectors)
 
     def delete_documents(self, ids: Sequence[str]) -> int:
-        """Remove documents for good; returns how many passages went with them."""
+        """Remove documents for good; returns how many passages went with them. Durable when this returns."""
         removed = self._store.delete(ids)
         self._index.delete(removed)
         return len(removed)
+
+    def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
+        """The passages, in order, of those documents that are stored and have any."""
+        return self._store.documents(ids)
+
+    def page(self, after: int, size: int) -> list[tuple[int, str, str, int]]:
+        """(number, id, source, passages) of at most `size` documents whose numbers are above `after`, in the order of storing."""
+        return self._store.page(after, size)
+
+    def digests(self, ids: Sequence[str]) -> dict[str, str]:
+        """Digests of those documents that are stored."""
+        return self._store.digests(ids)
+
+    def facts(self, *keys: str) -> dict[str, str]:
+        """Those of the recorded facts about the knowledge base that there are."""
+        found = {key: self._store.meta(key) for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def record(self, facts: Mapping[str, str]) -> None:
+        """Keep facts about the knowledge base; durable when this returns."""
+        self._store.record(facts)
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last write."""
+        return self._store.sequence()
+
+    @property
+    def graph_rows(self) -> int:
+        """Passages in the graph; the others are compared exactly."""
+        return self._index.graph_rows
+
+    def size_bytes(self) -> int:
+        """Of the database file."""
+        return self._store.path.stat().st_size
 
     def search(
         self, questions: Sequence[str], vectors: NDArray[np.float32] | None, *, top_k: int, mode: SearchMode, ef: int | None = None
@@ -166,9 +199,13 @@ class KnowledgeBase:
         Raises:
             OSError: the disk is full or the folder cannot be written. Nothing is lost: the store has every row.
         """
+        sequence = self._store.sequence()  # before the graph is looked at: a row too many is no harm, one too few would be
+        if sequence == self._saved:
+            return
         self._index.flush()
         if self._index.graph_rows:
-            save_snapshot(self.folder, self._index, generation=self.generation, sequence=self._store.sequence())
+            save_snapshot(self.folder, self._index, generation=self.generation, sequence=sequence)
+        self._saved = sequence
 
     def close(self) -> None:
         self._store.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ _SCHEMA = (
     "CREATE INDEX passages_by_document ON passages (document)",
     lexical.SCHEMA,
 )
+_ROWS_AT_ONCE = 500  # of a query that could return any number
 _PASSAGE = """
 SELECT p.number, p.id, d.id, p.text, p.start, p.title, d.source, d.metadata
 FROM passages p JOIN documents d ON d.number = p.document WHERE p.number IN ({marks})
@@ -89,11 +90,12 @@ class Store:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
+                self._writer.execute("UPDATE meta SET value = value + 1 WHERE key = 'sequence'")
+                self._writer.execute("COMMIT")
             except BaseException:
-                self._writer.execute("ROLLBACK")
+                if self._writer.in_transaction:  # on a full disk SQLite may have rolled back by itself
+                    self._writer.execute("ROLLBACK")
                 raise
-            self._writer.execute("UPDATE meta SET value = value + 1 WHERE key = 'sequence'")
-            self._writer.execute("COMMIT")
 
     def initialise(self, meta: dict[str, str]) -> None:
         """Create the tables of an empty store and record what it is for."""
@@ -111,6 +113,11 @@ class Store:
                 return None
             row = self._reader.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return str(row[0]) if row else None
+
+    def record(self, facts: Mapping[str, str]) -> None:
+        """Keep facts about the store, beside those of `initialise`."""
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
 
     def sequence(self) -> int:
         """Number of the last write."""
@@ -177,12 +184,32 @@ class Store:
             for number, id_, document, text, start, title, source, metadata in rows
         }
 
+    def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
+        """The passages, in order, of those documents that are stored and have any."""
+        with self._explained():
+            query = f"SELECT p.number FROM passages p JOIN documents d ON d.number = p.document WHERE d.id IN ({_marks(ids)})"  # noqa: S608
+            numbers = [number for (number,) in self._reader.execute(query, ids)]
+        found: dict[str, list[Passage]] = {}
+        for at in range(0, len(numbers), _ROWS_AT_ONCE):
+            for _, passage in sorted(self.passages(numbers[at : at + _ROWS_AT_ONCE]).items()):
+                found.setdefault(passage.document_id, []).append(passage)
+        return found
+
+    def page(self, after: int, size: int) -> list[tuple[int, str, str, int]]:
+        """(number, id, source, passages) of at most `size` documents whose numbers are above `after`, in order."""
+        query = (
+            "SELECT d.number, d.id, d.source, (SELECT count(*) FROM passages p WHERE p.document = d.number) "
+            "FROM documents d WHERE d.number > ? ORDER BY d.number LIMIT ?"
+        )
+        with self._explained():
+            return self._reader.execute(query, (after, size)).fetchall()
+
     def numbers(self) -> frozenset[int]:
         """Every passage's number."""
         with self._explained():
             return frozenset(number for (number,) in self._reader.execute("SELECT number FROM passages"))
 
-    def vectors(self, numbers: Sequence[int], dim: int, batch: int = 500) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    def vectors(self, numbers: Sequence[int], dim: int, batch: int = _ROWS_AT_ONCE) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """Stored vectors, `batch` rows at a time."""
         for at in range(0, len(numbers), batch):
             part = numbers[at : at + batch]

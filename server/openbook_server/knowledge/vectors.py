@@ -2,14 +2,14 @@
 
 New rows go into a flat buffer that is scanned exactly; once it holds more than `flat_limit` rows they move into the
 graph. A small knowledge base therefore is all buffer: exact, and without any graph to build or load. hnswlib must never
-search while it adds, so one lock guards both; adding takes it chunk by chunk and lets waiting searches in between.
+search while it adds, so one lock guards both; adding takes it chunk by chunk, and only when no search waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hnswlib
@@ -20,7 +20,7 @@ M = 16  # links a row and layer
 EF_CONSTRUCTION = 100
 EF = 64  # candidates kept while searching, unless a request says otherwise; recall 0.99 and more at 100k rows
 FLAT_LIMIT = 10_000  # rows that are scanned exactly: about 0.5 ms on one core at 384 dimensions
-_CHUNK = 256  # rows added at a time
+_CHUNK = 64  # rows added at a time: what a search may have to wait for, about 40 ms on one core
 _SEED = 42
 
 Vectors = NDArray[np.float32]
@@ -35,6 +35,8 @@ class VectorIndex:
         """`graph`, where given, was loaded from a verified snapshot; its rows that are not `live` are deleted ones."""
         self.dim, self._flat_limit = dim, flat_limit
         self._lock = threading.Lock()
+        self._searches = 0  # running or waiting
+        self._idle = threading.Condition()  # no search runs or waits
         self._graph = graph
         loaded = frozenset(graph.get_ids_list()) if graph is not None else frozenset()
         self._in_graph: set[int] = set(loaded & live)
@@ -70,15 +72,19 @@ class VectorIndex:
         Raises:
             ValueError: wrong shape, or a vector that is not of unit length (NaN included).
         """
-        if vectors.shape != (len(labels), self.dim):
-            raise ValueError(f"vectors of shape {vectors.shape} for {len(labels)} rows of {self.dim} dimensions")
-        if not np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-2):
-            raise ValueError("vectors must have unit length")
+        self.check(vectors, len(labels))
         with self._lock:
             self._flat.update(zip(labels, vectors, strict=True))
             self._scan = None
         if len(self._flat) > self._flat_limit:
             self._move_to_graph()
+
+    def check(self, vectors: Vectors, rows: int) -> None:
+        """Raises ValueError for vectors that `add` would not take."""
+        if vectors.shape != (rows, self.dim):
+            raise ValueError(f"vectors of shape {vectors.shape} for {rows} rows of {self.dim} dimensions")
+        if not np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-2):
+            raise ValueError("vectors must have unit length")
 
     def delete(self, labels: Sequence[int]) -> None:
         """Take rows out of every later search; unknown labels are ignored."""
@@ -99,7 +105,7 @@ class VectorIndex:
             k: rows a query, fewer where the index is smaller.
             ef: candidates the graph keeps; at least k is used.
         """
-        with self._lock:
+        with self._first(), self._lock:
             found: list[dict[int, float]] = [{} for _ in queries]
             if self._graph is not None and self._in_graph:
                 found = self._search_graph(self._graph, queries, k, max(ef or EF, k))
@@ -113,7 +119,7 @@ class VectorIndex:
 
     def vectors(self, labels: Sequence[int]) -> dict[int, Vectors]:
         """Stored vectors of those labels that are live."""
-        with self._lock:
+        with self._first(), self._lock:
             found = {label: self._flat[label] for label in labels if label in self._flat}
             stored = [label for label in labels if label in self._in_graph]
             if stored and self._graph is not None:
@@ -139,6 +145,8 @@ class VectorIndex:
             self._graph.init_index(max_elements=2 * len(self._flat), M=M, ef_construction=EF_CONSTRUCTION, random_seed=_SEED)
         waiting = list(self._flat)
         for at in range(0, len(waiting), _CHUNK):
+            with self._idle:
+                self._idle.wait_for(lambda: not self._searches)
             with self._lock:
                 labels = [label for label in waiting[at : at + _CHUNK] if label in self._flat]
                 if not labels:
@@ -151,6 +159,18 @@ class VectorIndex:
                     del self._flat[label]
                 self._in_graph.update(labels)
                 self._scan = None
+
+    @contextlib.contextmanager
+    def _first(self) -> Iterator[None]:
+        """Within, adding waits; without this a thread that adds takes the lock again before a search wakes up."""
+        with self._idle:
+            self._searches += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._searches -= 1
+                self._idle.notify_all()
 
     def _search_graph(self, graph: hnswlib.Index, queries: Vectors, k: int, ef: int) -> list[dict[int, float]]:
         k = min(k, len(self._in_graph))

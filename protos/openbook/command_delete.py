@@ -1,0 +1,35 @@
+"""`openbook delete`: documents out of a running server's knowledge base."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from openbook.asking import FAILED, SOME_FAILED, add_server_arguments
+from openbook.client import Client
+from openbook.errors import ClientError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Remove documents, with all their passages, from the knowledge base of a running server, for good."
+    parser.epilog = (
+        "example: openbook delete manuals/old.pdf --server localhost:50051\n"
+        "exit status: 0 none of them is stored any more; 1 nothing could be done; 2 wrong usage; 3 some ids were refused"
+    )
+    parser.add_argument("ids", nargs="+", metavar="ID", help="id of a document, as `openbook search --json` shows it")
+    add_server_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
+            results = client.delete(arguments.ids)
+    except ClientError as error:
+        print(f"openbook delete: {error}", file=sys.stderr)
+        return FAILED
+    for result in results:
+        if result.problem:
+            print(f"openbook delete: {result.problem}", file=sys.stderr)
+        else:
+            print(f"{result.id}: {result.outcome}" + (f", {result.passages} passages" if result.passages else ""))
+    return SOME_FAILED if any(result.problem for result in results) else 0

@@ -1,0 +1,44 @@
+"""When a failed call is tried again: while the server is unavailable or overloaded and time is left.
+
+The delay is the one that the server asked for, or grows from try to try.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import grpc
+
+from openbook.errors import ServerOverloaded, ServerUnavailable, from_rpc
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0  # seconds between tries where the server names none
+_UNREACHABLE_TRIES = 3  # a server that is not there is not waited for until the deadline
+
+
+class Attempts:
+    """Decides, after each failure of a call, whether and when to try again."""
+
+    def __init__(self, address: str, timeout_seconds: float) -> None:
+        self._address, self._timeout = address, timeout_seconds
+        self._deadline = time.monotonic() + timeout_seconds
+        self._failed = 0
+
+    @property
+    def seconds_left(self) -> float:
+        return max(1e-3, self._deadline - time.monotonic())
+
+    def delay_after(self, failure: grpc.RpcError) -> float:
+        """Seconds to wait before the next try.
+
+        Raises:
+            ClientError: there will be none.
+        """
+        error, asked = from_rpc(failure, self._address, self._timeout)
+        self._failed += 1
+        patience = isinstance(error, ServerOverloaded) or asked is not None or self._failed < _UNREACHABLE_TRIES
+        delay = asked if asked is not None else min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._failed)
+        delay *= random.uniform(1.0, 1.5)  # callers that were refused together shall not come back together
+        if not isinstance(error, ServerOverloaded | ServerUnavailable) or not patience or delay >= self.seconds_left:
+            raise error from failure
+        return delay

@@ -1,0 +1,88 @@
+"""Documents to what the knowledge base stores of them: digests, passages, and what need not be stored again.
+
+The same for `openbook index` and for writes over gRPC, so that either leaves alone what the other has stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from openbook_server.bundle import Bundle
+from openbook_server.errors import InvalidRequest
+from openbook_server.ingest.embed import TITLE_TOKENS
+from openbook_server.ingest.splitting import split
+from openbook_server.knowledge import Document, KnowledgeBase, Passage
+
+PASSAGE_TOKENS = 200
+OVERLAP = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Splitting:
+    """How documents become passages."""
+
+    passage_tokens: int  # longest passage, special tokens not included
+    overlap: int  # tokens that neighbouring passages may share
+
+    def facts(self) -> dict[str, str]:
+        """As a knowledge base records it, so that later writes split alike."""
+        return {"passage_tokens": str(self.passage_tokens), "overlap": str(self.overlap)}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is to be stored of some documents."""
+
+    documents: list[tuple[Document, str]]  # those that are new or changed, each with its digest
+    passages: list[Passage]  # all passages of all of them, in order
+    stored: frozenset[str]  # ids of those documents that are stored already, changed or not
+
+
+def choose_splitting(
+    bundle: Bundle, recorded: Mapping[str, str], passage_tokens: int | None = None, overlap: int | None = None
+) -> Splitting:
+    """What the caller asks for, else what the knowledge base was built with, else the default.
+
+    A passage must fit whole into the embedder, beside its title, and into the reader, beside the longest question.
+
+    Args:
+        recorded: the knowledge base's facts; see `Splitting.facts`.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+    most = bundle.embedder.max_tokens - TITLE_TOKENS - 3
+    if bundle.reader is not None:
+        most = min(most, bundle.reader.max_tokens - bundle.reader.max_question_tokens - 3)
+    if passage_tokens is None:
+        passage_tokens = max(1, min(most, int(recorded.get("passage_tokens", PASSAGE_TOKENS))))
+    if not 1 <= passage_tokens <= most:
+        raise InvalidRequest("--passage-tokens", f"{passage_tokens} is outside 1 to {most}, what this bundle's models read whole")
+    if overlap is None:
+        overlap = min(int(recorded.get("overlap", OVERLAP)), passage_tokens // 4)
+    if not 0 <= overlap < passage_tokens:
+        raise InvalidRequest("--overlap", f"{overlap} is outside 0 to {passage_tokens - 1}")
+    return Splitting(passage_tokens, overlap)
+
+
+def prepare(documents: Sequence[Document], knowledge_base: KnowledgeBase, tokenizer: Tokenizer, splitting: Splitting) -> Prepared:
+    """Split those documents whose content, or way of being split, differs from what is stored; their ids must differ."""
+    digests = {document.id: _digest(document, splitting) for document in documents}
+    stored = knowledge_base.digests(list(digests))
+    changed = [document for document in documents if stored.get(document.id) != digests[document.id]]
+    split_up = split(changed, tokenizer, passage_tokens=splitting.passage_tokens, overlap=splitting.overlap)
+    return Prepared(
+        documents=[(document, digests[document.id]) for document in changed],
+        passages=[passage for passages in split_up for passage in passages],
+        stored=frozenset(stored),
+    )
+
+
+def _digest(document: Document, splitting: Splitting) -> str:
+    parts = [document.title, document.text, document.source, dict(document.metadata), splitting.passage_tokens, splitting.overlap]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

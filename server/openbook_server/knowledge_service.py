@@ -1,0 +1,183 @@
+"""The KnowledgeBase service of openbook.v1: documents in and out while the server answers.
+
+A document that is bad beside good ones fails alone, in its own result; every other failure is raised for `frontend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import openbook_pb2 as pb
+
+from openbook_server.bundle import Bundle
+from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest, ReadOnly
+from openbook_server.ingest.writer import Writer
+from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.pipeline import Timings
+from openbook_server.validation import bounded
+from openbook_server.wire import Parsed
+
+MAX_ID_BYTES = 512
+MAX_METADATA = 64  # entries of one document
+PAGE_SIZE, MAX_PAGE_SIZE = 100, 1_000
+
+
+class KnowledgeService:
+    """Serves one knowledge base; `writer` is None where it takes no writes."""
+
+    def __init__(self, bundle: Bundle, knowledge_base: KnowledgeBase, writer: Writer | None, config: ServerConfig) -> None:
+        self._bundle, self._knowledge_base, self._writer, self._config = bundle, knowledge_base, writer, config
+
+    async def upsert(self, parsed: Parsed[kb.UpsertRequest], deadline: float, timings: Timings) -> kb.UpsertResponse:
+        writer, documents = self._writable(), parsed.message.documents
+        self._check_count("documents", len(documents))
+        errors: dict[int, InvalidRequest] = {}
+        good: dict[str, Document] = {}
+        for at, document in enumerate(documents):
+            try:
+                self._check_document(f"documents[{at}]", document, bad_utf8=("documents", at) in parsed.not_utf8, known=good)
+            except InvalidRequest as error:
+                errors[at] = error
+                continue
+            good[document.id] = Document(
+                id=document.id,
+                text=document.text,
+                title=" ".join(document.title.split()),
+                source=document.source,
+                metadata=dict(document.metadata),
+            )
+        results = _failures([document.id for document in documents], errors)
+        if good:
+            prepared = await writer.upsert(list(good.values()), deadline)
+            written = {document.id for document, _ in prepared.documents}
+            passages = _counts(prepared.passages) | {
+                id_: len(stored) for id_, stored in self._knowledge_base.documents([id_ for id_ in good if id_ not in written]).items()
+            }
+            for at, document in enumerate(documents):
+                if at not in errors:
+                    outcome = kb.OUTCOME_REPLACED if document.id in prepared.stored else kb.OUTCOME_CREATED
+                    results[at].outcome = outcome if document.id in written else kb.OUTCOME_UNCHANGED
+                    results[at].passages = passages.get(document.id, 0)
+        return kb.UpsertResponse(results=results, sequence=self._knowledge_base.sequence)
+
+    async def delete(self, parsed: Parsed[kb.DeleteRequest], deadline: float, timings: Timings) -> kb.DeleteResponse:
+        writer, ids = self._writable(), list(parsed.message.ids)
+        errors = self._check_ids(ids, parsed.not_utf8)
+        removed = await writer.delete([id_ for at, id_ in enumerate(ids) if at not in errors])
+        results = _failures(ids, errors)
+        for at, id_ in enumerate(ids):
+            if at not in errors:
+                results[at].outcome = kb.OUTCOME_DELETED if id_ in removed else kb.OUTCOME_ABSENT
+                results[at].passages = removed.get(id_, 0)
+        return kb.DeleteResponse(results=results, sequence=self._knowledge_base.sequence)
+
+    async def get(self, parsed: Parsed[kb.GetRequest], deadline: float, timings: Timings) -> kb.GetResponse:
+        ids = list(parsed.message.ids)
+        for error in self._check_ids(ids, parsed.not_utf8).values():
+            raise error
+        stored = self._knowledge_base.documents(ids)
+        return kb.GetResponse(documents=[_stored(id_, stored[id_]) for id_ in dict.fromkeys(ids) if id_ in stored])
+
+    async def list(self, parsed: Parsed[kb.ListRequest], deadline: float, timings: Timings) -> kb.ListResponse:
+        request = parsed.message
+        size = bounded("page_size", request.page_size if request.HasField("page_size") else None, PAGE_SIZE, 1, MAX_PAGE_SIZE)
+        if request.page_token and not (request.page_token.isascii() and request.page_token.isdigit() and len(request.page_token) < 19):
+            raise InvalidRequest("page_token", "it is none that a page before gave; leave it empty for the first page")
+        rows = self._knowledge_base.page(int(request.page_token or 0), size)
+        return kb.ListResponse(
+            documents=[kb.ListedDocument(id=id_, source=source, passages=passages) for _, id_, source, passages in rows],
+            next_page_token=str(rows[-1][0]) if len(rows) == size else "",
+        )
+
+    async def describe(
+        self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], deadline: float, timings: Timings
+    ) -> kb.DescribeKnowledgeBaseResponse:
+        counts = self._knowledge_base.counts()
+        return kb.DescribeKnowledgeBaseResponse(
+            generation=self._knowledge_base.generation,
+            embedder_fingerprint=self._bundle.embedder.fingerprint,
+            documents=counts.documents,
+            passages=counts.passages,
+            sequence=self._knowledge_base.sequence,
+            graph_passages=self._knowledge_base.graph_rows,
+            bytes=self._knowledge_base.size_bytes(),
+            writable=self._writer is not None,
+        )
+
+    async def snapshot(self, parsed: Parsed[kb.SnapshotRequest], deadline: float, timings: Timings) -> kb.SnapshotResponse:
+        sequence = self._knowledge_base.sequence
+        await self._writable().snapshot()
+        return kb.SnapshotResponse(sequence=sequence, graph_passages=self._knowledge_base.graph_rows)
+
+    def _writable(self) -> Writer:
+        if self._writer is None:
+            raise ReadOnly("this server takes no writes; start it with --writable to take them from every host that reaches it")
+        return self._writer
+
+    def _check_count(self, field: str, count: int) -> None:
+        if not count:
+            raise InvalidRequest(field, "none in the request; send at least one")
+        if count > self._config.max_texts:
+            raise InvalidRequest(field, f"{count} exceed the limit of {self._config.max_texts} a request; send several requests")
+
+    def _check_document(self, name: str, document: kb.Document, *, bad_utf8: bool, known: Mapping[str, Document]) -> None:
+        if bad_utf8:
+            raise InvalidRequest(name, "not valid UTF-8; encode its texts as UTF-8 before sending it")
+        _check_id(f"{name}.id", document.id)
+        if document.id in known:
+            raise InvalidRequest(f"{name}.id", f"{document.id!r} comes twice in the request; send it once")
+        if not document.text.strip():
+            raise InvalidRequest(f"{name}.text", "empty; send some text, or use Delete")
+        for field in ("title", "text", "source"):
+            if "\0" in getattr(document, field):
+                raise InvalidRequest(f"{name}.{field}", "holds a NUL character; leave it out")
+        if len(document.metadata) > MAX_METADATA:
+            raise InvalidRequest(f"{name}.metadata", f"{len(document.metadata)} entries exceed the limit of {MAX_METADATA}")
+
+    def _check_ids(self, ids: Sequence[str], not_utf8: frozenset[tuple[str, int]]) -> dict[int, InvalidRequest]:
+        self._check_count("ids", len(ids))
+        errors: dict[int, InvalidRequest] = {}
+        for at, id_ in enumerate(ids):
+            try:
+                if ("ids", at) in not_utf8:
+                    raise InvalidRequest(f"ids[{at}]", "not valid UTF-8")
+                _check_id(f"ids[{at}]", id_)
+            except InvalidRequest as error:
+                errors[at] = error
+        return errors
+
+
+def _check_id(field: str, id_: str) -> None:
+    size = len(id_.encode())
+    if not id_.strip() or "\0" in id_ or size > MAX_ID_BYTES:
+        raise InvalidRequest(field, f"{size} bytes; an id has 1 to {MAX_ID_BYTES}, and no NUL character")
+
+
+def _failures(ids: Sequence[str], errors: Mapping[int, InvalidRequest]) -> list[kb.WriteResult]:
+    """A result an id, filled in where it failed."""
+    results = [kb.WriteResult(id=id_) for id_ in ids]
+    for at, error in errors.items():
+        results[at].error.CopyFrom(
+            pb.ItemError(index=at, code=error.status.value[0], reason=error.reason, field=error.field, message=error.description)
+        )
+    return results
+
+
+def _counts(passages: Sequence[Passage]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for passage in passages:
+        counts[passage.document_id] = counts.get(passage.document_id, 0) + 1
+    return counts
+
+
+def _stored(id_: str, passages: Sequence[Passage]) -> kb.StoredDocument:
+    first = passages[0]
+    return kb.StoredDocument(
+        id=id_,
+        title=first.title,
+        source=first.source,
+        metadata=dict(first.metadata),
+        passages=[kb.StoredPassage(id=passage.id, text=passage.text, document_start=passage.start) for passage in passages],
+    )

@@ -1,0 +1,211 @@
+"""Writing to a real server over the wire: what is acknowledged is searchable at once and after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from grpc_status import rpc_status
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
+from openbook.v1 import openbook_pb2 as pb
+from openbook_server import serving
+from openbook_server.config import ServerConfig
+from openbook_server.serving import running_server
+
+CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, drain_seconds=1.0)
+
+
+@pytest.fixture
+async def channel(tiny_bundle: Path, tiny_knowledge_base: Path) -> AsyncIterator[grpc.aio.Channel]:
+    async with (
+        running_server(tiny_bundle, tiny_knowledge_base, CONFIG) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub:
+    return knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+
+
+async def search(channel: grpc.aio.Channel, question: str, mode: pb.SearchMode) -> list[str]:
+    stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+    reply = await stub.Search(pb.SearchRequest(questions=[question], mode=mode, top_k=20))
+    return [hit.document_id for hit in reply.results[0].hits]
+
+
+def document(id_: str, text: str = "the green book of the river", **others: str) -> kb.Document:
+    return kb.Document(id=id_, text=text, **others)  # type: ignore[arg-type]
+
+
+async def test_an_acknowledged_document_is_found_at_once_and_after_a_restart(tiny_bundle: Path, tiny_knowledge_base: Path) -> None:
+    for run in range(2):
+        async with (
+            running_server(tiny_bundle, tiny_knowledge_base, CONFIG) as port,
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            if run == 0:
+                stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+                reply = await stub.Upsert(kb.UpsertRequest(documents=[document("new", "a zebra was in the city", title="zebra")]))
+                assert [(result.id, result.outcome, result.passages) for result in reply.results] == [("new", kb.OUTCOME_CREATED, 1)]
+            assert await search(channel, "zebra", pb.SEARCH_MODE_LEXICAL) == ["new"]
+            assert "new" in await search(channel, "zebra", pb.SEARCH_MODE_DENSE)
+
+
+async def test_writing_again_replaces_and_writing_the_same_changes_nothing(
+    channel: grpc.aio.Channel, stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub
+) -> None:
+    first = await stub.Upsert(kb.UpsertRequest(documents=[document("x", "one zebra")]))
+    same = await stub.Upsert(kb.UpsertRequest(documents=[document("x", "one zebra")]))
+    assert (same.results[0].outcome, same.results[0].passages, same.sequence) == (kb.OUTCOME_UNCHANGED, 1, first.sequence)
+    changed = await stub.Upsert(kb.UpsertRequest(documents=[document("x", "one yak"), document("y", "two yak")]))
+    assert [result.outcome for result in changed.results] == [kb.OUTCOME_REPLACED, kb.OUTCOME_CREATED]
+    assert changed.sequence > first.sequence
+    assert await search(channel, "zebra", pb.SEARCH_MODE_LEXICAL) == []
+    assert set(await search(channel, "yak", pb.SEARCH_MODE_LEXICAL)) == {"x", "y"}
+
+
+async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub) -> None:
+    documents = [
+        document("good"),
+        document(""),
+        document("empty", " "),
+        document("good", "again"),
+        document("i" * 600),
+        document("nul", "a\0b"),
+    ]
+    reply = await stub.Upsert(kb.UpsertRequest(documents=documents))
+    assert [(result.outcome, result.error.field) for result in reply.results] == [
+        (kb.OUTCOME_CREATED, ""),
+        (kb.OUTCOME_UNSPECIFIED, "documents[1].id"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[2].text"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[3].id"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[4].id"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[5].text"),
+    ]
+    assert all(result.HasField("error") == (at > 0) for at, result in enumerate(reply.results))
+
+
+async def test_bytes_that_are_not_utf8_fail_their_document_alone(channel: grpc.aio.Channel) -> None:
+    upsert = channel.unary_unary("/openbook.v1.KnowledgeBase/Upsert", response_deserializer=kb.UpsertResponse.FromString)
+    good = kb.UpsertRequest(documents=[document("good")]).SerializeToString()
+    reply = await upsert(good + b"\x0a\x07\x0a\x01b\x1a\x02\xff\xfe")
+    assert [result.outcome for result in reply.results] == [kb.OUTCOME_CREATED, kb.OUTCOME_UNSPECIFIED]
+    assert "UTF-8" in reply.results[1].error.message
+
+
+async def test_a_stream_answers_each_request_in_order_and_survives_bad_documents(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub,
+) -> None:
+    async def requests() -> AsyncIterator[kb.UpsertRequest]:
+        for number in range(5):
+            yield kb.UpsertRequest(documents=[document(f"s{number}", f"yak {number}"), document("", "no id")])
+
+    replies = [reply async for reply in stub.UpsertStream(requests())]
+    assert [reply.results[0].id for reply in replies] == [f"s{number}" for number in range(5)]
+    assert all(reply.results[0].outcome == kb.OUTCOME_CREATED and reply.results[1].HasField("error") for reply in replies)
+
+    async def deletions() -> AsyncIterator[kb.DeleteRequest]:
+        for number in (0, 9):
+            yield kb.DeleteRequest(ids=[f"s{number}"])
+
+    removed = [reply.results[0].outcome async for reply in stub.DeleteStream(deletions())]
+    assert removed == [kb.OUTCOME_DELETED, kb.OUTCOME_ABSENT]
+
+
+async def test_a_deleted_document_is_never_found_again(
+    channel: grpc.aio.Channel, stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub
+) -> None:
+    await stub.Upsert(kb.UpsertRequest(documents=[document("gone", "one yak. " * 30)]))
+    reply = await stub.Delete(kb.DeleteRequest(ids=["gone", "never"]))
+    assert [(result.outcome, result.passages > 1) for result in reply.results] == [(kb.OUTCOME_DELETED, True), (kb.OUTCOME_ABSENT, False)]
+    assert await search(channel, "yak", pb.SEARCH_MODE_LEXICAL) == []
+    assert "gone" not in await search(channel, "yak", pb.SEARCH_MODE_DENSE)
+    assert len((await stub.Get(kb.GetRequest(ids=["gone"]))).documents) == 0
+
+
+async def test_get_and_list_give_back_what_was_written(stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub) -> None:
+    text = "The red king. " * 20
+    written = kb.Document(id="w", title="Kings", text=text, source="file", metadata={"k": "v"})
+    await stub.Upsert(kb.UpsertRequest(documents=[written]))
+    [stored] = (await stub.Get(kb.GetRequest(ids=["absent", "w", "w"]))).documents
+    assert (stored.id, stored.title, stored.source, dict(stored.metadata)) == ("w", "Kings", "file", {"k": "v"})
+    assert len(stored.passages) > 1
+    for passage in stored.passages:
+        assert text[passage.document_start : passage.document_start + len(passage.text)] == passage.text
+    listed, token = [], ""
+    while True:
+        page = await stub.List(kb.ListRequest(page_size=2, page_token=token))
+        listed += [document.id for document in page.documents]
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == ["d0", "d1", "d2", "w"]
+
+
+async def test_describe_and_snapshot_tell_the_state(stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub) -> None:
+    state = await stub.Describe(kb.DescribeKnowledgeBaseRequest())
+    assert (state.documents, state.writable, len(state.embedder_fingerprint)) == (3, True, 64)
+    assert state.bytes > 0
+    saved = await stub.Snapshot(kb.SnapshotRequest())
+    assert (saved.sequence, saved.graph_passages) == (state.sequence, 0)
+
+
+async def test_concurrent_writes_of_one_document_leave_one_of_them_whole(
+    channel: grpc.aio.Channel, stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub
+) -> None:
+    writes = [stub.Upsert(kb.UpsertRequest(documents=[document("c", f"yak {number}. " * 9)])) for number in range(8)]
+    replies = await asyncio.gather(*writes)
+    assert sum(reply.results[0].outcome == kb.OUTCOME_CREATED for reply in replies) >= 1
+    [stored] = (await stub.Get(kb.GetRequest(ids=["c"]))).documents
+    assert len({passage.text[:5] for passage in stored.passages}) == 1
+    assert set(await search(channel, "yak", pb.SEARCH_MODE_LEXICAL)) == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "field"),
+    [
+        ("Upsert", kb.UpsertRequest(), "documents"),
+        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(9)]), "documents"),
+        ("Delete", kb.DeleteRequest(), "ids"),
+        ("Get", kb.GetRequest(ids=[""]), "ids[0]"),
+        ("List", kb.ListRequest(page_size=0), "page_size"),
+        ("List", kb.ListRequest(page_token="x"), "page_token"),
+    ],
+)
+async def test_a_bad_field_is_refused_by_name(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, method: str, request_: object, field: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await getattr(stub, method)(request_)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(raised.value.details()).startswith(f"{field}:")
+
+
+async def test_writes_from_other_machines_must_be_allowed(
+    tiny_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "LOOPBACK", ())  # as if the server listened on an address that others reach
+    for writable in (False, True):
+        config = ServerConfig(port=0, device="cpu", writable=writable)
+        async with (
+            running_server(tiny_bundle, tiny_knowledge_base, config) as port,
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+            assert (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).writable == writable
+            if writable:
+                assert (await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))).results[0].outcome == kb.OUTCOME_CREATED
+                continue
+            with pytest.raises(grpc.aio.AioRpcError, match="--writable") as raised:
+                await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))
+            info = ErrorInfo()
+            rpc_status.from_call(raised.value).details[0].Unpack(info)
+            assert info.reason == "READ_ONLY"

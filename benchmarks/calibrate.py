@@ -49,11 +49,11 @@ def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
     return outputs
 
 
-def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight: float) -> tuple[float, float]:
-    """R@1 and R@5 in percent when hits are ranked by cosine + weight · BM25."""
+def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight: float, overlap: float = 1.0) -> tuple[float, float]:
+    """R@1 and R@5 in percent when hits are ranked by cosine + weight · BM25 + overlap (times `overlap`, which may be 0)."""
     at_1 = at_5 = 0
     for question, hits in zip(questions, found, strict=True):
-        order = sorted(hits, key=lambda hit: -((hit.dense_score or 0.0) + weight * (hit.lexical_score or 0.0)))
+        order = sorted(hits, key=lambda hit: -((hit.dense_score or 0.0) + weight * (hit.lexical_score or 0.0) + (hit.overlap_score or 0.0)))
         own = [hit.passage.text in question.context for hit in order]
         at_1 += own[0]
         at_5 += any(own[:5])
@@ -113,7 +113,8 @@ def main() -> None:
     candidates = search(asked, 100)
     fusion = {weight: recall(asked, candidates, weight) for weight in LEXICAL_WEIGHTS}
     for weight, (at_1, at_5) in fusion.items():
-        print(f"BM25 weight {weight}: R@1 {at_1:.1f} R@5 {at_5:.1f}")
+        before_1, before_5 = recall(asked, candidates, weight, overlap=0.0)
+        print(f"BM25 weight {weight}: R@1 {at_1:.1f} R@5 {at_5:.1f}; without overlap R@1 {before_1:.1f} R@5 {before_5:.1f}")
 
     usable = [question for question in everything if question.gold_spans()]
     _, held = hold_out(usable, arguments.held_out)

@@ -53,6 +53,7 @@ def render(result: SearchResult) -> str:
     for number, hit in enumerate(result.hits, 1):
         parts = [f"cosine {hit.dense_score:.3f}"] if hit.dense_score is not None else []
         parts += [f"BM25 {hit.lexical_score:.2f}"] if hit.lexical_score is not None else []
+        parts += [f"overlap {hit.overlap_score:.2f}"] if hit.overlap_score is not None else []
         lines.append(f"{number:3}. {hit.score:.3f}  {hit.passage_id}  ({', '.join(parts)})")
         lines.append(f"     {' '.join(hit.text.split())[:150]}")
     return "\n".join(lines)

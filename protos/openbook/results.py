@@ -21,6 +21,7 @@ class Hit:
     score: float
     dense_score: float | None
     lexical_score: float | None
+    overlap_score: float | None
     title: str
     text: str
     source: str
@@ -129,6 +130,7 @@ def hit(message: pb.Hit) -> Hit:
         score=message.score,
         dense_score=message.dense_score if message.HasField("dense_score") else None,
         lexical_score=message.lexical_score if message.HasField("lexical_score") else None,
+        overlap_score=message.overlap_score if message.HasField("overlap_score") else None,
         title=message.title,
         text=message.text,
         source=message.source,

@@ -176,6 +176,7 @@ def _hit(hit: Hit, *, omit_text: bool) -> pb.Hit:
         score=hit.score,
         dense_score=hit.dense_score,
         lexical_score=hit.lexical_score,
+        overlap_score=hit.overlap_score,
         document_start=passage.start,
     )
     if not omit_text:

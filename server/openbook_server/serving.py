@@ -77,7 +77,7 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
         writer = _writer(loaded, engine, config)
         try:
             if config.metrics_port:
-                metrics.serve(engine, config.host, config.metrics_port)
+                _serve_metrics(metrics, engine, config)
             service = Service(loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline)
             knowledge = KnowledgeService(loaded.bundle, loaded.knowledge_base, writer, config) if loaded.knowledge_base else None
             frontend.served = Served(service, knowledge)
@@ -173,6 +173,14 @@ def _writer(loaded: _Loaded, engine: Engine, config: ServerConfig) -> Writer | N
     splitting = choose_splitting(loaded.bundle, loaded.knowledge_base.facts("passage_tokens", "overlap"))
     tokenizer = load_tokenizer(loaded.bundle.tokenizer_path)
     return Writer(loaded.bundle, loaded.knowledge_base, tokenizer, engine, splitting)
+
+
+def _serve_metrics(metrics: Metrics, engine: Engine, config: ServerConfig) -> None:
+    try:
+        metrics.serve(engine, config.host, config.metrics_port)
+    except OSError as error:
+        problem = f"cannot listen on {config.host}:{config.metrics_port} ({error.strerror}); choose another --metrics-port"
+        raise InvalidRequest("--metrics-port", problem) from error
 
 
 def _save_index(knowledge_base: KnowledgeBase | None) -> None:

@@ -90,7 +90,7 @@ def test_every_mode_finds_what_was_stored_at_once_and_after_a_restart(tmp_path: 
     knowledge_base.close()
 
 
-def test_hybrid_scores_are_cosine_plus_weighted_bm25_over_both_candidate_lists(tmp_path: Path) -> None:
+def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_lists(tmp_path: Path) -> None:
     vectors = unit(400)
     knowledge_base = opened(tmp_path / "kb", flat_limit=50)
     store(knowledge_base, {f"d{n}": f"common word{n % 40}" for n in range(400)}, vectors)
@@ -101,7 +101,10 @@ def test_hybrid_scores_are_cosine_plus_weighted_bm25_over_both_candidate_lists(t
     for hit in hits:
         cosine = float(vectors[3] @ vectors[int(hit.passage.document_id[1:])])
         assert hit.dense_score == pytest.approx(cosine, abs=1e-5)
-        assert hit.score == pytest.approx(cosine + LEXICAL_WEIGHT * lexical.get(hit.passage.id, 0.0), abs=1e-5)
+        assert (hit.overlap_score or 0.0) > 0 if hit.passage.id in lexical else hit.overlap_score == 0
+        total = cosine + LEXICAL_WEIGHT * lexical.get(hit.passage.id, 0.0) + (hit.overlap_score or 0.0)
+        assert hit.score == pytest.approx(total, abs=1e-5)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     knowledge_base.close()
 
 

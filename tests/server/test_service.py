@@ -185,6 +185,13 @@ async def test_a_port_in_use_is_refused_with_the_way_out(address: str, tiny_bund
             pass
 
 
+async def test_a_metrics_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:
+    taken = ServerConfig(port=0, device="cpu", metrics_port=int(address.rpartition(":")[2]))
+    with pytest.raises(InvalidRequest, match="choose another --metrics-port"):
+        async with running_server(tiny_bundle, None, taken):
+            pass
+
+
 async def test_without_a_knowledge_base_embed_serves_and_search_says_how_to_get_one(tiny_bundle: Path) -> None:
     async with (
         running_server(tiny_bundle, None, CONFIG) as port,

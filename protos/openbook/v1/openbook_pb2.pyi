@@ -416,6 +416,7 @@ class Hit(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DOCUMENT_START_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    OVERLAP_SCORE_FIELD_NUMBER: _builtins.int
     passage_id: _builtins.str
     document_id: _builtins.str
     score: _builtins.float
@@ -430,6 +431,8 @@ class Hit(_message.Message):
     """file, URL or dataset row that the document came from"""
     document_start: _builtins.int
     """where the passage begins in the document's text"""
+    overlap_score: _builtins.float
+    """hybrid only: what of the question stands in the passage word by word, 0 and up"""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -445,19 +448,24 @@ class Hit(_message.Message):
         source: _builtins.str = ...,
         document_start: _builtins.int = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        overlap_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "dense_score", b"dense_score", "lexical_score", b"lexical_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "dense_score", b"dense_score", "lexical_score", b"lexical_score", "overlap_score", b"overlap_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "dense_score", b"dense_score", "document_id", b"document_id", "document_start", b"document_start", "lexical_score", b"lexical_score", "metadata", b"metadata", "passage_id", b"passage_id", "score", b"score", "source", b"source", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "dense_score", b"dense_score", "document_id", b"document_id", "document_start", b"document_start", "lexical_score", b"lexical_score", "metadata", b"metadata", "overlap_score", b"overlap_score", "passage_id", b"passage_id", "score", b"score", "source", b"source", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dense_score: _TypeAlias = _typing.Literal["dense_score"]  # noqa: Y015
     _WhichOneofArgType__dense_score: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score"]  # noqa: Y015
     _WhichOneofReturnType__lexical_score: _TypeAlias = _typing.Literal["lexical_score"]  # noqa: Y015
     _WhichOneofArgType__lexical_score: _TypeAlias = _typing.Literal["_lexical_score", b"_lexical_score"]  # noqa: Y015
+    _WhichOneofReturnType__overlap_score: _TypeAlias = _typing.Literal["overlap_score"]  # noqa: Y015
+    _WhichOneofArgType__overlap_score: _TypeAlias = _typing.Literal["_overlap_score", b"_overlap_score"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dense_score) -> _WhichOneofReturnType__dense_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lexical_score) -> _WhichOneofReturnType__lexical_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap_score) -> _WhichOneofReturnType__overlap_score | None: ...
 
 Global___Hit: _TypeAlias = Hit  # noqa: Y015
 

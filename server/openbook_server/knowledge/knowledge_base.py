@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
-from openbook_server.knowledge.fusion import CANDIDATES, Scored, fuse
+from openbook_server.knowledge.fusion import CANDIDATES, SHORTLIST, Scored, fuse
+from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchMode
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
@@ -173,17 +175,20 @@ class KnowledgeBase:
         else:
             depth = max(CANDIDATES, top_k)
             nearest = self._index.search(vectors, depth, ef=ef)
-            ranked = [
-                self._fuse(vector, dense, self._store.search_words(question, depth), top_k)
+            return [
+                self._fuse(question, vector, dense, self._store.search_words(question, depth), top_k)
                 for question, vector, dense in zip(questions, vectors, nearest, strict=True)
             ]
         return [self._hits(row) for row in ranked]
 
-    def _fuse(self, vector: Vectors, dense: dict[int, float], words: dict[int, float], top_k: int) -> list[Scored]:
-        """Candidates that only the words found get their exact cosine before the two are compared."""
+    def _fuse(self, question: str, vector: Vectors, dense: dict[int, float], words: dict[int, float], top_k: int) -> list[Hit]:
+        """Candidates that only the words found get their exact cosine before the two are compared; the best are looked at closely."""
         stored = self._index.vectors([number for number in words if number not in dense])
         dense = dense | {number: float(np.dot(row, vector)) for number, row in stored.items()}
-        return fuse(dense, words, top_k)
+        shortlist = self._hits(fuse(dense, words, max(SHORTLIST, top_k)))
+        bonuses = overlaps(question, [hit.passage.text for hit in shortlist])
+        hits = [replace(hit, score=hit.score + bonus, overlap_score=bonus) for hit, bonus in zip(shortlist, bonuses, strict=True)]
+        return sorted(hits, key=lambda hit: -hit.score)[:top_k]  # stable: ties stay in the order of storing
 
     def _hits(self, ranked: Sequence[Scored]) -> list[Hit]:
         passages = self._store.passages([item.number for item in ranked])

@@ -17,14 +17,23 @@ _STOP_WORDS = frozenset(
 SCHEMA = "CREATE VIRTUAL TABLE words USING fts5(title, text, content='passages', content_rowid='number', tokenize='porter unicode61')"
 
 
-def match_expression(question: str) -> str | None:
-    """The question as an FTS5 query: its words, each quoted, OR-ed; None where it has no word at all.
+def words(text: str) -> list[str]:
+    """The words of a text in order, in lower case."""
+    return _WORD.findall(text.casefold())
 
-    Stop words count only where there is nothing else. Quoting makes every character of the question harmless.
+
+def content_words(asked: list[str]) -> list[str]:
+    """The different words of a question without stop words, unless it has no others."""
+    different = list(dict.fromkeys(asked))
+    return [word for word in different if word not in _STOP_WORDS] or different
+
+
+def match_expression(question: str) -> str | None:
+    """The question as an FTS5 query: its content words, each quoted, OR-ed; None where it has no word at all.
+
+    Quoting makes every character of the question harmless.
     """
-    words = list(dict.fromkeys(_WORD.findall(question.casefold())))
-    chosen = [word for word in words if word not in _STOP_WORDS] or words
-    return " OR ".join(f'"{word}"' for word in chosen[:MAX_TERMS]) or None
+    return " OR ".join(f'"{word}"' for word in content_words(words(question))[:MAX_TERMS]) or None
 
 
 def search_words(connection: sqlite3.Connection, question: str, limit: int) -> dict[int, float]:

@@ -41,6 +41,7 @@ class Hit:
     score: float  # what hits are ordered by
     dense_score: float | None = None  # inner product of unit vectors
     lexical_score: float | None = None  # BM25
+    overlap_score: float | None = None  # what of the question stands in it word by word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -112,13 +112,16 @@ def test_search_embed_and_info_speak_to_the_same_server(server: str, bundle: Pat
 
 
 def test_documents_come_and_go_while_the_server_answers(server: str, tmp_path: Path) -> None:
-    rows = [{"_id": f"z{number % 40}", "text": f"The zebra number {number} read one book."} for number in range(41)]
+    rows = [{"_id": f"z{number % 40}", "text": f"The zebra number {number} read one book.", "herd": number % 4} for number in range(41)]
     (tmp_path / "zebras.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
     sent = openbook("upsert", tmp_path / "zebras.jsonl", "--server", server, status=3)
     assert sent.stdout == "40 created, 1 replaced, 1 unreadable\n"
     assert "line 42" in sent.stderr
     found = json.loads(openbook("search", "zebra", "--server", server, "--mode", "lexical", "--top-k", "100", "--json").stdout)
     assert {hit["document_id"] for hit in found["hits"]} == {f"z{number}" for number in range(40)}
+    herd = ["search", "zebra", "--server", server, "--filter", "herd=3", "--json"]
+    assert {hit["metadata"]["herd"] for hit in json.loads(openbook(*herd).stdout)["hits"]} == {"3"}
+    assert "KEY=VALUE" in openbook("ask", "zebra", "--filter", "herd", status=2).stderr
     assert openbook("upsert", tmp_path / "zebras.jsonl", "--server", server, status=3).stdout.startswith("2 replaced, 39 unchanged")
     assert openbook("delete", "z0", "none", "--server", server).stdout == "z0: deleted, 1 passages\nnone: absent\n"
     ids = [f"z{number}" for number in range(1, 40)]

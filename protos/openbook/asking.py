@@ -40,7 +40,22 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_search_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help=f"passages {what} (default: 5)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        type=_condition,
+        default=[],
+        metavar="KEY=VALUE",
+        help="only documents whose metadata has this value; may be given several times, all must hold",
+    )
     parser.add_argument("--ef", type=int, metavar="N", help="candidates of the dense index; more is slower and more exact")
+
+
+def _condition(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
 
 
 def read_rows(name: str) -> Iterator[InputRow]:

@@ -19,22 +19,15 @@ import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook import __version__, results
+from openbook import __version__, messages, results
 from openbook.errors import ClientError, RequestRejected
+from openbook.messages import Conditions
 from openbook.results import AnswerResult, Document, SearchResult, Written
 from openbook.retrying import Attempts
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
 
-MODES = {
-    "hybrid": pb.SEARCH_MODE_HYBRID,
-    "dense": pb.SEARCH_MODE_DENSE,
-    "lexical": pb.SEARCH_MODE_LEXICAL,
-    "none": pb.SEARCH_MODE_NONE,
-}
-TEXTS_A_MESSAGE = 32
-_BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
 _OPTIONS = [
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),
     ("grpc.max_send_message_length", -1),
@@ -46,108 +39,6 @@ _OPTIONS = [
 def default_address() -> str:
     """$OPENBOOK_SERVER, or localhost:50051."""
     return os.environ.get("OPENBOOK_SERVER", "localhost:50051")
-
-
-def _embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
-    return [pb.EmbedRequest(texts=part, truncate=truncate) for part in _parts(texts, "texts")]
-
-
-def _search_requests(questions: Sequence[str], **options: Any) -> list[pb.SearchRequest]:
-    return [pb.SearchRequest(questions=part, **_given(options)) for part in _parts(questions, "questions")]
-
-
-def _answer_requests(questions: Sequence[str], **options: Any) -> list[pb.AnswerRequest]:
-    return [pb.AnswerRequest(questions=part, **_given(options)) for part in _parts(questions, "questions")]
-
-
-def _upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
-    """Messages of bounded size; documents are taken from the iterable no sooner than they are sent."""
-    request, size, ids = kb.UpsertRequest(), 0, set[str]()
-    for at, document in enumerate(documents):
-        try:
-            message = document.to_message()
-        except (UnicodeEncodeError, TypeError, ValueError) as error:
-            raise RequestRejected(f"document {document.id!r} cannot be sent ({error})", field=f"documents[{at}]") from error
-        full = len(ids) == TEXTS_A_MESSAGE or size + message.ByteSize() > _BYTES_A_MESSAGE
-        if ids and (full or document.id in ids):  # of one id that comes twice, the last one stays
-            yield request
-            request, size, ids = kb.UpsertRequest(), 0, set()
-        request.documents.append(message)
-        size += message.ByteSize()
-        ids.add(document.id)
-    if request.documents:
-        yield request
-
-
-def _parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
-    if isinstance(texts, str):
-        raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
-    for at, text in enumerate(texts):
-        try:
-            text.encode()
-        except (UnicodeEncodeError, AttributeError) as error:
-            raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=f"{field}[{at}]") from error
-    for at in range(0, len(texts), TEXTS_A_MESSAGE):
-        yield list(texts[at : at + TEXTS_A_MESSAGE])
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in options.items() if value is not None}
-    if "mode" in given:
-        if given["mode"] not in MODES:
-            raise RequestRejected(f"{given['mode']!r} is none of {', '.join(MODES)}", field="mode")
-        given["mode"] = MODES[given["mode"]]
-    for name in ("top_k", "max_answers", "ef"):
-        if name in given and not -(2**31) <= given[name] < 2**31:
-            raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
-    return given
-
-
-def _vectors(replies: Sequence[pb.EmbedResponse]) -> NDArray[np.float32]:
-    for reply in replies:
-        for error in reply.errors:
-            raise _item_error(error)
-    if not replies:
-        return np.empty((0, 0), np.float32)
-    return np.concatenate([np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim) for reply in replies]).astype(np.float32, copy=False)
-
-
-def _item_error(error: pb.ItemError) -> RequestRejected:
-    return RequestRejected(error.message, field=error.field, reason=error.reason)
-
-
-def _search_results(request: pb.SearchRequest, reply: pb.SearchResponse) -> list[SearchResult | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or SearchResult(
-            question=question,
-            hits=tuple(map(results.hit, result.hits)),
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
-    ]
-
-
-def _answer_results(request: pb.AnswerRequest, reply: pb.AnswerResponse) -> list[AnswerResult | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or AnswerResult(
-            question=question,
-            answers=tuple(map(results.answer, result.answers)),
-            hits=tuple(map(results.hit, result.hits)),
-            no_answer_probability=result.no_answer_probability,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
-    ]
 
 
 class Client:
@@ -167,15 +58,26 @@ class Client:
             RequestRejected: a text is empty or (without `truncate`) too long; its field names it.
             ClientError: see openbook.errors.
         """
-        return _vectors([self._call(self._stub.Embed, request) for request in _embed_requests(texts, truncate=truncate)])
+        return messages.vectors([self._call(self._stub.Embed, request) for request in messages.embed_requests(texts, truncate=truncate)])
 
     def search(
-        self, questions: Sequence[str], *, top_k: int | None = None, mode: str | None = None, ef: int | None = None
+        self,
+        questions: Sequence[str],
+        *,
+        top_k: int | None = None,
+        mode: str | None = None,
+        ef: int | None = None,
+        filter: Conditions | None = None,
     ) -> list[SearchResult | RequestRejected]:
-        """The best passages for each question; `mode` is hybrid (default), dense or lexical."""
+        """The best passages for each question.
+
+        Args:
+            mode: hybrid (default), dense or lexical.
+            filter: only documents whose metadata match: {key: value}, all of which must be equal, or a Filter message.
+        """
         found: list[SearchResult | RequestRejected] = []
-        for request in _search_requests(questions, top_k=top_k, mode=mode, ef=ef):
-            found += _search_results(request, self._call(self._stub.Search, request))
+        for request in messages.search_requests(questions, top_k=top_k, mode=mode, ef=ef, filter=filter):
+            found += messages.search_results(request, self._call(self._stub.Search, request))
         return found
 
     def answer(
@@ -186,11 +88,12 @@ class Client:
         max_answers: int | None = None,
         mode: str | None = None,
         ef: int | None = None,
+        filter: Conditions | None = None,
     ) -> list[AnswerResult | RequestRejected]:
         """Answers to each question from the `top_k` best passages; `mode` may also be none (no retrieval)."""
         found: list[AnswerResult | RequestRejected] = []
-        for request in _answer_requests(questions, top_k=top_k, max_answers=max_answers, mode=mode, ef=ef):
-            found += _answer_results(request, self._call(self._stub.Answer, request))
+        for request in messages.answer_requests(questions, top_k=top_k, max_answers=max_answers, mode=mode, ef=ef, filter=filter):
+            found += messages.answer_results(request, self._call(self._stub.Answer, request))
         return found
 
     def upsert(self, documents: Iterable[Document]) -> Iterator[Written]:
@@ -198,12 +101,12 @@ class Client:
 
         Nothing is sent before the first result is asked for.
         """
-        for request in _upsert_requests(documents):
+        for request in messages.upsert_requests(documents):
             yield from map(results.written, self._call(self._knowledge_base.Upsert, request).results)
 
     def delete(self, ids: Sequence[str]) -> list[Written]:
         """Remove documents for good."""
-        replies = [self._call(self._knowledge_base.Delete, kb.DeleteRequest(ids=part)) for part in _parts(ids, "ids")]
+        replies = [self._call(self._knowledge_base.Delete, kb.DeleteRequest(ids=part)) for part in messages.parts(ids, "ids")]
         return [results.written(result) for reply in replies for result in reply.results]
 
     def describe(self) -> pb.DescribeResponse:
@@ -240,15 +143,21 @@ class AsyncClient:
 
     async def embed(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """As `Client.embed`."""
-        return _vectors(await self._calls(self._stub.Embed, _embed_requests(texts, truncate=truncate)))
+        return messages.vectors(await self._calls(self._stub.Embed, messages.embed_requests(texts, truncate=truncate)))
 
     async def search(
-        self, questions: Sequence[str], *, top_k: int | None = None, mode: str | None = None, ef: int | None = None
+        self,
+        questions: Sequence[str],
+        *,
+        top_k: int | None = None,
+        mode: str | None = None,
+        ef: int | None = None,
+        filter: Conditions | None = None,
     ) -> list[SearchResult | RequestRejected]:
         """As `Client.search`."""
-        requests = _search_requests(questions, top_k=top_k, mode=mode, ef=ef)
+        requests = messages.search_requests(questions, top_k=top_k, mode=mode, ef=ef, filter=filter)
         replies = await self._calls(self._stub.Search, requests)
-        return [result for request, reply in zip(requests, replies, strict=True) for result in _search_results(request, reply)]
+        return [result for request, reply in zip(requests, replies, strict=True) for result in messages.search_results(request, reply)]
 
     async def answer(
         self,
@@ -258,22 +167,23 @@ class AsyncClient:
         max_answers: int | None = None,
         mode: str | None = None,
         ef: int | None = None,
+        filter: Conditions | None = None,
     ) -> list[AnswerResult | RequestRejected]:
         """As `Client.answer`."""
-        requests = _answer_requests(questions, top_k=top_k, max_answers=max_answers, mode=mode, ef=ef)
+        requests = messages.answer_requests(questions, top_k=top_k, max_answers=max_answers, mode=mode, ef=ef, filter=filter)
         replies = await self._calls(self._stub.Answer, requests)
-        return [result for request, reply in zip(requests, replies, strict=True) for result in _answer_results(request, reply)]
+        return [result for request, reply in zip(requests, replies, strict=True) for result in messages.answer_results(request, reply)]
 
     async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
         """As `Client.upsert`."""
-        for request in _upsert_requests(documents):
+        for request in messages.upsert_requests(documents):
             reply: kb.UpsertResponse = await self._call(self._knowledge_base.Upsert, request)
             for result in reply.results:
                 yield results.written(result)
 
     async def delete(self, ids: Sequence[str]) -> list[Written]:
         """As `Client.delete`."""
-        replies = await self._calls(self._knowledge_base.Delete, [kb.DeleteRequest(ids=part) for part in _parts(ids, "ids")])
+        replies = await self._calls(self._knowledge_base.Delete, [kb.DeleteRequest(ids=part) for part in messages.parts(ids, "ids")])
         return [results.written(result) for reply in replies for result in reply.results]
 
     async def describe(self) -> pb.DescribeResponse:

@@ -19,8 +19,9 @@ from openbook.asking import (
     spent,
     written_aside,
 )
-from openbook.client import MODES, TEXTS_A_MESSAGE, Client
+from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
+from openbook.messages import MODES, TEXTS_A_MESSAGE
 from openbook.results import AnswerResult
 
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _ask(client: Client, questions: list[str], arguments: argparse.Namespace) -> list[AnswerResult | RequestRejected]:
     options = {name: getattr(arguments, name) for name in ("top_k", "max_answers", "mode", "ef")}
-    return client.answer(questions, **options)
+    return client.answer(questions, filter=dict(arguments.filter) or None, **options)
 
 
 def _ask_one(client: Client, arguments: argparse.Namespace) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from openbook.asking import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows
-from openbook.client import TEXTS_A_MESSAGE, Client
+from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
+from openbook.messages import TEXTS_A_MESSAGE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,9 @@ import json
 import sys
 
 from openbook.asking import FAILED, add_search_arguments, add_server_arguments
-from openbook.client import MODES, Client
+from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
+from openbook.messages import MODES
 from openbook.results import SearchResult
 
 
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
-            [result] = client.search([arguments.question], top_k=arguments.top_k, mode=arguments.mode, ef=arguments.ef)
+            conditions = dict(arguments.filter) or None
+            options = {"top_k": arguments.top_k, "mode": arguments.mode, "ef": arguments.ef, "filter": conditions}
+            [result] = client.search([arguments.question], **options)
         if isinstance(result, RequestRejected):
             raise result
     except ClientError as error:

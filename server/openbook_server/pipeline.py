@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
 from openbook_server.engine import Arrays, Engine, Row
-from openbook_server.knowledge import Hit, KnowledgeBase, SearchMode
+from openbook_server.knowledge import Filter, Hit, KnowledgeBase, SearchMode
 from openbook_server.ranking import RankedAnswer, Reading, Span, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
@@ -50,6 +50,7 @@ class SearchOptions:
     mode: SearchMode | None  # None = no retrieval
     top_k: int
     ef: int | None
+    condition: Filter | None  # on the metadata of documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,15 @@ class Pipeline:
         if options.mode is None or self._knowledge_base is None:
             return [[] for _ in questions]
         vectors = None if options.mode == "lexical" else await self.embed(rows, deadline, timings)
-        search = functools.partial(self._knowledge_base.search, questions, vectors, top_k=options.top_k, mode=options.mode, ef=options.ef)
+        search = functools.partial(
+            self._knowledge_base.search,
+            questions,
+            vectors,
+            top_k=options.top_k,
+            mode=options.mode,
+            ef=options.ef,
+            condition=options.condition,
+        )
         hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search)
         timings.search += timings.lap()
         return hits

@@ -21,7 +21,7 @@ from openbook_server.pipeline import Pipeline, QuestionAnswered, SearchOptions, 
 from openbook_server.ranking import RankedAnswer
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import MAX_EF, Validated, bounded, validate_texts
+from openbook_server.validation import MAX_EF, Validated, bounded, parse_filter, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_TOP_K = 5
@@ -144,7 +144,8 @@ class Service:
         given = request.top_k if request.HasField("top_k") else None
         top_k = bounded("top_k", given, DEFAULT_TOP_K, 1, self._config.max_top_k)
         ef = bounded("ef", request.ef, 0, top_k, MAX_EF) if request.HasField("ef") else None
-        return SearchOptions(mode=MODES[request.mode], top_k=top_k, ef=ef)
+        condition = parse_filter(request.filter) if request.HasField("filter") else None
+        return SearchOptions(mode=MODES[request.mode], top_k=top_k, ef=ef, condition=condition)
 
     def _max_question_tokens(self) -> int:
         """Special tokens included: what both the embedder and the reader take in whole."""

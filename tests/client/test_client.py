@@ -13,8 +13,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
-from openbook.client import TEXTS_A_MESSAGE, AsyncClient, Client
+from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
+from openbook.messages import TEXTS_A_MESSAGE
 from openbook.results import AnswerResult, SearchResult
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc

@@ -133,6 +133,7 @@ class SearchRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     EF_FIELD_NUMBER: _builtins.int
     OMIT_TEXT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """hits a question, 1 to Describe.limits.max_top_k; default 5"""
     mode: Global___SearchMode.ValueType
@@ -142,6 +143,10 @@ class SearchRequest(_message.Message):
     """leave title, text, source and metadata out of the hits"""
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def filter(self) -> Global___Filter:
+        """only passages of documents that match; at most 64 conditions, nested 8 deep"""
+
     def __init__(
         self,
         *,
@@ -150,10 +155,11 @@ class SearchRequest(_message.Message):
         mode: Global___SearchMode.ValueType = ...,
         ef: _builtins.int | None = ...,
         omit_text: _builtins.bool = ...,
+        filter: Global___Filter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_top_k", b"_top_k", "ef", b"ef", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_top_k", b"_top_k", "ef", b"ef", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015
@@ -165,6 +171,142 @@ class SearchRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
+
+@_typing.final
+class Filter(_message.Message):
+    """A condition on the metadata of documents. Metadata are texts; `range` compares those that are decimal numbers as numbers, and
+    a document whose value is none, or that lacks the key, does not match.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Equals(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class OneOf(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUES_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            values: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "values", b"values"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Range(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        AT_LEAST_FIELD_NUMBER: _builtins.int
+        AT_MOST_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        at_least: _builtins.float
+        at_most: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            at_least: _builtins.float | None = ...,
+            at_most: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_at_least", b"_at_least", "_at_most", b"_at_most", "at_least", b"at_least", "at_most", b"at_most"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_at_least", b"_at_least", "_at_most", b"_at_most", "at_least", b"at_least", "at_most", b"at_most", "key", b"key"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__at_least: _TypeAlias = _typing.Literal["at_least"]  # noqa: Y015
+        _WhichOneofArgType__at_least: _TypeAlias = _typing.Literal["_at_least", b"_at_least"]  # noqa: Y015
+        _WhichOneofReturnType__at_most: _TypeAlias = _typing.Literal["at_most"]  # noqa: Y015
+        _WhichOneofArgType__at_most: _TypeAlias = _typing.Literal["_at_most", b"_at_most"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__at_least) -> _WhichOneofReturnType__at_least | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__at_most) -> _WhichOneofReturnType__at_most | None: ...
+
+    @_typing.final
+    class Filters(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FILTERS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]: ...
+        def __init__(
+            self,
+            *,
+            filters: _abc.Iterable[Global___Filter] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EQUALS_FIELD_NUMBER: _builtins.int
+    ONE_OF_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    ANY_FIELD_NUMBER: _builtins.int
+    NOT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def equals(self) -> Global___Filter.Equals: ...
+    @_builtins.property
+    def one_of(self) -> Global___Filter.OneOf: ...
+    @_builtins.property
+    def range(self) -> Global___Filter.Range: ...
+    @_builtins.property
+    def all(self) -> Global___Filter.Filters:
+        """every one of them; true where there is none"""
+
+    @_builtins.property
+    def any(self) -> Global___Filter.Filters:
+        """at least one of them; false where there is none"""
+
+    def __init__(
+        self,
+        *,
+        equals: Global___Filter.Equals | None = ...,
+        one_of: Global___Filter.OneOf | None = ...,
+        range: Global___Filter.Range | None = ...,
+        all: Global___Filter.Filters | None = ...,
+        any: Global___Filter.Filters | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "any", b"any", "condition", b"condition", "equals", b"equals", "not", b"not", "one_of", b"one_of", "range", b"range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "any", b"any", "condition", b"condition", "equals", b"equals", "not", b"not", "one_of", b"one_of", "range", b"range"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_condition: _TypeAlias = _typing.Literal["equals", "one_of", "range", "all", "any", "not"]  # noqa: Y015
+    _WhichOneofArgType_condition: _TypeAlias = _typing.Literal["condition", b"condition"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_condition) -> _WhichOneofReturnType_condition | None: ...
+
+Global___Filter: _TypeAlias = Filter  # noqa: Y015
 
 @_typing.final
 class SearchResponse(_message.Message):
@@ -232,6 +374,7 @@ class AnswerRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     EF_FIELD_NUMBER: _builtins.int
     OMIT_TEXT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """passages read a question, 1 to Describe.limits.max_top_k; default 5"""
     max_answers: _builtins.int
@@ -243,6 +386,10 @@ class AnswerRequest(_message.Message):
     """as in SearchRequest"""
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def filter(self) -> Global___Filter:
+        """as in SearchRequest"""
+
     def __init__(
         self,
         *,
@@ -252,10 +399,11 @@ class AnswerRequest(_message.Message):
         mode: Global___SearchMode.ValueType = ...,
         ef: _builtins.int | None = ...,
         omit_text: _builtins.bool = ...,
+        filter: Global___Filter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_top_k", b"_top_k", "ef", b"ef", "max_answers", b"max_answers", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_top_k", b"_top_k", "ef", b"ef", "max_answers", b"max_answers", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
+from openbook_server.knowledge.filters import Filter
 from openbook_server.knowledge.fusion import CANDIDATES, SHORTLIST, Scored, fuse
 from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchMode
@@ -152,7 +153,14 @@ class KnowledgeBase:
         return self._store.path.stat().st_size
 
     def search(
-        self, questions: Sequence[str], vectors: NDArray[np.float32] | None, *, top_k: int, mode: SearchMode, ef: int | None = None
+        self,
+        questions: Sequence[str],
+        vectors: NDArray[np.float32] | None,
+        *,
+        top_k: int,
+        mode: SearchMode,
+        ef: int | None = None,
+        condition: Filter | None = None,
     ) -> list[list[Hit]]:
         """The best passages for each question, best first, ties in the order of storing.
 
@@ -161,25 +169,26 @@ class KnowledgeBase:
             top_k: hits a question, at least 1; fewer where the knowledge base is smaller or no word matches.
             mode: what scores are compared, see docs/search.md.
             ef: candidates the graph keeps; by default `vectors.EF`.
+            condition: only passages of documents whose metadata match.
         """
+        allowed = None if condition is None else self._store.matching(condition)
         if mode == "lexical":
-            ranked = [
-                [Scored(number, score, None, score) for number, score in self._store.search_words(question, top_k).items()]
+            return [
+                self._hits(
+                    [Scored(number, score, None, score) for number, score in self._store.search_words(question, top_k, allowed).items()]
+                )
                 for question in questions
             ]
-        elif vectors is None:
+        if vectors is None:
             raise ValueError(f"mode {mode!r} needs the questions' vectors")
-        elif mode == "dense":
-            found = self._index.search(vectors, top_k, ef=ef)
-            ranked = [[Scored(number, score, score, None) for number, score in row.items()] for row in found]
-        else:
-            depth = max(CANDIDATES, top_k)
-            nearest = self._index.search(vectors, depth, ef=ef)
-            return [
-                self._fuse(question, vector, dense, self._store.search_words(question, depth), top_k)
-                for question, vector, dense in zip(questions, vectors, nearest, strict=True)
-            ]
-        return [self._hits(row) for row in ranked]
+        depth = top_k if mode == "dense" else max(CANDIDATES, top_k)
+        nearest = self._index.search(vectors, depth, ef=ef, allowed=allowed)
+        if mode == "dense":
+            return [self._hits([Scored(number, score, score, None) for number, score in row.items()]) for row in nearest]
+        return [
+            self._fuse(question, vector, dense, self._store.search_words(question, depth, allowed), top_k)
+            for question, vector, dense in zip(questions, vectors, nearest, strict=True)
+        ]
 
     def _fuse(self, question: str, vector: Vectors, dense: dict[int, float], words: dict[int, float], top_k: int) -> list[Hit]:
         """Candidates that only the words found get their exact cosine before the two are compared; the best are looked at closely."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 
@@ -36,10 +37,16 @@ def match_expression(question: str) -> str | None:
     return " OR ".join(f'"{word}"' for word in content_words(words(question))[:MAX_TERMS]) or None
 
 
-def search_words(connection: sqlite3.Connection, question: str, limit: int) -> dict[int, float]:
-    """Passage number -> BM25 (k1 1.2, b 0.75, Porter stems), higher is better, best first."""
+def search_words(connection: sqlite3.Connection, question: str, limit: int, allowed: frozenset[int] | None = None) -> dict[int, float]:
+    """Passage number -> BM25 (k1 1.2, b 0.75, Porter stems) of at most `limit` passages, higher is better, best first.
+
+    Args:
+        allowed: only these passages; None = all.
+    """
     expression = match_expression(question)
     if expression is None:
         return {}
-    rows = connection.execute("SELECT rowid, -rank FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?", (expression, limit))
-    return {number: max(score, 0.0) for number, score in rows}
+    query = "SELECT rowid, -rank FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?"
+    rows = connection.execute(query, (expression, limit if allowed is None else -1))  # a negative limit is none
+    wanted = rows if allowed is None else (row for row in rows if row[0] in allowed)
+    return {number: max(score, 0.0) for number, score in itertools.islice(wanted, limit)}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.errors import KnowledgeBaseDamaged
-from openbook_server.knowledge import lexical
+from openbook_server.knowledge import filters, lexical
 from openbook_server.knowledge.records import Counts, Document, Passage
 
 FORMAT = 1  # raised whenever an older server would misread the file
@@ -33,6 +33,7 @@ _SCHEMA = (
     "CREATE INDEX passages_by_document ON passages (document)",
     lexical.SCHEMA,
 )
+_FILTERS_REMEMBERED = 64  # with what they match
 _ROWS_AT_ONCE = 500  # of a query that could return any number
 _PASSAGE = """
 SELECT p.number, p.id, d.id, p.text, p.start, p.title, d.source, d.metadata
@@ -59,6 +60,7 @@ class Store:
             if self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
         self._lock = threading.Lock()  # of the writer
+        self._matched: dict[filters.Filter, tuple[int, frozenset[int]]] = {}
         version = self.meta("format")
         if version is not None and int(version) > FORMAT:
             raise KnowledgeBaseDamaged(f"{self.path} has format {version}, this server reads {FORMAT}; upgrade it: pip install -U openbook")
@@ -67,6 +69,7 @@ class Store:
         connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
+        filters.add_functions(connection)
         return connection
 
     @contextmanager
@@ -219,10 +222,23 @@ class Store:
             data = b"".join(vector for _, vector in rows)
             yield [number for number, _ in rows], np.frombuffer(data, "<f4").reshape(len(rows), dim).astype(np.float32)
 
-    def search_words(self, question: str, limit: int) -> dict[int, float]:
-        """Passage number -> BM25; see `lexical`."""
+    def matching(self, condition: filters.Filter) -> frozenset[int]:
+        """Numbers of the passages whose documents match; remembered until the next write."""
+        sequence = self.sequence()
+        if self._matched.get(condition, (-1, None))[0] != sequence:
+            expression, parameters = filters.sql(condition)
+            query = f"SELECT p.number FROM passages p JOIN documents d ON d.number = p.document WHERE {expression}"  # noqa: S608
+            with self._explained():
+                numbers = frozenset(number for (number,) in self._reader.execute(query, parameters))
+            if len(self._matched) >= _FILTERS_REMEMBERED:
+                self._matched.clear()
+            self._matched[condition] = sequence, numbers
+        return self._matched[condition][1]
+
+    def search_words(self, question: str, limit: int, allowed: frozenset[int] | None = None) -> dict[int, float]:
+        """Passage number -> BM25, only of those `allowed`; see `lexical`."""
         with self._explained():
-            return lexical.search_words(self._reader, question, limit)
+            return lexical.search_words(self._reader, question, limit, allowed)
 
     def close(self) -> None:
         self._reader.close()

@@ -1,0 +1,130 @@
+"""Texts and options to the protocol's messages, in parts of bounded size, and replies back to plain results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook import results
+from openbook.errors import RequestRejected
+from openbook.results import AnswerResult, Document, SearchResult
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import openbook_pb2 as pb
+
+MODES = {
+    "hybrid": pb.SEARCH_MODE_HYBRID,
+    "dense": pb.SEARCH_MODE_DENSE,
+    "lexical": pb.SEARCH_MODE_LEXICAL,
+    "none": pb.SEARCH_MODE_NONE,
+}
+TEXTS_A_MESSAGE = 32
+_BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
+Conditions = Mapping[str, object] | pb.Filter
+
+
+def embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
+    return [pb.EmbedRequest(texts=part, truncate=truncate) for part in parts(texts, "texts")]
+
+
+def search_requests(questions: Sequence[str], **options: Any) -> list[pb.SearchRequest]:
+    return [pb.SearchRequest(questions=part, **_given(options)) for part in parts(questions, "questions")]
+
+
+def answer_requests(questions: Sequence[str], **options: Any) -> list[pb.AnswerRequest]:
+    return [pb.AnswerRequest(questions=part, **_given(options)) for part in parts(questions, "questions")]
+
+
+def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
+    """Messages of bounded size; documents are taken from the iterable no sooner than they are sent."""
+    request, size, ids = kb.UpsertRequest(), 0, set[str]()
+    for at, document in enumerate(documents):
+        try:
+            message = document.to_message()
+        except (UnicodeEncodeError, TypeError, ValueError) as error:
+            raise RequestRejected(f"document {document.id!r} cannot be sent ({error})", field=f"documents[{at}]") from error
+        full = len(ids) == TEXTS_A_MESSAGE or size + message.ByteSize() > _BYTES_A_MESSAGE
+        if ids and (full or document.id in ids):  # of one id that comes twice, the last one stays
+            yield request
+            request, size, ids = kb.UpsertRequest(), 0, set()
+        request.documents.append(message)
+        size += message.ByteSize()
+        ids.add(document.id)
+    if request.documents:
+        yield request
+
+
+def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
+    if isinstance(texts, str):
+        raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
+    for at, text in enumerate(texts):
+        try:
+            text.encode()
+        except (UnicodeEncodeError, AttributeError) as error:
+            raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=f"{field}[{at}]") from error
+    for at in range(0, len(texts), TEXTS_A_MESSAGE):
+        yield list(texts[at : at + TEXTS_A_MESSAGE])
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
+    if "mode" in given:
+        if given["mode"] not in MODES:
+            raise RequestRejected(f"{given['mode']!r} is none of {', '.join(MODES)}", field="mode")
+        given["mode"] = MODES[given["mode"]]
+    if isinstance(given.get("filter"), Mapping):
+        equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
+        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))
+    for name in ("top_k", "max_answers", "ef"):
+        if name in given and not -(2**31) <= given[name] < 2**31:
+            raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
+    return given
+
+
+def vectors(replies: Sequence[pb.EmbedResponse]) -> NDArray[np.float32]:
+    for reply in replies:
+        for error in reply.errors:
+            raise _item_error(error)
+    if not replies:
+        return np.empty((0, 0), np.float32)
+    return np.concatenate([np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim) for reply in replies]).astype(np.float32, copy=False)
+
+
+def _item_error(error: pb.ItemError) -> RequestRejected:
+    return RequestRejected(error.message, field=error.field, reason=error.reason)
+
+
+def search_results(request: pb.SearchRequest, reply: pb.SearchResponse) -> list[SearchResult | RequestRejected]:
+    bad = {error.index: _item_error(error) for error in reply.errors}
+    timings = results.timings_ms(reply.timings)
+    return [
+        bad.get(at)
+        or SearchResult(
+            question=question,
+            hits=tuple(map(results.hit, result.hits)),
+            timings_ms=timings,
+            bundle_id=reply.provenance.bundle_id,
+            generation=reply.provenance.generation,
+        )
+        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
+    ]
+
+
+def answer_results(request: pb.AnswerRequest, reply: pb.AnswerResponse) -> list[AnswerResult | RequestRejected]:
+    bad = {error.index: _item_error(error) for error in reply.errors}
+    timings = results.timings_ms(reply.timings)
+    return [
+        bad.get(at)
+        or AnswerResult(
+            question=question,
+            answers=tuple(map(results.answer, result.answers)),
+            hits=tuple(map(results.hit, result.hits)),
+            no_answer_probability=result.no_answer_probability,
+            timings_ms=timings,
+            bundle_id=reply.provenance.bundle_id,
+            generation=reply.provenance.generation,
+        )
+        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
+    ]

@@ -104,9 +104,10 @@ async def _drive(address: str, texts: Sequence[str], load: Load) -> tuple[float,
 
 
 @contextmanager
-def started_server(bundle: Path, device: str, threads: int) -> Iterator[tuple[str, int]]:
+def started_server(bundle: Path, device: str, threads: int, knowledge_base: Path | None = None) -> Iterator[tuple[str, int]]:
     """A server on a free port; yields its address and process id."""
-    command = [sys.executable, "-m", "openbook.cli", "serve", str(bundle), "--port", "0", "--device", device, "--threads", str(threads)]
+    folders = [str(folder) for folder in (bundle, knowledge_base) if folder is not None]
+    command = [sys.executable, "-m", "openbook.cli", "serve", *folders, "--port", "0", "--device", device, "--threads", str(threads)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

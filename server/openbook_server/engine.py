@@ -7,7 +7,7 @@ Promises
   on its neighbours.
 - Earliest deadline first, the foreground lane before the background lane. A row whose caller hung up or whose deadline
   passed is never run. A job whose predicted finish misses its deadline is refused at once.
-- Background rows run in batches of a quarter of the budget and fill at most half of the queue, so that whoever waits for an
+- Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
   answer never waits long for them.
 - Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
 
@@ -51,7 +51,7 @@ class Lane(IntEnum):
     BACKGROUND = 1
 
 
-_SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 4}  # a lane's batches hold this fraction of the token budget
+_SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,7 @@ async def test_background_rows_wait_for_whoever_came_later_and_never_count_again
     assert graph.batches[1][:2] == [2, 3]
     background = [first for batch in graph.batches[1:] for first in batch if first >= 10]
     assert background == [10 + n for n in range(10)]
-    assert all(len(batch) <= 4 for batch in graph.batches[2:])  # a quarter of 64 tokens, in rows of 4
+    assert all(len(batch) <= 2 for batch in graph.batches[2:])  # an eighth of 64 tokens, in rows of 4
 
 
 async def test_background_rows_fill_at_most_half_of_the_queue(engine: Engine, graph: GatedGraph) -> None:

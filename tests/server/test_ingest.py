@@ -110,6 +110,16 @@ def test_folders_are_read_whole_in_a_fixed_order_without_hidden_files(tmp_path: 
     assert [source.name for source in find_sources([str(tmp_path)])] == ["a.md", "b.txt", "sub/c.txt"]
 
 
+def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("one/read.txt", "two/read.txt", "two/other.txt", "two/slides.pptx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, name)
+    with caplog.at_level("INFO"):
+        sources = find_sources([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert [source.name for source in sources] == [str(tmp_path / "one/read.txt"), "other.txt", str(tmp_path / "two/read.txt")]
+    assert "1 files of other formats are left out (.pptx)" in caplog.text
+
+
 def test_sources_that_are_none_are_refused_with_what_would_be_one(tmp_path: Path) -> None:
     write(tmp_path / "a.exe", b"MZ")
     (tmp_path / "empty").mkdir()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from openbook_server.errors import SourceInvalid
 from openbook_server.ingest.formats import READERS, Item, Unreadable, from_row
 from openbook_server.ingest.python_docs import python_docs
+
+log = logging.getLogger(__name__)
 
 PYTHON_DOCS = "python-docs:"
 HUGGING_FACE = "hf:"
@@ -40,9 +44,12 @@ def find_sources(names: Sequence[str]) -> list[Source]:
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             sources.append(Source(HUGGING_FACE + name, None, 0))
         elif path.is_dir():
-            files = [
-                file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in READERS and not _hidden(file, path)
-            ]
+            visible = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
+            files = [file for file in visible if file.suffix.lower() in READERS]
+            others = sorted({file.suffix or file.name for file in visible if file.suffix.lower() not in READERS})
+            if others:
+                count = len(visible) - len(files)
+                log.info("%s: %d files of other formats are left out (%s)", name, count, " ".join(others[:10]))
             if not files:
                 raise SourceInvalid(f"source {name!r}: no file in it of a known format ({_formats()})")
             sources += [Source(str(file.relative_to(path)), file, file.stat().st_size) for file in files]
@@ -52,7 +59,9 @@ def find_sources(names: Sequence[str]) -> list[Source]:
             raise SourceInvalid(f"source {name!r} is of no known format ({_formats()})")
         else:
             raise SourceInvalid(f"source {name!r} does not exist; give files, folders, hf:NAME[:SPLIT] or {PYTHON_DOCS}")
-    return sources
+    # Files of one name in several folders are told apart by their whole path: one must not replace the other.
+    times = Counter(source.name for source in sources)
+    return [replace(source, name=str(source.path)) if source.path and times[source.name] > 1 else source for source in sources]
 
 
 def read_source(source: Source) -> Iterator[Item]:

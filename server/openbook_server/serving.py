@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import _async as aio_health
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from openbook_server.buckets import padded_lengths
 from openbook_server.bundle import Bundle, load_bundle
@@ -41,6 +41,7 @@ from openbook_server.tokenization import TextEncoder, load_tokenizer
 log = logging.getLogger(__name__)
 
 LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and SERVICE tell readiness
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _HARD_LIMIT = 4  # times the message limit: gRPC itself refuses such a message, without details; below it, we explain
 
@@ -136,7 +137,7 @@ async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Se
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
     await readiness.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
     await _set_readiness(readiness, ready=False)
-    reflection.enable_server_reflection((SERVICE, KNOWLEDGE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    _enable_reflection(server)
     server.add_generic_rpc_handlers(frontend.handlers())
     try:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
@@ -144,6 +145,18 @@ async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Se
         raise InvalidRequest("--port", f"cannot listen on {config.host}:{config.port}; is it in use? choose another --port") from error
     await server.start()
     return server, readiness, port
+
+
+def _enable_reflection(server: grpc.aio.Server) -> None:
+    """As v1alpha, which grpcio brings, and as v1, whose messages are the same on the wire; newer tools ask for that first."""
+    names = (SERVICE, KNOWLEDGE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(service_names=names).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method}),))
 
 
 def _load(bundle_folder: Path, knowledge_base_folder: Path | None, config: ServerConfig) -> _Loaded:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
@@ -172,10 +172,17 @@ async def test_health_tells_readiness_and_liveness(channel: grpc.aio.Channel) ->
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_reflection_describes_the_protocol_to_a_stranger(channel: grpc.aio.Channel) -> None:
-    requests = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol="openbook.v1.OpenBook")])
-    async for reply in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(requests):
-        assert any(b"AnswerRequest" in file for file in reply.file_descriptor_response.file_descriptor_proto)
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_describes_the_protocol_to_a_stranger(channel: grpc.aio.Channel, version: str) -> None:
+    ask = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    for symbol, message in (("openbook.v1.OpenBook", b"AnswerRequest"), ("openbook.v1.KnowledgeBase", b"UpsertRequest")):
+        requests = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)])
+        replies = [reply async for reply in ask(requests)]
+        assert any(message in file for reply in replies for file in reply.file_descriptor_response.file_descriptor_proto)
 
 
 async def test_a_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:

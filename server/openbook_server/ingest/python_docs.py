@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import textwrap
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def _source_modules() -> Iterator[Document]:
             continue
         name = ".".join(part for part in parts if part != "__init__")
         try:
-            tree = ast.parse(path.read_bytes())
+            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # old escapes in old modules
+                tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, RecursionError):  # templates that are no Python
             continue
         doc = ast.get_docstring(tree)
@@ -116,7 +118,7 @@ def _heading(name: str, thing: object) -> str:
         return f"class {shown}"
     try:
         return f"{shown}{inspect.signature(thing)}"  # type: ignore[arg-type]  # callables without a signature raise
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):  # the last where a default names a constant, as that of select.poll
         return f"{shown}()"
 
 

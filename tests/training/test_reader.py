@@ -18,7 +18,7 @@ from openbook_training.negatives import draw, embed, mine
 from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.run import train
-from openbook_training.squad import Question
+from openbook_training.squad import Question, occurrences
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig, ReaderTask, hold_out
 from rich.console import Console
@@ -209,6 +209,25 @@ def test_a_log_tells_how_far_a_long_job_is_and_how_long_it_will_take(monkeypatch
         "training: 60 of 100, about 0.7 min left, loss 1.5",
         "training: 100 of 100, about 0.0 min left, loss 1.5",
     ]
+
+
+def test_the_epoch_is_chosen_on_held_out_questions_in_the_company_of_hard_negatives(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ReaderTask(config_for(training_file, tiny_checkpoint, tmp_path / "run"), quiet())
+    asked: list[tuple[str, list[str]]] = []
+
+    def answer_all(model: object, encoder: object, questions: list[tuple[str, list[str]]], *others: object) -> list[str]:
+        asked.extend(questions)
+        return [""] * len(questions)
+
+    monkeypatch.setattr("openbook_training.tasks.reader.answer_all", answer_all)
+    assert task.evaluate(task.model)["held_out_f1"] == 0.0
+    assert [question for question, _ in asked] == [question.text for question in task.held_out]
+    assert any(len(passages) == 2 for _, passages in asked)
+    for question, (_, passages) in zip(task.held_out, asked, strict=True):
+        assert passages[0] == question.context
+        assert not any(occurrences(passage, question.answers) for passage in passages[1:])
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

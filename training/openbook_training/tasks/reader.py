@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,7 +82,9 @@ class ReaderTask:
         self.train, self.held_out = hold_out(usable, config.held_out)
         self.dev = load_questions(config.dev)[: config.dev_questions or None] if config.dev else []
         self.passages = sorted({question.context for question in usable})
-        self._mined = _mined_negatives(self.checkpoint, self.train, self.passages, config, console) if max(config.negatives) else []
+        everything = [*self.train, *self.held_out]
+        mined = _mined_negatives(self.checkpoint, everything, self.passages, config, console) if max(config.negatives) else []
+        self._mined = {question.id: found for question, found in zip(everything, mined, strict=False)}
         self.model: nn.Module = build_reader(
             self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, adapter=config.initial_adapter
         )
@@ -98,9 +100,10 @@ class ReaderTask:
         rng = random.Random(f"{config.loop.seed}/{epoch}")
         count = config.negatives[min(epoch, len(config.negatives) - 1)]
         examples = []
-        for row, question in enumerate(self.train):
+        for question in self.train:
             absent = bool(self._mined) and rng.random() < config.no_answer_share
-            others = [self.passages[z] for z in draw(self._mined[row], max(count, 1) if absent else count, rng)] if self._mined else []
+            drawn = draw(self._mined.get(question.id, []), max(count, 1) if absent else count, rng)
+            others = [self.passages[z] for z in drawn]
             examples.append(Example(question, others if absent and others else [question.context, *others]))
         lengths = [sum(len(passage) for passage in example.passages) for example in examples]
         return [[examples[i] for i in rows] for rows in length_grouped(lengths, config.loop.batch_examples, rng)]
@@ -123,13 +126,18 @@ class ReaderTask:
         return ", ".join(example.question.id for example in batch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        metrics = self._score(model, self.held_out, "held_out") if self.held_out else {}
+        """Dev questions are read beside their own passage alone, as SQuAD does; held-out ones in the company retrieval gives them."""
+        metrics = self._score(model, self.held_out, "held_out", company=max(self._config.negatives)) if self.held_out else {}
         metrics |= self._score(model, self.dev, "dev") if self.dev else {}
         metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
         return metrics
 
-    def _score(self, model: nn.Module, questions: list[Question], name: str) -> dict[str, float]:
-        predictions = answer_all(model, self.encoder, questions, self._config.max_answer_tokens, self._device, self._config.loop.precision)
+    def _score(self, model: nn.Module, questions: list[Question], name: str, company: int = 0) -> dict[str, float]:
+        read = [
+            (question.text, [question.context, *(self.passages[z] for z in self._mined.get(question.id, [])[:company])])
+            for question in questions
+        ]
+        predictions = answer_all(model, self.encoder, read, self._config.max_answer_tokens, self._device, self._config.loop.precision)
         return {
             f"{name}_em": 100 * float(np.mean([exact_match(p, q.answers) for p, q in zip(predictions, questions, strict=True)])),
             f"{name}_f1": 100 * float(np.mean([f1(p, q.answers) for p, q in zip(predictions, questions, strict=True)])),
@@ -156,26 +164,23 @@ class ReaderTask:
 def answer_all(
     model: nn.Module,
     encoder: PairEncoder,
-    questions: list[Question],
+    questions: Sequence[tuple[str, Sequence[str]]],
     max_answer_tokens: int,
     device: torch.device,
     precision: str,
-    console: Console | None = None,
 ) -> list[str]:
-    """Best span of each question in its own context, never "no answer" (SQuAD 1.1's setting)."""
+    """The best span for each (question, passages), never "no answer" (SQuAD 1.1's setting)."""
 
     def autocast() -> AbstractContextManager[None]:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     texts = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda row: len(questions[row].context))
-    steps = range(0, len(order), 32)
-    for at in track(steps, "evaluating", console=console) if console else steps:
+    order = sorted(range(len(questions)), key=lambda row: sum(map(len, questions[row][1])))
+    for at in range(0, len(order), 32):
         rows = order[at : at + 32]
-        batch = [(questions[row].text, [questions[row].context]) for row in rows]
-        for row, prediction in zip(
-            rows, predict(model, encoder, batch, max_answer_tokens=max_answer_tokens, device=device, autocast=autocast), strict=True
-        ):
+        batch = [questions[row] for row in rows]
+        found = predict(model, encoder, batch, max_answer_tokens=max_answer_tokens, device=device, autocast=autocast)
+        for row, prediction in zip(rows, found, strict=True):
             texts[row] = prediction.text
     return texts
 

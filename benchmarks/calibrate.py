@@ -4,9 +4,9 @@
 
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
 same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Two choices are made:
-the weight of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file (the embedder was not
-trained on any); and, for the reader, prior_weight and null_bias by the mean log-probability of the accepted answer where
-the passages found hold it, and of "no answer" where they do not. The last line is JSON; the two constants belong into the
+the weight of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file; and, for the reader,
+prior_weight by F1 where the passages found hold the answer, then null_bias by the mean log-probability of the accepted
+answer there, and of "no answer" where they do not. The last line is JSON; the two constants belong into the
 adapter's reader.json.
 """
 
@@ -28,8 +28,7 @@ from openbook_server.pipeline import reading_of
 from openbook_server.ranking import Reading, rank_answers
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
-from openbook_training.squad import Question, exact_match, f1, load_questions
-from openbook_training.tasks.reader import hold_out
+from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions
 
 LEXICAL_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
 PRIOR_WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
@@ -53,7 +52,8 @@ def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight
     """R@1 and R@5 in percent when hits are ranked by cosine + weight · BM25 + overlap (times `overlap`, which may be 0)."""
     at_1 = at_5 = 0
     for question, hits in zip(questions, found, strict=True):
-        order = sorted(hits, key=lambda hit: -((hit.dense_score or 0.0) + weight * (hit.lexical_score or 0.0) + (hit.overlap_score or 0.0)))
+        scores = [(hit.dense_score or 0.0) + weight * (hit.lexical_score or 0.0) + overlap * (hit.overlap_score or 0.0) for hit in hits]
+        order = [hits[at] for at in sorted(range(len(hits)), key=lambda at: -scores[at])]
         own = [hit.passage.text in question.context for hit in order]
         at_1 += own[0]
         at_5 += any(own[:5])
@@ -136,13 +136,16 @@ def main() -> None:
         }
         return (1 - ABSENT_SHARE) * means["present"] + ABSENT_SHARE * means["absent"]
 
-    table = {(prior, bias): objective(prior, bias) for prior in PRIOR_WEIGHTS for bias in NULL_BIASES}
-    prior, bias = max(table, key=lambda key: table[key])
+    quality: dict[float, float] = {}
     for weight in PRIOR_WEIGHTS:
-        texts = [(rank(hits, readings, weight, bias, 1)[0], q) for q, hits, readings in sets["present"]]
-        em = 100 * np.mean([exact_match(answers[0].text, q.answers) for answers, q in texts])
-        overlap = 100 * np.mean([f1(answers[0].text, q.answers) for answers, q in texts])
-        print(f"prior weight {weight}: log-likelihood {max(table[weight, b] for b in NULL_BIASES):.3f}  EM {em:.1f}  F1 {overlap:.1f}")
+        texts = [(rank(hits, readings, weight, 0.0, 1)[0], q) for q, hits, readings in sets["present"]]
+        em = 100 * float(np.mean([exact_match(answers[0].text, q.answers) for answers, q in texts]))
+        quality[weight] = 100 * float(np.mean([f1(answers[0].text, q.answers) for answers, q in texts]))
+        print(f"prior weight {weight}: EM {em:.1f}  F1 {quality[weight]:.1f}")
+    prior = max(quality, key=lambda weight: quality[weight])  # the least of equals: dictionaries keep their order
+    likelihood = {bias: objective(prior, bias) for bias in NULL_BIASES}
+    bias = max(likelihood, key=lambda value: likelihood[value])
+    print("null bias: log-likelihood " + ", ".join(f"{value:g} {likelihood[value]:.3f}" for value in NULL_BIASES))
     best_fusion = max(fusion, key=lambda weight: sum(fusion[weight]))
     print(
         json.dumps(

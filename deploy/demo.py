@@ -11,11 +11,11 @@ from openbook.client import Client
 from openbook.errors import ClientError
 
 QUESTIONS = (
-    "Which exception is raised when a key is not found in a dictionary?",
-    "What does str.casefold return?",
-    "What is the default recursion limit for?",
     "Which module provides an implementation of the heap queue algorithm?",
-    "What is the purpose of the with statement?",
+    "What does math.gcd return?",
+    "What does the textwrap.dedent function remove?",
+    "What is the default value of the start parameter of enumerate?",
+    "What is raised when division by zero occurs?",
 )
 
 

@@ -18,9 +18,9 @@ from openbook_training.negatives import draw, embed, mine
 from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.run import train
-from openbook_training.squad import Question, occurrences
+from openbook_training.squad import Question, hold_out, occurrences
 from openbook_training.tasks import OBJECTIVES
-from openbook_training.tasks.reader import ReaderConfig, ReaderTask, hold_out
+from openbook_training.tasks.reader import ReaderConfig, ReaderTask
 from rich.console import Console
 
 WORDS = "red blue green one two three city river king book"

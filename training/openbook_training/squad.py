@@ -6,6 +6,7 @@ Hugging Face dataset with those columns. Metrics after Rajpurkar et al. 2016, se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
@@ -104,6 +105,21 @@ def load_questions(source: str) -> list[Question]:
     if not questions:
         raise InvalidData(f"{source}: no questions in it")
     return questions
+
+
+def hold_out(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
+    """Split off about `count` questions with all their passages, the same ones on every machine."""
+    by_passage: dict[str, list[Question]] = {}
+    for question in questions:
+        by_passage.setdefault(question.context, []).append(question)
+    held: set[str] = set()
+    taken = 0
+    for context in sorted(by_passage, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if taken >= count:
+            break
+        held.add(context)
+        taken += len(by_passage[context])
+    return [q for q in questions if q.context not in held], [q for q in questions if q.context in held]
 
 
 def _nested_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
-LEXICAL_WEIGHT = 0.04
+LEXICAL_WEIGHT = 0.02
 CANDIDATES = 100  # of each ranking that are fused, at least
 SHORTLIST = 30  # of the fused ones that are compared word by word, at least
 

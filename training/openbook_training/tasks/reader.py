@@ -31,7 +31,7 @@ from openbook_training.negatives import draw, embed, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
-from openbook_training.squad import Question, exact_match, f1, load_questions, occurrences
+from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions, occurrences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,21 +183,6 @@ def answer_all(
         for row, prediction in zip(rows, found, strict=True):
             texts[row] = prediction.text
     return texts
-
-
-def hold_out(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
-    """Split off about `count` questions with all their passages, the same ones on every machine."""
-    by_passage: dict[str, list[Question]] = {}
-    for question in questions:
-        by_passage.setdefault(question.context, []).append(question)
-    held: set[str] = set()
-    taken = 0
-    for context in sorted(by_passage, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        if taken >= count:
-            break
-        held.add(context)
-        taken += len(by_passage[context])
-    return [q for q in questions if q.context not in held], [q for q in questions if q.context in held]
 
 
 def _usable(questions: list[Question]) -> tuple[list[Question], list[str]]:

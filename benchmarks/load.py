@@ -83,9 +83,10 @@ async def _drive(address: str, texts: Sequence[str], load: Load) -> tuple[float,
                 status = "OK"
             except grpc.aio.AioRpcError as error:
                 status = error.code().name
-            if began <= start and time.perf_counter() <= ends:
+            now = time.perf_counter()
+            if began <= now <= ends:  # by its end, so that as many are counted as were finished
                 statuses[status] += 1
-                latencies.append(1000 * (time.perf_counter() - start))
+                latencies.append(1000 * (now - start))
 
         async def caller() -> None:
             while time.perf_counter() < ends and sum(statuses.values()) < MAX_REQUESTS:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_STEPS = ((32, 4), (64, 8), (128, 16))  # up to this many tokens, in steps of that many
-_LAST_STEP = 32
+_STEPS = ((32, 1), (128, 4))  # up to this many tokens, in steps of that many
+_LAST_STEP = 8
 
 
 def padded_length(tokens: int) -> int:

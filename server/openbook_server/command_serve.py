@@ -32,6 +32,7 @@ _FLAGS = {
     "metrics_port": "Prometheus metrics over HTTP on the same host; 0 = off",
 }
 
+SWITCH_SECONDS = 0.0005  # between threads; Python's default is ten times as long
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 
 
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         config = _config(arguments)
+        # The engine's thread needs the interpreter for moments only, but at once: the device idles until it has it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         from openbook_server.serving import serve_until_stopped
 
         asyncio.run(serve_until_stopped(arguments.bundle, arguments.knowledge_base, config))

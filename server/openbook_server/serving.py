@@ -20,6 +20,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import _async as aio_health
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import _async as aio_reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from openbook_server.buckets import padded_lengths
@@ -152,7 +153,7 @@ def _enable_reflection(server: grpc.aio.Server) -> None:
     names = (SERVICE, KNOWLEDGE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     method = grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(service_names=names).ServerReflectionInfo,
+        aio_reflection.ReflectionServicer(service_names=names).ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )

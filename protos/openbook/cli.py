@@ -33,8 +33,8 @@ SUBCOMMANDS = {
     "ask": Subcommand("openbook.command_ask", "ask a server a question, or a file of questions", ""),
     "search": Subcommand("openbook.command_search", "find the passages for a question", ""),
     "embed": Subcommand("openbook.command_embed", "turn texts into vectors", ""),
-    "evaluate": Subcommand("openbook_export.command_evaluate", "measure a running server on questions with known answers", ""),
-    "info": Subcommand("openbook_server.command_info", "say what a bundle, a knowledge base or a server is", ""),
+    "evaluate": Subcommand("openbook_export.command_evaluate", "measure a running server on questions with known answers", "training"),
+    "info": Subcommand("openbook_server.command_info", "say what a bundle, a knowledge base or a server is", "server"),
 }
 _EXTRAS = {"datasets": "datasets", "pyarrow": "datasets"}  # modules that another extra than the subcommand's own brings
 _INTERRUPTED, _DEFECT = 130, 70

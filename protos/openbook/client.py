@@ -12,12 +12,10 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-import numpy as np
-from numpy.typing import NDArray
 
 from openbook import __version__, messages, results
 from openbook.errors import ClientError, RequestRejected
@@ -27,6 +25,10 @@ from openbook.retrying import Attempts
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from openbook import results
 from openbook.errors import RequestRejected
 from openbook.results import AnswerResult, Document, SearchResult
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MODES = {
     "hybrid": pb.SEARCH_MODE_HYBRID,
@@ -84,6 +85,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def vectors(replies: Sequence[pb.EmbedResponse]) -> NDArray[np.float32]:
+    import numpy as np  # here: it takes as long to import as all the rest of the client
+
     for reply in replies:
         for error in reply.errors:
             raise _item_error(error)

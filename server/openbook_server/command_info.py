@@ -37,17 +37,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _facts(target: str) -> dict[str, Any]:
+    folder = Path(target)
+    if not folder.exists() and ":" in target:
+        return _server(target)  # needs no more than the client's own install
     from openbook_server.bundle import MANIFEST
     from openbook_server.errors import BundleInvalid
     from openbook_server.knowledge.store import FILE
 
-    folder = Path(target)
     if (folder / MANIFEST).is_file():
         return _bundle(folder)
     if (folder / FILE).is_file():
         return _knowledge_base(folder)
-    if not folder.exists() and ":" in target:
-        return _server(target)
     what = "is neither a bundle nor a knowledge base" if folder.exists() else "does not exist"
     raise BundleInvalid(f"{target} {what}; give a folder written by `openbook export` or `openbook index`, or HOST:PORT of a server")
 

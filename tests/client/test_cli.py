@@ -87,6 +87,16 @@ def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.Cap
         assert (status, f"openbook[{extra}]" in err, module in err) == (1, True, True)
 
 
+@pytest.mark.parametrize(("target", "message"), [(NOWHERE, "no server at"), (".", "openbook[server]")])
+def test_info_of_a_server_needs_no_more_than_the_client_s_install(target: str, message: str) -> None:
+    code = "import sys; sys.modules |= dict.fromkeys(['hnswlib', 'onnxruntime', 'tokenizers']); from openbook import cli; "
+    code += f"sys.exit(cli.main(['info', {target!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_defect_is_one_line_and_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for error, expected, message in ((ZeroDivisionError("oops"), 70, "ZeroDivisionError: oops"), (KeyboardInterrupt(), 130, "")):
 
@@ -114,6 +124,7 @@ def test_the_client_imports_nothing_of_the_server_or_the_training() -> None:
         "openbook_export",
         "torch",
         "transformers",
+        "numpy",
         "onnxruntime",
         "tokenizers",
         "hnswlib",

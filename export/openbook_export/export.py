@@ -24,7 +24,7 @@ from openbook_server.bundle import FORMAT, GOLDEN, MANIFEST, TOKENIZER, Bundle, 
 from openbook_server.runtime import Graph, build_device, verify_golden
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import InvalidData
-from openbook_training.squad import Question, load_questions
+from openbook_training.squad import Question, load_questions, spread
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, write_onnx
@@ -212,4 +212,4 @@ def _spread(questions: list[Question], count: int) -> list[Question]:
     answerable = [question for question in questions if question.answers]
     if not answerable:
         raise InvalidData("--quality: no question of the file has an answer")
-    return answerable[:: -(-len(answerable) // count)]
+    return spread(answerable, count)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from openbook_training.errors import InvalidData
-from openbook_training.squad import exact_match, f1, load_questions, normalise, occurrences
+from openbook_training.squad import Question, exact_match, f1, load_questions, normalise, occurrences, spread
 
 
 def test_normal_form_drops_case_punctuation_articles_and_extra_spaces() -> None:
@@ -67,3 +68,11 @@ def test_bad_data_names_file_row_and_reason(tmp_path: Path, name: str, content: 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(InvalidData, match="nowhere.jsonl"):
         load_questions("nowhere.jsonl")
+
+
+@pytest.mark.parametrize(("total", "count", "expected"), [(10, 0, 10), (10, 3, 3), (10, 10, 10), (10, 99, 10), (11, 10, 6), (0, 5, 0)])
+def test_a_sample_is_spread_over_the_whole_file(total: int, count: int, expected: int) -> None:
+    questions = [Question(id=str(number), text="?", context="c", answers=()) for number in range(total)]
+    chosen = spread(questions, count)
+    assert len(chosen) == expected
+    assert {int(after.id) - int(before.id) for before, after in pairwise(chosen)} <= {max(1, -(-total // max(count, 1)) if count else 1)}

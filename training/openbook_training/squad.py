@@ -107,6 +107,11 @@ def load_questions(source: str) -> list[Question]:
     return questions
 
 
+def spread(questions: list[Question], count: int) -> list[Question]:
+    """At most `count` of them, evenly spread: files are sorted by article, and the first ones are no sample. All where count is 0."""
+    return questions[:: -(-len(questions) // count)] if count and questions else questions
+
+
 def hold_out(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
     """Split off about `count` questions with all their passages, the same ones on every machine."""
     by_passage: dict[str, list[Question]] = {}

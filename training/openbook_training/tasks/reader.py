@@ -31,7 +31,7 @@ from openbook_training.negatives import draw, embed, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
-from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions, occurrences
+from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions, occurrences, spread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class ReaderConfig:
     checkpoint: str = DEFAULT_CHECKPOINT  # backbone: package:NAME, folder or hub id
     train: str  # questions: .jsonl/.json file or NAME:SPLIT of a Hugging Face dataset
     dev: str = ""  # questions for the report after each epoch; empty: only the held-out ones
-    dev_questions: int = 1000  # first N of them for the report during training; 0 = all
+    dev_questions: int = 1000  # at most N of them, evenly spread, for the report during training; 0 = all
     held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
     max_tokens: int = 384  # question + passage + special tokens; longer passages are read in windows
     stride: int = 128  # tokens that neighbouring windows share
@@ -80,7 +80,7 @@ class ReaderTask:
                 f"{len(dropped)} of {len(dropped) + len(usable)} questions left out, their answer is not in their passage: {dropped[:5]}"
             )
         self.train, self.held_out = hold_out(usable, config.held_out)
-        self.dev = load_questions(config.dev)[: config.dev_questions or None] if config.dev else []
+        self.dev = spread(load_questions(config.dev), config.dev_questions) if config.dev else []
         self.passages = sorted({question.context for question in usable})
         everything = [*self.train, *self.held_out]
         mined = _mined_negatives(self.checkpoint, everything, self.passages, config, console) if max(config.negatives) else []

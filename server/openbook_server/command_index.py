@@ -60,7 +60,7 @@ def _index(arguments: argparse.Namespace) -> int:
     from openbook_server.errors import InvalidRequest, SourceInvalid
     from openbook_server.ingest.embed import PassageEmbedder
     from openbook_server.ingest.indexing import Indexing
-    from openbook_server.ingest.preparation import choose_splitting
+    from openbook_server.ingest.preparation import FACTS, choose_splitting
     from openbook_server.ingest.sources import find_sources
     from openbook_server.knowledge import open_knowledge_base
     from openbook_server.runtime import Graph, choose_device
@@ -77,7 +77,7 @@ def _index(arguments: argparse.Namespace) -> int:
     embedder = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
     knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle, create=True)
     try:
-        recorded = knowledge_base.facts(*splitting.facts())
+        recorded = knowledge_base.facts(*FACTS)
         splitting = choose_splitting(bundle, recorded, arguments.passage_tokens, arguments.overlap)
         if splitting.facts() != recorded:
             knowledge_base.record(splitting.facts())

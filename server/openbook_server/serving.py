@@ -29,7 +29,7 @@ from openbook_server.config import ServerConfig
 from openbook_server.engine import Engine, Row, collate
 from openbook_server.errors import InvalidRequest
 from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend, Served
-from openbook_server.ingest.preparation import choose_splitting
+from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge_service import KnowledgeService
@@ -184,7 +184,7 @@ def _writer(loaded: _Loaded, engine: Engine, config: ServerConfig) -> Writer | N
     """Only this machine may write, unless the operator says otherwise: there is no authentication."""
     if loaded.knowledge_base is None or not (config.writable or config.host in LOOPBACK):
         return None
-    splitting = choose_splitting(loaded.bundle, loaded.knowledge_base.facts("passage_tokens", "overlap"))
+    splitting = choose_splitting(loaded.bundle, loaded.knowledge_base.facts(*FACTS))
     tokenizer = load_tokenizer(loaded.bundle.tokenizer_path)
     return Writer(loaded.bundle, loaded.knowledge_base, tokenizer, engine, splitting)
 

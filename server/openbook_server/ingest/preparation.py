@@ -20,6 +20,7 @@ from openbook_server.knowledge import Document, KnowledgeBase, Passage
 
 PASSAGE_TOKENS = 200
 OVERLAP = 40
+FACTS = ("passage_tokens", "overlap")  # under which a knowledge base records how its documents were split
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Splitting:
 
     def facts(self) -> dict[str, str]:
         """As a knowledge base records it, so that later writes split alike."""
-        return {"passage_tokens": str(self.passage_tokens), "overlap": str(self.overlap)}
+        return dict(zip(FACTS, (str(self.passage_tokens), str(self.overlap)), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def choose_splitting(
     A passage must fit whole into the embedder, beside its title, and into the reader, beside the longest question.
 
     Args:
-        recorded: the knowledge base's facts; see `Splitting.facts`.
+        recorded: those of the knowledge base's facts that `FACTS` names.
 
     Raises:
         InvalidRequest: a value is out of range.

@@ -22,6 +22,7 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidData
 from openbook_training.negatives import embed
 from openbook_training.objectives import null_scores, span_scores
+from openbook_training.reader import PairEncoder, build_reader, forward
 from tokenizers import Tokenizer
 
 TEXTS = ["red", "the king read", "one two three city river king book", "what was it, in the case of a blue book?"]
@@ -52,6 +53,20 @@ def options(tmp_path: Path, checkpoint: Path, **changes: object) -> ExportOption
 
 def silent(line: str) -> None:
     """Progress goes nowhere."""
+
+
+def test_the_reader_that_is_exported_is_the_function_that_was_trained(tiny_checkpoint: Path, tiny_reader: Path) -> None:
+    """Segments included: a wrapper that drops token_type_ids in training alone costs points that no other gate sees."""
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    trained = build_reader(checkpoint, lora_rank=2, lora_alpha=2, adapter=str(tiny_reader)).eval()
+    exported = load_reader(checkpoint, tiny_reader).model
+    encoder = PairEncoder(checkpoint, max_tokens=32, stride=4, max_question_tokens=8)
+    pairs = [pair for row, text in enumerate(TEXTS) for pair in encoder.pairs("what was red ?", [text], row)]
+    with torch.inference_mode():
+        before = forward(trained, pairs, encoder.pad, torch.device("cpu"))
+        after = forward(exported, pairs, encoder.pad, torch.device("cpu"))
+    for one, other in zip(before[:2], after[:2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
 def test_the_embedder_gives_the_vectors_of_pytorch(bundle: Bundle, tiny_checkpoint: Path) -> None:

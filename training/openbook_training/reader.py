@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import logging
@@ -81,7 +81,8 @@ class PairEncoder:
 def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, adapter: str = "", dropout: float = 0.1) -> PeftModel:
     """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer.
 
-    Attention dropout is off: on a CPU it costs as much as the attention itself.
+    Attention dropout is off: on a CPU it costs as much as the attention itself. The adapter names no task type: peft's
+    question-answering wrapper drops token_type_ids, and the reader would be trained without the segments it is served with.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the span head is new, which is the point of the training
@@ -96,11 +97,12 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
     if adapter:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        settings = PeftConfig.from_pretrained(adapter)
+        settings.task_type = None
+        return PeftModel.from_pretrained(model, adapter, config=settings, is_trainable=True)
     # Every linear layer of the backbone, by its last two names; "all-linear" would wrap the span head too.
     targets = sorted({".".join(name.split(".")[-2:]) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)})
-    settings = LoraConfig(task_type=TaskType.QUESTION_ANS, r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
-    return get_peft_model(model, settings)
+    return get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, modules_to_save=["qa_outputs"]))
 
 
 def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ import numpy as np
 from openbook_server.buckets import batches_by_length, padded_length
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.engine import Arrays, Row, collate
-from openbook_server.knowledge import Hit, open_knowledge_base
+from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base
 from openbook_server.pipeline import reading_of
 from openbook_server.ranking import Reading, rank_answers
 from openbook_server.runtime import Graph, choose_device
@@ -106,7 +106,7 @@ def main() -> None:
     def search(questions: Sequence[Question], top_k: int) -> list[list[Hit]]:
         texts = [question.text for question in questions]
         vectors = np.stack([row["sentence_embedding"] for row in run_rows(embedder, encoder.texts(texts))]).astype(np.float32)
-        return knowledge_base.search(texts, vectors, top_k=top_k, mode="hybrid")
+        return knowledge_base.search(texts, vectors, SearchOptions(top_k=top_k))
 
     everything = load_questions(arguments.train)
     asked = random.Random(0).sample(everything, min(arguments.retrieval, len(everything)))

@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from openbook.errors import ClientError
+from openbook.messages import FUSIONS, SearchOptions
 from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3
@@ -38,8 +39,10 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for each message, retries included (default: 30)")
 
 
-def add_search_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iterable[str]) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help=f"passages {what} (default: 5)")
+    parser.add_argument("--mode", choices=sorted(modes), help="how passages are found (default: hybrid)")
+    parser.add_argument("--fusion", choices=sorted(FUSIONS), help="how the hybrid mode makes one ranking of two (default: weighted)")
     parser.add_argument(
         "--filter",
         action="append",
@@ -48,7 +51,22 @@ def add_search_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="KEY=VALUE",
         help="only documents whose metadata has this value; may be given several times, all must hold",
     )
+    parser.add_argument("--min-score", type=float, metavar="SCORE", help="only passages that score as much or more")
+    parser.add_argument("--diversity", type=float, metavar="0..1", help="how much a passage loses for being like a better one (default: 0)")
     parser.add_argument("--ef", type=int, metavar="N", help="candidates of the dense index; more is slower and more exact")
+
+
+def search_options(arguments: argparse.Namespace) -> SearchOptions:
+    """What `add_search_arguments` took, as the client takes it."""
+    return SearchOptions(
+        top_k=arguments.top_k,
+        mode=arguments.mode,
+        fusion=arguments.fusion,
+        ef=arguments.ef,
+        filter=dict(arguments.filter) or None,
+        min_score=arguments.min_score,
+        diversity=arguments.diversity,
+    )
 
 
 def _condition(text: str) -> tuple[str, str]:

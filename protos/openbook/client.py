@@ -12,14 +12,14 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import grpc
 import grpc.aio
 
 from openbook import __version__, messages, results
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import Conditions
+from openbook.messages import AnswerOptions, SearchOptions
 from openbook.results import AnswerResult, Document, SearchResult, Written
 from openbook.retrying import Attempts
 from openbook.v1 import knowledge_base_pb2 as kb
@@ -62,39 +62,17 @@ class Client:
         """
         return messages.vectors([self._call(self._stub.Embed, request) for request in messages.embed_requests(texts, truncate=truncate)])
 
-    def search(
-        self,
-        questions: Sequence[str],
-        *,
-        top_k: int | None = None,
-        mode: str | None = None,
-        ef: int | None = None,
-        filter: Conditions | None = None,
-    ) -> list[SearchResult | RequestRejected]:
-        """The best passages for each question.
-
-        Args:
-            mode: hybrid (default), dense or lexical.
-            filter: only documents whose metadata match: {key: value}, all of which must be equal, or a Filter message.
-        """
+    def search(self, questions: Sequence[str], **options: Unpack[SearchOptions]) -> list[SearchResult | RequestRejected]:
+        """The best passages for each question; `mode` is hybrid (default), dense or lexical."""
         found: list[SearchResult | RequestRejected] = []
-        for request in messages.search_requests(questions, top_k=top_k, mode=mode, ef=ef, filter=filter):
+        for request in messages.search_requests(questions, **options):
             found += messages.search_results(request, self._call(self._stub.Search, request))
         return found
 
-    def answer(
-        self,
-        questions: Sequence[str],
-        *,
-        top_k: int | None = None,
-        max_answers: int | None = None,
-        mode: str | None = None,
-        ef: int | None = None,
-        filter: Conditions | None = None,
-    ) -> list[AnswerResult | RequestRejected]:
+    def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:
         """Answers to each question from the `top_k` best passages; `mode` may also be none (no retrieval)."""
         found: list[AnswerResult | RequestRejected] = []
-        for request in messages.answer_requests(questions, top_k=top_k, max_answers=max_answers, mode=mode, ef=ef, filter=filter):
+        for request in messages.answer_requests(questions, **options):
             found += messages.answer_results(request, self._call(self._stub.Answer, request))
         return found
 
@@ -147,32 +125,15 @@ class AsyncClient:
         """As `Client.embed`."""
         return messages.vectors(await self._calls(self._stub.Embed, messages.embed_requests(texts, truncate=truncate)))
 
-    async def search(
-        self,
-        questions: Sequence[str],
-        *,
-        top_k: int | None = None,
-        mode: str | None = None,
-        ef: int | None = None,
-        filter: Conditions | None = None,
-    ) -> list[SearchResult | RequestRejected]:
+    async def search(self, questions: Sequence[str], **options: Unpack[SearchOptions]) -> list[SearchResult | RequestRejected]:
         """As `Client.search`."""
-        requests = messages.search_requests(questions, top_k=top_k, mode=mode, ef=ef, filter=filter)
+        requests = messages.search_requests(questions, **options)
         replies = await self._calls(self._stub.Search, requests)
         return [result for request, reply in zip(requests, replies, strict=True) for result in messages.search_results(request, reply)]
 
-    async def answer(
-        self,
-        questions: Sequence[str],
-        *,
-        top_k: int | None = None,
-        max_answers: int | None = None,
-        mode: str | None = None,
-        ef: int | None = None,
-        filter: Conditions | None = None,
-    ) -> list[AnswerResult | RequestRejected]:
+    async def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:
         """As `Client.answer`."""
-        requests = messages.answer_requests(questions, top_k=top_k, max_answers=max_answers, mode=mode, ef=ef, filter=filter)
+        requests = messages.answer_requests(questions, **options)
         replies = await self._calls(self._stub.Answer, requests)
         return [result for request, reply in zip(requests, replies, strict=True) for result in messages.answer_results(request, reply)]
 

@@ -16,6 +16,7 @@ from openbook.asking import (
     add_server_arguments,
     marked,
     read_rows,
+    search_options,
     spent,
     written_aside,
 )
@@ -39,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="QUESTIONS.jsonl", help="a file of questions; - is standard input")
     parser.add_argument("--out", metavar="ANSWERS.jsonl", default="-", help="where answers to a file go (default: standard output)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
-    add_search_arguments(parser, "read for each question")
+    add_search_arguments(parser, "read for each question", MODES)
     parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question (default: 3)")
-    parser.add_argument("--mode", choices=sorted(MODES), help="how passages are found (default: hybrid)")
     add_server_arguments(parser)
 
 
@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ask(client: Client, questions: list[str], arguments: argparse.Namespace) -> list[AnswerResult | RequestRejected]:
-    options = {name: getattr(arguments, name) for name in ("top_k", "max_answers", "mode", "ef")}
-    return client.answer(questions, filter=dict(arguments.filter) or None, **options)
+    return client.answer(questions, max_answers=arguments.max_answers, **search_options(arguments))
 
 
 def _ask_one(client: Client, arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from openbook.asking import FAILED, add_search_arguments, add_server_arguments
+from openbook.asking import FAILED, add_search_arguments, add_server_arguments, search_options
 from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES
@@ -21,17 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("question", help="the question, or just words")
     parser.add_argument("--json", action="store_true", help="print the hits as JSON, whole passages included")
-    add_search_arguments(parser, "found")
-    parser.add_argument("--mode", choices=sorted(set(MODES) - {"none"}), help="what scores are compared (default: hybrid)")
+    add_search_arguments(parser, "found", set(MODES) - {"none"})
     add_server_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
-            conditions = dict(arguments.filter) or None
-            options = {"top_k": arguments.top_k, "mode": arguments.mode, "ef": arguments.ef, "filter": conditions}
-            [result] = client.search([arguments.question], **options)
+            [result] = client.search([arguments.question], **search_options(arguments))
         if isinstance(result, RequestRejected):
             raise result
     except ClientError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from openbook import results
 from openbook.errors import RequestRejected
@@ -21,20 +21,39 @@ MODES = {
     "lexical": pb.SEARCH_MODE_LEXICAL,
     "none": pb.SEARCH_MODE_NONE,
 }
+FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
 TEXTS_A_MESSAGE = 32
 _BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
 Conditions = Mapping[str, object] | pb.Filter
+
+
+class SearchOptions(TypedDict, total=False):
+    """How passages are found; what is left out, or None, is the server's default. docs/search.md explains each."""
+
+    top_k: int | None  # passages a question
+    mode: str | None  # of MODES
+    fusion: str | None  # of FUSIONS
+    ef: int | None  # candidates of the dense index
+    filter: Conditions | None  # only documents whose metadata match: {key: value}, all of which must be equal, or a Filter message
+    min_score: float | None  # only passages that score as much or more
+    diversity: float | None  # 0 to 1: how much a passage loses for being like a better one
+
+
+class AnswerOptions(SearchOptions, total=False):
+    """`SearchOptions`, and what is made of the passages."""
+
+    max_answers: int | None  # answers a question
 
 
 def embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
     return [pb.EmbedRequest(texts=part, truncate=truncate) for part in parts(texts, "texts")]
 
 
-def search_requests(questions: Sequence[str], **options: Any) -> list[pb.SearchRequest]:
+def search_requests(questions: Sequence[str], **options: Unpack[SearchOptions]) -> list[pb.SearchRequest]:
     return [pb.SearchRequest(questions=part, **_given(options)) for part in parts(questions, "questions")]
 
 
-def answer_requests(questions: Sequence[str], **options: Any) -> list[pb.AnswerRequest]:
+def answer_requests(questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[pb.AnswerRequest]:
     return [pb.AnswerRequest(questions=part, **_given(options)) for part in parts(questions, "questions")]
 
 
@@ -69,12 +88,15 @@ def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
         yield list(texts[at : at + TEXTS_A_MESSAGE])
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    if unknown := options.keys() - AnswerOptions.__annotations__.keys():
+        raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(AnswerOptions.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
-    if "mode" in given:
-        if given["mode"] not in MODES:
-            raise RequestRejected(f"{given['mode']!r} is none of {', '.join(MODES)}", field="mode")
-        given["mode"] = MODES[given["mode"]]
+    for field, known in (("mode", MODES), ("fusion", FUSIONS)):
+        if field in given:
+            if given[field] not in known:
+                raise RequestRejected(f"{given[field]!r} is none of {', '.join(known)}", field=field)
+            given[field] = known[given[field]]
     if isinstance(given.get("filter"), Mapping):
         equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
         given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))

@@ -8,7 +8,6 @@ Texts come in validated, results go out as plain objects; gRPC is not known here
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
 from openbook_server.engine import Arrays, Engine, Row
-from openbook_server.knowledge import Filter, Hit, KnowledgeBase, SearchMode
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.ranking import RankedAnswer, Reading, Span, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
@@ -45,14 +44,6 @@ class Timings:
         return passed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchOptions:
-    mode: SearchMode | None  # None = no retrieval
-    top_k: int
-    ef: int | None
-    condition: Filter | None  # on the metadata of documents
-
-
 @dataclass(frozen=True, slots=True)
 class QuestionAnswered:
     hits: list[Hit]
@@ -75,22 +66,13 @@ class Pipeline:
         return np.stack([row["sentence_embedding"] for row in outcome.rows]).astype(np.float32, copy=False)
 
     async def search(
-        self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions, deadline: float, timings: Timings
+        self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, deadline: float, timings: Timings
     ) -> list[list[Hit]]:
-        """Best passages for each question, best first."""
-        if options.mode is None or self._knowledge_base is None:
+        """Best passages for each question, best first; none where `options` is None."""
+        if options is None or self._knowledge_base is None:
             return [[] for _ in questions]
         vectors = None if options.mode == "lexical" else await self.embed(rows, deadline, timings)
-        search = functools.partial(
-            self._knowledge_base.search,
-            questions,
-            vectors,
-            top_k=options.top_k,
-            mode=options.mode,
-            ef=options.ef,
-            condition=options.condition,
-        )
-        hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search)
+        hits = await asyncio.get_running_loop().run_in_executor(self._searcher, self._knowledge_base.search, questions, vectors, options)
         timings.search += timings.lap()
         return hits
 
@@ -98,7 +80,7 @@ class Pipeline:
         self,
         questions: Sequence[str],
         rows: Sequence[Row],
-        options: SearchOptions,
+        options: SearchOptions | None,
         max_answers: int,
         deadline: float,
         timings: Timings,

@@ -16,24 +16,16 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge import Hit, KnowledgeBase, SearchMode
-from openbook_server.pipeline import Pipeline, QuestionAnswered, SearchOptions, Timings
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
+from openbook_server.options import parse_options
+from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
 from openbook_server.ranking import RankedAnswer
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import MAX_EF, Validated, bounded, parse_filter, validate_texts
+from openbook_server.validation import Validated, bounded, validate_texts
 from openbook_server.wire import Parsed
 
-DEFAULT_TOP_K = 5
 DEFAULT_ANSWERS = 3
-MODES: dict[int, SearchMode | None] = {
-    pb.SEARCH_MODE_UNSPECIFIED: "hybrid",
-    pb.SEARCH_MODE_HYBRID: "hybrid",
-    pb.SEARCH_MODE_DENSE: "dense",
-    pb.SEARCH_MODE_LEXICAL: "lexical",
-    pb.SEARCH_MODE_NONE: None,
-}
-
 Request = TypeVar("Request", bound=Message)
 
 
@@ -136,16 +128,10 @@ class Service:
             reply.knowledge_base.documents = counts.documents
         return reply
 
-    def _options(self, request: pb.SearchRequest | pb.AnswerRequest) -> SearchOptions:
+    def _options(self, request: pb.SearchRequest | pb.AnswerRequest) -> SearchOptions | None:
         if self._knowledge_base is None:
             raise InvalidRequest("questions", "this server has no knowledge base; start it as `openbook serve BUNDLE KB`, or use Embed")
-        if request.mode not in MODES:
-            raise InvalidRequest("mode", f"{request.mode} is no SearchMode; see openbook.proto")
-        given = request.top_k if request.HasField("top_k") else None
-        top_k = bounded("top_k", given, DEFAULT_TOP_K, 1, self._config.max_top_k)
-        ef = bounded("ef", request.ef, 0, top_k, MAX_EF) if request.HasField("ef") else None
-        condition = parse_filter(request.filter) if request.HasField("filter") else None
-        return SearchOptions(mode=MODES[request.mode], top_k=top_k, ef=ef, condition=condition)
+        return parse_options(request, self._config.max_top_k)
 
     def _max_question_tokens(self) -> int:
         """Special tokens included: what both the embedder and the reader take in whole."""

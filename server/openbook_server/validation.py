@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.config import ServerConfig
 from openbook_server.engine import Row
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge import Filter, filters
 from openbook_server.tokenization import TextEncoder
-
-MAX_CONDITIONS, MAX_DEPTH = 64, 8  # of one filter
-MAX_VALUES = 1_000  # of one `one_of`
-MAX_EF = 4_096  # candidates of the dense index; beyond it an exact scan is cheaper
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,48 +84,3 @@ def bounded(field: str, value: int | None, default: int, low: int, high: int) ->
     if not low <= value <= high:
         raise InvalidRequest(field, f"{value} is outside {low} to {high}")
     return value
-
-
-def parse_filter(message: pb.Filter) -> Filter:
-    """A request's filter.
-
-    Raises:
-        InvalidRequest: a condition is missing or malformed, or there are too many; the field names where.
-    """
-    count = 0
-
-    def parse(part: pb.Filter, field: str, depth: int) -> Filter:
-        nonlocal count
-        count += 1
-        if count > MAX_CONDITIONS or depth > MAX_DEPTH:
-            raise InvalidRequest(field, f"a filter has at most {MAX_CONDITIONS} conditions, nested {MAX_DEPTH} deep; simplify it")
-        kind = part.WhichOneof("condition")
-        field = f"{field}.{kind}"
-        if kind == "equals":
-            return filters.OneOf(_key(field, part.equals.key), (part.equals.value,))
-        if kind == "one_of":
-            if len(part.one_of.values) > MAX_VALUES:
-                raise InvalidRequest(f"{field}.values", f"{len(part.one_of.values)} exceed the limit of {MAX_VALUES}")
-            return filters.OneOf(_key(field, part.one_of.key), tuple(part.one_of.values))
-        if kind == "range":
-            bounds = part.range
-            low = bounds.at_least if bounds.HasField("at_least") else -math.inf
-            high = bounds.at_most if bounds.HasField("at_most") else math.inf
-            if math.isnan(low) or math.isnan(high):
-                raise InvalidRequest(field, "NaN is no bound")
-            return filters.Range(_key(field, bounds.key), low, high)
-        if kind in {"all", "any"}:
-            inner = getattr(part, kind).filters
-            parts = tuple(parse(item, f"{field}[{at}]", depth + 1) for at, item in enumerate(inner))
-            return filters.All(parts) if kind == "all" else filters.Any(parts)
-        if kind == "not":
-            return filters.Not(parse(getattr(part, "not"), field, depth + 1))
-        raise InvalidRequest(field.removesuffix(".None"), "an empty condition; set one of equals, one_of, range, all, any, not")
-
-    return parse(message, "filter", 1)
-
-
-def _key(field: str, key: str) -> str:
-    if not key:
-        raise InvalidRequest(f"{field}.key", "empty; name a key of the metadata")
-    return key

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from openbook.v1 import openbook_pb2 as pb
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge import Document, Filter, KnowledgeBase, Passage, SearchMode, filters, vectors
-from openbook_server.validation import MAX_CONDITIONS, MAX_DEPTH, parse_filter
+from openbook_server.knowledge import Document, Filter, KnowledgeBase, Passage, SearchOptions, filters, vectors
+from openbook_server.knowledge.records import SearchMode
+from openbook_server.options import MAX_CONDITIONS, MAX_DEPTH, parse_filter
 
 DIM, COUNT = 16, 300
 VALUES = {"lang": ["en", "de", "", "q\"uo'te"], "year": ["1999", "2004.5", "-3", "1e3", "unknown", " 7 "], "a.b$": ["x", "y"]}
@@ -82,16 +83,16 @@ def test_a_filtered_search_is_the_unfiltered_one_without_what_does_not_match(
     metadata = {document.id: document.metadata for document in documents}
     question = np.random.default_rng(1).normal(size=(1, DIM)).astype(np.float32)
     question /= np.linalg.norm(question)
-    [everything] = knowledge_base.search(["word3 common"], question, top_k=COUNT, mode=mode, ef=COUNT)
+    [everything] = knowledge_base.search(["word3 common"], question, SearchOptions(top_k=COUNT, mode=mode, ef=COUNT))
     sizes = set()
     for _ in range(60):
         condition = random_filter(rng)
         allowed = [hit.passage.document_id for hit in everything if matches(condition, metadata[hit.passage.document_id])]
-        [found] = knowledge_base.search(["word3 common"], question, top_k=COUNT, mode=mode, ef=COUNT, condition=condition)
+        [found] = knowledge_base.search(["word3 common"], question, SearchOptions(top_k=COUNT, mode=mode, ef=COUNT, condition=condition))
         assert {hit.passage.document_id for hit in found} == set(allowed)
         if mode != "hybrid":  # there a word's weight depends on the candidates
             assert [hit.passage.document_id for hit in found] == allowed
-            [best] = knowledge_base.search(["word3 common"], question, top_k=5, mode=mode, ef=COUNT, condition=condition)
+            [best] = knowledge_base.search(["word3 common"], question, SearchOptions(top_k=5, mode=mode, ef=COUNT, condition=condition))
             assert [hit.passage.document_id for hit in best] == allowed[:5]
         sizes.add(len(allowed))
     assert len(sizes) > 10
@@ -99,11 +100,11 @@ def test_a_filtered_search_is_the_unfiltered_one_without_what_does_not_match(
 
 def test_what_a_filter_matches_changes_with_the_next_write(knowledge_base: KnowledgeBase) -> None:
     condition = filters.OneOf("lang", ("fr",))
-    assert knowledge_base.search(["common"], None, top_k=5, mode="lexical", condition=condition) == [[]]
+    assert knowledge_base.search(["common"], None, SearchOptions(top_k=5, mode="lexical", condition=condition)) == [[]]
     document = Document(id="new", text="common", metadata={"lang": "fr"})
     vector = np.eye(1, DIM, dtype=np.float32)
     knowledge_base.replace_documents([(document, "1")], [Passage(id="new#0", document_id="new", text="common", start=0)], vector)
-    [[hit]] = knowledge_base.search(["common"], vector, top_k=5, mode="hybrid", condition=condition)
+    [[hit]] = knowledge_base.search(["common"], vector, SearchOptions(top_k=5, mode="hybrid", condition=condition))
     assert hit.passage.document_id == "new"
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
-from openbook_server.knowledge import Document, KnowledgeBase, Passage
-from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, fuse
+from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
 from openbook_server.knowledge.lexical import match_expression
 from openbook_server.knowledge.store import FILE, FORMAT
 from openbook_server.knowledge.vectors import VectorIndex
@@ -38,7 +38,7 @@ def store(knowledge_base: KnowledgeBase, texts: dict[str, str], vectors: np.ndar
 
 def found(knowledge_base: KnowledgeBase, question: str, vector: np.ndarray | None, mode: str, top_k: int = 5) -> list[str]:
     vectors = None if vector is None else vector[None]
-    [hits] = knowledge_base.search([question], vectors, top_k=top_k, mode=mode)  # type: ignore[arg-type]
+    [hits] = knowledge_base.search([question], vectors, SearchOptions(top_k=top_k, mode=mode))  # type: ignore[arg-type]
     return [hit.passage.document_id for hit in hits]
 
 
@@ -94,8 +94,8 @@ def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_
     vectors = unit(400)
     knowledge_base = opened(tmp_path / "kb", flat_limit=50)
     store(knowledge_base, {f"d{n}": f"common word{n % 40}" for n in range(400)}, vectors)
-    [hits] = knowledge_base.search(["word7"], vectors[3:4], top_k=400, mode="hybrid")
-    [words] = knowledge_base.search(["word7"], None, top_k=400, mode="lexical")
+    [hits] = knowledge_base.search(["word7"], vectors[3:4], SearchOptions(top_k=400))
+    [words] = knowledge_base.search(["word7"], None, SearchOptions(top_k=400, mode="lexical"))
     assert {hit.passage.id for hit in words} <= {hit.passage.id for hit in hits}
     lexical = {hit.passage.id: hit.lexical_score or 0.0 for hit in words}
     for hit in hits:
@@ -106,10 +106,6 @@ def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_
         assert hit.score == pytest.approx(total, abs=1e-5)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     knowledge_base.close()
-
-
-def test_fusion_breaks_ties_by_the_order_of_storing() -> None:
-    assert [item.number for item in fuse({9: 0.5, 2: 0.5, 4: 0.5}, {}, 2)] == [2, 4]
 
 
 def test_a_document_stored_again_replaces_itself_and_an_unchanged_one_is_recognised(tmp_path: Path) -> None:

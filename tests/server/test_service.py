@@ -145,12 +145,28 @@ async def test_invalid_utf8_is_pinned_to_its_text(channel: grpc.aio.Channel) -> 
         ("Search", pb.SearchRequest(questions=["red"], top_k=2_000_000_000), "top_k"),
         ("Search", pb.SearchRequest(questions=["red"], top_k=5, ef=4), "ef"),
         ("Search", pb.SearchRequest(questions=["red"], mode=17), "mode"),  # type: ignore[arg-type]
+        ("Search", pb.SearchRequest(questions=["red"], fusion=17), "fusion"),  # type: ignore[arg-type]
+        ("Search", pb.SearchRequest(questions=["red"], diversity=1.5), "diversity"),
+        ("Answer", pb.AnswerRequest(questions=["red"], diversity=float("nan")), "diversity"),
+        ("Answer", pb.AnswerRequest(questions=["red"], min_score=float("nan")), "min_score"),
+        ("Answer", pb.AnswerRequest(questions=["red"], mode=pb.SEARCH_MODE_NONE, top_k=0), "top_k"),
         ("Answer", pb.AnswerRequest(questions=["red"], max_answers=0), "max_answers"),
         ("Answer", pb.AnswerRequest(questions=["red " * 400]), "questions[0]"),
     ],
 )
 async def test_a_bad_field_is_refused_by_name(stub: openbook_pb2_grpc.OpenBookAsyncStub, method: str, request_: object, field: str) -> None:
     assert await refusal(getattr(stub, method)(request_)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", [field])
+
+
+async def test_options_of_a_search_reach_the_knowledge_base(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    [weighted] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=3))).results
+    ranks = pb.SearchRequest(questions=["what is red ?"], top_k=3, fusion=pb.FUSION_RECIPROCAL_RANK)
+    assert all(0 < hit.score <= 2 / 61 for hit in (await stub.Search(ranks)).results[0].hits)
+    least = weighted.hits[1].score
+    [best] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=3, min_score=least))).results
+    assert [hit.passage_id for hit in best.hits] == [hit.passage_id for hit in weighted.hits if hit.score >= least]
+    [nothing] = (await stub.Answer(pb.AnswerRequest(questions=["what is red ?"], min_score=1e9))).results
+    assert (len(nothing.answers), len(nothing.hits), nothing.no_answer_probability) == (0, 0, 1.0)
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_by_the_server(tiny_bundle: Path) -> None:

@@ -59,6 +59,30 @@ SEARCH_MODE_NONE: SearchMode.ValueType  # 4
 """no retrieval at all: the baseline that shows what retrieval adds"""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
+class _Fusion:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fusion.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FUSION_UNSPECIFIED: _Fusion.ValueType  # 0
+    """the server's default: weighted"""
+    FUSION_WEIGHTED: _Fusion.ValueType  # 1
+    """cosine + weight * BM25, and what of the question stands in the passage word by word"""
+    FUSION_RECIPROCAL_RANK: _Fusion.ValueType  # 2
+    """sum of 1 / (60 + rank); scores from 0 to 0.033"""
+
+class Fusion(_Fusion, metaclass=_FusionEnumTypeWrapper):
+    """How the hybrid mode makes one ranking of two; docs/search.md gives the formulas."""
+
+FUSION_UNSPECIFIED: Fusion.ValueType  # 0
+"""the server's default: weighted"""
+FUSION_WEIGHTED: Fusion.ValueType  # 1
+"""cosine + weight * BM25, and what of the question stands in the passage word by word"""
+FUSION_RECIPROCAL_RANK: Fusion.ValueType  # 2
+"""sum of 1 / (60 + rank); scores from 0 to 0.033"""
+Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
+
 @_typing.final
 class EmbedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -134,6 +158,9 @@ class SearchRequest(_message.Message):
     EF_FIELD_NUMBER: _builtins.int
     OMIT_TEXT_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    FUSION_FIELD_NUMBER: _builtins.int
+    MIN_SCORE_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """hits a question, 1 to Describe.limits.max_top_k; default 5"""
     mode: Global___SearchMode.ValueType
@@ -141,6 +168,11 @@ class SearchRequest(_message.Message):
     """candidates the dense index keeps while searching, top_k to 4096; more is slower and more exact"""
     omit_text: _builtins.bool
     """leave title, text, source and metadata out of the hits"""
+    fusion: Global___Fusion.ValueType
+    min_score: _builtins.float
+    """leave out hits that score less, on the scale of the mode and fusion"""
+    diversity: _builtins.float
+    """0 to 1: how much a hit loses for being like a better one (maximal marginal relevance); 0 turns it off"""
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -156,17 +188,24 @@ class SearchRequest(_message.Message):
         ef: _builtins.int | None = ...,
         omit_text: _builtins.bool = ...,
         filter: Global___Filter | None = ...,
+        fusion: Global___Fusion.ValueType = ...,
+        min_score: _builtins.float | None = ...,
+        diversity: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "min_score", b"min_score", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015
+    _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
+    _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ef) -> _WhichOneofReturnType__ef | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 
@@ -375,6 +414,9 @@ class AnswerRequest(_message.Message):
     EF_FIELD_NUMBER: _builtins.int
     OMIT_TEXT_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    FUSION_FIELD_NUMBER: _builtins.int
+    MIN_SCORE_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """passages read a question, 1 to Describe.limits.max_top_k; default 5"""
     max_answers: _builtins.int
@@ -384,6 +426,10 @@ class AnswerRequest(_message.Message):
     """as in SearchRequest"""
     omit_text: _builtins.bool
     """as in SearchRequest"""
+    fusion: Global___Fusion.ValueType
+    """this and the next two as in SearchRequest; the reader's prior is calibrated for the weighted fusion"""
+    min_score: _builtins.float
+    diversity: _builtins.float
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -400,21 +446,28 @@ class AnswerRequest(_message.Message):
         ef: _builtins.int | None = ...,
         omit_text: _builtins.bool = ...,
         filter: Global___Filter | None = ...,
+        fusion: Global___Fusion.ValueType = ...,
+        min_score: _builtins.float | None = ...,
+        diversity: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "min_score", b"min_score", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "max_answers", b"max_answers", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015
     _WhichOneofReturnType__max_answers: _TypeAlias = _typing.Literal["max_answers"]  # noqa: Y015
     _WhichOneofArgType__max_answers: _TypeAlias = _typing.Literal["_max_answers", b"_max_answers"]  # noqa: Y015
+    _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
+    _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ef) -> _WhichOneofReturnType__ef | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_answers) -> _WhichOneofReturnType__max_answers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 

@@ -1,38 +1,128 @@
-"""Dense and lexical scores into one: pure, shared by every backend."""
+"""From what each index proposes to ranked hits: pure, shared by every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.knowledge.overlap import overlaps
+from openbook_server.knowledge.records import Fusion, Hit, Passage, SearchOptions
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
 LEXICAL_WEIGHT = 0.02
+RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
 SHORTLIST = 30  # of the fused ones that are compared word by word, at least
+_DIVERSE_POOL = 3  # times top_k: what diverse hits are chosen from, at least
+
+
+class Ordered(Protocol):
+    """What can name a passage in a backend: of equal scores the smaller key comes first."""
+
+    def __lt__(self, other: Any, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+
+Key = TypeVar("Key", bound=Ordered)
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A candidate passage by its number in the knowledge base."""
+class Candidates(Generic[Key]):
+    """What the indexes propose for one question."""
 
-    number: int
-    score: float
-    dense: float | None
-    lexical: float | None
+    dense: Mapping[Key, float]  # cosine; in hybrid mode of every candidate, also of those that only the words found
+    lexical: Mapping[Key, float]  # BM25 of those that share a word with the question
+    passages: Callable[[Sequence[Key]], Mapping[Key, Passage]]  # loads those that are still stored
+    vectors: Callable[[Sequence[Key]], Mapping[Key, NDArray[np.float32]]]  # loads unit vectors of those
 
 
-def fuse(dense: Mapping[int, float], lexical: Mapping[int, float], top_k: int) -> list[Scored]:
-    """Rank candidates by cosine + LEXICAL_WEIGHT · BM25, best first, ties by number.
+def depth(options: SearchOptions) -> int:
+    """How many candidates each index must propose."""
+    return max(CANDIDATES, _pool(options)) if options.mode == "hybrid" else _pool(options)
 
-    A weighted sum, not reciprocal ranks: it keeps how much better a passage is, which the reader's prior needs, and it
-    ranks better (docs/search.md).
+
+def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> list[Hit]:
+    """The best `options.top_k` hits, best first, ties by key; with diversity, in the order in which they were chosen."""
+    scores = _scores(candidates, options)
+    pool = sorted(scores, key=lambda key: (-scores[key], key))[
+        : max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options)
+    ]
+    passages = candidates.passages(pool)
+    hits = {
+        key: Hit(passage=passages[key], score=scores[key], dense_score=candidates.dense.get(key), lexical_score=candidates.lexical.get(key))
+        for key in pool
+        if key in passages  # deleted since it was found
+    }
+    if options.mode == "hybrid" and options.fusion == "weighted":
+        bonuses = overlaps(question, [hit.passage.text for hit in hits.values()])
+        hits = {
+            key: replace(hit, score=hit.score + bonus, overlap_score=bonus) for (key, hit), bonus in zip(hits.items(), bonuses, strict=True)
+        }
+    order = sorted(hits, key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
+    if options.min_score is not None:
+        order = [key for key in order if hits[key].score >= options.min_score]
+    if options.diversity:
+        order = _diverse(order, hits, candidates.vectors(order), options)
+    return [hits[key] for key in order[: options.top_k]]
+
+
+def _pool(options: SearchOptions) -> int:
+    """How many candidates are looked at one by one."""
+    wanted = _DIVERSE_POOL * options.top_k if options.diversity else options.top_k
+    return max(SHORTLIST, wanted) if options.mode == "hybrid" or options.diversity else wanted
+
+
+def _scores(candidates: Candidates[Key], options: SearchOptions) -> dict[Key, float]:
+    dense, lexical = candidates.dense, candidates.lexical
+    if options.mode == "dense":
+        return dict(dense)
+    if options.mode == "lexical":
+        return dict(lexical)
+    return fuse(dense, lexical, options.fusion)
+
+
+def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusion) -> dict[Key, float]:
+    """Candidates' scores from both rankings.
+
+    "weighted": cosine + LEXICAL_WEIGHT · BM25. It keeps how much better a passage is, which the reader's prior needs, and it
+    ranks better (docs/search.md). "reciprocal_rank": Σ 1 / (RANK_OFFSET + rank) over the rankings that hold it, ranks from
+    1; it needs no weight between scores of different scales.
 
     Args:
-        dense: number -> cosine of every candidate.
-        lexical: number -> BM25 of those that share a word with the question.
-        top_k: at most this many are returned.
+        dense: cosine of every candidate.
+        lexical: BM25 of some of them; the others count as 0, or as not ranked.
     """
-    scored = [
-        Scored(number, cosine + LEXICAL_WEIGHT * lexical.get(number, 0.0), cosine, lexical.get(number)) for number, cosine in dense.items()
-    ]
-    return sorted(scored, key=lambda item: (-item.score, item.number))[:top_k]
+    if fusion == "weighted":
+        return {key: cosine + LEXICAL_WEIGHT * lexical.get(key, 0.0) for key, cosine in dense.items()}
+    scores = dict.fromkeys(dense, 0.0)
+    for ranking in (dense, lexical):
+        for place, key in enumerate(sorted(ranking, key=lambda key: (-ranking[key], key)), 1):
+            scores[key] = scores.get(key, 0.0) + 1 / (RANK_OFFSET + place)
+    return scores
+
+
+def _diverse(
+    order: Sequence[Key], hits: Mapping[Key, Hit], vectors: Mapping[Key, NDArray[np.float32]], options: SearchOptions
+) -> list[Key]:
+    """Maximal marginal relevance (Carbonell & Goldstein 1998): next comes the hit with the largest
+    (1 - diversity) · relevance - diversity · (its largest cosine with one chosen before), relevance being the score scaled
+    to 0..1 over all of them."""
+    left = [key for key in order if key in vectors]
+    if not left:
+        return []
+    scores = np.array([hits[key].score for key in left])
+    relevance = (scores - scores.min()) / max(float(np.ptp(scores)), 1e-12)
+    matrix = np.stack([vectors[key] for key in left])
+    likeness = np.zeros(len(left))  # to the chosen one that is most alike
+    chosen: list[int] = []
+    while len(chosen) < min(options.top_k, len(left)):
+        gain = (1 - options.diversity) * relevance - options.diversity * likeness
+        gain[chosen] = -np.inf
+        best = int(gain.argmax())
+        likeness = np.maximum(likeness, matrix @ matrix[best]) if chosen else matrix @ matrix[best]
+        chosen.append(best)
+    return [left[at] for at in chosen]

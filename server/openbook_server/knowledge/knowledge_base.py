@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -20,10 +19,8 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
-from openbook_server.knowledge.filters import Filter
-from openbook_server.knowledge.fusion import CANDIDATES, SHORTLIST, Scored, fuse
-from openbook_server.knowledge.overlap import overlaps
-from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchMode
+from openbook_server.knowledge.fusion import Candidates, depth, rank
+from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import EF_CONSTRUCTION, FLAT_LIMIT, VectorIndex, Vectors
@@ -152,60 +149,27 @@ class KnowledgeBase:
         """Of the database file."""
         return self._store.path.stat().st_size
 
-    def search(
-        self,
-        questions: Sequence[str],
-        vectors: NDArray[np.float32] | None,
-        *,
-        top_k: int,
-        mode: SearchMode,
-        ef: int | None = None,
-        condition: Filter | None = None,
-    ) -> list[list[Hit]]:
+    def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
         """The best passages for each question, best first, ties in the order of storing.
 
         Args:
-            vectors: (questions, dim) unit vectors; not needed for "lexical".
-            top_k: hits a question, at least 1; fewer where the knowledge base is smaller or no word matches.
-            mode: what scores are compared, see docs/search.md.
-            ef: candidates the graph keeps; by default `vectors.EF`.
-            condition: only passages of documents whose metadata match.
+            vectors: (questions, dim) unit vectors; not needed for mode "lexical".
         """
-        allowed = None if condition is None else self._store.matching(condition)
-        if mode == "lexical":
-            return [
-                self._hits(
-                    [Scored(number, score, None, score) for number, score in self._store.search_words(question, top_k, allowed).items()]
-                )
-                for question in questions
-            ]
-        if vectors is None:
-            raise ValueError(f"mode {mode!r} needs the questions' vectors")
-        depth = top_k if mode == "dense" else max(CANDIDATES, top_k)
-        nearest = self._index.search(vectors, depth, ef=ef, allowed=allowed)
-        if mode == "dense":
-            return [self._hits([Scored(number, score, score, None) for number, score in row.items()]) for row in nearest]
-        return [
-            self._fuse(question, vector, dense, self._store.search_words(question, depth, allowed), top_k)
-            for question, vector, dense in zip(questions, vectors, nearest, strict=True)
-        ]
-
-    def _fuse(self, question: str, vector: Vectors, dense: dict[int, float], words: dict[int, float], top_k: int) -> list[Hit]:
-        """Candidates that only the words found get their exact cosine before the two are compared; the best are looked at closely."""
-        stored = self._index.vectors([number for number in words if number not in dense])
-        dense = dense | {number: float(np.dot(row, vector)) for number, row in stored.items()}
-        shortlist = self._hits(fuse(dense, words, max(SHORTLIST, top_k)))
-        bonuses = overlaps(question, [hit.passage.text for hit in shortlist])
-        hits = [replace(hit, score=hit.score + bonus, overlap_score=bonus) for hit, bonus in zip(shortlist, bonuses, strict=True)]
-        return sorted(hits, key=lambda hit: -hit.score)[:top_k]  # stable: ties stay in the order of storing
-
-    def _hits(self, ranked: Sequence[Scored]) -> list[Hit]:
-        passages = self._store.passages([item.number for item in ranked])
-        return [
-            Hit(passage=passages[item.number], score=item.score, dense_score=item.dense, lexical_score=item.lexical)
-            for item in ranked
-            if item.number in passages  # deleted since it was found
-        ]
+        allowed = None if options.condition is None else self._store.matching(options.condition)
+        wanted = depth(options)
+        nearest: Sequence[dict[int, float]] = [{} for _ in questions]
+        if options.mode != "lexical":
+            if vectors is None:
+                raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
+            nearest = self._index.search(vectors, wanted, ef=options.ef, allowed=allowed)
+        found = []
+        for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
+            words = self._store.search_words(question, wanted, allowed) if options.mode != "dense" else {}
+            if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
+                stored = self._index.vectors([number for number in words if number not in dense])
+                dense = dense | {number: float(np.dot(row, vectors[at])) for number, row in stored.items()}
+            found.append(rank(question, Candidates(dense, words, self._store.passages, self._index.vectors), options))
+        return found
 
     def snapshot(self) -> None:
         """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly.

@@ -6,7 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from openbook_server.knowledge.filters import Filter
+
 SearchMode = Literal["hybrid", "dense", "lexical"]
+Fusion = Literal["weighted", "reciprocal_rank"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOptions:
+    """How passages are found; docs/search.md explains each."""
+
+    top_k: int  # hits a question, at least 1; fewer where the knowledge base is smaller or no word matches
+    mode: SearchMode = "hybrid"
+    fusion: Fusion = "weighted"  # of hybrid's two rankings
+    ef: int | None = None  # candidates the graph keeps; by default `vectors.EF`
+    condition: Filter | None = None  # only passages of documents whose metadata match
+    min_score: float | None = None  # only hits that score as much or more
+    diversity: float = 0.0  # 0 to 1: how much a hit loses for being like a better one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

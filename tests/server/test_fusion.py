@@ -1,0 +1,107 @@
+"""Ranking of candidates against slow formulas written out here, with a backend made of dictionaries."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from openbook_server.knowledge import Hit, Passage, SearchOptions
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, Candidates, depth, fuse, rank
+
+DIM = 8
+
+
+def backend(count: int, seed: int = 0) -> tuple[Candidates[str], dict[str, np.ndarray]]:
+    """Passages "p0".. with random cosines; every third has a BM25."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(count, DIM))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    vectors = {f"p{n}": row.astype(np.float32) for n, row in enumerate(rows)}
+    dense = {key: float(row[0]) for key, row in vectors.items()}
+    lexical = {f"p{n}": float(n % 7) for n in range(0, count, 3)}
+    passages = {key: Passage(id=key, document_id=key, text="nothing of it", start=0) for key in vectors}
+    return (
+        Candidates(dense, lexical, lambda keys: {key: passages[key] for key in keys}, lambda keys: {key: vectors[key] for key in keys}),
+        vectors,
+    )
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return [hit.passage.id for hit in hits]
+
+
+def test_the_weighted_sum_counts_no_word_in_common_as_nothing() -> None:
+    scores = fuse({"a": 0.5, "b": 0.25}, {"b": 10.0}, "weighted")
+    assert scores == {"a": 0.5, "b": pytest.approx(0.25 + LEXICAL_WEIGHT * 10.0)}
+
+
+def test_reciprocal_ranks_add_up_over_the_rankings_that_hold_a_candidate() -> None:
+    scores = fuse({"a": 0.9, "b": 0.8, "c": 0.8}, {"c": 4.0, "a": 3.0}, "reciprocal_rank")
+    assert scores == {"a": pytest.approx(1 / 61 + 1 / 62), "b": pytest.approx(1 / 62), "c": pytest.approx(1 / 63 + 1 / 61)}
+
+
+def test_ties_are_broken_by_the_order_of_the_keys() -> None:
+    candidates, _ = backend(10)
+    tied = Candidates(dict.fromkeys(["p9", "p2", "p4"], 0.5), {}, candidates.passages, candidates.vectors)
+    for mode in ("dense", "hybrid"):
+        assert ids(rank("question", tied, SearchOptions(top_k=2, mode=mode))) == ["p2", "p4"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_a_minimum_score_leaves_out_exactly_the_hits_below_it(mode: str) -> None:
+    candidates, _ = backend(60)
+    options = SearchOptions(top_k=20, mode=mode)  # type: ignore[arg-type]
+    everything = rank("question", candidates, options)
+    least = everything[7].score
+    strict = rank("question", candidates, SearchOptions(top_k=20, mode=mode, min_score=least))  # type: ignore[arg-type]
+    assert ids(strict) == [hit.passage.id for hit in everything if hit.score >= least]
+    assert rank("question", candidates, SearchOptions(top_k=20, mode=mode, min_score=1e9)) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("diversity", [0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_diverse_hits_are_those_of_maximal_marginal_relevance(diversity: float, mode: str) -> None:
+    candidates, vectors = backend(60, seed=3)
+    top_k = 8
+    pool = rank("question", candidates, SearchOptions(top_k=30, mode=mode))[:30]  # type: ignore[arg-type]
+    low, high = min(hit.score for hit in pool), max(hit.score for hit in pool)
+    relevance = {hit.passage.id: (hit.score - low) / (high - low) for hit in pool}
+    chosen: list[str] = []
+    while len(chosen) < min(top_k, len(pool)):
+
+        def gain(key: str) -> float:
+            likeness = max((float(vectors[key] @ vectors[other]) for other in chosen), default=0.0)
+            return (1 - diversity) * relevance[key] - diversity * likeness
+
+        chosen.append(max((key for key in relevance if key not in chosen), key=gain))
+    options = SearchOptions(top_k=top_k, mode=mode, diversity=diversity)  # type: ignore[arg-type]
+    assert depth(options) >= 30
+    assert ids(rank("question", candidates, options)) == chosen
+
+
+def test_of_two_passages_that_say_the_same_diversity_keeps_one_first() -> None:
+    twin, other = np.eye(DIM, dtype=np.float32)[0], np.eye(DIM, dtype=np.float32)[1]
+    vectors = {1: twin, 2: twin, 3: other}
+    passages = {key: Passage(id=str(key), document_id=str(key), text="x", start=0) for key in vectors}
+    candidates = Candidates(
+        {1: 0.9, 2: 0.89, 3: 0.7}, {}, lambda keys: {k: passages[k] for k in keys}, lambda keys: {k: vectors[k] for k in keys}
+    )
+    plain = SearchOptions(top_k=2, mode="dense")
+    assert ids(rank("q", candidates, plain)) == ["1", "2"]
+    assert ids(rank("q", candidates, SearchOptions(top_k=2, mode="dense", diversity=0.6))) == ["1", "3"]
+
+
+def test_a_passage_deleted_since_it_was_found_is_no_hit() -> None:
+    candidates, _ = backend(10)
+    gone = Candidates(candidates.dense, candidates.lexical, lambda keys: {}, lambda keys: {})
+    for diversity in (0.0, 0.5):
+        assert rank("question", gone, SearchOptions(top_k=3, diversity=diversity)) == []
+
+
+def test_every_hit_carries_the_scores_that_were_computed() -> None:
+    candidates, _ = backend(40)
+    for hit in rank("nothing of it", candidates, SearchOptions(top_k=random.Random(0).randint(5, 9))):
+        assert hit.dense_score == candidates.dense[hit.passage.id]
+        assert hit.lexical_score == candidates.lexical.get(hit.passage.id)
+        assert hit.overlap_score is not None

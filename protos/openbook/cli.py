@@ -43,6 +43,9 @@ _INTERRUPTED, _DEFECT = 130, 70
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would log, in its own words, failures that are reported below
+    # numpy's threads spin for 20 ms after each product, on the cores that hnswlib and onnxruntime share the work of; our products
+    # are small. To be set before numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in arguments if not word.startswith("-")), "")
     parser = argparse.ArgumentParser(

@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
     parser.add_argument("--passage-tokens", type=int, metavar="N", help="longest passage (default: as before, at first 200)")
     parser.add_argument("--overlap", type=int, metavar="N", help="tokens neighbours may share (default: as before, at first 40)")
+    parser.add_argument(
+        "--graph-dims",
+        type=int,
+        metavar="N",
+        help="dimensions that the graph keeps of a vector; candidates are compared by whole vectors all the same. "
+        "0 = as few as the data allow (default: as before, at first 0)",
+    )
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="documents a transaction (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "openvino", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="onnxruntime threads; 0 = all cores (default)")
@@ -70,12 +77,14 @@ def _index(arguments: argparse.Namespace) -> int:
     bundle = load_bundle(arguments.bundle)
     if not 1 <= arguments.batch <= 4_096:
         raise InvalidRequest("--batch", f"{arguments.batch} is outside 1 to 4096")
+    if arguments.graph_dims is not None and not 0 <= arguments.graph_dims <= bundle.embedder.dim:
+        raise InvalidRequest("--graph-dims", f"{arguments.graph_dims} is outside 0 to {bundle.embedder.dim}, the embedder's dimensions")
     splitting = choose_splitting(bundle, {}, arguments.passage_tokens, arguments.overlap)  # refused before a folder is made
     device = choose_device(arguments.device, None, arguments.threads)
     graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embedder = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
-    knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle, create=True)
+    knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle, create=True, graph_dims=arguments.graph_dims)
     try:
         recorded = knowledge_base.facts(*FACTS)
         splitting = choose_splitting(bundle, recorded, arguments.passage_tokens, arguments.overlap)
@@ -86,6 +95,7 @@ def _index(arguments: argparse.Namespace) -> int:
         with _stop_on_signal() as stopping:
             _run_with_progress(indexing, sources, stopping)
             stopped = stopping()
+        knowledge_base.optimise()
         knowledge_base.snapshot()
         counts, progress = knowledge_base.counts(), indexing.progress
     finally:

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,11 @@ DIM = 16
 def unit(count: int, seed: int = 0) -> np.ndarray:
     vectors = np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def nothing(labels: Sequence[int]) -> dict[int, np.ndarray]:
+    """The truth of an index that never asks for it: its graph holds the vectors themselves."""
+    raise AssertionError(labels)
 
 
 def opened(folder: Path, **options: object) -> KnowledgeBase:
@@ -45,7 +51,7 @@ def found(knowledge_base: KnowledgeBase, question: str, vector: np.ndarray | Non
 @pytest.mark.parametrize("flat_limit", [0, 100, 10_000])
 def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
     vectors, queries = unit(2_000), unit(50, seed=1)
-    index = VectorIndex(DIM, flat_limit=flat_limit)
+    index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
     for at in range(0, 2_000, 250):
         index.add(list(range(at, at + 250)), vectors[at : at + 250])
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
@@ -61,7 +67,7 @@ def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
 @pytest.mark.parametrize("flat_limit", [0, 10_000])
 def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_what_there_is(flat_limit: int) -> None:
     vectors = unit(300)
-    index = VectorIndex(DIM, flat_limit=flat_limit)
+    index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
     index.add(list(range(300)), vectors)
     index.delete(list(range(0, 300, 2)))
     [row] = index.search(vectors[:1], 1_000)
@@ -73,7 +79,7 @@ def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_wh
 @pytest.mark.parametrize("bad", [np.full((1, DIM), np.nan, np.float32), np.zeros((1, DIM), np.float32), np.ones((1, DIM + 1), np.float32)])
 def test_a_vector_that_is_none_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"vectors"):
-        VectorIndex(DIM).add([1], bad)
+        VectorIndex(DIM, nothing).add([1], bad)
 
 
 def test_every_mode_finds_what_was_stored_at_once_and_after_a_restart(tmp_path: Path) -> None:

@@ -20,27 +20,40 @@ from numpy.typing import NDArray
 from openbook_server.bundle import Bundle
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge.fusion import Candidates, depth, rank
+from openbook_server.knowledge.graph import EF_CONSTRUCTION
+from openbook_server.knowledge.graph import M as LINKS
+from openbook_server.knowledge.projection import Vectors
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
-from openbook_server.knowledge.vectors import EF_CONSTRUCTION, FLAT_LIMIT, VectorIndex, Vectors
-from openbook_server.knowledge.vectors import M as LINKS
+from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex
 
 log = logging.getLogger(__name__)
 
 _LOCK = "lock"
+_GRAPH_DIMS = "graph_dims"  # the fact under which a knowledge base keeps its setting
 
 
 class KnowledgeBase:
     """Search from one thread, write from another; see `open_knowledge_base`."""
 
-    def __init__(self, folder: Path, *, fingerprint: str, dim: int, create: bool = False, flat_limit: int = FLAT_LIMIT) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fingerprint: str,
+        dim: int,
+        create: bool = False,
+        flat_limit: int = FLAT_LIMIT,
+        graph_dims: int | None = None,
+    ) -> None:
         """Open a knowledge base.
 
         Args:
             fingerprint: of the embedder that will query it.
             dim: of its vectors.
             create: make the folder and an empty knowledge base where there is none.
+            graph_dims: dimensions of what the graph holds, from now on; 0 = as few as the data allow, None = as before (at first 0).
 
         Raises:
             KnowledgeBaseLocked: another process has it open.
@@ -55,37 +68,53 @@ class KnowledgeBase:
         self._lock = _lock(folder)
         try:
             self._store = Store(folder)
-            self.generation = self._check(fingerprint, folder)
+            self._check(fingerprint, folder, graph_dims)
+            self.generation = self._store.meta("generation") or ""
             self._index = self._open_index(flat_limit)
         except BaseException:
             self._lock.close()
             raise
 
-    def _check(self, fingerprint: str, folder: Path) -> str:
+    def _check(self, fingerprint: str, folder: Path, graph_dims: int | None) -> None:
         built_by = self._store.meta("fingerprint")
-        if built_by is None:
-            parameters = f"{fingerprint}/{self._dim}/{LINKS}/{EF_CONSTRUCTION}"
-            generation = "1-" + hashlib.sha256(parameters.encode()).hexdigest()[:12]
-            self._store.initialise({"fingerprint": fingerprint, "dim": str(self._dim), "generation": generation})
-            return generation
-        if built_by != fingerprint:
+        if built_by is not None and built_by != fingerprint:
             raise FingerprintMismatch(
                 f"{folder} was built by embedder {built_by[:12]}, the bundle's is {fingerprint[:12]}; their vectors do not compare. "
                 f"Serve the bundle it was built with, or build a new one: openbook index BUNDLE NEW-FOLDER SOURCES..."
             )
-        return self._store.meta("generation") or ""
+        before = int(self._store.meta(_GRAPH_DIMS) or 0)
+        facts = {_GRAPH_DIMS: str(before if graph_dims is None else graph_dims)}
+        parameters = f"{fingerprint}/{self._dim}/{LINKS}/{EF_CONSTRUCTION}/{facts[_GRAPH_DIMS]}"
+        facts["generation"] = "1-" + hashlib.sha256(parameters.encode()).hexdigest()[:12]
+        if built_by is None:
+            self._store.initialise({"fingerprint": fingerprint, "dim": str(self._dim), **facts})
+        elif graph_dims is not None and graph_dims != before:
+            self._store.record(facts)  # snapshots of the generation before are not used any more
 
     def _open_index(self, flat_limit: int) -> VectorIndex:
         live = self._store.numbers()
         snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._dim, sequence=self._store.sequence())
         self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the newest snapshot goes
-        index = VectorIndex(self._dim, flat_limit=flat_limit, graph=snapshot.graph if snapshot else None, live=live)
+        index = VectorIndex(
+            self._dim,
+            self._vectors,
+            flat_limit=flat_limit,
+            graph_dims=int(self._store.meta(_GRAPH_DIMS) or 0),
+            graph=snapshot.graph if snapshot else None,
+            live=live,
+        )
         missing = sorted(live - index.labels)
         if missing and len(missing) > flat_limit:
             log.info("building the index of %d passages that no snapshot holds", len(missing))
         for numbers, vectors in self._store.vectors(missing, self._dim):
             index.add(numbers, vectors)
+        index.optimise()
         return index
+
+    def _vectors(self, numbers: Sequence[int]) -> dict[int, Vectors]:
+        """Stored vectors of those passages that are stored."""
+        batches = self._store.vectors(numbers, self._dim)
+        return {number: vector for found, vectors in batches for number, vector in zip(found, vectors, strict=True)}
 
     def counts(self) -> Counts:
         return self._store.counts()
@@ -145,6 +174,11 @@ class KnowledgeBase:
         """Passages in the graph; the others are compared exactly."""
         return self._index.graph_rows
 
+    @property
+    def graph_width(self) -> int:
+        """Dimensions of what the graph holds of a passage; 0 = there is no graph."""
+        return self._index.graph_width
+
     def size_bytes(self) -> int:
         """Of the database file."""
         return self._store.path.stat().st_size
@@ -171,6 +205,11 @@ class KnowledgeBase:
             found.append(rank(question, Candidates(dense, words, self._store.passages, self._index.vectors), options))
         return found
 
+    def optimise(self) -> None:
+        """After much was written: put everything into the graph, and build that again where it no longer suits its rows."""
+        self._index.flush()
+        self._index.optimise()
+
     def snapshot(self) -> None:
         """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly.
 
@@ -190,9 +229,10 @@ class KnowledgeBase:
         self._lock.close()
 
 
-def open_knowledge_base(folder: Path, bundle: Bundle, *, create: bool = False) -> KnowledgeBase:
+def open_knowledge_base(folder: Path, bundle: Bundle, *, create: bool = False, graph_dims: int | None = None) -> KnowledgeBase:
     """Open the knowledge base that a bundle's embedder queries; raises as `KnowledgeBase` does."""
-    return KnowledgeBase(folder, fingerprint=bundle.embedder.fingerprint, dim=bundle.embedder.dim, create=create)
+    embedder = bundle.embedder
+    return KnowledgeBase(folder, fingerprint=embedder.fingerprint, dim=embedder.dim, create=create, graph_dims=graph_dims)
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -1,8 +1,8 @@
 """Snapshots of the graph: written aside, checked, then named; never loaded unless their digest matches.
 
-`index-<generation>-<sequence>.hnsw` holds the graph as of a sequence number of the store, `….json` beside it the size,
-the digest and that number; it is written last, so a graph without it is a torn snapshot. A damaged graph can crash
-hnswlib, so nothing is loaded before its sha256 matches.
+`index-<generation>-<sequence>.hnsw` holds the graph as of a sequence number of the store, `….npy` beside it the projection
+of its vectors, where they have one, and `….json` sizes, digests and that number; it is written last, so a graph without it
+is a torn snapshot. A damaged graph can crash hnswlib, so nothing is loaded before its sha256 matches.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import hnswlib
+import numpy as np
 
+from openbook_server.knowledge.graph import Graph
+from openbook_server.knowledge.projection import Projection
 from openbook_server.knowledge.vectors import VectorIndex
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ log = logging.getLogger(__name__)
 class Snapshot:
     """A graph that was loaded, and up to where the store is in it."""
 
-    graph: hnswlib.Index
+    graph: Graph
     sequence: int
 
 
@@ -38,18 +41,20 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
     file = folder / f"index-{generation}-{sequence}.hnsw"
     aside = file.with_suffix(".new")
     try:
-        labels = index.save_graph(aside)
-        if aside.stat().st_size <= index.dim * 4 * len(labels):  # save_index does not report a full disk
+        graph = index.save_graph(aside)
+        rows = len(graph.live)
+        if aside.stat().st_size <= graph.width * 4 * rows:  # save_index does not report a full disk
             raise OSError(f"{aside} was written only in part; is the disk full?")
-        header = {"generation": generation, "sequence": sequence, "dim": index.dim, "rows": len(labels)}
+        header = {"generation": generation, "sequence": sequence, "dim": index.dim, "rows": rows}
         header |= {"bytes": aside.stat().st_size, "sha256": _digest(aside)}
-        _sync(aside)
-        aside.replace(file)
-        note = file.with_suffix(".json.new")
-        note.write_text(json.dumps(header))
-        _sync(note)
-        note.replace(file.with_suffix(".json"))
-        _sync(folder)
+        _publish(aside, file)
+        if graph.projection is not None:
+            with aside.open("wb") as stream:
+                np.save(stream, graph.projection.matrix)
+            header["projection"] = {"sha256": _digest(aside), "lost": graph.projection.lost}
+            _publish(aside, file.with_suffix(".npy"))
+        aside.write_text(json.dumps(header))
+        _publish(aside, file.with_suffix(".json"))
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
         raise OSError(f"the index snapshot could not be saved in {folder}: {error}") from error
@@ -75,16 +80,14 @@ def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> 
         if problem:
             log.warning("index snapshot %s is not used: %s", file.name, problem)
             continue
-        graph = hnswlib.Index("ip", dim)
-        graph.load_index(str(file), max_elements=2 * header["rows"] + 1_000)
-        return Snapshot(graph, header["sequence"])
+        return Snapshot(Graph.load(file, dim, _projection(file, header), rows=header["rows"]), header["sequence"])
     return None
 
 
-def _problem(file: Path, header: dict[str, object], generation: str, dim: int, sequence: int) -> str | None:
+def _problem(file: Path, header: dict[str, Any], generation: str, dim: int, sequence: int) -> str | None:
     if (header["generation"], header["dim"]) != (generation, dim):
         return "it belongs to another generation"
-    if int(str(header["sequence"])) > sequence:
+    if header["sequence"] > sequence:
         return f"it is of sequence {header['sequence']}, the store is at {sequence}"
     if not file.is_file():
         return "the graph is missing"
@@ -92,7 +95,25 @@ def _problem(file: Path, header: dict[str, object], generation: str, dim: int, s
         return f"{file.stat().st_size} bytes, expected {header['bytes']}"
     if _digest(file) != header["sha256"]:
         return "its sha256 does not match"
+    if "projection" in header:
+        matrix = file.with_suffix(".npy")
+        if not matrix.is_file() or _digest(matrix) != header["projection"]["sha256"]:
+            return "its projection is missing or damaged"
     return None
+
+
+def _projection(file: Path, header: dict[str, Any]) -> Projection | None:
+    """Of a snapshot that was checked."""
+    if "projection" not in header:
+        return None
+    return Projection(np.load(file.with_suffix(".npy"), allow_pickle=False), header["projection"]["lost"])
+
+
+def _publish(aside: Path, file: Path) -> None:
+    """Give a finished file its name, durably."""
+    _sync(aside)
+    aside.replace(file)
+    _sync(file.parent)
 
 
 def _digest(file: Path) -> str:

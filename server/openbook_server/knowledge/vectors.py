@@ -1,67 +1,86 @@
-"""Nearest vectors: an hnswlib graph for the many, an exact scan for the fresh and the few.
+"""Nearest vectors: an exact scan of the fresh and the few, a graph that proposes candidates for the many.
 
 New rows go into a flat buffer that is scanned exactly; once it holds more than `flat_limit` rows they move into the
-graph. A small knowledge base therefore is all buffer: exact, and without any graph to build or load. hnswlib must never
-search while it adds, so one lock guards both; adding takes it chunk by chunk, and only when no search waits.
+graph. A small knowledge base therefore is all buffer: exact, and without any graph to build or load. Where the graph holds
+shadows (see `projection`), what it proposes is compared by the vectors themselves, which the store keeps: scores are always
+exact. One lock guards buffer and graph; adding takes it chunk by chunk, and only when no search waits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import hnswlib
 import numpy as np
 from numpy.typing import NDArray
 
-M = 16  # links a row and layer
-EF_CONSTRUCTION = 100
-EF = 64  # candidates kept while searching, unless a request says otherwise; recall 0.99 and more at 100k rows
-FLAT_LIMIT = 10_000  # rows that are scanned exactly: about 0.5 ms on one core at 384 dimensions
-SCAN_LIMIT = 5_000  # rows that a filter allows and that are scanned exactly rather than searched for
-_CHUNK = 64  # rows added at a time: what a search may have to wait for, about 40 ms on one core
-_SEED = 42
+from openbook_server.knowledge.graph import Graph
+from openbook_server.knowledge.projection import Vectors, learn
 
-Vectors = NDArray[np.float32]
+log = logging.getLogger(__name__)
+
+FLAT_LIMIT = 10_000  # rows that are scanned exactly: about 0.5 ms on one core at 384 dimensions
+SCAN_LIMIT = 5_000  # rows that a filter allows and that are scanned one by one rather than searched for
+_CHUNK = 64  # rows added at a time: what a search may have to wait for, about 40 ms on one core
+_REBUILT_AT_ONCE = 1_000  # rows added to a graph that nobody searches yet
+_SAMPLE = 10_000  # rows that a projection is learned from
+_CHECKED = 1_000  # rows that tell whether it still fits
+_GROWTH = 1.25  # how much a graph grows before that is asked again
+
+Truth = Callable[[Sequence[int]], Mapping[int, Vectors]]
 
 
 class VectorIndex:
     """Labels with unit vectors; thread-safe."""
 
     def __init__(
-        self, dim: int, *, flat_limit: int = FLAT_LIMIT, graph: hnswlib.Index | None = None, live: frozenset[int] = frozenset()
+        self,
+        dim: int,
+        truth: Truth,
+        *,
+        flat_limit: int = FLAT_LIMIT,
+        graph_dims: int = 0,
+        graph: Graph | None = None,
+        live: frozenset[int] = frozenset(),
     ) -> None:
-        """`graph`, where given, was loaded from a verified snapshot; its rows that are not `live` are deleted ones."""
-        self.dim, self._flat_limit = dim, flat_limit
+        """Args:
+        truth: loads the vectors of those labels that are stored.
+        graph_dims: dimensions of what the graph holds; 0 = as few as the data allow.
+        graph: loaded from a verified snapshot; its rows that are not `live` are deleted ones.
+        """
+        self.dim, self._truth, self._flat_limit, self._graph_dims = dim, truth, flat_limit, graph_dims
         self._lock = threading.Lock()
         self._searches = 0  # running or waiting
         self._idle = threading.Condition()  # no search runs or waits
         self._graph = graph
-        loaded = frozenset(graph.get_ids_list()) if graph is not None else frozenset()
-        self._in_graph: set[int] = set(loaded & live)
-        self._deleted = len(loaded - live)  # rows of the graph that are marked deleted
+        self._checked_rows = len(graph.live) if graph else 0  # of the graph, when it was last asked whether it is fit
         if graph is not None:
-            for label in loaded - live:
-                with contextlib.suppress(RuntimeError):  # marked already when the snapshot was taken
-                    graph.mark_deleted(label)
+            graph.keep(live)
         self._flat: dict[int, Vectors] = {}
         self._scan: tuple[NDArray[np.int64], Vectors] | None = None  # the buffer as arrays, built when first searched
 
     def __len__(self) -> int:
-        return len(self._in_graph) + len(self._flat)
+        return self.graph_rows + len(self._flat)
 
     @property
     def labels(self) -> frozenset[int]:
         """Every live row."""
         with self._lock:
-            return frozenset(self._in_graph) | self._flat.keys()
+            return frozenset(self._graph.live if self._graph else ()) | self._flat.keys()
 
     @property
     def graph_rows(self) -> int:
         """Live rows that the graph holds; 0 = there is no graph to save."""
-        return len(self._in_graph)
+        return len(self._graph.live) if self._graph else 0
+
+    @property
+    def graph_width(self) -> int:
+        """Dimensions of what the graph holds; 0 = there is none."""
+        return self._graph.width if self._graph else 0
 
     def add(self, labels: Sequence[int], vectors: Vectors) -> None:
         """Make rows searchable at once.
@@ -79,6 +98,8 @@ class VectorIndex:
             self._scan = None
         if len(self._flat) > self._flat_limit:
             self._move_to_graph()
+            if self.graph_rows > _GROWTH * self._checked_rows:
+                self.optimise()
 
     def check(self, vectors: Vectors, rows: int) -> None:
         """Raises ValueError for vectors that `add` would not take."""
@@ -91,10 +112,8 @@ class VectorIndex:
         """Take rows out of every later search; unknown labels are ignored."""
         with self._lock:
             for label in labels:
-                if label in self._in_graph and self._graph is not None:
-                    self._graph.mark_deleted(label)
-                    self._in_graph.discard(label)
-                    self._deleted += 1
+                if self._graph is not None and label in self._graph.live:
+                    self._graph.delete(label)
                 elif self._flat.pop(label, None) is not None:
                     self._scan = None
 
@@ -110,76 +129,114 @@ class VectorIndex:
         if allowed is not None:
             return self._search_among(queries, k, allowed, ef)
         with self._first(), self._lock:
-            found: list[dict[int, float]] = [{} for _ in queries]
-            if self._graph is not None and self._in_graph:
-                found = self._search_graph(self._graph, queries, k, max(ef or EF, k))
+            graph = self._graph
+            proposed: list[dict[int, float]] = [{} for _ in queries] if graph is None else graph.candidates(queries, k, ef)
             labels, vectors = self._buffer()
-        if len(labels):
-            scores = queries @ vectors.T
-            depth = min(k, len(labels))
-            for row, best in enumerate(np.argpartition(-scores, depth - 1, axis=1)[:, :depth]):
-                found[row].update(zip(labels[best].tolist(), scores[row, best].tolist(), strict=True))
-        return [dict(sorted(row.items(), key=lambda item: (-item[1], item[0]))[:k]) for row in found]
+        found = proposed if graph is None or graph.projection is None else self._rescored(queries, proposed)
+        _add_nearest(found, queries, labels, vectors, k)
+        return [_best(row, k) for row in found]
 
     def _search_among(self, queries: Vectors, k: int, allowed: frozenset[int], ef: int | None) -> list[dict[int, float]]:
-        """Few rows are scanned exactly; of many, so many neighbours are searched that k of them should be allowed ones, and
-        where they are not, the rows are scanned after all. (A filter function inside hnswlib costs a hundred times as much.)
+        """Few rows are compared one by one; of many, so many neighbours are searched that k of them should be allowed ones, and
+        where they are not, the rows are compared after all. (A filter function inside hnswlib costs a hundred times as much.)
         """
         if len(allowed) > SCAN_LIMIT:
             width = min(len(self), int(1.5 * k * len(self) / len(allowed)) + 10)
             found = [{label: score for label, score in row.items() if label in allowed} for row in self.search(queries, width, ef=ef)]
             if all(len(row) >= k for row in found):
-                return [dict(list(row.items())[:k]) for row in found]
-        stored = self.vectors(sorted(allowed))
-        if not stored:
-            return [{} for _ in queries]
-        labels = np.fromiter(stored, np.int64, len(stored))
-        scores = queries @ np.stack(list(stored.values())).T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [dict(zip(labels[best].tolist(), scores[row, best].tolist(), strict=True)) for row, best in enumerate(order)]
+                return [_best(row, k) for row in found]
+        with self._first(), self._lock:
+            graph = self._graph
+            inside = sorted(allowed & graph.live) if graph is not None else []
+            proposed = graph.among(queries, inside, k) if graph is not None else [{} for _ in queries]
+            fresh = sorted(allowed & self._flat.keys())
+            vectors = np.array([self._flat[label] for label in fresh], np.float32).reshape(len(fresh), self.dim)
+        found = proposed if graph is None or graph.projection is None else self._rescored(queries, proposed)
+        _add_nearest(found, queries, np.array(fresh, np.int64), vectors, k)
+        return [_best(row, k) for row in found]
+
+    def _rescored(self, queries: Vectors, proposed: Sequence[Mapping[int, float]]) -> list[dict[int, float]]:
+        """The same rows by their own vectors; those deleted meanwhile are left out."""
+        stored = self._truth(sorted({label for row in proposed for label in row}))
+        found = []
+        for query, row in zip(queries, proposed, strict=True):
+            labels = [label for label in row if label in stored]
+            rows = np.array([stored[label] for label in labels], np.float32).reshape(len(labels), self.dim)
+            found.append(dict(zip(labels, (rows @ query).tolist(), strict=True)))
+        return found
 
     def vectors(self, labels: Sequence[int]) -> dict[int, Vectors]:
-        """Stored vectors of those labels that are live."""
+        """Vectors of those labels that are live."""
         with self._first(), self._lock:
             found = {label: self._flat[label] for label in labels if label in self._flat}
-            stored = [label for label in labels if label in self._in_graph]
-            if stored and self._graph is not None:
-                found.update(zip(stored, self._graph.get_items(stored), strict=True))
-            return found
+            inside = [label for label in labels if self._graph is not None and label in self._graph.live]
+            if inside and self._graph is not None and self._graph.projection is None:
+                return found | dict(zip(inside, self._graph.stored(inside), strict=True))
+        return found | dict(self._truth(inside)) if inside else found
 
-    def save_graph(self, file: Path) -> list[int]:
-        """Write the graph to `file`; returns the labels it holds alive. hnswlib reports no error: check what it wrote."""
+    def save_graph(self, file: Path) -> Graph:
+        """Write the graph to `file`, and return it. hnswlib reports no error: check what it wrote."""
         with self._lock:
             if self._graph is None:
                 raise ValueError("there is no graph to save")
-            self._graph.save_index(str(file))
-            return sorted(self._in_graph)
+            self._graph.save(file)
+            return self._graph
 
     def flush(self) -> None:
         """Move the buffer into the graph, where there is one or the buffer is large enough for one."""
         if self._graph is not None or len(self._flat) > self._flat_limit:
             self._move_to_graph()
 
+    def optimise(self) -> None:
+        """Build the graph again where it no longer suits its rows: more are deleted than alive, or they have become others than
+        those that its projection was learned from. Searches go on meanwhile."""
+        if self._graph is None:
+            return
+        self._checked_rows = len(self._graph.live)
+        if self._graph.deleted > len(self._graph.live):
+            self._rebuild("most of its rows are deleted")
+        elif self._graph.projection is not None and not self._graph.projection.fits(self._sample(_CHECKED)):
+            self._rebuild("its rows have become others than its projection was made for")
+
+    def _sample(self, rows: int) -> Vectors:
+        """Vectors of some rows: of the buffer before there is a graph, then of the graph."""
+        labels = sorted(self._graph.live if self._graph else self._flat)
+        chosen = random.Random(0).sample(labels, min(rows, len(labels)))
+        if self._graph is None:
+            return np.array([self._flat[label] for label in chosen], np.float32)
+        return np.array(list(self._truth(chosen).values()), np.float32)
+
+    def _rebuild(self, reason: str) -> None:
+        """Only the thread that adds and deletes comes here, so rows stay as they are."""
+        assert self._graph is not None  # noqa: S101
+        labels = sorted(self._graph.live)
+        log.info("building the graph of %d passages again: %s", len(labels), reason)
+        graph = Graph(self.dim, learn(self._sample(_SAMPLE), self._graph_dims), capacity=2 * len(labels) + 1)
+        for at in range(0, len(labels), _REBUILT_AT_ONCE):
+            self._wait_for_searches()
+            stored = self._truth(labels[at : at + _REBUILT_AT_ONCE])
+            graph.add(list(stored), np.array(list(stored.values()), np.float32))
+        with self._lock:
+            self._graph = graph
+
     def _move_to_graph(self) -> None:
         if self._graph is None:
-            self._graph = hnswlib.Index("ip", self.dim)
-            self._graph.init_index(max_elements=2 * len(self._flat), M=M, ef_construction=EF_CONSTRUCTION, random_seed=_SEED)
+            self._graph = Graph(self.dim, learn(self._sample(_SAMPLE), self._graph_dims), capacity=2 * len(self._flat))
+            self._checked_rows = len(self._flat)
         waiting = list(self._flat)
         for at in range(0, len(waiting), _CHUNK):
-            with self._idle:
-                self._idle.wait_for(lambda: not self._searches)
+            self._wait_for_searches()
             with self._lock:
                 labels = [label for label in waiting[at : at + _CHUNK] if label in self._flat]
-                if not labels:
-                    continue
-                needed = self._graph.get_current_count() + len(labels)
-                if needed > self._graph.get_max_elements():
-                    self._graph.resize_index(max(needed, 2 * self._graph.get_max_elements()))
-                self._graph.add_items(np.array([self._flat[label] for label in labels]), labels)
+                if labels:
+                    self._graph.add(labels, np.array([self._flat[label] for label in labels]))
                 for label in labels:
                     del self._flat[label]
-                self._in_graph.update(labels)
                 self._scan = None
+
+    def _wait_for_searches(self) -> None:
+        with self._idle:
+            self._idle.wait_for(lambda: not self._searches)
 
     @contextlib.contextmanager
     def _first(self) -> Iterator[None]:
@@ -193,28 +250,22 @@ class VectorIndex:
                 self._searches -= 1
                 self._idle.notify_all()
 
-    def _search_graph(self, graph: hnswlib.Index, queries: Vectors, k: int, ef: int) -> list[dict[int, float]]:
-        k = min(k, len(self._in_graph))
-        # Deleted rows take up candidates too; asking for all of them is the last resort before asking for fewer.
-        for width in (ef, min(2 * (ef + self._deleted), graph.get_current_count())):
-            graph.set_ef(max(width, k))
-            try:
-                labels, distances = graph.knn_query(queries, k=k)
-            except RuntimeError:  # fewer than k rows reached
-                continue
-            return [dict(zip(a.tolist(), (1 - b).tolist(), strict=True)) for a, b in zip(labels, distances, strict=True)]
-        return self._search_all(graph, queries, k)
-
-    def _search_all(self, graph: hnswlib.Index, queries: Vectors, k: int) -> list[dict[int, float]]:
-        """Exact scan of the graph's rows: for a graph whose links no longer reach k live rows."""
-        labels = sorted(self._in_graph)
-        scores = queries @ np.array(graph.get_items(labels), np.float32).T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [{labels[at]: float(scores[row, at]) for at in best} for row, best in enumerate(order)]
-
     def _buffer(self) -> tuple[NDArray[np.int64], Vectors]:
         if self._scan is None:
             labels = np.fromiter(self._flat, np.int64, len(self._flat))
             vectors = np.array(list(self._flat.values()), np.float32) if self._flat else np.empty((0, self.dim), np.float32)
             self._scan = labels, vectors
         return self._scan
+
+
+def _add_nearest(found: Sequence[dict[int, float]], queries: Vectors, labels: NDArray[np.int64], vectors: Vectors, k: int) -> None:
+    """Add to each query's rows the k nearest of these."""
+    if len(labels):
+        scores = queries @ vectors.T
+        depth = min(k, len(labels))
+        for row, best in enumerate(np.argpartition(-scores, depth - 1, axis=1)[:, :depth]):
+            found[row].update(zip(labels[best].tolist(), scores[row, best].tolist(), strict=True))
+
+
+def _best(row: Mapping[int, float], k: int) -> dict[int, float]:
+    return dict(sorted(row.items(), key=lambda item: (-item[1], item[0]))[:k])

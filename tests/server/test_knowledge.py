@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -210,57 +207,3 @@ def test_a_missing_a_newer_and_a_damaged_store_are_refused_with_the_way_out(tmp_
     (tmp_path / "kb" / FILE).write_bytes(b"not a database" * 1_000)
     with pytest.raises(KnowledgeBaseDamaged, match=r"recover"):
         opened(tmp_path / "kb")
-
-
-WRITER = """
-import sys, numpy as np
-sys.path[:0] = {path!r}
-from openbook_server.knowledge import Document, KnowledgeBase, Passage
-kb = KnowledgeBase(__import__("pathlib").Path({folder!r}), fingerprint="f" * 64, dim=16, create=True, flat_limit=20)
-number = int(sys.argv[1])
-while True:
-    ids = [f"d{{number + n}}" for n in range(3)]
-    rng = np.random.default_rng(number)
-    vectors = rng.normal(size=(3, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    documents = [(Document(id=i, text="w" + i), "d") for i in ids]
-    kb.replace_documents(documents, [Passage(id=i + "#0", document_id=i, text="w" + i, start=0) for i in ids], vectors)
-    print(number, flush=True)
-    number += 3
-    if number % 60 == 0:
-        kb.snapshot()
-"""
-
-
-def kill_loop(folder: Path, kills: int) -> None:
-    """Kill a writer at random points, again and again; nothing it acknowledged may be missing at the next start."""
-    rng = random.Random(kills)
-    script = WRITER.format(path=sys.path, folder=str(folder))
-    acknowledged: list[int] = []
-    for _ in range(kills):
-        begin = acknowledged[-1] + 3 if acknowledged else 0
-        writer = subprocess.Popen([sys.executable, "-c", script, str(begin)], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        for _ in range(rng.randrange(1, 60)):
-            acknowledged.append(int(writer.stdout.readline()))
-        writer.kill()
-        acknowledged += [int(line) for line in writer.stdout.read().splitlines()]
-        writer.stdout.close()
-        writer.wait()
-        knowledge_base = opened(folder, flat_limit=20)
-        for first in (acknowledged[0], acknowledged[-1], rng.choice(acknowledged)):
-            for number in range(first, first + 3):
-                assert found(knowledge_base, f"wd{number}", None, "lexical") == [f"d{number}"]
-        counts = knowledge_base.counts()
-        assert counts.documents == counts.passages >= 3 * len(acknowledged)
-        assert len(found(knowledge_base, "", unit(1)[0], "dense", top_k=100_000)) == counts.passages
-        knowledge_base.close()
-
-
-def test_an_acknowledged_write_survives_a_kill(tmp_path: Path) -> None:
-    kill_loop(tmp_path / "kb", 12)
-
-
-@pytest.mark.slow
-def test_acknowledged_writes_survive_hundreds_of_kills(tmp_path: Path) -> None:
-    kill_loop(tmp_path / "kb", 300)

@@ -69,8 +69,7 @@ def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> 
     Args:
         sequence: of the store; a snapshot past it belongs to another history (a restored backup, say).
     """
-    notes = sorted(folder.glob(f"index-{generation}-*.json"), key=lambda note: note.stat().st_mtime, reverse=True)
-    for note in notes:
+    for note in sorted(folder.glob(f"index-{generation}-*.json"), key=_sequence, reverse=True):  # never by time: clocks go backwards
         file = note.with_suffix(".hnsw")
         try:
             header = json.loads(note.read_text())
@@ -82,6 +81,11 @@ def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> 
             continue
         return Snapshot(Graph.load(file, dim, _projection(file, header), rows=header["rows"]), header["sequence"])
     return None
+
+
+def _sequence(note: Path) -> int:
+    number = note.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _problem(file: Path, header: dict[str, Any], generation: str, dim: int, sequence: int) -> str | None:

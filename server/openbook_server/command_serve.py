@@ -29,6 +29,8 @@ _FLAGS = {
     "default_deadline_seconds": "for callers that set no deadline",
     "drain_seconds": "after SIGTERM, time for requests in flight",
     "writable": "take writes (KnowledgeBase service) although --host lets other machines in; there is no authentication",
+    "recall_share": "of the dense searches, made again exactly in the background to know their recall; 0 = none",
+    "recall_target": "recall@10 that the index's candidates (ef) are adapted to hold",
     "metrics_port": "Prometheus metrics over HTTP on the same host; 0 = off",
 }
 

@@ -27,12 +27,16 @@ class ServerConfig:
     max_deadline_seconds: float = 600.0  # a longer one counts as this
     drain_seconds: float = 20.0  # after SIGTERM, time for requests in flight
     writable: bool = False  # take writes although `host` lets other machines in; on a loopback address they are always taken
+    recall_share: float = 0.01  # of the dense searches, made again exactly in the background to know their recall; 0 = none
+    recall_target: float = 0.99  # recall@10 that the index's ef is moved to hold
     metrics_port: int = 0  # Prometheus over HTTP on the same host; 0 = off
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("port", 0, 65_535),
             ("metrics_port", 0, 65_535),
+            ("recall_share", 0, 1),
+            ("recall_target", 0, 1),
             ("threads", 0, 1_024),
             ("max_batch_tokens", 512, 1 << 20),
             ("max_queued", 1, 1 << 20),

@@ -94,7 +94,7 @@ class KnowledgeService:
     async def describe(
         self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], deadline: float, timings: Timings
     ) -> kb.DescribeKnowledgeBaseResponse:
-        counts = self._knowledge_base.counts()
+        counts, recall = self._knowledge_base.counts(), self._knowledge_base.recall
         return kb.DescribeKnowledgeBaseResponse(
             generation=self._knowledge_base.generation,
             embedder_fingerprint=self._bundle.embedder.fingerprint,
@@ -104,6 +104,9 @@ class KnowledgeService:
             graph_passages=self._knowledge_base.graph_rows,
             bytes=self._knowledge_base.size_bytes(),
             writable=self._writer is not None,
+            graph_dims=self._knowledge_base.graph_width,
+            ef=self._knowledge_base.ef,
+            recall=kb.Recall(mean=recall.mean, low=recall.low, high=recall.high, samples=recall.samples) if recall else None,
         )
 
     async def snapshot(self, parsed: Parsed[kb.SnapshotRequest], deadline: float, timings: Timings) -> kb.SnapshotResponse:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 if TYPE_CHECKING:
     from openbook_server.engine import Engine
+    from openbook_server.knowledge import KnowledgeBase
     from openbook_server.pipeline import Timings
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -39,6 +42,20 @@ class Metrics:
         self._batch_rows.labels(graph).observe(rows)
         self._batch_tokens.labels(graph).inc(tokens)
         self._batch_seconds.labels(graph).inc(seconds)
+
+    def observe_knowledge(self, knowledge_base: KnowledgeBase) -> None:
+        """Report on a knowledge base whenever a scrape asks."""
+
+        def recall(bound: str) -> float:
+            found = knowledge_base.recall
+            return float(getattr(found, bound)) if found is not None else math.nan
+
+        gauge = Gauge("openbook_recall", "Recall@10 of dense searches, 95 % interval", ["bound"], registry=self.registry)
+        for bound in ("mean", "low", "high"):
+            gauge.labels(bound).set_function(functools.partial(recall, bound))
+        samples = Gauge("openbook_recall_samples", "Searches that the recall is of", registry=self.registry)
+        samples.set_function(lambda: float(found.samples) if (found := knowledge_base.recall) else 0.0)
+        Gauge("openbook_ef", "Candidates a dense search keeps", registry=self.registry).set_function(lambda: knowledge_base.ef)
 
     def serve(self, engine: Engine, host: str, port: int) -> None:
         """Answer scrapes on http://host:port/metrics from a thread of its own.

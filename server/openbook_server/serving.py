@@ -78,6 +78,9 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
         pipeline = Pipeline(loaded.bundle, encoder, engine, loaded.knowledge_base)
         writer = _writer(loaded, engine, config)
         try:
+            if loaded.knowledge_base is not None:
+                loaded.knowledge_base.watch(share=config.recall_share, target=config.recall_target)
+                metrics.observe_knowledge(loaded.knowledge_base)
             if config.metrics_port:
                 _serve_metrics(metrics, engine, config)
             service = Service(loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline)

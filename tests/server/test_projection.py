@@ -97,9 +97,9 @@ def test_places_of_deleted_rows_are_used_again_and_a_graph_of_mostly_deleted_row
         graph.delete(label)
     graph.add(list(range(1_000, 1_080)), vectors[1_000:1_080])
     assert (graph._index.get_current_count(), graph.deleted, len(graph.live)) == (300, 20, 280)
-    [found] = graph.candidates(vectors[1_005:1_006], 1, None)
+    [found] = graph.candidates(vectors[1_005:1_006], 1, 64)
     assert list(found) == [1_005]
-    assert set(graph.candidates(vectors[:1], 280, None)[0]) == graph.live
+    assert set(graph.candidates(vectors[:1], 280, 64)[0]) == graph.live
     index = index_of(vectors)
     index.add(list(range(2_000)), vectors)
     index.delete(list(range(1_500)))

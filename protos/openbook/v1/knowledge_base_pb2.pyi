@@ -455,6 +455,9 @@ class DescribeKnowledgeBaseResponse(_message.Message):
     GRAPH_PASSAGES_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     WRITABLE_FIELD_NUMBER: _builtins.int
+    GRAPH_DIMS_FIELD_NUMBER: _builtins.int
+    EF_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     generation: _builtins.str
     embedder_fingerprint: _builtins.str
     documents: _builtins.int
@@ -467,6 +470,14 @@ class DescribeKnowledgeBaseResponse(_message.Message):
     """of the database file"""
     writable: _builtins.bool
     """whether this server takes writes"""
+    graph_dims: _builtins.int
+    """dimensions that the graph holds of a vector; candidates are compared by the whole ones"""
+    ef: _builtins.int
+    """candidates that a dense search keeps; follows the recall below"""
+    @_builtins.property
+    def recall(self) -> Global___Recall:
+        """of the dense searches that were made; absent until some were looked at"""
+
     def __init__(
         self,
         *,
@@ -478,14 +489,47 @@ class DescribeKnowledgeBaseResponse(_message.Message):
         graph_passages: _builtins.int = ...,
         bytes: _builtins.int = ...,
         writable: _builtins.bool = ...,
+        graph_dims: _builtins.int = ...,
+        ef: _builtins.int = ...,
+        recall: Global___Recall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["recall", b"recall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "documents", b"documents", "embedder_fingerprint", b"embedder_fingerprint", "generation", b"generation", "graph_passages", b"graph_passages", "passages", b"passages", "sequence", b"sequence", "writable", b"writable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "documents", b"documents", "ef", b"ef", "embedder_fingerprint", b"embedder_fingerprint", "generation", b"generation", "graph_dims", b"graph_dims", "graph_passages", b"graph_passages", "passages", b"passages", "recall", b"recall", "sequence", b"sequence", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeKnowledgeBaseResponse: _TypeAlias = DescribeKnowledgeBaseResponse  # noqa: Y015
+
+@_typing.final
+class Recall(_message.Message):
+    """Recall@10 of the dense searches that users made, against exact ones made again in the background; a 95 % interval."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    mean: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    samples: _builtins.int
+    def __init__(
+        self,
+        *,
+        mean: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        samples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "mean", b"mean", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recall: _TypeAlias = Recall  # noqa: Y015
 
 @_typing.final
 class SnapshotRequest(_message.Message):

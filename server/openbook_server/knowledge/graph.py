@@ -17,7 +17,7 @@ from openbook_server.knowledge.projection import Projection, Vectors
 
 M = 16  # links a row and layer
 EF_CONSTRUCTION = 100
-EF = 64  # candidates kept while searching, unless a request says otherwise; recall 0.99 and more at 100k rows
+EF = 64  # candidates kept while searching, at first; recall 0.99 and more at 100k rows
 RESCORED = 100  # candidates a shadow graph proposes, at least; their stored vectors decide
 _SEED = 42
 
@@ -69,13 +69,13 @@ class Graph:
         self.live.discard(label)
         self.deleted += 1
 
-    def candidates(self, queries: Vectors, k: int, ef: int | None) -> list[dict[int, float]]:
+    def candidates(self, queries: Vectors, k: int, ef: int) -> list[dict[int, float]]:
         """For each query label -> inner product, of shadows where it holds those, of at least k rows (fewer where there are fewer)."""
         if not self.live:
             return [{} for _ in queries]
         if self.projection is not None:
-            queries, k = self.projection(queries), max(k, RESCORED, ef or 0)
-        k, ef = min(k, len(self.live)), max(ef or EF, k)
+            queries, k = self.projection(queries), max(k, RESCORED, ef)
+        k, ef = min(k, len(self.live)), max(ef, k)
         # Deleted rows take up candidates too; asking for all of them is the last resort before looking at every row.
         for width in (ef, min(2 * (ef + self.deleted), self._index.get_current_count())):
             self._index.set_ef(max(width, k))

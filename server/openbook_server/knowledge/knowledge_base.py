@@ -27,6 +27,7 @@ from openbook_server.knowledge.records import Counts, Document, Hit, Passage, Se
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex
+from openbook_server.knowledge.watch import Recall, RecallWatch
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class KnowledgeBase:
             self._check(fingerprint, folder, graph_dims)
             self.generation = self._store.meta("generation") or ""
             self._index = self._open_index(flat_limit)
+            self._watch: RecallWatch | None = None
         except BaseException:
             self._lock.close()
             raise
@@ -195,7 +197,10 @@ class KnowledgeBase:
         if options.mode != "lexical":
             if vectors is None:
                 raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
+            horizon = self._store.last_number()
             nearest = self._index.search(vectors, wanted, ef=options.ef, allowed=allowed)
+            if self._watch is not None and allowed is None and options.ef is None and self._index.graph_rows:
+                self._watch.offer(vectors, nearest, horizon)
         found = []
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
             words = self._store.search_words(question, wanted, allowed) if options.mode != "dense" else {}
@@ -204,6 +209,21 @@ class KnowledgeBase:
                 dense = dense | {number: float(np.dot(row, vectors[at])) for number, row in stored.items()}
             found.append(rank(question, Candidates(dense, words, self._store.passages, self._index.vectors), options))
         return found
+
+    def watch(self, *, share: float, target: float) -> None:
+        """From now on make a share of the dense searches again exactly, in the background, and let `ef` hold a target recall@10."""
+        if share and self._watch is None:
+            self._watch = RecallWatch(self._index, share=share, target=target)
+
+    @property
+    def recall(self) -> Recall | None:
+        """What the watch found; None where it has found nothing yet, or there is none."""
+        return self._watch.recall() if self._watch is not None else None
+
+    @property
+    def ef(self) -> int:
+        """Candidates that a dense search keeps, unless it names a number."""
+        return self._index.ef
 
     def optimise(self) -> None:
         """After much was written: put everything into the graph, and build that again where it no longer suits its rows."""
@@ -225,6 +245,8 @@ class KnowledgeBase:
         self._saved = sequence
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         self._store.close()
         self._lock.close()
 

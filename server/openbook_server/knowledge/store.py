@@ -212,6 +212,12 @@ class Store:
         with self._explained():
             return frozenset(number for (number,) in self._reader.execute("SELECT number FROM passages"))
 
+    def last_number(self) -> int:
+        """Of the passage stored last; later ones have higher numbers."""
+        with self._explained():
+            [number] = self._reader.execute("SELECT max(number) FROM passages").fetchone()
+        return int(number or 0)
+
     def vectors(self, numbers: Sequence[int], dim: int, batch: int = _ROWS_AT_ONCE) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """Stored vectors, `batch` rows at a time."""
         for at in range(0, len(numbers), batch):

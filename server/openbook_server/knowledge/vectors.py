@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.knowledge.graph import Graph
+from openbook_server.knowledge.graph import EF, Graph
 from openbook_server.knowledge.projection import Vectors, learn
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FLAT_LIMIT = 10_000  # rows that are scanned exactly: about 0.5 ms on one core at 384 dimensions
 SCAN_LIMIT = 5_000  # rows that a filter allows and that are scanned one by one rather than searched for
 _CHUNK = 64  # rows added at a time: what a search may have to wait for, about 40 ms on one core
-_REBUILT_AT_ONCE = 1_000  # rows added to a graph that nobody searches yet
+_ROWS_AT_ONCE = 1_000  # of a graph that nobody searches yet, or of all rows
 _SAMPLE = 10_000  # rows that a projection is learned from
 _CHECKED = 1_000  # rows that tell whether it still fits
 _GROWTH = 1.25  # how much a graph grows before that is asked again
@@ -56,6 +56,7 @@ class VectorIndex:
         self._lock = threading.Lock()
         self._searches = 0  # running or waiting
         self._idle = threading.Condition()  # no search runs or waits
+        self.ef = EF  # of searches that name none
         self._graph = graph
         self._checked_rows = len(graph.live) if graph else 0  # of the graph, when it was last asked whether it is fit
         if graph is not None:
@@ -123,14 +124,14 @@ class VectorIndex:
         Args:
             queries: (batch, dim) unit vectors.
             k: rows a query, fewer where the index is smaller.
-            ef: candidates the graph keeps; at least k is used.
+            ef: candidates the graph keeps, by default `self.ef`; at least k is used.
             allowed: only these rows; None = all.
         """
         if allowed is not None:
             return self._search_among(queries, k, allowed, ef)
         with self._first(), self._lock:
             graph = self._graph
-            proposed: list[dict[int, float]] = [{} for _ in queries] if graph is None else graph.candidates(queries, k, ef)
+            proposed: list[dict[int, float]] = [{} for _ in queries] if graph is None else graph.candidates(queries, k, ef or self.ef)
             labels, vectors = self._buffer()
         found = proposed if graph is None or graph.projection is None else self._rescored(queries, proposed)
         _add_nearest(found, queries, labels, vectors, k)
@@ -174,6 +175,14 @@ class VectorIndex:
                 return found | dict(zip(inside, self._graph.stored(inside), strict=True))
         return found | dict(self._truth(inside)) if inside else found
 
+    def rows(self) -> Iterator[tuple[list[int], Vectors]]:
+        """All rows that are live when it begins, some at a time; those deleted meanwhile are left out."""
+        labels = sorted(self.labels)
+        for at in range(0, len(labels), _ROWS_AT_ONCE):
+            found = self.vectors(labels[at : at + _ROWS_AT_ONCE])
+            if found:
+                yield list(found), np.array(list(found.values()), np.float32)
+
     def save_graph(self, file: Path) -> Graph:
         """Write the graph to `file`, and return it. hnswlib reports no error: check what it wrote."""
         with self._lock:
@@ -212,9 +221,9 @@ class VectorIndex:
         labels = sorted(self._graph.live)
         log.info("building the graph of %d passages again: %s", len(labels), reason)
         graph = Graph(self.dim, learn(self._sample(_SAMPLE), self._graph_dims), capacity=2 * len(labels) + 1)
-        for at in range(0, len(labels), _REBUILT_AT_ONCE):
+        for at in range(0, len(labels), _ROWS_AT_ONCE):
             self._wait_for_searches()
-            stored = self._truth(labels[at : at + _REBUILT_AT_ONCE])
+            stored = self._truth(labels[at : at + _ROWS_AT_ONCE])
             graph.add(list(stored), np.array(list(stored.values()), np.float32))
         with self._lock:
             self._graph = graph

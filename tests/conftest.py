@@ -62,7 +62,7 @@ def tiny_reader(tiny_checkpoint: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     limits = {"max_tokens": 64, "max_question_tokens": 16, "max_answer_tokens": 5}
-    settings = {"base_checkpoint": str(tiny_checkpoint), "base_digest": checkpoint.digest(), **limits}
+    settings = {"base_checkpoint": str(tiny_checkpoint), "base_digest": checkpoint.digest(), "one_segment": True, **limits}
     (folder / "reader.json").write_text(json.dumps(settings))
     return folder
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.reader import read_in_one_segment
 from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -132,6 +133,8 @@ def _adapted(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> 
             f"{checkpoint.name!r} has {actual}; export the checkpoint it was trained on, or train again"
         )
     base = _load(AutoModelForQuestionAnswering, checkpoint)
+    if settings.get("one_segment"):
+        read_in_one_segment(base)
     try:
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
     except (*_UNLOADABLE, KeyError, TypeError) as error:

@@ -56,7 +56,7 @@ def silent(line: str) -> None:
 
 
 def test_the_reader_that_is_exported_is_the_function_that_was_trained(tiny_checkpoint: Path, tiny_reader: Path) -> None:
-    """Segments included: a wrapper that drops token_type_ids in training alone costs points that no other gate sees."""
+    """Segments included: reading them in only one of the two costs points that no other gate sees."""
     checkpoint = resolve_checkpoint(str(tiny_checkpoint))
     trained = build_reader(checkpoint, lora_rank=2, lora_alpha=2, adapter=str(tiny_reader)).eval()
     exported = load_reader(checkpoint, tiny_reader).model
@@ -67,6 +67,20 @@ def test_the_reader_that_is_exported_is_the_function_that_was_trained(tiny_check
         after = forward(exported, pairs, encoder.pad, torch.device("cpu"))
     for one, other in zip(before[:2], after[:2], strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_reader_trained_with_segments_keeps_them(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_reader, tmp_path / "reader")
+    settings = json.loads((folder / "reader.json").read_text())
+    del settings["one_segment"]
+    (folder / "reader.json").write_text(json.dumps(settings))
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    of_two, of_one = (
+        load_reader(checkpoint, source).model.get_submodule("bert.embeddings.token_type_embeddings").weight
+        for source in (folder, tiny_reader)
+    )
+    assert not torch.equal(of_two[0], of_two[1])
+    assert torch.equal(of_one[0], of_one[1])
 
 
 def test_the_embedder_gives_the_vectors_of_pytorch(bundle: Bundle, tiny_checkpoint: Path) -> None:

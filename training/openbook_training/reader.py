@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
     """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer.
 
     Attention dropout is off: on a CPU it costs as much as the attention itself. The adapter names no task type: peft's
-    question-answering wrapper drops token_type_ids, and the reader would be trained without the segments it is served with.
+    question-answering wrapper drops token_type_ids, and the function that is trained must be the one that is exported.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the span head is new, which is the point of the training
@@ -94,6 +94,7 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
         dtype=torch.float32,
     )
     logging.set_verbosity(verbosity)
+    read_in_one_segment(model)
     if adapter:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
@@ -103,6 +104,17 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
     # Every linear layer of the backbone, by its last two names; "all-linear" would wrap the span head too.
     targets = sorted({".".join(name.split(".")[-2:]) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)})
     return get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, modules_to_save=["qa_outputs"]))
+
+
+def read_in_one_segment(model: PreTrainedModel) -> None:
+    """Let the passage carry the question's segment, as if token_type_ids were all zero.
+
+    Embedders are trained on single texts: their second segment is a vector that no weight of theirs has learned to read. The
+    tokens' kinds still stand in token_type_ids, which scoring needs; so it is the weights that no longer tell them apart.
+    """
+    segments = model.base_model.get_parameter("embeddings.token_type_embeddings.weight")
+    with torch.no_grad():
+        segments[1:] = segments[0]
 
 
 def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

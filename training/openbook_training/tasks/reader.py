@@ -153,6 +153,7 @@ class ReaderTask:
         reader = {
             "base_checkpoint": self.checkpoint.name,
             "base_digest": self.checkpoint.digest(),
+            "one_segment": True,
             "max_tokens": self._config.max_tokens,
             "max_question_tokens": self._config.max_question_tokens,
             "max_answer_tokens": self._config.max_answer_tokens,

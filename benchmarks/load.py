@@ -108,7 +108,8 @@ async def _drive(address: str, texts: Sequence[str], load: Load) -> tuple[float,
 def started_server(bundle: Path, device: str, threads: int, knowledge_base: Path | None = None) -> Iterator[tuple[str, int]]:
     """A server on a free port; yields its address and process id."""
     folders = [str(folder) for folder in (bundle, knowledge_base) if folder is not None]
-    command = [sys.executable, "-m", "openbook.cli", "serve", *folders, "--port", "0", "--device", device, "--threads", str(threads)]
+    options = ["--port", "0", "--device", device, "--threads", str(threads), "--cache-mb", "0"]  # texts repeat here: compute each time
+    command = [sys.executable, "-m", "openbook.cli", "serve", *folders, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

@@ -21,6 +21,7 @@ _FLAGS = {
     "precision": "fp32, bf16, fp16 or int8; by default the device's lossless one",
     "threads": "onnxruntime threads; 0 = all cores",
     "max_batch_tokens": "tokens of one batch, padding included; raise it on a GPU until the device is busy",
+    "cache_mb": "megabytes for the vectors of texts and questions asked before; 0 = compute every one, as a benchmark must",
     "max_queued": "texts and passages that may wait; beyond it callers get RESOURCE_EXHAUSTED and a time to come back",
     "max_texts": "texts or questions a request",
     "max_text_bytes": "bytes of one text",

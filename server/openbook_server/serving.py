@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from openbook_server.buckets import padded_lengths
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
+from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine, Row, collate
 from openbook_server.errors import InvalidRequest
 from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend, Served
@@ -75,11 +76,12 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
             loaded.graphs, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch
         )
         encoder = TextEncoder(load_tokenizer(loaded.bundle.tokenizer_path))
-        pipeline = Pipeline(loaded.bundle, encoder, engine, loaded.knowledge_base)
+        embedder = Embedder(engine, cache_bytes=config.cache_mb << 20, observe=metrics.observe_cache)
+        pipeline = Pipeline(loaded.bundle, encoder, embedder, engine, loaded.knowledge_base)
         writer = _writer(loaded, engine, config)
         try:
             if config.metrics_port:
-                _serve_metrics(metrics, engine, config)
+                _serve_metrics(metrics, engine, embedder, config)
             service = Service(loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline)
             knowledge = KnowledgeService(loaded.bundle, loaded.knowledge_base, writer, config) if loaded.knowledge_base else None
             frontend.served = Served(service, knowledge)
@@ -189,9 +191,9 @@ def _writer(loaded: _Loaded, engine: Engine, config: ServerConfig) -> Writer | N
     return Writer(loaded.bundle, loaded.knowledge_base, tokenizer, engine, splitting)
 
 
-def _serve_metrics(metrics: Metrics, engine: Engine, config: ServerConfig) -> None:
+def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Embedder, config: ServerConfig) -> None:
     try:
-        metrics.serve(engine, config.host, config.metrics_port)
+        metrics.serve(engine, embedder, config.host, config.metrics_port)
     except OSError as error:
         problem = f"cannot listen on {config.host}:{config.metrics_port} ({error.strerror}); choose another --metrics-port"
         raise InvalidRequest("--metrics-port", problem) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -65,7 +66,14 @@ async def test_embed_returns_a_unit_vector_a_text_in_order(stub: openbook_pb2_gr
     assert reply.timings.total_ms > 0
 
 
-async def test_the_same_text_gives_the_same_bytes_whatever_shares_its_batch(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+@pytest.mark.parametrize("cache_mb", [0, 1])
+async def test_the_same_text_gives_the_same_bytes_whatever_shares_its_batch(tiny_bundle: Path, cache_mb: int) -> None:
+    config = dataclasses.replace(CONFIG, cache_mb=cache_mb)
+    async with running_server(tiny_bundle, None, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await same_bytes(openbook_pb2_grpc.OpenBookStub(channel))
+
+
+async def same_bytes(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
     text = "the red city"
     alone = (await stub.Embed(pb.EmbedRequest(texts=[text]))).vectors
     for others in (["blue"] * 7, ["one two three city river king book " * 3, "red", "the blue city"]):
@@ -215,13 +223,17 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
     async with running_server(tiny_bundle, None, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
         await stub.Embed(pb.EmbedRequest(texts=["red", "blue"]))
+        await stub.Embed(pb.EmbedRequest(texts=["red", "Red", "green"]))
         await refusal(stub.Embed(pb.EmbedRequest()))
         reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
         page = (await reader.read()).decode()
         writer.close()
         await writer.wait_closed()
-    assert 'openbook_requests_total{method="Embed",status="OK"} 1.0' in page
+    assert 'openbook_requests_total{method="Embed",status="OK"} 2.0' in page
     assert 'openbook_requests_total{method="Embed",status="INVALID_ARGUMENT"} 1.0' in page
     assert 'openbook_batch_rows_count{graph="embedder"}' in page
+    lookups = {result: f'openbook_cache_lookups_total{{result="{result}"}} ' for result in ("hit", "joined", "miss")}
+    assert [page.partition(name)[2].partition("\n")[0] for name in lookups.values()] == ["1.0", "1.0", "3.0"]
+    assert float(page.partition("\nopenbook_cache_bytes ")[2].partition("\n")[0]) > 0
     assert "red" not in page.replace("registered", "")

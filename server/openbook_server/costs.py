@@ -5,13 +5,15 @@ of tokens of one row (attention): seconds = a + b · tokens + c · tokens · len
 short row is almost all `a`, on a processor a full batch almost all `b`: seconds a token alone would be wrong for one of them.
 
 Fitted by least squares of the relative error, old batches counting less and less. A batch that was held up by something
-else on the machine weighs little, because its relative error is measured against its own long time.
+else on the machine weighs little there, because its relative error is measured against its own long time: the law is that of
+the undisturbed machine. What disturbs it is a factor on top, the mean of observed over fitted, for waits are sums.
 """
 
 from __future__ import annotations
 
 _MEMORY = 0.98  # of a batch's weight is left after the next one: about the last fifty count
 _SWEEPS = 3  # of coordinate descent a batch; it starts from the last fit, so few are enough
+_LONGEST = 10.0  # times the fitted seconds: longer counts as this, so that one stall does not close the server
 _UNITS = (1e-3, 1.0, 1e-5)  # make the three features about equally large
 
 
@@ -20,12 +22,14 @@ class BatchCost:
 
     def __init__(self) -> None:
         self._law = [0.0, 0.0, 0.0]  # of tokens, batches, tokens · length: the first explains the first batch alone
+        self._factor = 1.0
         self._squares = [[0.0] * 3 for _ in range(3)]
         self._products = [0.0, 0.0, 0.0]
 
     def learn(self, rows: int, length: int, seconds: float) -> None:
         """A batch of `rows` rows padded to `length` tokens took so long."""
-        features, weight = _features(1, rows, length), 1 / max(seconds, 1e-6) ** 2
+        seconds = max(seconds, 1e-6)
+        features, weight = _features(1, rows, length), 1 / seconds**2
         for i, one in enumerate(features):
             for j, other in enumerate(features):
                 self._squares[i][j] = _MEMORY * self._squares[i][j] + weight * one * other
@@ -34,10 +38,13 @@ class BatchCost:
             for i in range(3):
                 others = sum(self._squares[i][j] * self._law[j] for j in range(3) if j != i)
                 self._law[i] = max(0.0, (self._products[i] - others) / self._squares[i][i])
+        fitted = self.predict(1, rows, length) / self._factor
+        self._factor = _MEMORY * self._factor + (1 - _MEMORY) * min(seconds / fitted, _LONGEST)
 
     def predict(self, batches: int, rows: int, length: int) -> float:
         """Seconds for `rows` rows of one padded length, run in so many batches."""
-        return sum(weight * feature for weight, feature in zip(self._law, _features(batches, rows, length), strict=True))
+        (a_token, a_batch, a_pair), (tokens, count, pairs) = self._law, _features(batches, rows, length)
+        return self._factor * (a_token * tokens + a_batch * count + a_pair * pairs)
 
 
 def _features(batches: int, rows: int, length: int) -> tuple[float, float, float]:

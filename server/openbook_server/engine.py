@@ -54,6 +54,7 @@ class Lane(IntEnum):
 
 
 _SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
+_CAUTION = 1.25  # waits turn out longer at times, and a result that comes too late took the place of one in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ class Engine:
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
         lengths = [padded_length(len(row.ids)) for row in rows]
         with self._wake:
-            self._admit(job, Counter((graph, lane, length) for length in lengths), now)
+            self._admit(graph, lengths, deadline, lane, now)
             for number, length in enumerate(lengths):
                 heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
                 self._waiting[graph, lane, length] += 1
@@ -145,25 +146,35 @@ class Engine:
             self._wake.notify()
         return Outcome(await job.done, job.started - job.submitted)
 
-    def _admit(self, job: Job, own: Counter[tuple[str, Lane, int]], now: float) -> None:
+    def check(self, graph: str, lengths: Sequence[int], *, deadline: float) -> None:
+        """Refuse rows that are yet to come, before work is spent on them, where `submit` would refuse them now.
+
+        Args:
+            lengths: tokens a row; too small a guess refuses too little, never too much.
+
+        Raises:
+            Overloaded, DeadlineExceeded, NotServing: as `submit`.
+        """
+        with self._wake:
+            self._admit(graph, [padded_length(length) for length in lengths], deadline, Lane.FOREGROUND, time.monotonic())
+
+    def _admit(self, graph: str, lengths: Sequence[int], deadline: float, lane: Lane, now: float) -> None:
         if self._closed:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
-        if now >= job.deadline:
+        if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = self._predict(self._waiting, job.lane) + max(0.0, self._busy_until - now)
-        queued = self._queued_rows[job.lane] if job.lane is Lane.BACKGROUND else self.queued
-        limit = self._max_queued // 2 if job.lane is Lane.BACKGROUND else self._max_queued
-        if queued + len(job.rows) > limit and queued:
+        wait = self._predict(self._waiting, lane) + max(0.0, self._busy_until - now)
+        queued = self._queued_rows[lane] if lane is Lane.BACKGROUND else self.queued
+        limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
+        if queued + len(lengths) > limit and queued:
             raise Overloaded(
-                f"{queued} rows are queued and {len(job.rows)} more exceed the limit of {limit}; try again in {wait:.2f} s",
+                f"{queued} rows are queued and {len(lengths)} more exceed the limit of {limit}; try again in {wait:.2f} s",
                 retry_after_seconds=max(wait, 0.01),
             )
-        run, left = self._predict(own, job.lane), job.deadline - now
+        run, left = self._predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
         if run > left:
-            raise DeadlineExceeded(
-                f"{len(job.rows)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer"
-            )
-        if wait + run > left:
+            raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
+        if _CAUTION * wait + run > left:
             raise Overloaded(
                 f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {wait:.2f} s",
                 retry_after_seconds=wait,

@@ -71,6 +71,10 @@ class Pipeline:
         self._knowledge_base = knowledge_base
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
 
+    def check(self, texts: int, deadline: float) -> None:
+        """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Engine.check`."""
+        self._engine.check("embedder", [1] * texts, deadline=deadline)
+
     async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings) -> NDArray[np.float32]:
         """(rows, dim) unit vectors of tokenised texts."""
         embedded = await self._embedder.embed(rows, deadline=deadline)

@@ -26,6 +26,7 @@ from openbook_server.wire import Parsed
 
 DEFAULT_TOP_K = 5
 DEFAULT_ANSWERS = 3
+LONG_CHARACTERS = 4_096  # of a request, a few milliseconds of tokenising: longer ones are not tokenised to be refused then
 MODES: dict[int, SearchMode | None] = {
     pb.SEARCH_MODE_UNSPECIFIED: "hybrid",
     pb.SEARCH_MODE_HYBRID: "hybrid",
@@ -55,6 +56,8 @@ class Service:
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
         request = parsed.message
+        if sum(map(len, request.texts)) > LONG_CHARACTERS and len(request.texts) <= self._config.max_texts:
+            self._pipeline.check(len(request.texts), deadline)
         valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate)
         timings.tokenise += timings.lap()
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")

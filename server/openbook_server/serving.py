@@ -29,7 +29,7 @@ from openbook_server.config import ServerConfig
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine, Row, collate
 from openbook_server.errors import InvalidRequest
-from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend, Served
+from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend, Served
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and SERVICE tell readiness
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
-_HARD_LIMIT = 4  # times the message limit: gRPC itself refuses such a message, without details; below it, we explain
+_HARD_LIMIT = 4  # times the limits on messages and requests: there gRPC itself refuses, without details; below it, we explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,8 @@ async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Se
             ("grpc.so_reuseport", 0),  # two servers on one port would share its callers in silence
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
-        ]
+        ],
+        maximum_concurrent_rpcs=_HARD_LIMIT * REQUESTS_A_ROW * config.max_queued,
     )
     readiness = aio_health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
+from openbook_server.frontend import REQUESTS_A_ROW
+from openbook_server.knowledge import KnowledgeBase
 from openbook_server.serving import LIVENESS, running_server
+from openbook_server.tokenization import TextEncoder
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
 
@@ -167,6 +171,48 @@ async def test_a_deadline_that_cannot_be_met_is_refused_by_the_server(tiny_bundl
         stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
         refused = await refusal(stub.Embed(pb.EmbedRequest(texts=["red"]), timeout=60))
     assert refused == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", [])
+
+
+async def test_a_long_request_is_refused_before_it_is_tokenised(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenised = []
+    texts = TextEncoder.texts
+    monkeypatch.setattr(TextEncoder, "texts", lambda self, batch: tokenised.append(len(batch)) or texts(self, batch))
+    hurried = ServerConfig(port=0, device="cpu", max_deadline_seconds=0.0)
+    async with running_server(tiny_bundle, None, hurried) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        refused = await refusal(stub.Embed(pb.EmbedRequest(texts=["red city in the " * 2] * 200), timeout=60))
+        too_many = await refusal(stub.Embed(pb.EmbedRequest(texts=["red city in the "] * 300)))
+    assert not tokenised
+    assert (refused[0], too_many[0]) == (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_requests_beyond_a_bound_are_refused_while_others_are_worked_on(
+    tiny_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, gate, search = asyncio.Event(), threading.Event(), KnowledgeBase.search
+    loop = asyncio.get_running_loop()
+
+    def gated(*arguments: object, **options: object) -> object:
+        loop.call_soon_threadsafe(started.set)
+        assert gate.wait(timeout=30)
+        return search(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KnowledgeBase, "search", gated)
+    config = ServerConfig(port=0, device="cpu", max_queued=1)
+    async with (
+        running_server(tiny_bundle, tiny_knowledge_base, config) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        request = pb.SearchRequest(questions=["red"], mode=pb.SEARCH_MODE_LEXICAL)
+        calls = [stub.Search(request) for _ in range(REQUESTS_A_ROW + 1)]
+        await started.wait()
+        ended, waiting = await asyncio.wait([asyncio.ensure_future(refusal(call)) for call in calls], return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result() for task in ended] == [(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", [])]
+        for task in waiting:
+            task.cancel()
+        gate.set()
+        assert (await stub.Search(request)).results
 
 
 async def test_an_absurdly_long_deadline_is_served(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from load import started_server
+from driver import percentile, started_server
 from openbook.client import Client, Document
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
@@ -59,10 +59,6 @@ def latencies(client: Client, questions: Sequence[str], seconds: float) -> list[
         client.answer([question])
         took.append(1000 * (time.perf_counter() - began))
     raise AssertionError("no questions")
-
-
-def percentile(ordered: Sequence[float], share: int) -> float:
-    return ordered[min(len(ordered) - 1, len(ordered) * share // 100)]
 
 
 def main() -> None:

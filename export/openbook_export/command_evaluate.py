@@ -15,8 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "DATA_DIR is in BEIR's layout: queries.jsonl ({_id, text, metadata: {answers}}), qrels/*.tsv, corpus.jsonl.\n"
-        "example: openbook index bundle kb data/corpus.jsonl; openbook serve bundle kb &\n"
+        "example: openbook index bundle kb data/corpus.jsonl; openbook serve bundle kb --cache-mb 0 &\n"
         "         openbook evaluate squad-open data --server localhost:50051 --json result.json\n"
+        "Questions are asked several times: with a cache, latencies would leave out what embedding them costs.\n"
         "exit status: 0 measured; 1 failed; 2 wrong usage; 3 some questions failed (they count as wrong)"
     )
     parser.add_argument("benchmark", choices=["squad-open"], help="retrieve, then answer")

@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "upsert": Subcommand("openbook_server.command_upsert", "put documents into the knowledge base of a running server", "server"),
     "delete": Subcommand("openbook.command_delete", "take documents out of the knowledge base of a running server", ""),
     "serve": Subcommand("openbook_server.command_serve", "answer over gRPC from a bundle and a knowledge base", "server"),
+    "tune": Subcommand("openbook_server.command_tune", "find the settings that serve a bundle best on this machine", "server"),
     "ask": Subcommand("openbook.command_ask", "ask a server a question, or a file of questions", ""),
     "search": Subcommand("openbook.command_search", "find the passages for a question", ""),
     "embed": Subcommand("openbook.command_embed", "turn texts into vectors", ""),

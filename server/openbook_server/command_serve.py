@@ -21,6 +21,7 @@ _FLAGS = {
     "precision": "fp32, bf16, fp16 or int8; by default the device's lossless one",
     "threads": "onnxruntime threads; 0 = all cores",
     "max_batch_tokens": "tokens of one batch, padding included; raise it on a GPU until the device is busy",
+    "cache_mb": "megabytes for the vectors of texts and questions asked before; 0 = compute every one, as a benchmark must",
     "max_queued": "texts and passages that may wait; beyond it callers get RESOURCE_EXHAUSTED and a time to come back",
     "max_texts": "texts or questions a request",
     "max_text_bytes": "bytes of one text",
@@ -47,11 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "example: openbook serve bundle/ kb/ --port 50051 --metrics-port 9090\n"
-        "Every flag can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ... A flag wins.\n"
+        "Every flag can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ... A flag wins over it, and it over the profile.\n"
         "exit status: 0 after a drain, 1 when the server cannot start, 2 for wrong usage"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument("knowledge_base", type=Path, nargs="?", metavar="KB", help="folder written by `openbook index`")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="settings that `openbook tune` found good on this machine")
     defaults = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
     for name, meaning in _FLAGS.items():
         kind = type(defaults[name])
@@ -80,15 +82,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> ServerConfig:
-    """Flag before environment before default.
+    """Flag before environment before profile before default.
 
     Raises:
-        InvalidRequest: a value is outside its range, or an environment variable is not of its type.
+        InvalidRequest: a value is outside its range, an environment variable is not of its type, or the profile is none.
     """
     from openbook_server.config import ServerConfig
     from openbook_server.errors import InvalidRequest
+    from openbook_server.profiles import read_profile
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(read_profile(arguments.profile)) if arguments.profile else {}
     for name in _FLAGS:
         variable = "OPENBOOK_" + name.upper()
         given = getattr(arguments, name)

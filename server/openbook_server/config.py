@@ -17,6 +17,7 @@ class ServerConfig:
     precision: str = ""  # fp32, bf16, fp16 or int8; empty = the device's lossless default
     threads: int = 0  # onnxruntime threads; 0 = all cores
     max_batch_tokens: int = 2_048  # a batch, padding included; raise it on a GPU until the device is busy
+    cache_mb: int = 64  # vectors of texts and questions kept, about 500 of them a MB; 0 = every text is computed
     max_queued: int = 2_048  # texts and passages waiting; beyond it callers get RESOURCE_EXHAUSTED
     max_texts: int = 256  # texts or questions a request
     max_text_bytes: int = 65_536  # of one text
@@ -39,6 +40,7 @@ class ServerConfig:
             ("recall_target", 0, 1),
             ("threads", 0, 1_024),
             ("max_batch_tokens", 512, 1 << 20),
+            ("cache_mb", 0, 1 << 20),
             ("max_queued", 1, 1 << 20),
             ("max_texts", 1, 4_096),
             ("max_top_k", 1, 1_000),

@@ -6,7 +6,7 @@ Promises
 - Rows share a batch only with rows of the same graph and the same padded length, so that a row's result never depends
   on its neighbours.
 - Earliest deadline first, the foreground lane before the background lane. A row whose caller hung up or whose deadline
-  passed is never run. A job whose predicted finish misses its deadline is refused at once.
+  passed is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
   answer never waits long for them.
 - Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
@@ -22,6 +22,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.buckets import padded_length
+from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Lane(IntEnum):
 
 
 _SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
+_CAUTION = 1.25  # waits turn out longer at times, and a result that comes too late took the place of one in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +89,6 @@ class Outcome:
     queued_seconds: float
 
 
-@dataclass(slots=True)
-class _Cost:
-    """Seconds per padded token of one graph, learned from every batch it runs (exponential average)."""
-
-    seconds_per_token: float = 0.0
-
-    def learn(self, tokens: int, seconds: float) -> None:
-        observed = seconds / tokens
-        self.seconds_per_token = observed if not self.seconds_per_token else 0.9 * self.seconds_per_token + 0.1 * observed
-
-
 class Engine:
     """Runs graphs on one device; `submit` from the event loop, everything else happens on the engine's own thread."""
 
@@ -111,11 +103,11 @@ class Engine:
         """`observe(graph, rows, padded tokens, seconds)` is told of every batch, for metrics."""
         self._graphs = dict(graphs)
         self._budget, self._max_queued, self._observe = max_batch_tokens, max_queued, observe
-        self._costs = {name: _Cost() for name in graphs}
+        self._costs = {name: BatchCost() for name in graphs}
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
         self._queued_rows = dict.fromkeys(Lane, 0)
-        self._queued_tokens = {(name, lane): 0 for name in graphs for lane in Lane}
+        self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
         self._busy_until = 0.0
         self._wake = threading.Condition()
         self._closed = False
@@ -144,43 +136,58 @@ class Engine:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
+        lengths = [padded_length(len(row.ids)) for row in rows]
         with self._wake:
-            self._admit(job, now)
-            for number, row in enumerate(rows):
-                length = padded_length(len(row.ids))
+            self._admit(graph, lengths, deadline, lane, now)
+            for number, length in enumerate(lengths):
                 heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
-                self._queued_tokens[graph, lane] += length
+                self._waiting[graph, lane, length] += 1
             self._queued_rows[lane] += len(rows)
             self._wake.notify()
         return Outcome(await job.done, job.started - job.submitted)
 
-    def _admit(self, job: Job, now: float) -> None:
+    def check(self, graph: str, lengths: Sequence[int], *, deadline: float) -> None:
+        """Refuse rows that are yet to come, before work is spent on them, where `submit` would refuse them now.
+
+        Args:
+            lengths: tokens a row; too small a guess refuses too little, never too much.
+
+        Raises:
+            Overloaded, DeadlineExceeded, NotServing: as `submit`.
+        """
+        with self._wake:
+            self._admit(graph, [padded_length(length) for length in lengths], deadline, Lane.FOREGROUND, time.monotonic())
+
+    def _admit(self, graph: str, lengths: Sequence[int], deadline: float, lane: Lane, now: float) -> None:
         if self._closed:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
-        if now >= job.deadline:
+        if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        ahead = sum(
-            tokens * self._costs[name].seconds_per_token for (name, lane), tokens in self._queued_tokens.items() if lane <= job.lane
-        )
-        wait = ahead + max(0.0, self._busy_until - now)
-        queued = self._queued_rows[job.lane] if job.lane is Lane.BACKGROUND else self.queued
-        limit = self._max_queued // 2 if job.lane is Lane.BACKGROUND else self._max_queued
-        if queued + len(job.rows) > limit and queued:
+        wait = self._predict(self._waiting, lane) + max(0.0, self._busy_until - now)
+        queued = self._queued_rows[lane] if lane is Lane.BACKGROUND else self.queued
+        limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
+        if queued + len(lengths) > limit and queued:
             raise Overloaded(
-                f"{queued} rows are queued and {len(job.rows)} more exceed the limit of {limit}; try again in {wait:.2f} s",
+                f"{queued} rows are queued and {len(lengths)} more exceed the limit of {limit}; try again in {wait:.2f} s",
                 retry_after_seconds=max(wait, 0.01),
             )
-        own = sum(padded_length(len(row.ids)) for row in job.rows) * self._costs[job.graph].seconds_per_token
-        left = job.deadline - now
-        if own > left:
-            raise DeadlineExceeded(
-                f"{len(job.rows)} rows take about {own:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer"
-            )
-        if wait + own > left:
+        run, left = self._predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
+        if run > left:
+            raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
+        if _CAUTION * wait + run > left:
             raise Overloaded(
                 f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {wait:.2f} s",
                 retry_after_seconds=wait,
             )
+
+    def _predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
+        """Seconds until those of the rows are done that run before anything of a lane below."""
+        seconds = 0.0
+        for (graph, row_lane, length), count in rows.items():
+            if row_lane <= lane:
+                size = max(1, self._budget // _SHARE[row_lane] // length)
+                seconds += self._costs[graph].predict(-(-count // size), count, length)
+        return seconds
 
     def close(self) -> None:
         """Finish what is queued, then end the thread. Later submissions are refused as NotServing."""
@@ -211,7 +218,7 @@ class Engine:
         while heap and (len(batch) + 1) * length <= max(self._budget // _SHARE[heap[0][0]], length):
             lane, *_, number, job = heapq.heappop(heap)
             self._queued_rows[lane] -= 1
-            self._queued_tokens[graph, lane] -= length
+            self._waiting[graph, lane, length] -= 1
             if job.done.cancelled() or job.failure is not None:
                 continue
             if now >= job.deadline:
@@ -222,7 +229,8 @@ class Engine:
             batch.append((number, job))
         if not heap:
             del self._groups[key]
-        self._busy_until = now + len(batch) * length * self._costs[graph].seconds_per_token
+        self._waiting = +self._waiting  # without those that are empty
+        self._busy_until = now + self._costs[graph].predict(bool(batch), len(batch), length)
         return graph, length, batch, list(dropped.values())
 
     def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
@@ -240,7 +248,7 @@ class Engine:
             _tell([failed])
             return
         seconds = time.monotonic() - began
-        self._costs[graph].learn(len(batch) * length, seconds)
+        self._costs[graph].learn(len(batch), length, seconds)
         self._observe(graph, len(batch), len(batch) * length, seconds)
         finished = []
         for at, (number, job) in enumerate(batch):

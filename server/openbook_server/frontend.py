@@ -19,7 +19,7 @@ from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError
+from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OpenBook"].full_name
 KNOWLEDGE_SERVICE = kb.DESCRIPTOR.services_by_name["KnowledgeBase"].full_name
+
+REQUESTS_A_ROW = 2  # requests at once, in rows that may wait: beyond it they would only fill memory
 
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
@@ -57,6 +59,7 @@ class Frontend:
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
+        self._limit, self._running = REQUESTS_A_ROW * config.max_queued, 0
         self.served: Served | None = None
         self.refusal = "the server is starting"  # told to callers while nothing is served
 
@@ -117,9 +120,12 @@ class Frontend:
     ) -> Reply:
         timings, began = Timings(), time.perf_counter()
         status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
+        self._running += 1
         try:
             if self.served is None:
                 raise NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
+            if self._running > self._limit:
+                raise Overloaded(f"{self._limit} requests are being worked on; try again in 1 s", retry_after_seconds=1.0)
             if parsed.failure is not None:
                 raise parsed.failure
             reply = await method_of(self.served)(parsed, self._deadline(context), timings)
@@ -132,6 +138,7 @@ class Frontend:
             status = grpc.StatusCode.INTERNAL
             await _abort(context, InferenceFailed(f"internal error: {type(error).__name__}"))
         finally:
+            self._running -= 1
             self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
         return reply
 

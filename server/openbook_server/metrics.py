@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 if TYPE_CHECKING:
+    from openbook_server.embedder import Embedder
     from openbook_server.engine import Engine
     from openbook_server.knowledge import KnowledgeBase
     from openbook_server.pipeline import Timings
@@ -28,6 +29,8 @@ class Metrics:
         self._batch_rows = Histogram("openbook_batch_rows", "Rows a batch", ["graph"], buckets=_ROWS, registry=self.registry)
         self._batch_tokens = Counter("openbook_batch_tokens", "Padded tokens run", ["graph"], registry=self.registry)
         self._batch_seconds = Counter("openbook_batch_seconds", "Time the device was busy", ["graph"], registry=self.registry)
+        self._cache = Counter("openbook_cache_lookups", "Texts looked up, by what came of it", ["result"], registry=self.registry)
+        self._cached = Gauge("openbook_cache_bytes", "Vectors kept, with their keys", registry=self.registry)
         self._queued = Gauge("openbook_queued_rows", "Rows waiting for the device", registry=self.registry)
 
     def observe_request(self, method: str, status: str, seconds: float, timings: Timings) -> None:
@@ -57,11 +60,16 @@ class Metrics:
         samples.set_function(lambda: float(found.samples) if (found := knowledge_base.recall) else 0.0)
         Gauge("openbook_ef", "Candidates a dense search keeps", registry=self.registry).set_function(lambda: knowledge_base.ef)
 
-    def serve(self, engine: Engine, host: str, port: int) -> None:
+    def observe_cache(self, hits: int, joined: int, misses: int) -> None:
+        for result, count in (("hit", hits), ("joined", joined), ("miss", misses)):
+            self._cache.labels(result).inc(count)
+
+    def serve(self, engine: Engine, embedder: Embedder, host: str, port: int) -> None:
         """Answer scrapes on http://host:port/metrics from a thread of its own.
 
         Raises:
             OSError: the port is taken.
         """
         self._queued.set_function(lambda: engine.queued)
+        self._cached.set_function(lambda: embedder.cached_bytes)
         start_http_server(port, addr=host, registry=self.registry)

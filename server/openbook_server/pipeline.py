@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle
+from openbook_server.embedder import Embedder
 from openbook_server.engine import Arrays, Engine, Row
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.ranking import RankedAnswer, Reading, Span, rank_answers
@@ -52,18 +53,25 @@ class QuestionAnswered:
 
 
 class Pipeline:
-    """Owns nothing but the order; engine, encoder and knowledge base are handed in."""
+    """Owns nothing but the order; the stages are handed in."""
 
-    def __init__(self, bundle: Bundle, encoder: TextEncoder, engine: Engine, knowledge_base: KnowledgeBase | None) -> None:
-        self._bundle, self._encoder, self._engine, self._knowledge_base = bundle, encoder, engine, knowledge_base
+    def __init__(
+        self, bundle: Bundle, encoder: TextEncoder, embedder: Embedder, engine: Engine, knowledge_base: KnowledgeBase | None
+    ) -> None:
+        self._bundle, self._encoder, self._embedder, self._engine = bundle, encoder, embedder, engine
+        self._knowledge_base = knowledge_base
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
+
+    def check(self, texts: int, deadline: float) -> None:
+        """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Engine.check`."""
+        self._engine.check("embedder", [1] * texts, deadline=deadline)
 
     async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings) -> NDArray[np.float32]:
         """(rows, dim) unit vectors of tokenised texts."""
-        outcome = await self._engine.submit("embedder", rows, deadline=deadline)
+        embedded = await self._embedder.embed(rows, deadline=deadline)
         timings.embed += timings.lap()
-        timings.queue += 1000 * outcome.queued_seconds
-        return np.stack([row["sentence_embedding"] for row in outcome.rows]).astype(np.float32, copy=False)
+        timings.queue += 1000 * embedded.queued_seconds
+        return embedded.vectors
 
     async def search(
         self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, deadline: float, timings: Timings

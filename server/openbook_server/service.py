@@ -26,6 +26,8 @@ from openbook_server.validation import Validated, bounded, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_ANSWERS = 3
+LONG_CHARACTERS = 4_096  # of a request, a few milliseconds of tokenising: longer ones are not tokenised to be refused then
+
 Request = TypeVar("Request", bound=Message)
 
 
@@ -47,6 +49,8 @@ class Service:
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
         request = parsed.message
+        if sum(map(len, request.texts)) > LONG_CHARACTERS and len(request.texts) <= self._config.max_texts:
+            self._pipeline.check(len(request.texts), deadline)
         valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate)
         timings.tokenise += timings.lap()
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")

@@ -26,9 +26,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from openbook_server.buckets import padded_lengths
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
+from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine, Row, collate
 from openbook_server.errors import InvalidRequest
-from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend, Served
+from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend, Served
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and SERVICE tell readiness
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
-_HARD_LIMIT = 4  # times the message limit: gRPC itself refuses such a message, without details; below it, we explain
+_HARD_LIMIT = 4  # times the limits on messages and requests: there gRPC itself refuses, without details; below it, we explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,15 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
             loaded.graphs, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch
         )
         encoder = TextEncoder(load_tokenizer(loaded.bundle.tokenizer_path))
-        pipeline = Pipeline(loaded.bundle, encoder, engine, loaded.knowledge_base)
+        embedder = Embedder(engine, cache_bytes=config.cache_mb << 20, observe=metrics.observe_cache)
+        pipeline = Pipeline(loaded.bundle, encoder, embedder, engine, loaded.knowledge_base)
         writer = _writer(loaded, engine, config)
         try:
             if loaded.knowledge_base is not None:
                 loaded.knowledge_base.watch(share=config.recall_share, target=config.recall_target)
                 metrics.observe_knowledge(loaded.knowledge_base)
             if config.metrics_port:
-                _serve_metrics(metrics, engine, config)
+                _serve_metrics(metrics, engine, embedder, config)
             service = Service(loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline)
             knowledge = KnowledgeService(loaded.bundle, loaded.knowledge_base, writer, config) if loaded.knowledge_base else None
             frontend.served = Served(service, knowledge)
@@ -135,7 +137,8 @@ async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Se
             ("grpc.so_reuseport", 0),  # two servers on one port would share its callers in silence
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
-        ]
+        ],
+        maximum_concurrent_rpcs=_HARD_LIMIT * REQUESTS_A_ROW * config.max_queued,
     )
     readiness = aio_health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
@@ -192,9 +195,9 @@ def _writer(loaded: _Loaded, engine: Engine, config: ServerConfig) -> Writer | N
     return Writer(loaded.bundle, loaded.knowledge_base, tokenizer, engine, splitting)
 
 
-def _serve_metrics(metrics: Metrics, engine: Engine, config: ServerConfig) -> None:
+def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Embedder, config: ServerConfig) -> None:
     try:
-        metrics.serve(engine, config.host, config.metrics_port)
+        metrics.serve(engine, embedder, config.host, config.metrics_port)
     except OSError as error:
         problem = f"cannot listen on {config.host}:{config.metrics_port} ({error.strerror}); choose another --metrics-port"
         raise InvalidRequest("--metrics-port", problem) from error

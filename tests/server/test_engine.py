@@ -152,6 +152,21 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: E
     await asyncio.gather(first, waiting)
 
 
+async def test_rows_yet_to_come_are_refused_as_those_that_are_there(engine: Engine, graph: GatedGraph) -> None:
+    engine.check("embedder", [4] * 20, deadline=soon())
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    waiting = await start(engine, *[row(2)] * 19)
+    engine.check("embedder", [4], deadline=soon())
+    with pytest.raises(Overloaded, match="limit of 20"):
+        engine.check("embedder", [4] * 2, deadline=soon())
+    with pytest.raises(DeadlineExceeded):
+        engine.check("embedder", [4], deadline=time.monotonic())
+    assert engine.queued == 19
+    graph.let(100)
+    await asyncio.gather(first, waiting)
+
+
 async def test_a_deadline_in_the_past_is_refused_before_the_queue(engine: Engine) -> None:
     with pytest.raises(DeadlineExceeded):
         await engine.submit("embedder", [row(1)], deadline=time.monotonic() - 1)

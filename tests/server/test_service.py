@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,7 +20,10 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
+from openbook_server.frontend import REQUESTS_A_ROW
+from openbook_server.knowledge import KnowledgeBase
 from openbook_server.serving import LIVENESS, running_server
+from openbook_server.tokenization import TextEncoder
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
 
@@ -65,7 +70,14 @@ async def test_embed_returns_a_unit_vector_a_text_in_order(stub: openbook_pb2_gr
     assert reply.timings.total_ms > 0
 
 
-async def test_the_same_text_gives_the_same_bytes_whatever_shares_its_batch(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+@pytest.mark.parametrize("cache_mb", [0, 1])
+async def test_the_same_text_gives_the_same_bytes_whatever_shares_its_batch(tiny_bundle: Path, cache_mb: int) -> None:
+    config = dataclasses.replace(CONFIG, cache_mb=cache_mb)
+    async with running_server(tiny_bundle, None, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await same_bytes(openbook_pb2_grpc.OpenBookStub(channel))
+
+
+async def same_bytes(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
     text = "the red city"
     alone = (await stub.Embed(pb.EmbedRequest(texts=[text]))).vectors
     for others in (["blue"] * 7, ["one two three city river king book " * 3, "red", "the blue city"]):
@@ -177,6 +189,48 @@ async def test_a_deadline_that_cannot_be_met_is_refused_by_the_server(tiny_bundl
     assert refused == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", [])
 
 
+async def test_a_long_request_is_refused_before_it_is_tokenised(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenised = []
+    texts = TextEncoder.texts
+    monkeypatch.setattr(TextEncoder, "texts", lambda self, batch: tokenised.append(len(batch)) or texts(self, batch))
+    hurried = ServerConfig(port=0, device="cpu", max_deadline_seconds=0.0)
+    async with running_server(tiny_bundle, None, hurried) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        refused = await refusal(stub.Embed(pb.EmbedRequest(texts=["red city in the " * 2] * 200), timeout=60))
+        too_many = await refusal(stub.Embed(pb.EmbedRequest(texts=["red city in the "] * 300)))
+    assert not tokenised
+    assert (refused[0], too_many[0]) == (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_requests_beyond_a_bound_are_refused_while_others_are_worked_on(
+    tiny_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, gate, search = asyncio.Event(), threading.Event(), KnowledgeBase.search
+    loop = asyncio.get_running_loop()
+
+    def gated(*arguments: object, **options: object) -> object:
+        loop.call_soon_threadsafe(started.set)
+        assert gate.wait(timeout=30)
+        return search(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KnowledgeBase, "search", gated)
+    config = ServerConfig(port=0, device="cpu", max_queued=1)
+    async with (
+        running_server(tiny_bundle, tiny_knowledge_base, config) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        request = pb.SearchRequest(questions=["red"], mode=pb.SEARCH_MODE_LEXICAL)
+        calls = [stub.Search(request) for _ in range(REQUESTS_A_ROW + 1)]
+        await started.wait()
+        ended, waiting = await asyncio.wait([asyncio.ensure_future(refusal(call)) for call in calls], return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result() for task in ended] == [(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", [])]
+        for task in waiting:
+            task.cancel()
+        gate.set()
+        assert (await stub.Search(request)).results
+
+
 async def test_an_absurdly_long_deadline_is_served(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
     assert (await stub.Embed(pb.EmbedRequest(texts=["red"]), timeout=3e7)).dim > 0
 
@@ -231,13 +285,17 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
     async with running_server(tiny_bundle, None, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
         await stub.Embed(pb.EmbedRequest(texts=["red", "blue"]))
+        await stub.Embed(pb.EmbedRequest(texts=["red", "Red", "green"]))
         await refusal(stub.Embed(pb.EmbedRequest()))
         reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
         page = (await reader.read()).decode()
         writer.close()
         await writer.wait_closed()
-    assert 'openbook_requests_total{method="Embed",status="OK"} 1.0' in page
+    assert 'openbook_requests_total{method="Embed",status="OK"} 2.0' in page
     assert 'openbook_requests_total{method="Embed",status="INVALID_ARGUMENT"} 1.0' in page
     assert 'openbook_batch_rows_count{graph="embedder"}' in page
+    lookups = {result: f'openbook_cache_lookups_total{{result="{result}"}} ' for result in ("hit", "joined", "miss")}
+    assert [page.partition(name)[2].partition("\n")[0] for name in lookups.values()] == ["1.0", "1.0", "3.0"]
+    assert float(page.partition("\nopenbook_cache_bytes ")[2].partition("\n")[0]) > 0
     assert "red" not in page.replace("registered", "")

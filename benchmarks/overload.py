@@ -1,0 +1,145 @@
+"""What happens when too much is asked? Embed at one, two and ten times what the server can do.
+
+    python benchmarks/overload.py BUNDLE TEXTS.jsonl [--device cpu] [--factors 0.5 1 2 10] [--seconds 8] [--plot FILE.png]
+
+Capacity is measured first, in closed loop; then messages arrive at random (Poisson) at multiples of it, whether or not those before
+were answered, from a process of its own, and each call has a deadline. Reported per factor: goodput (texts answered within their
+deadline, as a share of capacity), what became of the other calls, how soon refusals came, the server's CPU time a text, and its memory.
+A client on the same cores takes part of them, so goodput falls somewhat with the factor whatever the server does; `offered`
+is what it really sent. The CPU time of a refusal is what is left of the largest factor's after its answers are paid for
+at the smallest factor's price. Bounded in time and number of requests; warm-up is left out. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from driver import WARM_UP_SECONDS, Driven, Load, cpu_seconds, drive, memory_mb, percentile, started_server
+from openbook_server.bundle import load_bundle
+from openbook_server.runtime import choose_device
+from raw import load_texts, machine
+
+REFUSED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+SETTLE_SECONDS = 2.0  # before memory is looked at again
+
+
+def summary(driven: Driven, load: Load, capacity: float, cpu: float) -> dict[str, object]:
+    """One phase in numbers; `capacity` in texts a second, `cpu` the server's seconds."""
+    refusals = driven.milliseconds.get(REFUSED[0], [])
+    answers = driven.milliseconds.get("OK", [])
+    goodput = load.texts_a_message * len(answers) / driven.seconds
+    return {
+        "offered_texts_per_second": load.texts_a_message * driven.sent / driven.seconds,
+        "goodput_texts_per_second": goodput,
+        "goodput_to_capacity": goodput / capacity,
+        "calls": {status: len(part) for status, part in driven.milliseconds.items()},
+        "server_cpu_ms_a_call": 1000 * cpu / max(1, driven.calls),
+        **{
+            f"{name}_p{at}_ms": percentile(took, at)
+            for name, took in (("answer", answers), ("refusal", refusals))
+            if took
+            for at in (50, 99)
+        },
+    }
+
+
+def refusal_cost(phases: Sequence[dict[str, object]]) -> float | None:
+    """Milliseconds of CPU time of one refused call; None where nothing was refused."""
+
+    def counts(phase: dict[str, object]) -> tuple[int, int]:
+        calls: dict[str, int] = phase["calls"]  # type: ignore[assignment]
+        return calls.get("OK", 0), sum(calls.get(status, 0) for status in REFUSED)
+
+    calm, flooded = phases[0], phases[-1]
+    answered, refused = counts(flooded)
+    if not refused:
+        return None
+    total: float = flooded["server_cpu_ms_a_call"] * (answered + refused)  # type: ignore[operator]
+    return max(0.0, total - answered * calm["server_cpu_ms_a_call"]) / refused  # type: ignore[operator]
+
+
+def plot(file: Path, phases: Sequence[dict[str, object]], capacity: float) -> None:
+    """Goodput against offered load, both as multiples of capacity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    offered = [phase["offered_texts_per_second"] / capacity for phase in phases]  # type: ignore[operator]
+    axes.plot([0, 1, max(offered)], [0, 1, 1], "--", color="grey", label="what could be answered")
+    axes.plot(offered, [phase["goodput_to_capacity"] for phase in phases], "o-", label="answered in time")
+    axes.set_xlabel("offered load / capacity")
+    axes.set_ylabel("goodput / capacity")
+    axes.set_ylim(0)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("texts", type=Path, help="JSON lines with `text` or `question`")
+    parser.add_argument("--limit", type=int, default=1024, help="texts used (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0, 10.0], help="of capacity (default: 0.5 1 2 10)")
+    parser.add_argument("--texts-a-message", type=int, default=4, help="so that one client can send enough (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=1_000.0, help="of each call (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="a phase (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw goodput against offered load")
+    arguments = parser.parse_args()
+    bundle, texts = load_bundle(arguments.bundle), load_texts(arguments.texts, arguments.limit)
+    device = choose_device(arguments.device, None, arguments.threads)
+    size, seconds = arguments.texts_a_message, arguments.seconds
+    phases: list[dict[str, object]] = []
+    with (
+        started_server(arguments.bundle, arguments.device, arguments.threads) as (address, pid),
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
+        closed = pool.apply(drive, (address, texts, Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=seconds)))
+        capacity = size * closed.count("OK") / closed.seconds
+        memory = {"before_mb": memory_mb(pid)}
+        print(f"capacity: {capacity:.0f} texts/s, {size} a message")
+        for factor in sorted(arguments.factors):
+            load = Load(texts_a_message=size, rate=factor * capacity / size, seconds=seconds, deadline_seconds=arguments.deadline_ms / 1000)
+            before = cpu_seconds(pid)
+            driven = pool.apply(drive, (address, texts, load))
+            share = seconds / (seconds + WARM_UP_SECONDS)  # of the CPU time that was not warm-up
+            phase = {"factor": factor, **summary(driven, load, capacity, share * (cpu_seconds(pid) - before))}
+            phases.append(phase)
+            took = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in phase.items() if name.endswith("_ms"))
+            print(
+                f"{factor:g} x capacity: goodput {phase['goodput_to_capacity']:.2f} of capacity; {took}; "
+                f"{phase['server_cpu_ms_a_call']:.2f} ms CPU a call; {phase['calls']}"
+            )
+        time.sleep(SETTLE_SECONDS)
+        memory |= {"after_mb": memory_mb(pid), "peak_mb": memory_mb(pid, "VmHWM")}
+    refusal = refusal_cost(phases)
+    cost = "none was refused" if refusal is None else f"a refusal costs {refusal:.2f} ms of CPU time"
+    print(f"{cost}; memory {memory['before_mb']:.0f} -> {memory['after_mb']:.0f} MB, peak {memory['peak_mb']:.0f}")
+    if arguments.plot:
+        plot(arguments.plot, phases, capacity)
+    print(
+        json.dumps(
+            {
+                "capacity_texts_per_second": capacity,
+                "texts_a_message": size,
+                "deadline_ms": arguments.deadline_ms,
+                "phases": phases,
+                "refusal_cpu_ms": refusal,
+                "memory": memory,
+                "machine": machine(bundle, f"{device.name} {device.precision}"),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`openbook tune`: find the settings that serve a bundle best on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openbook_server.tuning import Trial
+
+_OBJECTIVE_MISSED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure how many requests a second a bundle does on this machine, and how long they take at four fifths of that, with several "
+        "numbers of threads and sizes of batches; write the best settings into a profile for `openbook serve --profile`. A request embeds "
+        "a question and, where the bundle has a reader, reads five passages. Run it on an idle machine, and again when the machine, the "
+        "device or the bundle changes."
+    )
+    parser.epilog = (
+        "example: openbook tune bundle/ --objective-ms 200 --out profile.json; openbook serve bundle/ kb/ --profile profile.json\n"
+        "exit status: 0; 1 when the bundle or the device does not open, or the file cannot be written; 2 for wrong usage;\n"
+        "3 when no settings meet the objective (the quickest are written)"
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
+    parser.add_argument("--objective-ms", type=float, metavar="P95", help="latency that 95 of 100 requests must keep (default: none)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, openvino or cuda (default: %(default)s)")
+    parser.add_argument("--precision", default="", help="fp32, bf16, fp16 or int8; by default the device's lossless one")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of measuring, about (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="profile to write (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from openbook_server.bundle import load_bundle
+    from openbook_server.errors import OpenBookError
+    from openbook_server.profiles import write_profile
+    from openbook_server.runtime import choose_device
+    from openbook_server.tuning import SHARE, tune
+
+    if arguments.seconds <= 0 or (arguments.objective_ms is not None and arguments.objective_ms <= 0):
+        print("openbook tune: --seconds and --objective-ms must be above 0", file=sys.stderr)
+        return 2
+    try:
+        bundle = load_bundle(arguments.bundle)
+        device = choose_device(arguments.device, arguments.precision or None)
+        print(f"{bundle.name} on {device.name} in {device.precision}\nthreads  tokens a batch  requests/s  p95 ms at {SHARE:.0%} of that")
+        trials, best = tune(
+            bundle,
+            device=device.name,
+            precision=device.precision,
+            objective_ms=arguments.objective_ms,
+            seconds=arguments.seconds,
+            report=lambda trial: print(_line(trial), flush=True),
+        )
+        write_profile(
+            arguments.out,
+            {"device": device.name, "precision": device.precision, "threads": best.threads, "max_batch_tokens": best.max_batch_tokens},
+            {
+                "bundle_id": bundle.id,
+                "cores": os.cpu_count(),
+                "objective_ms": arguments.objective_ms,
+                "trials": [dataclasses.asdict(trial) for trial in trials],
+            },
+        )
+    except OpenBookError as error:
+        print(f"openbook tune: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"openbook tune: {arguments.out} cannot be written ({error.strerror}); choose another --out", file=sys.stderr)
+        return 1
+    print(f"\nbest:\n{_line(best)}\nwritten to {arguments.out}; openbook serve {arguments.bundle} KB --profile {arguments.out}")
+    if arguments.objective_ms is not None and best.p95_ms > arguments.objective_ms:
+        print(f"openbook tune: nothing kept {arguments.objective_ms:g} ms; the quickest settings were written", file=sys.stderr)
+        return _OBJECTIVE_MISSED
+    return 0
+
+
+def _line(trial: Trial) -> str:
+    threads = trial.threads or "own"
+    return f"{threads:>7}  {trial.max_batch_tokens:>14}  {trial.requests_per_second:>10.1f}  {trial.p95_ms:>21.1f}"

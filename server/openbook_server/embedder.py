@@ -1,0 +1,170 @@
+"""The embedder as the pipeline sees it: rows of tokens in, unit vectors out, nothing computed twice.
+
+Promises
+- A vector from the cache has the bytes that computing it again would give: a row's result never depends on its batch
+  (see `engine`). One `Embedder` stands before one graph, so what names a vector is its row of tokens alone; texts that
+  the tokenizer does not tell apart share one.
+- Callers that want the same row at the same time share one computation. Who hangs up takes nothing from the others; a
+  failure is told to all who wait for it and is never remembered.
+- Every caller's deadline holds: nobody waits past it, and nobody waits for a computation that was queued behind
+  less urgent work.
+
+It lives on one event loop and needs no lock. It knows nothing of texts or gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.engine import Arrays, Engine, Row
+from openbook_server.errors import DeadlineExceeded, InferenceFailed
+
+Vector = NDArray[np.float32]
+
+GRAPH = "embedder"
+ENTRY_BYTES = 300  # of Python's objects around a key and its vector; measured
+_SLACK = 0.1  # of the time a caller has left: by so much may a computation that it joins be due after the caller itself
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What callers get: (rows, dim) unit vectors, and how long those that were computed waited for the device."""
+
+    vectors: NDArray[np.float32]
+    queued_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A row that is being computed. `done` gives its vector, its failure, or None: it was given up, compute it yourself."""
+
+    deadline: float  # time.monotonic() seconds
+    done: asyncio.Future[Vector | InferenceFailed | None]
+
+
+class Embedder:
+    """Embeds through the engine, remembering the vectors used last."""
+
+    def __init__(
+        self, engine: Engine, *, cache_bytes: int, observe: Callable[[int, int, int], None] = lambda hits, joined, misses: None
+    ) -> None:
+        """Embed through `engine`.
+
+        Args:
+            cache_bytes: of vectors kept, keys and bookkeeping included; 0 = none are, and every row is computed, even
+                one that is being computed already.
+            observe: told, whenever rows were looked up, how many were hits, how many joined one that was being
+                computed, and how many had to be computed.
+        """
+        self._engine, self._capacity, self._observe = engine, cache_bytes, observe
+        self._cache: OrderedDict[bytes, Vector] = OrderedDict()  # the one used last at the end
+        self._flights: dict[bytes, _Flight] = {}
+        self.cached_bytes = 0
+
+    async def embed(self, rows: Sequence[Row], *, deadline: float) -> Embedded:
+        """Unit vectors of tokenised texts, in their order.
+
+        Args:
+            rows: at least one.
+            deadline: time.monotonic() seconds.
+
+        Raises:
+            Overloaded, DeadlineExceeded, InferenceFailed, NotServing: as `Engine.submit`.
+        """
+        if not self._capacity:
+            outcome = await self._engine.submit(GRAPH, rows, deadline=deadline)
+            return Embedded(np.stack([_vector(row) for row in outcome.rows]), outcome.queued_seconds)
+        keys = [_key(row) for row in rows]
+        missing = dict(zip(keys, rows, strict=True))
+        repeated, queued_seconds = len(rows) - len(missing), 0.0
+        vectors: dict[bytes, Vector] = {}
+        while missing:  # more than once only where whoever computed a row for us gave it up
+            hits, flights = self._look_up(missing, deadline)
+            vectors |= hits
+            own = {key: row for key, row in missing.items() if key not in hits and key not in flights}
+            self._observe(len(hits), len(flights) + repeated, len(own))
+            if own:
+                computed, queued_seconds = await self._compute(own, deadline)
+                vectors |= computed
+            if flights:
+                vectors |= await _wait(flights, deadline)
+            missing, repeated = {key: row for key, row in missing.items() if key not in vectors}, 0
+        return Embedded(np.stack([vectors[key] for key in keys]), queued_seconds)
+
+    def _look_up(self, keys: Iterable[bytes], deadline: float) -> tuple[dict[bytes, Vector], dict[bytes, _Flight]]:
+        """Those that are known, and those that somebody is computing in time for `deadline`."""
+        hits, flights = {}, {}
+        latest = deadline + _SLACK * (deadline - time.monotonic())
+        for key in keys:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                hits[key] = self._cache[key]
+            elif key in self._flights and self._flights[key].deadline <= latest:
+                flights[key] = self._flights[key]
+        return hits, flights
+
+    async def _compute(self, rows: Mapping[bytes, Row], deadline: float) -> tuple[dict[bytes, Vector], float]:
+        """The vectors of rows, and how long they were queued; whoever joined hears what became of them."""
+        loop = asyncio.get_running_loop()
+        flights = {key: _Flight(deadline, loop.create_future()) for key in rows}
+        self._flights |= flights
+        vectors: dict[bytes, Vector] = {}
+        failure: InferenceFailed | None = None
+        try:
+            outcome = await self._engine.submit(GRAPH, list(rows.values()), deadline=deadline)
+            vectors = {key: _vector(row) for key, row in zip(rows, outcome.rows, strict=True)}
+            return vectors, outcome.queued_seconds
+        except InferenceFailed as error:
+            failure = error if len(rows) == 1 else None  # of several, nobody knows whose fault it was
+            raise
+        finally:  # also when this caller hangs up
+            for key, flight in flights.items():
+                if self._flights.get(key) is flight:  # a more urgent caller may have taken the row over
+                    del self._flights[key]
+                flight.done.set_result(vectors.get(key, failure))
+            self._remember(vectors)
+
+    def _remember(self, vectors: Mapping[bytes, Vector]) -> None:
+        for key, vector in vectors.items():
+            if key not in self._cache:
+                self.cached_bytes += _size(key, vector)
+            self._cache[key] = vector
+        while self.cached_bytes > self._capacity:
+            self.cached_bytes -= _size(*self._cache.popitem(last=False))
+
+
+async def _wait(flights: Mapping[bytes, _Flight], deadline: float) -> dict[bytes, Vector]:
+    """What others compute; rows that they gave up are left out."""
+    _, late = await asyncio.wait([flight.done for flight in flights.values()], timeout=max(0.0, deadline - time.monotonic()))
+    if late:
+        raise DeadlineExceeded("the deadline passed while the text was being embedded for another request as well")
+    vectors = {}
+    for key, flight in flights.items():
+        result = flight.done.result()
+        if isinstance(result, InferenceFailed):
+            raise InferenceFailed(str(result))
+        if result is not None:
+            vectors[key] = result
+    return vectors
+
+
+def _key(row: Row) -> bytes:
+    types = b"" if row.types is None else array("i", row.types).tobytes()
+    return array("i", row.ids).tobytes() + types
+
+
+def _vector(outputs: Arrays) -> Vector:
+    """A vector that owns its memory: the engine's is a view that would keep its whole batch alive."""
+    return np.array(outputs["sentence_embedding"], np.float32)
+
+
+def _size(key: bytes, vector: Vector) -> int:
+    return len(key) + vector.nbytes + ENTRY_BYTES

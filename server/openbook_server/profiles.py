@@ -1,0 +1,52 @@
+"""Profiles: settings that `openbook tune` measured to be good on one machine, in a file that `openbook serve` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openbook_server.errors import InvalidRequest
+
+FORMAT = 1
+SETTINGS: dict[str, type] = {"device": str, "precision": str, "threads": int, "max_batch_tokens": int}  # fields of ServerConfig
+
+
+def write_profile(file: Path, settings: Mapping[str, str | int], measured: Mapping[str, Any]) -> None:
+    """Write a profile; `measured` says how the settings came about, for people.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    aside = file.with_name(file.name + ".new")
+    aside.write_text(json.dumps({"format": FORMAT, "settings": dict(settings), "measured": dict(measured)}, indent=2) + "\n")
+    os.replace(aside, file)
+
+
+def read_profile(file: Path) -> dict[str, str | int]:
+    """The settings in a profile, by the names of ServerConfig.
+
+    Raises:
+        InvalidRequest: the file is missing, is no profile, or sets something that profiles do not.
+    """
+
+    def problem(what: str) -> InvalidRequest:
+        return InvalidRequest("--profile", f"{file} {what}; `openbook tune BUNDLE --out {file}` writes one")
+
+    try:
+        profile = json.loads(file.read_text())
+    except OSError as error:
+        raise problem(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise problem("is no profile: it holds no JSON") from error
+    settings = profile.get("settings") if isinstance(profile, dict) and profile.get("format") == FORMAT else None
+    if not isinstance(settings, dict):
+        raise problem(f"is no profile of format {FORMAT}")
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise problem(f"sets {name!r}, profiles set only {', '.join(SETTINGS)}")
+        if type(value) is not SETTINGS[name]:
+            raise problem(f"sets {name} to {value!r}, which is no {SETTINGS[name].__name__}")
+    return settings

@@ -1,0 +1,181 @@
+"""Which settings serve a bundle best on this machine: measured, not guessed.
+
+A trial is an engine with one number of threads and one token budget, and requests as a server would run them: a question
+embedded, then `TOP_K` passages read beside it where the bundle has a reader. First as many as it can do (closed loop), then
+at `SHARE` of that, arriving at random, for the latency that somebody who asks would see. Left out is what costs the same
+whatever the settings: gRPC, tokenising, search.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from openbook_server.buckets import padded_length
+from openbook_server.bundle import Bundle
+from openbook_server.engine import Engine, Row, Runnable, collate
+from openbook_server.runtime import Graph, choose_device
+
+TOP_K = 5
+CALLERS = 32  # at once, when as many requests as possible are measured
+SHARE = 0.8  # of the measured rate, at which latency is measured
+BUDGETS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)  # tokens a batch
+FIRST_BUDGET = 2_048  # with which numbers of threads are compared
+QUESTION_TOKENS, PASSAGE_TOKENS = (8, 24), (150, 250)  # what requests are made of, if the models take so many
+_MAX_THREADS = 4  # numbers of threads tried
+_ALIKE = 0.97  # rates closer than this are equal, and latency decides
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One pair of settings, and what they came to."""
+
+    threads: int  # 0 = the device has its own
+    max_batch_tokens: int
+    requests_per_second: float
+    p95_ms: float  # at SHARE of that rate
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests like those of a server of one bundle."""
+
+    question_tokens: tuple[int, int]  # shortest and longest, special tokens included
+    pair_tokens: tuple[int, int] | None  # of a question beside a passage; None = the bundle has no reader
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Workload:
+        question = _at_most(QUESTION_TOKENS, bundle.embedder.max_tokens)
+        if bundle.reader is None:
+            return cls(question, None)
+        return cls(question, _at_most((question[0] + PASSAGE_TOKENS[0], question[1] + PASSAGE_TOKENS[1]), bundle.reader.max_tokens))
+
+    async def request(self, engine: Engine, rng: random.Random) -> None:
+        deadline = time.monotonic() + 3_600
+        await engine.submit("embedder", [_row(rng, self.question_tokens)], deadline=deadline)
+        if self.pair_tokens:
+            await engine.submit("reader", [_row(rng, self.pair_tokens) for _ in range(TOP_K)], deadline=deadline)
+
+
+def tune(
+    bundle: Bundle, *, device: str, precision: str | None, objective_ms: float | None, seconds: float, report: Callable[[Trial], None]
+) -> tuple[list[Trial], Trial]:
+    """Try numbers of threads, then token budgets with the best of them.
+
+    Args:
+        device, precision: as `runtime.choose_device`.
+        objective_ms: p95 that must hold; None = only the rate counts.
+        seconds: of measuring, over all trials; loading the graphs comes on top.
+        report: told of each trial as it ends.
+
+    Returns:
+        All trials in their order, and the best: see `choose`.
+
+    Raises:
+        DeviceUnavailable, BundleInvalid: as `choose_device` and `Graph`.
+    """
+    workload, trials = Workload.of(bundle), []
+    numbers = thread_numbers(choose_device(device, precision).name)
+    each = seconds / (len(numbers) + len(BUDGETS) - 1)
+
+    def attempt(graphs: Mapping[str, Runnable], threads: int, budget: int) -> None:
+        rate, p95_ms = measure(graphs, workload, max_batch_tokens=budget, seconds=each)
+        trials.append(Trial(threads=threads, max_batch_tokens=budget, requests_per_second=rate, p95_ms=p95_ms))
+        report(trials[-1])
+
+    for threads in numbers:
+        attempt(_graphs(bundle, device, precision, threads, workload), threads, FIRST_BUDGET)
+    threads = choose(trials, objective_ms).threads
+    graphs = _graphs(bundle, device, precision, threads, workload)
+    for budget in BUDGETS:
+        if budget != FIRST_BUDGET:
+            attempt(graphs, threads, budget)
+    return trials, choose(trials, objective_ms)
+
+
+def thread_numbers(device: str) -> list[int]:
+    """Numbers of processor threads worth trying: all cores, and halves of that. A GPU's work does not depend on them."""
+    if device == "cuda":
+        return [0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number, numbers = cores, list[int]()
+    while number and len(numbers) < _MAX_THREADS:
+        numbers.append(number)
+        number //= 2
+    return numbers
+
+
+def choose(trials: Sequence[Trial], objective_ms: float | None) -> Trial:
+    """The highest rate of those that meet the objective, of about equal ones the quickest; the quickest of all where none does."""
+    meeting = [trial for trial in trials if objective_ms is None or trial.p95_ms <= objective_ms]
+    highest = max((trial.requests_per_second for trial in meeting), default=0.0)
+    alike = [trial for trial in meeting if trial.requests_per_second >= _ALIKE * highest]
+    return min(alike or trials, key=lambda trial: trial.p95_ms)
+
+
+def measure(graphs: Mapping[str, Runnable], workload: Workload, *, max_batch_tokens: int, seconds: float) -> tuple[float, float]:
+    """Requests a second in closed loop, and the p95 in milliseconds at SHARE of that; each takes about half of the time."""
+    engine = Engine(graphs, max_batch_tokens=max_batch_tokens, max_queued=_NO_LIMIT)
+    try:
+        rate = asyncio.run(_closed(engine, workload, seconds / 2))
+        took = sorted(asyncio.run(_open(engine, workload, seconds / 2, SHARE * rate)))
+    finally:
+        engine.close()
+    return rate, 1000 * took[min(len(took) - 1, len(took) * 95 // 100)]
+
+
+async def _closed(engine: Engine, workload: Workload, seconds: float) -> float:
+    rng, done = random.Random(0), 0
+    began = time.perf_counter()
+
+    async def caller() -> None:
+        nonlocal done
+        while time.perf_counter() < began + seconds:
+            await workload.request(engine, rng)
+            done += 1
+
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    return done / (time.perf_counter() - began)
+
+
+async def _open(engine: Engine, workload: Workload, seconds: float, rate: float) -> list[float]:
+    """Seconds that each request took."""
+    rng = random.Random(1)
+
+    async def call() -> float:
+        began = time.perf_counter()
+        await workload.request(engine, rng)
+        return time.perf_counter() - began
+
+    due = time.perf_counter()
+    ends, tasks = due + seconds, [asyncio.create_task(call())]
+    while due < ends:
+        due += rng.expovariate(rate)
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tasks.append(asyncio.create_task(call()))
+    return await asyncio.gather(*tasks)
+
+
+def _graphs(bundle: Bundle, device: str, precision: str | None, threads: int, workload: Workload) -> dict[str, Graph]:
+    """The bundle's graphs, each having run once at every length that it will run at."""
+    chosen = choose_device(device, precision, threads)
+    graphs = {}
+    for name, tokens in (("embedder", workload.question_tokens), ("reader", workload.pair_tokens)):
+        if tokens:
+            graphs[name] = Graph(bundle.graph_path(name, chosen.precision), chosen, threads)
+            for length in sorted({padded_length(tokens) for tokens in range(tokens[0], tokens[1] + 1)}):
+                graphs[name].run(collate([Row([1] * length)], length))
+    return graphs
+
+
+def _row(rng: random.Random, tokens: tuple[int, int]) -> Row:
+    return Row([1] * rng.randint(*tokens))  # which tokens they are costs nothing
+
+
+def _at_most(tokens: tuple[int, int], limit: int) -> tuple[int, int]:
+    return min(tokens[0], limit), min(tokens[1], limit)

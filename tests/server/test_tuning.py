@@ -1,0 +1,103 @@
+"""Tuning: what it tries, what it chooses, and that the server takes the profile it writes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from openbook import cli
+from openbook_server import command_serve
+from openbook_server.bundle import load_bundle
+from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest
+from openbook_server.profiles import read_profile, write_profile
+from openbook_server.tuning import BUDGETS, Trial, choose, thread_numbers, tune
+
+
+def trial(threads: int, rate: float, p95_ms: float) -> Trial:
+    return Trial(threads=threads, max_batch_tokens=2_048, requests_per_second=rate, p95_ms=p95_ms)
+
+
+def test_the_highest_rate_that_keeps_the_objective_is_chosen() -> None:
+    trials = [trial(1, 50, 20), trial(2, 90, 80), trial(3, 70, 40)]
+    assert choose(trials, 50).threads == 3
+    assert choose(trials, None).threads == 2
+    assert choose(trials, 10).threads == 1  # none keeps it: the quickest
+
+
+def test_of_about_equal_rates_the_quicker_is_chosen() -> None:
+    assert choose([trial(1, 100, 30), trial(2, 99, 20), trial(3, 90, 5)], None).threads == 2
+
+
+def test_threads_are_halved_from_all_cores_and_left_alone_on_a_gpu() -> None:
+    numbers = thread_numbers("cpu")
+    assert numbers[-1] >= 1
+    assert all(after == before // 2 for before, after in itertools.pairwise(numbers))
+    assert thread_numbers("cuda") == [0]
+
+
+def test_every_number_of_threads_and_then_every_budget_is_tried(tiny_bundle: Path) -> None:
+    seen: list[Trial] = []
+    trials, best = tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.5, report=seen.append)
+    assert seen == trials
+    numbers = thread_numbers("cpu")
+    assert [trial.threads for trial in trials[: len(numbers)]] == numbers
+    assert len({trial.threads for trial in trials[len(numbers) :]}) == 1
+    assert {trial.max_batch_tokens for trial in trials} == set(BUDGETS)
+    assert best in trials
+    assert all(trial.requests_per_second > 0 and trial.p95_ms > 0 for trial in trials)
+
+
+def test_the_command_writes_a_profile_that_serve_reads(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "profile.json"
+    arguments = ["tune", str(tiny_bundle), "--device", "cpu", "--seconds", "0.3", "--out", str(file)]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.strip()[:1].isdigit()]) == len(thread_numbers("cpu")) + len(BUDGETS)
+    settings = read_profile(file)
+    assert (settings["device"], settings["precision"]) == ("cpu", "fp32")
+    assert configure("--profile", str(file)).threads == settings["threads"]
+    assert json.loads(file.read_text())["measured"]["bundle_id"] == load_bundle(tiny_bundle).id
+    assert cli.main([*arguments, "--objective-ms", "0.000001"]) == 3
+    assert "nothing kept" in capsys.readouterr().err
+
+
+def configure(*arguments: str) -> ServerConfig:
+    parser = argparse.ArgumentParser()
+    command_serve.add_arguments(parser)
+    return command_serve._config(parser.parse_args(["bundle", *arguments]))
+
+
+def test_a_flag_wins_over_the_environment_over_the_profile_over_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "profile.json"
+    write_profile(file, {"threads": 3, "max_batch_tokens": 1_024, "device": "cpu"}, {})
+    profile = ["--profile", str(file)]
+    assert configure().threads == 0
+    assert configure(*profile).threads == 3
+    monkeypatch.setenv("OPENBOOK_THREADS", "4")
+    assert configure(*profile).threads == 4
+    assert configure(*profile, "--threads", "5").threads == 5
+    assert (configure(*profile).max_batch_tokens, configure(*profile).device) == (1_024, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read"),
+        ("{", "no JSON"),
+        ("[1]", "no profile"),
+        ('{"format": 2, "settings": {}}', "no profile of format 1"),
+        ('{"format": 1, "settings": {"host": "0.0.0.0"}}', "sets 'host'"),
+        ('{"format": 1, "settings": {"threads": true}}', "True, which is no int"),
+        ('{"format": 1, "settings": {"threads": 9999}}', "9999 is outside"),
+    ],
+)
+def test_a_bad_profile_is_refused_with_its_fault(tmp_path: Path, text: str | None, problem: str) -> None:
+    file = tmp_path / "profile.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InvalidRequest, match=problem):
+        configure("--profile", str(file))

@@ -22,23 +22,30 @@ STOPPED, SOME_UNREADABLE = 130, 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, which is "
-        "made where there is none. Documents that are stored already and have not changed are left alone, so the same command "
-        "again goes on after a stop, or brings the knowledge base up to date."
+        "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, a folder or an "
+        "alias of an Elasticsearch cluster, which is made where there is none. Documents that are stored already and have not changed are "
+        "left alone, so the same command again goes on after a stop, or brings the knowledge base up to date."
     )
     parser.epilog = (
         "sources: files and folders of txt, md, rst, html, pdf, csv, jsonl, parquet; hf:NAME[:SPLIT], a Hugging Face dataset;\n"
         "python-docs:, the documentation that every Python carries. csv, jsonl, parquet and datasets give a document a row:\n"
         "`_id` or `id`, `title` and `text` mean just that, other values become metadata.\n"
         "example: openbook index bundle/ kb/ manuals/ faq.csv\n"
+        "         openbook index bundle/ 'elasticsearch://es1:9200,es2:9200/manuals?shards=3&replicas=1' manuals/\n"
         "exit status: 0 all stored; 1 nothing could be done; 2 wrong usage; 3 some items were unreadable (named in the log), the\n"
         "rest is stored; 130 stopped by Ctrl-C, what was reported is stored"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
-    parser.add_argument("knowledge_base", type=Path, metavar="KB", help="folder of the knowledge base")
+    parser.add_argument("knowledge_base", metavar="KB", help="folder of the knowledge base, or elasticsearch://HOST:PORT/ALIAS")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
     parser.add_argument("--passage-tokens", type=int, metavar="N", help="longest passage (default: as before, at first 200)")
     parser.add_argument("--overlap", type=int, metavar="N", help="tokens neighbours may share (default: as before, at first 40)")
+    parser.add_argument(
+        "--new-generation",
+        action="store_true",
+        help="Elasticsearch: build a new knowledge base beside the one that the alias means, and let it mean the new one once all "
+        "sources are stored; servers follow when they are restarted",
+    )
     parser.add_argument(
         "--graph-dims",
         type=int,
@@ -84,7 +91,13 @@ def _index(arguments: argparse.Namespace) -> int:
     graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embedder = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
-    knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle, create=True, graph_dims=arguments.graph_dims)
+    knowledge_base = open_knowledge_base(
+        arguments.knowledge_base,
+        bundle,
+        create=True,
+        new_generation=arguments.new_generation,
+        graph_dims=arguments.graph_dims,
+    )
     try:
         recorded = knowledge_base.facts(*FACTS)
         splitting = choose_splitting(bundle, recorded, arguments.passage_tokens, arguments.overlap)
@@ -98,11 +111,13 @@ def _index(arguments: argparse.Namespace) -> int:
         knowledge_base.optimise()
         knowledge_base.snapshot()
         counts, progress = knowledge_base.counts(), indexing.progress
+        if not stopped and counts.documents:
+            knowledge_base.publish()
     finally:
         knowledge_base.close()
     seconds = time.monotonic() - began
     print(
-        f"{arguments.knowledge_base}: {counts.documents} documents, {counts.passages} passages; this run read {progress.documents}, "
+        f"{knowledge_base.name}: {counts.documents} documents, {counts.passages} passages; this run read {progress.documents}, "
         f"{progress.unchanged} of them unchanged, and stored {progress.passages} passages in {seconds:.1f} s"
         + (f"; {progress.unreadable} items were unreadable and skipped" if progress.unreadable else "")
         + (f"; {progress.replaced_ids} ids came more than once, the last of each was kept" if progress.replaced_ids else "")

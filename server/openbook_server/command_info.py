@@ -12,9 +12,12 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Say what a bundle, a knowledge base or a server is; a bundle's digests are checked."
     parser.epilog = (
-        "example: openbook info bundle/; openbook info kb/; openbook info localhost:50051\nexit status: 0; 1 when it is none or damaged"
+        "example: openbook info bundle/; openbook info kb/; openbook info elasticsearch://es1:9200/manuals; openbook info localhost:50051\n"
+        "exit status: 0; 1 when it is none or damaged"
     )
-    parser.add_argument("target", metavar="BUNDLE|KB|HOST:PORT", help="a folder, or the address of a server")
+    parser.add_argument(
+        "target", metavar="BUNDLE|KB|HOST:PORT", help="a folder, elasticsearch://HOST:PORT/ALIAS, or the address of a server"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -38,6 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _facts(target: str) -> dict[str, Any]:
     folder = Path(target)
+    if "://" in target:
+        from openbook_server.knowledge.opening import describe_address
+
+        return describe_address(target)
     if not folder.exists() and ":" in target:
         return _server(target)  # needs no more than the client's own install
     from openbook_server.bundle import MANIFEST

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 after a drain, 1 when the server cannot start, 2 for wrong usage"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
-    parser.add_argument("knowledge_base", type=Path, nargs="?", metavar="KB", help="folder written by `openbook index`")
+    parser.add_argument(
+        "knowledge_base", nargs="?", metavar="KB", help="folder written by `openbook index`, or elasticsearch://HOST:PORT/ALIAS"
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="settings that `openbook tune` found good on this machine")
     defaults = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
     for name, meaning in _FLAGS.items():

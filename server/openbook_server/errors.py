@@ -2,9 +2,9 @@
 
 A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
 (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
-knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, FingerprintMismatch) and sources are read
-(SourceInvalid). `reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the
-way out.
+knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable, KnowledgeBaseRefused,
+FingerprintMismatch) and sources are read (SourceInvalid). `reason` is stable and goes into google.rpc.ErrorInfo; the
+message names the value, the limit and the way out.
 """
 
 from __future__ import annotations
@@ -101,6 +101,21 @@ class KnowledgeBaseDamaged(OpenBookError):
 
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "KNOWLEDGE_BASE_DAMAGED"
+
+
+class KnowledgeBaseUnavailable(OpenBookError):
+    """The machines that hold the knowledge base, or some of them, do not answer; the same request later may succeed."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "KNOWLEDGE_BASE_UNAVAILABLE"
+    retry_after_seconds = 5.0
+
+
+class KnowledgeBaseRefused(OpenBookError):
+    """The machines that hold the knowledge base will not serve us until an operator acts: user, version, full disk."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "KNOWLEDGE_BASE_REFUSED"
 
 
 class FingerprintMismatch(OpenBookError):

@@ -1,10 +1,12 @@
 """The KnowledgeBase service of openbook.v1: documents in and out while the server answers.
 
+The knowledge base may be on another machine, so every question to it is asked in a thread, never on the event loop.
 A document that is bad beside good ones fails alone, in its own result; every other failure is raised for `frontend`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 from openbook.v1 import knowledge_base_pb2 as kb
@@ -52,15 +54,14 @@ class KnowledgeService:
         if good:
             prepared = await writer.upsert(list(good.values()), deadline)
             written = {document.id for document, _ in prepared.documents}
-            passages = _counts(prepared.passages) | {
-                id_: len(stored) for id_, stored in self._knowledge_base.documents([id_ for id_ in good if id_ not in written]).items()
-            }
+            unchanged = await asyncio.to_thread(self._knowledge_base.documents, [id_ for id_ in good if id_ not in written])
+            passages = _counts(prepared.passages) | {id_: len(stored) for id_, stored in unchanged.items()}
             for at, document in enumerate(documents):
                 if at not in errors:
                     outcome = kb.OUTCOME_REPLACED if document.id in prepared.stored else kb.OUTCOME_CREATED
                     results[at].outcome = outcome if document.id in written else kb.OUTCOME_UNCHANGED
                     results[at].passages = passages.get(document.id, 0)
-        return kb.UpsertResponse(results=results, sequence=self._knowledge_base.sequence)
+        return kb.UpsertResponse(results=results, sequence=await self._sequence())
 
     async def delete(self, parsed: Parsed[kb.DeleteRequest], deadline: float, timings: Timings) -> kb.DeleteResponse:
         writer, ids = self._writable(), list(parsed.message.ids)
@@ -71,13 +72,13 @@ class KnowledgeService:
             if at not in errors:
                 results[at].outcome = kb.OUTCOME_DELETED if id_ in removed else kb.OUTCOME_ABSENT
                 results[at].passages = removed.get(id_, 0)
-        return kb.DeleteResponse(results=results, sequence=self._knowledge_base.sequence)
+        return kb.DeleteResponse(results=results, sequence=await self._sequence())
 
     async def get(self, parsed: Parsed[kb.GetRequest], deadline: float, timings: Timings) -> kb.GetResponse:
         ids = list(parsed.message.ids)
         for error in self._check_ids(ids, parsed.not_utf8).values():
             raise error
-        stored = self._knowledge_base.documents(ids)
+        stored = await asyncio.to_thread(self._knowledge_base.documents, ids)
         return kb.GetResponse(documents=[_stored(id_, stored[id_]) for id_ in dict.fromkeys(ids) if id_ in stored])
 
     async def list(self, parsed: Parsed[kb.ListRequest], deadline: float, timings: Timings) -> kb.ListResponse:
@@ -85,7 +86,7 @@ class KnowledgeService:
         size = bounded("page_size", request.page_size if request.HasField("page_size") else None, PAGE_SIZE, 1, MAX_PAGE_SIZE)
         if request.page_token and not (request.page_token.isascii() and request.page_token.isdigit() and len(request.page_token) < 19):
             raise InvalidRequest("page_token", "it is none that a page before gave; leave it empty for the first page")
-        rows = self._knowledge_base.page(int(request.page_token or 0), size)
+        rows = await asyncio.to_thread(self._knowledge_base.page, int(request.page_token or 0), size)
         return kb.ListResponse(
             documents=[kb.ListedDocument(id=id_, source=source, passages=passages) for _, id_, source, passages in rows],
             next_page_token=str(rows[-1][0]) if len(rows) == size else "",
@@ -94,25 +95,31 @@ class KnowledgeService:
     async def describe(
         self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], deadline: float, timings: Timings
     ) -> kb.DescribeKnowledgeBaseResponse:
-        counts, recall = self._knowledge_base.counts(), self._knowledge_base.recall
-        return kb.DescribeKnowledgeBaseResponse(
-            generation=self._knowledge_base.generation,
-            embedder_fingerprint=self._bundle.embedder.fingerprint,
-            documents=counts.documents,
-            passages=counts.passages,
-            sequence=self._knowledge_base.sequence,
-            graph_passages=self._knowledge_base.graph_rows,
-            bytes=self._knowledge_base.size_bytes(),
-            writable=self._writer is not None,
-            graph_dims=self._knowledge_base.graph_width,
-            ef=self._knowledge_base.ef,
-            recall=kb.Recall(mean=recall.mean, low=recall.low, high=recall.high, samples=recall.samples) if recall else None,
-        )
+        def look() -> kb.DescribeKnowledgeBaseResponse:
+            counts, recall = self._knowledge_base.counts(), self._knowledge_base.recall
+            return kb.DescribeKnowledgeBaseResponse(
+                generation=self._knowledge_base.generation,
+                embedder_fingerprint=self._bundle.embedder.fingerprint,
+                documents=counts.documents,
+                passages=counts.passages,
+                sequence=self._knowledge_base.sequence,
+                graph_passages=self._knowledge_base.graph_rows,
+                bytes=self._knowledge_base.size_bytes(),
+                writable=self._writer is not None,
+                graph_dims=self._knowledge_base.graph_width,
+                ef=self._knowledge_base.ef,
+                recall=kb.Recall(mean=recall.mean, low=recall.low, high=recall.high, samples=recall.samples) if recall else None,
+            )
+
+        return await asyncio.to_thread(look)
 
     async def snapshot(self, parsed: Parsed[kb.SnapshotRequest], deadline: float, timings: Timings) -> kb.SnapshotResponse:
-        sequence = self._knowledge_base.sequence
+        sequence = await self._sequence()
         await self._writable().snapshot()
-        return kb.SnapshotResponse(sequence=sequence, graph_passages=self._knowledge_base.graph_rows)
+        return kb.SnapshotResponse(sequence=sequence, graph_passages=await asyncio.to_thread(lambda: self._knowledge_base.graph_rows))
+
+    async def _sequence(self) -> int:
+        return await asyncio.to_thread(lambda: self._knowledge_base.sequence)
 
     def _writable(self) -> Writer:
         if self._writer is None:

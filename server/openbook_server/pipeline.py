@@ -60,7 +60,7 @@ class Pipeline:
     ) -> None:
         self._bundle, self._encoder, self._embedder, self._engine = bundle, encoder, embedder, engine
         self._knowledge_base = knowledge_base
-        self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._searcher = ThreadPoolExecutor(knowledge_base.search_threads if knowledge_base else 1, thread_name_prefix="search")
 
     def check(self, texts: int, deadline: float) -> None:
         """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Engine.check`."""

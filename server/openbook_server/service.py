@@ -5,6 +5,7 @@ A text that is bad beside good ones leaves as an ItemError; every other failure 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -126,7 +127,7 @@ class Service:
             precision=self._device.precision,
         )
         if self._knowledge_base is not None:
-            counts = self._knowledge_base.counts()
+            counts = await asyncio.to_thread(self._knowledge_base.counts)
             reply.knowledge_base.generation = self._knowledge_base.generation
             reply.knowledge_base.passages = counts.passages
             reply.knowledge_base.documents = counts.documents

@@ -28,7 +28,7 @@ from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine, Row, collate
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, OpenBookError
 from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend, Served
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
@@ -59,7 +59,7 @@ class _Loaded:
 
 
 @asynccontextmanager
-async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None, config: ServerConfig) -> AsyncIterator[int]:
+async def running_server(bundle_folder: Path, knowledge_base: str | Path | None, config: ServerConfig) -> AsyncIterator[int]:
     """A server that is ready to answer within the block; yields its port.
 
     Raises:
@@ -71,7 +71,7 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
     frontend = Frontend(config, metrics)
     server, readiness, port = await _listen(frontend, config)
     try:
-        loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base_folder, config)
+        loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
         engine = Engine(
             loaded.graphs, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch
         )
@@ -115,7 +115,7 @@ async def running_server(bundle_folder: Path, knowledge_base_folder: Path | None
         await server.stop(0)
 
 
-async def serve_until_stopped(bundle: Path, knowledge_base: Path | None, config: ServerConfig) -> None:
+async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -166,11 +166,11 @@ def _enable_reflection(server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method}),))
 
 
-def _load(bundle_folder: Path, knowledge_base_folder: Path | None, config: ServerConfig) -> _Loaded:
+def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) -> _Loaded:
     """Open, verify and warm everything; blocking, so that health answers meanwhile."""
     device = choose_device(config.device, config.precision or None, config.threads)
     bundle = load_bundle(bundle_folder)
-    knowledge_base = open_knowledge_base(knowledge_base_folder, bundle) if knowledge_base_folder else None
+    knowledge_base = open_knowledge_base(target, bundle) if target else None
     try:
         limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
         graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
@@ -208,7 +208,7 @@ def _save_index(knowledge_base: KnowledgeBase | None) -> None:
     try:
         if knowledge_base is not None:
             knowledge_base.snapshot()
-    except OSError as error:
+    except (OSError, OpenBookError) as error:
         log.warning("%s", error)
 
 

@@ -1,8 +1,16 @@
-"""Fixtures of the server's tests: a knowledge base of three tiny documents."""
+"""Fixtures of the server's tests: places for knowledge bases, and a knowledge base of three tiny documents.
+
+OPENBOOK_TEST_ELASTICSEARCH (HOST:PORT of a server whose data nobody needs) adds Elasticsearch to the places; without it
+that half is skipped.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,9 +19,13 @@ from openbook_server.ingest.embed import PassageEmbedder
 from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.sources import find_sources
-from openbook_server.knowledge import open_knowledge_base
+from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.runtime import Graph, build_device
 from openbook_server.tokenization import load_tokenizer
+
+ELASTICSEARCH = "OPENBOOK_TEST_ELASTICSEARCH"
+FINGERPRINT = "f" * 64
 
 DOCUMENTS = """\
 {"_id": "d0", "title": "red", "text": "the red city by the river was one of three"}
@@ -22,19 +34,72 @@ DOCUMENTS = """\
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a knowledge base can be, and the same for every kind."""
+
+    target: str
+
+    @property
+    def in_elasticsearch(self) -> bool:
+        return "://" in self.target
+
+    def open(self, *, fingerprint: str = FINGERPRINT, dim: int = 16, create: bool = True, **options: int) -> KnowledgeBase:
+        """`options` are the embedded one's; the other knows none of them."""
+        if not self.in_elasticsearch:
+            return EmbeddedKnowledgeBase(Path(self.target), fingerprint=fingerprint, dim=dim, create=create, **options)
+        from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
+
+        return ElasticsearchKnowledgeBase(self.target, fingerprint=fingerprint, dim=dim, create=create)
+
+
 @pytest.fixture(scope="session")
-def _indexed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("knowledge")
+def elasticsearch_host() -> str:
+    """HOST:PORT of a real server; skips where there is none."""
+    host = os.environ.get(ELASTICSEARCH)
+    if not host:
+        pytest.skip(f"{ELASTICSEARCH} is not set to the HOST:PORT of an Elasticsearch server")
+    return host
+
+
+@pytest.fixture
+def alias(elasticsearch_host: str) -> Iterator[str]:
+    """Of a knowledge base that is not there yet; whatever is made under names that begin so is deleted."""
+    import elasticsearch
+
+    alias = f"openbook-test-{uuid.uuid4().hex[:12]}"
+    yield alias
+    with elasticsearch.Elasticsearch(f"http://{elasticsearch_host}") as client:
+        for index in client.indices.get(index=f"{alias}*").body:
+            client.indices.delete(index=index)
+
+
+@pytest.fixture(params=["embedded", "elasticsearch"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty place for a knowledge base, of every kind that there is."""
+    if request.param == "embedded":
+        return Place(str(tmp_path / "kb"))
+    host, alias = request.getfixturevalue("elasticsearch_host"), request.getfixturevalue("alias")
+    return Place(f"elasticsearch://{host}/{alias}?shards=2&replicas=0")
+
+
+def _index(tiny_bundle: Path, target: str, folder: Path) -> None:
     (folder / "documents.jsonl").write_text(DOCUMENTS)
     bundle = load_bundle(tiny_bundle)
     device = build_device("cpu", "fp32", 1)
     graph = Graph(bundle.graph_path("embedder", "fp32"), device, 1)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embed = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
-    knowledge_base = open_knowledge_base(folder / "kb", bundle, create=True)
+    knowledge_base = open_knowledge_base(target, bundle, create=True)
     indexing = Indexing(knowledge_base, tokenizer, embed, Splitting(20, 4))
     indexing.run(find_sources([str(folder / "documents.jsonl")]), lambda progress: None, lambda: False)
     knowledge_base.close()
+
+
+@pytest.fixture(scope="session")
+def _indexed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("knowledge")
+    _index(tiny_bundle, str(folder / "kb"), folder)
     return folder / "kb"
 
 
@@ -42,3 +107,13 @@ def _indexed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def tiny_knowledge_base(_indexed: Path, tmp_path: Path) -> Path:
     """A copy of its own for each test, for one process at a time may open a knowledge base."""
     return Path(shutil.copytree(_indexed, tmp_path / "kb"))
+
+
+@pytest.fixture
+def tiny_place(place: Place, tiny_bundle: Path, _indexed: Path, tmp_path: Path) -> Place:
+    """A place of every kind with the three documents in it."""
+    if place.in_elasticsearch:
+        _index(tiny_bundle, place.target, tmp_path)
+    else:
+        shutil.copytree(_indexed, place.target)
+    return place

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 
 DIM = 16
 # A process that is killed at random points: for each line "number" on its input it forks a writer, which stores documents from that
@@ -23,10 +24,11 @@ WRITER = """
 import os, sys, pathlib
 import numpy as np
 sys.path[:0] = {path!r}
-from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.knowledge import Document, Passage
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 
 def write(number, out):
-    kb = KnowledgeBase(pathlib.Path({folder!r}), fingerprint="f" * 64, dim=16, create=True, flat_limit=20)
+    kb = EmbeddedKnowledgeBase(pathlib.Path({folder!r}), fingerprint="f" * 64, dim=16, create=True, flat_limit=20)
     while True:
         ids = [f"d{{number + n}}" for n in range(3)]
         vectors = np.random.default_rng(number).normal(size=(3, 16)).astype(np.float32)
@@ -52,7 +54,7 @@ for line in sys.stdin:
 
 
 def opened(folder: Path) -> KnowledgeBase:
-    return KnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=20)
+    return EmbeddedKnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=20)
 
 
 def found(knowledge_base: KnowledgeBase, question: str) -> list[str]:
@@ -109,9 +111,10 @@ import pathlib, resource, sys
 import numpy as np
 sys.path[:0] = {path!r}
 from openbook_server.errors import KnowledgeBaseDamaged
-from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.knowledge import Document, Passage
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 
-kb = KnowledgeBase(pathlib.Path({folder!r}), fingerprint="f" * 64, dim=16, create=True, flat_limit=20)
+kb = EmbeddedKnowledgeBase(pathlib.Path({folder!r}), fingerprint="f" * 64, dim=16, create=True, flat_limit=20)
 def store(number):
     vector = np.eye(16, dtype=np.float32)[number % 16 : number % 16 + 1]
     id_, text = f"d{{number}}", f"w{{number}} " + "filler " * 2_000
@@ -167,13 +170,13 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_way_out() -> None:
 import pathlib, sys
 sys.path[:0] = {path!r}
 from openbook_server.errors import KnowledgeBaseDamaged
-from openbook_server.knowledge import KnowledgeBase
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 import os
 if os.geteuid() == 0:
     os.setuid(65534)
 for create in (True, False):
     try:
-        KnowledgeBase(pathlib.Path({folder!r}), fingerprint="f" * 64, dim=16, create=create)
+        EmbeddedKnowledgeBase(pathlib.Path({folder!r}), fingerprint="f" * 64, dim=16, create=create)
     except KnowledgeBaseDamaged as error:
         print(error)
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +13,9 @@ from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Document, Filter, KnowledgeBase, Passage, SearchOptions, filters, vectors
 from openbook_server.knowledge.records import SearchMode
 from openbook_server.options import MAX_CONDITIONS, MAX_DEPTH, parse_filter
+
+if TYPE_CHECKING:
+    from conftest import Place
 
 DIM, COUNT = 16, 300
 VALUES = {"lang": ["en", "de", "", "q\"uo'te"], "year": ["1999", "2004.5", "-3", "1e3", "unknown", " 7 "], "a.b$": ["x", "y"]}
@@ -60,9 +63,9 @@ def documents() -> list[Document]:
 
 
 @pytest.fixture
-def knowledge_base(tmp_path: Path, documents: list[Document]) -> Iterator[KnowledgeBase]:
+def knowledge_base(place: Place, documents: list[Document]) -> Iterator[KnowledgeBase]:
     """Most passages in the graph, some in the buffer."""
-    knowledge_base = KnowledgeBase(tmp_path / "kb", fingerprint="f", dim=DIM, create=True, flat_limit=200)
+    knowledge_base = place.open(dim=DIM, flat_limit=200)
     rows = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     for part in (slice(0, 250), slice(250, COUNT)):

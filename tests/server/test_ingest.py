@@ -17,7 +17,8 @@ from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.python_docs import python_docs
 from openbook_server.ingest.sources import find_sources, read_source
-from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.knowledge import Document, Passage
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.tokenization import load_tokenizer
 from reportlab.pdfgen.canvas import Canvas
 
@@ -157,7 +158,7 @@ class Run:
 
     def __init__(self, folder: Path, tiny_checkpoint: Path, **options: int) -> None:
         self.embedded = 0
-        self.knowledge_base = KnowledgeBase(folder / "kb", fingerprint="f", dim=8, create=True)
+        self.knowledge_base = EmbeddedKnowledgeBase(folder / "kb", fingerprint="f", dim=8, create=True)
         tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
         self.indexing = Indexing(self.knowledge_base, tokenizer, self._embed, Splitting(8, 2), batch=4, **options)
 

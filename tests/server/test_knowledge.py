@@ -6,15 +6,20 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
 from openbook_server.knowledge.lexical import match_expression
 from openbook_server.knowledge.store import FILE, FORMAT
 from openbook_server.knowledge.vectors import VectorIndex
+
+if TYPE_CHECKING:
+    from conftest import Place
 
 DIM = 16
 
@@ -30,7 +35,7 @@ def nothing(labels: Sequence[int]) -> dict[int, np.ndarray]:
 
 
 def opened(folder: Path, **options: object) -> KnowledgeBase:
-    return KnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=True, **options)  # type: ignore[arg-type]
+    return EmbeddedKnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=True, **options)  # type: ignore[arg-type]
 
 
 def store(knowledge_base: KnowledgeBase, texts: dict[str, str], vectors: np.ndarray, digest: str = "d") -> None:
@@ -79,23 +84,23 @@ def test_a_vector_that_is_none_is_refused(bad: np.ndarray) -> None:
         VectorIndex(DIM, nothing).add([1], bad)
 
 
-def test_every_mode_finds_what_was_stored_at_once_and_after_a_restart(tmp_path: Path) -> None:
+def test_every_mode_finds_what_was_stored_at_once_and_after_a_restart(place: Place) -> None:
     vectors = unit(3)
     texts = {"a": "running dogs", "b": "a quiet cat", "c": "the river bank"}
-    knowledge_base = opened(tmp_path / "kb")
+    knowledge_base = place.open()
     store(knowledge_base, texts, vectors)
     for _ in range(2):
         assert found(knowledge_base, "dog runs", None, "lexical") == ["a"]
         assert found(knowledge_base, "anything", vectors[1], "dense")[0] == "b"
         assert found(knowledge_base, "cat", vectors[2], "hybrid", top_k=2)[0] in {"b", "c"}
         knowledge_base.close()
-        knowledge_base = opened(tmp_path / "kb")
+        knowledge_base = place.open()
     knowledge_base.close()
 
 
-def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_lists(tmp_path: Path) -> None:
+def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_lists(place: Place) -> None:
     vectors = unit(400)
-    knowledge_base = opened(tmp_path / "kb", flat_limit=50)
+    knowledge_base = place.open(flat_limit=50)
     store(knowledge_base, {f"d{n}": f"common word{n % 40}" for n in range(400)}, vectors)
     [hits] = knowledge_base.search(["word7"], vectors[3:4], SearchOptions(top_k=400))
     [words] = knowledge_base.search(["word7"], None, SearchOptions(top_k=400, mode="lexical"))
@@ -111,9 +116,9 @@ def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_
     knowledge_base.close()
 
 
-def test_a_document_stored_again_replaces_itself_and_an_unchanged_one_is_recognised(tmp_path: Path) -> None:
+def test_a_document_stored_again_replaces_itself_and_an_unchanged_one_is_recognised(place: Place) -> None:
     vectors = unit(3)
-    knowledge_base = opened(tmp_path / "kb")
+    knowledge_base = place.open()
     store(knowledge_base, {"a": "old words", "b": "other"}, vectors[:2], digest="1")
     assert knowledge_base.digests(["a", "b", "c"]) == {"a": "1", "b": "1"}
     store(knowledge_base, {"a": "new words"}, vectors[2:], digest="2")
@@ -126,8 +131,8 @@ def test_a_document_stored_again_replaces_itself_and_an_unchanged_one_is_recogni
 
 
 @pytest.mark.parametrize("question", ['"', "' OR 1=1", "a AND NOT b*", "NEAR(x)", "title:x", "(((", "ß…—", "\0", "ünï", "-", "the of and"])
-def test_no_question_is_a_query_of_its_own(tmp_path: Path, question: str) -> None:
-    knowledge_base = opened(tmp_path / "kb")
+def test_no_question_is_a_query_of_its_own(place: Place, question: str) -> None:
+    knowledge_base = place.open()
     store(knowledge_base, {"a": "the of and x title near"}, unit(1))
     found(knowledge_base, question, None, "lexical")
     knowledge_base.close()
@@ -187,16 +192,85 @@ def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> No
     opened(tmp_path / "kb").close()
 
 
-def test_another_embedder_is_refused_with_both_names_and_the_way_out(tmp_path: Path) -> None:
-    opened(tmp_path / "kb").close()
+def test_another_embedder_is_refused_with_both_names_and_the_way_out(place: Place) -> None:
+    place.open().close()
     with pytest.raises(FingerprintMismatch, match=r"ffffffffffff.*eeeeeeeeeeee.*openbook index"):
-        KnowledgeBase(tmp_path / "kb", fingerprint="e" * 64, dim=DIM)
-    opened(tmp_path / "kb").close()  # and the refusal left nothing locked
+        place.open(fingerprint="e" * 64)
+    place.open().close()  # and the refusal left nothing locked
 
 
-def test_a_missing_a_newer_and_a_damaged_store_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(KnowledgeBaseDamaged, match="openbook index"):
-        KnowledgeBase(tmp_path / "none", fingerprint="f", dim=DIM)
+def test_a_knowledge_base_that_is_not_there_is_not_made_by_asking_for_it(place: Place) -> None:
+    for _ in range(2):
+        with pytest.raises(KnowledgeBaseDamaged, match="openbook index"):
+            place.open(create=False)
+
+
+def test_a_page_goes_on_after_the_one_before_and_facts_are_kept(place: Place) -> None:
+    knowledge_base = place.open()
+    assert (knowledge_base.facts("overlap"), knowledge_base.page(0, 5), knowledge_base.sequence) == ({}, [], 0)
+    store(knowledge_base, {f"d{n}": f"w{n}" for n in range(5)}, unit(5))
+    knowledge_base.record({"overlap": "3"})
+    knowledge_base.close()
+    knowledge_base = place.open()
+    assert knowledge_base.facts("overlap", "fingerprint", "absent") == {"overlap": "3", "fingerprint": "f" * 64}
+    first = knowledge_base.page(0, 2)
+    assert [(id_, passages) for _, id_, _, passages in first] == [("d0", 1), ("d1", 1)]
+    assert [id_ for _, id_, _, _ in knowledge_base.page(first[-1][0], 5)] == ["d2", "d3", "d4"]
+    before = knowledge_base.sequence
+    store(knowledge_base, {"d0": "again"}, unit(1))
+    assert knowledge_base.sequence > before > 0
+    assert [id_ for _, id_, _, _ in knowledge_base.page(0, 9)] == ["d1", "d2", "d3", "d4", "d0"]
+    assert knowledge_base.size_bytes() > 0
+    knowledge_base.close()
+
+
+def test_a_document_s_passages_come_back_in_order_with_all_they_had(place: Place) -> None:
+    knowledge_base = place.open()
+    document = Document(id="ü/1 \n", text="", title="T", source="s", metadata={"a.b$": "x", "": "y" * 40_000})
+    passages = [
+        Passage(
+            id=f"{document.id}#{n}",
+            document_id=document.id,
+            text=f"p{n} " * 20,
+            start=7 * n,
+            title="T",
+            source="s",
+            metadata=document.metadata,
+        )
+        for n in range(12)
+    ]
+    knowledge_base.replace_documents([(document, "d"), (Document(id="empty", text=""), "e")], passages, unit(12))
+    assert knowledge_base.documents([document.id, "empty", "absent"]) == {document.id: passages}
+    assert knowledge_base.digests([document.id, "empty", "absent"]) == {document.id: "d", "empty": "e"}
+    assert (knowledge_base.counts().documents, knowledge_base.counts().passages) == (2, 12)
+    [hits] = knowledge_base.search(["p7"], unit(12)[:1], SearchOptions(top_k=3))
+    assert [hit.passage for hit in hits if hit.passage.start == 49] == [passages[7]]
+    assert knowledge_base.delete_documents([document.id, "empty"]) == 12
+    assert (knowledge_base.counts().documents, knowledge_base.counts().passages) == (0, 0)
+    knowledge_base.close()
+
+
+@pytest.mark.parametrize("bad", [np.full((1, DIM), np.nan, np.float32), np.zeros((1, DIM), np.float32), np.ones((1, DIM + 1), np.float32)])
+def test_a_write_with_a_vector_that_is_none_stores_nothing(place: Place, bad: np.ndarray) -> None:
+    knowledge_base = place.open()
+    with pytest.raises(ValueError, match="vectors"):
+        store(knowledge_base, {"a": "x"}, bad)
+    assert (knowledge_base.counts().documents, knowledge_base.sequence) == (0, 0)
+    knowledge_base.close()
+
+
+def test_diverse_hits_are_chosen_from_the_stored_vectors(place: Place) -> None:
+    vectors = np.repeat(unit(4), 5, axis=0)  # four groups of five equal passages
+    knowledge_base = place.open()
+    store(knowledge_base, {f"d{n}": f"w{n}" for n in range(20)}, vectors)
+    [hits] = knowledge_base.search([""], vectors[:1], SearchOptions(top_k=4, mode="dense", diversity=0.9))
+    assert {int(hit.passage.document_id[1:]) // 5 for hit in hits} == {0, 1, 2, 3}
+    knowledge_base.close()
+
+
+def test_a_newer_and_a_damaged_store_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(KnowledgeBaseDamaged):
+        EmbeddedKnowledgeBase(tmp_path / "none", fingerprint="f", dim=DIM)
     assert not (tmp_path / "none").exists()
     saved(tmp_path / "kb")
     with sqlite3.connect(tmp_path / "kb" / FILE) as connection:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.graph import Graph
 from openbook_server.knowledge.projection import learn
 from openbook_server.knowledge.vectors import VectorIndex
@@ -114,8 +115,8 @@ def test_places_of_deleted_rows_are_used_again_and_a_graph_of_mostly_deleted_row
 def test_a_projection_is_saved_with_its_graph_and_checked(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     vectors = flat(600, 12, seed=1)
 
-    def opened(graph_dims: int | None = None) -> KnowledgeBase:
-        return KnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=100, graph_dims=graph_dims)
+    def opened(graph_dims: int | None = None) -> EmbeddedKnowledgeBase:
+        return EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=100, graph_dims=graph_dims)
 
     knowledge_base = opened()
     documents = [(Document(id=f"d{n}", text="x"), "d") for n in range(600)]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.watch import LEAST_EF, RecallWatch, interval
 
 DIM, ROWS = 16, 400
@@ -107,7 +108,7 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_a_knowledge_base_watches_its_own_searches(tmp_path: Path, index: Rows, caplog: pytest.LogCaptureFixture) -> None:
-    knowledge_base = KnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=50)
+    knowledge_base = EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=50)
     documents = [(Document(id=f"d{n}", text="x"), "d") for n in range(ROWS)]
     passages = [Passage(id=f"d{n}#0", document_id=f"d{n}", text="x", start=0) for n in range(ROWS)]
     knowledge_base.replace_documents(documents, passages, index.vectors)

@@ -1,10 +1,13 @@
-"""The knowledge base: passages, their vectors and their words, on disk and searchable.
+"""The knowledge base: passages, their vectors and their words, durable and searchable.
 
-One SQLite file is the truth; the hnswlib graph beside it is derived from it and rebuilt whenever it is missing or torn.
+interface  what every knowledge base does
+embedded   in a folder: one SQLite file is the truth, the hnswlib graph beside it is derived from it
+opening    which of them a user's word means
 """
 
 from openbook_server.knowledge.filters import Filter
-from openbook_server.knowledge.knowledge_base import KnowledgeBase, open_knowledge_base
+from openbook_server.knowledge.interface import KnowledgeBase
+from openbook_server.knowledge.opening import open_knowledge_base
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
 
 __all__ = ["Counts", "Document", "Filter", "Hit", "KnowledgeBase", "Passage", "SearchOptions", "open_knowledge_base"]

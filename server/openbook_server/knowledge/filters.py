@@ -54,7 +54,7 @@ Filter = OneOf | Range | All | Any | Not
 
 def add_functions(connection: sqlite3.Connection) -> None:
     """Give a connection what the conditions need."""
-    connection.create_function("as_number", 1, _as_number, deterministic=True)
+    connection.create_function("as_number", 1, as_number, deterministic=True)
 
 
 def sql(condition: Filter) -> tuple[str, list[str | float]]:
@@ -78,5 +78,6 @@ def _joined(filters: tuple[Filter, ...], word: str, empty: str) -> tuple[str, li
     return f"({word.join(text for text, _ in parts) or empty})", [value for _, values in parts for value in values]
 
 
-def _as_number(text: object) -> float | None:
+def as_number(text: object) -> float | None:
+    """What a range compares: decimal numbers; None for everything else."""
     return float(text) if isinstance(text, str) and _NUMBER.fullmatch(text) else None

@@ -29,12 +29,17 @@ def content_words(asked: list[str]) -> list[str]:
     return [word for word in different if word not in _STOP_WORDS] or different
 
 
+def question_words(question: str) -> list[str]:
+    """The words of a question that are looked for."""
+    return content_words(words(question))[:MAX_TERMS]
+
+
 def match_expression(question: str) -> str | None:
     """The question as an FTS5 query: its content words, each quoted, OR-ed; None where it has no word at all.
 
     Quoting makes every character of the question harmless.
     """
-    return " OR ".join(f'"{word}"' for word in content_words(words(question))[:MAX_TERMS]) or None
+    return " OR ".join(f'"{word}"' for word in question_words(question)) or None
 
 
 def search_words(connection: sqlite3.Connection, question: str, limit: int, allowed: frozenset[int] | None = None) -> dict[int, float]:

@@ -34,6 +34,14 @@ _GROWTH = 1.25  # how much a graph grows before that is asked again
 Truth = Callable[[Sequence[int]], Mapping[int, Vectors]]
 
 
+def check_vectors(vectors: Vectors, rows: int, dim: int) -> None:
+    """Raises ValueError for vectors that no index takes: a wrong shape, or one that is not of unit length (NaN included)."""
+    if vectors.shape != (rows, dim):
+        raise ValueError(f"vectors of shape {vectors.shape} for {rows} rows of {dim} dimensions")
+    if not np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-2):
+        raise ValueError("vectors must have unit length")
+
+
 class VectorIndex:
     """Labels with unit vectors; thread-safe."""
 
@@ -93,7 +101,7 @@ class VectorIndex:
         Raises:
             ValueError: wrong shape, or a vector that is not of unit length (NaN included).
         """
-        self.check(vectors, len(labels))
+        check_vectors(vectors, len(labels), self.dim)
         with self._lock:
             self._flat.update(zip(labels, vectors, strict=True))
             self._scan = None
@@ -101,13 +109,6 @@ class VectorIndex:
             self._move_to_graph()
             if self.graph_rows > _GROWTH * self._checked_rows:
                 self.optimise()
-
-    def check(self, vectors: Vectors, rows: int) -> None:
-        """Raises ValueError for vectors that `add` would not take."""
-        if vectors.shape != (rows, self.dim):
-            raise ValueError(f"vectors of shape {vectors.shape} for {rows} rows of {self.dim} dimensions")
-        if not np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-2):
-            raise ValueError("vectors must have unit length")
 
     def delete(self, labels: Sequence[int]) -> None:
         """Take rows out of every later search; unknown labels are ignored."""

@@ -17,7 +17,6 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.bundle import Bundle
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge.fusion import Candidates, depth, rank
 from openbook_server.knowledge.graph import EF_CONSTRUCTION
@@ -26,7 +25,7 @@ from openbook_server.knowledge.projection import Vectors
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
-from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex
+from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import Recall, RecallWatch
 
 log = logging.getLogger(__name__)
@@ -35,8 +34,10 @@ _LOCK = "lock"
 _GRAPH_DIMS = "graph_dims"  # the fact under which a knowledge base keeps its setting
 
 
-class KnowledgeBase:
-    """Search from one thread, write from another; see `open_knowledge_base`."""
+class EmbeddedKnowledgeBase:
+    """A `KnowledgeBase` in a folder: search from one thread, write from another."""
+
+    search_threads = 1  # numpy and hnswlib use the cores themselves
 
     def __init__(
         self,
@@ -122,75 +123,53 @@ class KnowledgeBase:
         return self._store.counts()
 
     def replace_documents(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
-        """Store documents (each with its digest) and their passages; durable and searchable when this returns.
-
-        Args:
-            documents: replaced whole where their ids are stored already; ids must differ within a call.
-            passages: all passages of all of them.
-            vectors: (passages, dim) unit vectors.
-
-        Raises:
-            KnowledgeBaseDamaged: the write failed (disk full, folder read-only); nothing of it is stored.
-            ValueError: a vector is not of unit length (NaN included); nothing is stored.
-        """
-        self._index.check(vectors, len(passages))  # a row that the index cannot take must not get into the store
+        check_vectors(vectors, len(passages), self._dim)  # a row that the index cannot take must not get into the store
         removed, added = self._store.replace(documents, passages, vectors)
         self._index.delete(removed)
         if added:
             self._index.add(added, vectors)
 
     def delete_documents(self, ids: Sequence[str]) -> int:
-        """Remove documents for good; returns how many passages went with them. Durable when this returns."""
         removed = self._store.delete(ids)
         self._index.delete(removed)
         return len(removed)
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
-        """The passages, in order, of those documents that are stored and have any."""
         return self._store.documents(ids)
 
     def page(self, after: int, size: int) -> list[tuple[int, str, str, int]]:
-        """(number, id, source, passages) of at most `size` documents whose numbers are above `after`, in the order of storing."""
         return self._store.page(after, size)
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
-        """Digests of those documents that are stored."""
         return self._store.digests(ids)
 
     def facts(self, *keys: str) -> dict[str, str]:
-        """Those of the recorded facts about the knowledge base that there are."""
         found = {key: self._store.meta(key) for key in keys}
         return {key: value for key, value in found.items() if value is not None}
 
     def record(self, facts: Mapping[str, str]) -> None:
-        """Keep facts about the knowledge base; durable when this returns."""
         self._store.record(facts)
 
     @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    @property
     def sequence(self) -> int:
-        """Number of the last write."""
         return self._store.sequence()
 
     @property
     def graph_rows(self) -> int:
-        """Passages in the graph; the others are compared exactly."""
         return self._index.graph_rows
 
     @property
     def graph_width(self) -> int:
-        """Dimensions of what the graph holds of a passage; 0 = there is no graph."""
         return self._index.graph_width
 
     def size_bytes(self) -> int:
-        """Of the database file."""
         return self._store.path.stat().st_size
 
     def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
-        """The best passages for each question, best first, ties in the order of storing.
-
-        Args:
-            vectors: (questions, dim) unit vectors; not needed for mode "lexical".
-        """
         allowed = None if options.condition is None else self._store.matching(options.condition)
         wanted = depth(options)
         nearest: Sequence[dict[int, float]] = [{} for _ in questions]
@@ -211,31 +190,23 @@ class KnowledgeBase:
         return found
 
     def watch(self, *, share: float, target: float) -> None:
-        """From now on make a share of the dense searches again exactly, in the background, and let `ef` hold a target recall@10."""
         if share and self._watch is None:
             self._watch = RecallWatch(self._index, share=share, target=target)
 
     @property
     def recall(self) -> Recall | None:
-        """What the watch found; None where it has found nothing yet, or there is none."""
         return self._watch.recall() if self._watch is not None else None
 
     @property
     def ef(self) -> int:
-        """Candidates that a dense search keeps, unless it names a number."""
         return self._index.ef
 
     def optimise(self) -> None:
-        """After much was written: put everything into the graph, and build that again where it no longer suits its rows."""
         self._index.flush()
         self._index.optimise()
 
     def snapshot(self) -> None:
-        """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written. Nothing is lost: the store has every row.
-        """
+        """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly."""
         sequence = self._store.sequence()  # before the graph is looked at: a row too many is no harm, one too few would be
         if sequence == self._saved:
             return
@@ -244,17 +215,14 @@ class KnowledgeBase:
             save_snapshot(self.folder, self._index, generation=self.generation, sequence=sequence)
         self._saved = sequence
 
+    def publish(self) -> None:
+        """A folder has one generation."""
+
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
         self._store.close()
         self._lock.close()
-
-
-def open_knowledge_base(folder: Path, bundle: Bundle, *, create: bool = False, graph_dims: int | None = None) -> KnowledgeBase:
-    """Open the knowledge base that a bundle's embedder queries; raises as `KnowledgeBase` does."""
-    embedder = bundle.embedder
-    return KnowledgeBase(folder, fingerprint=embedder.fingerprint, dim=embedder.dim, create=create, graph_dims=graph_dims)
 
 
 def _lock(folder: Path) -> IO[str]:

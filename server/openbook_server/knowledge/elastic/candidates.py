@@ -1,0 +1,189 @@
+"""What the index proposes for questions; ranked by the code that ranks every knowledge base's.
+
+A passage that a search finds may belong to no document any more, or not yet: a write is under way, or was stopped. Whether
+it is live says its document's record, read from the same copies of the shards and not newer than the last refresh, for a
+record and its passages become visible together. What is not live is left out, and the question is asked again without it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.errors import InvalidRequest
+from openbook_server.knowledge import lexical
+from openbook_server.knowledge.elastic import schema
+from openbook_server.knowledge.elastic.connection import Connection
+from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, parse_passage, parse_record
+from openbook_server.knowledge.fusion import Candidates, depth, rank
+from openbook_server.knowledge.graph import EF
+from openbook_server.knowledge.records import Hit, Passage, SearchOptions
+
+MOST = 10_000  # candidates of one search: Elasticsearch's own limit
+_ROUNDS = 5  # of asking again without what is not live
+_ASKED_AT_ONCE = 32  # questions in one request
+_RANKED_AT_ONCE = 8  # questions whose passages are loaded side by side
+
+Key = tuple[int, str]  # a passage's number, and its document's key
+Query = dict[str, Any]
+Vector = NDArray[np.float32]
+
+
+class Searcher:
+    """Searches of one index; thread-safe."""
+
+    def __init__(self, connection: Connection, index: str) -> None:
+        self._connection, self._index = connection, index
+        # The same copies of the shards for all that belongs together: copies are refreshed at different moments.
+        self._preference = uuid.uuid4().hex
+        self._pool = ThreadPoolExecutor(_RANKED_AT_ONCE, thread_name_prefix="rank")
+
+    def search(self, questions: Sequence[str], vectors: Vector | None, options: SearchOptions) -> list[list[Hit]]:
+        """See `KnowledgeBase.search`."""
+        if options.mode != "lexical" and vectors is None:
+            raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
+        if depth(options) > MOST:
+            raise InvalidRequest("top_k", f"{options.top_k} needs more candidates than the {MOST} that Elasticsearch gives; ask for fewer")
+        hits: list[list[Hit]] = [[] for _ in questions]
+        gone: list[set[Key]] = [set() for _ in questions]
+        left = list(range(len(questions)))
+        for _ in range(_ROUNDS):
+            again = []
+            for at in range(0, len(left), _ASKED_AT_ONCE):
+                part = left[at : at + _ASKED_AT_ONCE]
+                known = [len(gone[question]) for question in part]
+                proposed = self._propose(
+                    [questions[i] for i in part], vectors[part] if vectors is not None else None, [gone[i] for i in part], options
+                )
+
+                def ranked(question: int, candidates: Candidates[Key]) -> list[Hit]:
+                    return rank(questions[question], candidates, options)
+
+                for question, row in zip(part, self._pool.map(ranked, part, proposed), strict=True):
+                    hits[question] = row
+                again += [question for question, before in zip(part, known, strict=True) if len(gone[question]) > before]
+            left = again
+            if not left:
+                break
+        return hits
+
+    def _propose(
+        self, questions: Sequence[str], vectors: Vector | None, gone: Sequence[set[Key]], options: SearchOptions
+    ) -> list[Candidates[Key]]:
+        dense: list[dict[Key, float]] = [{} for _ in questions]
+        words: list[dict[Key, float]] = [{} for _ in questions]
+        searches: list[tuple[dict[Key, float], Query]] = []
+        for at, question in enumerate(questions):
+            allowed = _allowed(options, gone[at])
+            if options.mode != "lexical" and vectors is not None:
+                searches.append((dense[at], _nearest(vectors[at], depth(options), options.ef, allowed)))
+            if options.mode != "dense" and (asked := lexical.question_words(question)):
+                searches.append((words[at], _worded(asked, depth(options), allowed)))
+        self._run(searches)
+        if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
+            missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
+            self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
+        return [
+            Candidates(row, words[at], lambda keys, lost=gone[at]: self._passages(keys, lost), self._vectors)  # type: ignore[misc]
+            for at, row in enumerate(dense)
+        ]
+
+    def _run(self, searches: Sequence[tuple[dict[Key, float], Query]]) -> None:
+        """Make searches in one request; each adds what it finds, with its score, to the mapping before it."""
+        if not searches:
+            return
+        header: Query = {"preference": self._preference, "allow_partial_search_results": False}
+        lines: list[Query] = [
+            line
+            for _, query in searches
+            # word statistics of all shards together, so that a score does not depend on where a passage lies
+            for line in (header if "knn" in query else header | {"search_type": "dfs_query_then_fetch"}, {"_source": False, **query})
+        ]
+        body = self._connection.call(lambda client: client.msearch(index=self._index, searches=lines))
+        for (found, query), reply in zip(searches, body["responses"], strict=True):
+            for hit in reply["hits"]["hits"]:
+                document, _, number = hit["_id"].rpartition(".")
+                found[int(number), document] = schema.inner_product(hit["_score"]) if "knn" in query else max(hit["_score"], 0.0)
+
+    def _passages(self, keys: Sequence[Key], gone: set[Key]) -> Mapping[Key, Passage]:
+        """Those that are live; the others are added to `gone`."""
+        if not keys:
+            return {}
+        documents = list(dict.fromkeys(document for _, document in keys))
+        wanted: list[Query] = [{"_id": document, "routing": document} for document in documents]
+        wanted += [
+            {"_id": schema.passage_key(document, number), "routing": document, "_source": PASSAGE_FIELDS} for number, document in keys
+        ]
+        entries = self._connection.call(
+            lambda client: client.mget(index=self._index, docs=wanted, realtime=False, preference=self._preference)
+        )["docs"]
+        records = {entry["_id"]: parse_record(entry) for entry in entries[: len(documents)] if entry["found"]}
+        found = {}
+        for key, entry in zip(keys, entries[len(documents) :], strict=True):
+            record = records.get(key[1])
+            if entry["found"] and record is not None and record.holds(key[0]):
+                found[key] = parse_passage(entry, record)
+            else:
+                gone.add(key)
+        return found
+
+    def _vectors(self, keys: Sequence[Key]) -> Mapping[Key, Vector]:
+        if not keys:
+            return {}
+        ids = [schema.passage_key(document, number) for number, document in keys]
+        body = self._connection.call(
+            lambda client: client.search(
+                index=self._index,
+                query={"ids": {"values": ids}},
+                size=len(ids),
+                source=False,
+                fields=[{"field": "vector"}],
+                preference=self._preference,
+                allow_partial_search_results=False,
+            )
+        )
+        return dict(_parsed_vectors(body["hits"]["hits"]))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _parsed_vectors(hits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Key, Vector]]:
+    for hit in hits:
+        document, _, number = hit["_id"].rpartition(".")
+        yield (int(number), document), np.array(hit["fields"]["vector"], np.float32)
+
+
+def _allowed(options: SearchOptions, gone: set[Key]) -> list[Query]:
+    """Filters that every candidate passes."""
+    filters = [] if options.condition is None else [schema.condition_query(options.condition)]
+    if gone:
+        ids = [schema.passage_key(document, number) for number, document in gone]
+        filters.append({"bool": {"must_not": [{"ids": {"values": ids}}]}})
+    return filters
+
+
+def _nearest(vector: Vector, count: int, ef: int | None, allowed: list[Query]) -> Query:
+    candidates = min(MOST, max(ef or EF, count))
+    return {"knn": {**_knn(vector, count, candidates), "filter": allowed}, "size": count}
+
+
+def _exact(vector: Vector, keys: Sequence[Key]) -> Query:
+    """Inner products of just these passages: so few that Elasticsearch compares them all instead of walking its graph."""
+    ids = [schema.passage_key(document, number) for number, document in keys]
+    return {"knn": {**_knn(vector, len(ids), len(ids)), "filter": {"ids": {"values": ids}}}, "size": len(ids)}
+
+
+def _knn(vector: Vector, count: int, candidates: int) -> Query:
+    return {"field": "vector", "query_vector": vector.astype(np.float64).round(9).tolist(), "k": count, "num_candidates": candidates}
+
+
+def _worded(words: Sequence[str], count: int, allowed: list[Query]) -> Query:
+    """BM25 over the words, OR-ed; a question is never a query language."""
+    query = {"bool": {"must": [{"match": {"words": {"query": " ".join(words)}}}], "filter": allowed}}
+    return {"query": query, "size": count, "sort": [{"_score": "desc"}, {"number": "asc"}], "track_total_hits": False}

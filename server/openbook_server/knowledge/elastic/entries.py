@@ -1,0 +1,130 @@
+"""Records and passages as they stand in the index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.knowledge.elastic import schema
+from openbook_server.knowledge.elastic.connection import Action
+from openbook_server.knowledge.records import Document, Passage
+
+PASSAGE_FIELDS = ["number", "id", "start", "title", "text"]  # that `parse_passage` needs
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Passage numbers `first` to `first + count - 1`."""
+
+    first: int
+    count: int
+    since: float = 0.0  # seconds of the epoch, by the clock of who wrote it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """A document as the index knows it."""
+
+    key: str
+    id: str
+    number: int = 0
+    digest: str = ""
+    source: str = ""
+    metadata: str = "{}"
+    live: Range | None = None
+    stale: tuple[Range, ...] = ()
+    seen: tuple[int, int] | None = None  # sequence number and primary term of the entry when it was read; None = there was none
+
+    def holds(self, number: int) -> bool:
+        """Whether a passage of that number is the document's now."""
+        return self.live is not None and self.live.first <= number < self.live.first + self.live.count
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing left to do for the document."""
+        return self.live is not None and not self.stale
+
+    def entry(self) -> dict[str, Any]:
+        return {
+            "kind": "document",
+            "number": self.number,
+            "id": self.id,
+            "digest": self.digest,
+            "source": self.source,
+            "metadata": self.metadata,
+            "live": self.live is not None,
+            "first": self.live.first if self.live else 0,
+            "passages": self.live.count if self.live else 0,
+            "stale": [[part.first, part.count, part.since] for part in self.stale],
+            "unsettled": not self.settled,
+        }
+
+
+def record_action(record: Record) -> Action:
+    """Writes a record if nobody has changed it since it was read."""
+    if record.seen is None:
+        return {"create": {"_id": record.key, "routing": record.key}}, record.entry()
+    return {"index": {"_id": record.key, "routing": record.key, **_unchanged(record.seen)}}, record.entry()
+
+
+def forget_action(record: Record) -> Action:
+    """Deletes a record if nobody has changed it since it was read."""
+    return {"delete": {"_id": record.key, "routing": record.key, **(_unchanged(record.seen) if record.seen else {})}}, None
+
+
+def passage_action(key: str, number: int, document: Document, passage: Passage, vector: NDArray[np.float32]) -> Action:
+    """Writes a passage of the document that `key` names."""
+    entry = {
+        "kind": "passage",
+        "number": number,
+        "id": passage.id,
+        "start": passage.start,
+        "title": passage.title,
+        "text": passage.text,
+        "vector": vector.astype(np.float64).round(9).tolist(),  # shorter, and the same float32 but for its last bit
+        **schema.terms(document.metadata),
+    }
+    return {"index": {"_id": schema.passage_key(key, number), "routing": key}}, entry
+
+
+def removal_action(key: str, number: int) -> Action:
+    """Deletes a passage, if it is there."""
+    return {"delete": {"_id": schema.passage_key(key, number), "routing": key}}, None
+
+
+def _unchanged(seen: tuple[int, int]) -> dict[str, int]:
+    return {"if_seq_no": seen[0], "if_primary_term": seen[1]}
+
+
+def parse_record(entry: Mapping[str, Any]) -> Record:
+    """An entry that was read, with its place in the history of writes."""
+    row = entry["_source"]
+    return Record(
+        key=entry["_id"],
+        id=row["id"],
+        number=row["number"],
+        digest=row["digest"],
+        source=row["source"],
+        metadata=row["metadata"],
+        live=Range(row["first"], row["passages"]) if row["live"] else None,
+        stale=tuple(Range(*part) for part in row["stale"]),
+        seen=(entry["_seq_no"], entry["_primary_term"]),
+    )
+
+
+def parse_passage(entry: Mapping[str, Any], record: Record) -> Passage:
+    row = entry["_source"]
+    return Passage(
+        id=row["id"],
+        document_id=record.id,
+        text=row["text"],
+        start=row["start"],
+        title=row["title"],
+        source=record.source,
+        metadata=json.loads(record.metadata),
+    )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openbook_server.knowledge import Hit, Passage
+from openbook_server.ranking import Reading, Span
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -16,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def benchmark(name: str, *arguments: object) -> dict[str, Any]:
     """Run one and read its last line."""
     command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     return report
@@ -51,3 +55,23 @@ def test_growth_reports_each_size_with_its_recall() -> None:
     assert large["recall_at_10"] > 0.9
     assert large["open_seconds"] > 0
     assert 0 < large["hybrid_p50_ms"] <= large["hybrid_p99_ms"]
+
+
+def test_calibration_stops_reading_where_it_costs_no_more_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine questions are answered by their first passage for certain; the tenth's first is wrong and unsure, its last one right."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    calibrate = importlib.import_module("calibrate")
+    question = calibrate.Question(id="q", text="which city ?", context="Rome", answers=("Rome",))
+
+    def read(texts: list[str], scores: list[float]) -> tuple[Any, list[Hit], list[Reading]]:
+        hits = [Hit(passage=Passage(id=f"p{z}", document_id="d", text=text, start=0), score=1.0 - 0.1 * z) for z, text in enumerate(texts)]
+        spans = [[Span(z, 0, len(text), score)] for z, (text, score) in enumerate(zip(texts, scores, strict=True))]
+        return question, hits, [Reading(found, -2.0, math.log(math.exp(found[0].score) + math.exp(-2.0))) for found in spans]
+
+    easy, hard = read(["Rome", *["Milan"] * 4], [8.0, *[0.0] * 4]), read(["Milan", *["Turin"] * 3, "Rome"], [0.0] * 4 + [5.0])
+    settling, em, passages = calibrate.choose_settling([easy] * 9 + [hard], 1.0, 0.0, 0.0)
+    assert settling is not None
+    assert (em, passages) == (100.0, (9 * 1 + 5) / 10)
+    settling, em, passages = calibrate.choose_settling([easy] * 9 + [hard], 1.0, 0.0, 10.0)
+    assert (em, passages) == (90.0, 1.0)
+    assert calibrate.choose_settling([hard], 1.0, 0.0, 0.0)[0] is None

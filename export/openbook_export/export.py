@@ -178,6 +178,8 @@ def _manifest(
             "graphs": models[1].files,
             "measured": models[1].measured,
         }
+        if reader.settling and options.prior_weight is None and options.null_bias is None:  # it was calibrated with the reader's own
+            manifest["reader"]["settling"] = dict(reader.settling)
     return manifest | {"id": bundle_id(manifest)}
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class ReaderModel:
     max_answer_tokens: int
     prior_weight: float  # calibrated constants, 0.0 where the training stated none
     null_bias: float
+    settling: Mapping[str, float] | None  # when the server may stop reading, calibrated; None = never
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, int]:
@@ -110,8 +112,9 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
             max_answer_tokens=int(settings["max_answer_tokens"]),
             prior_weight=float(settings["prior_weight"]),
             null_bias=float(settings["null_bias"]),
+            settling=_settling(settings.get("settling")),
         )
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointUnsupported(f"--reader {folder}: reader.json holds a value that is no number ({error})") from error
     if min(reader.max_question_tokens, reader.max_answer_tokens) < 1 or reader.max_tokens <= reader.max_question_tokens + 3:
         raise CheckpointUnsupported(
@@ -119,6 +122,16 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
             f"{reader.max_question_tokens} and three special tokens; reader.json states these limits"
         )
     return reader
+
+
+def _settling(stated: Any) -> dict[str, float] | None:
+    """What reader.json states of stopping early; ValueError or TypeError where that is not two finite numbers."""
+    if stated is None:
+        return None
+    settling = {name: float(stated[name]) for name in ("probability", "unread_weight")}
+    if not all(map(math.isfinite, settling.values())):
+        raise ValueError(f"settling is {stated}")
+    return settling
 
 
 def _adapted(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> Any:

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "         openbook ask --file questions.jsonl --out answers.jsonl\n"
         "A file has a JSON object a line, with `_id` or `id` and `text` or `question`; the output has a line a question, in order:\n"
         '{"id", "question", "answers": [{"text", "probability", "passage_id", "document_id", "start", "end"}],\n'
-        ' "hits": [{"passage_id", "document_id", "score"}], "no_answer_probability", "timings_ms"}; for a bad row {"id", "error"}.\n'
+        ' "hits": [{"passage_id", "document_id", "score"}], "no_answer_probability", "passages_read", "timings_ms"};\n'
+        'for a bad row {"id", "error"}.\n'
         "exit status: 0 all answered; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed; 130 stopped"
     )
     parser.add_argument("question", nargs="?", help="the question")

@@ -147,6 +147,7 @@ def answer_results(request: pb.AnswerRequest, reply: pb.AnswerResponse) -> list[
             answers=tuple(map(results.answer, result.answers)),
             hits=tuple(map(results.hit, result.hits)),
             no_answer_probability=result.no_answer_probability,
+            passages_read=result.passages_read,
             timings_ms=timings,
             bundle_id=reply.provenance.bundle_id,
             generation=reply.provenance.generation,

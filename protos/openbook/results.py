@@ -66,12 +66,13 @@ class SearchResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerResult:
-    """The answers to one question, most probable first, and the passages that were read for it."""
+    """The answers to one question, most probable first, and the passages that were found for it."""
 
     question: str
     answers: tuple[Answer, ...]
     hits: tuple[Hit, ...]
-    no_answer_probability: float  # that none of the passages holds an answer
+    no_answer_probability: float  # that none of the passages read holds an answer
+    passages_read: int  # the first so many of `hits`
     timings_ms: Mapping[str, float]  # of the message the question travelled in
     bundle_id: str
     generation: str
@@ -82,6 +83,7 @@ class AnswerResult:
             "answers": [answer.to_json() for answer in self.answers],
             "hits": [hit.to_json() for hit in self.hits],
             "no_answer_probability": self.no_answer_probability,
+            "passages_read": self.passages_read,
             "timings_ms": dict(self.timings_ms),
         }
 

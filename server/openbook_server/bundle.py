@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.errors import BundleInvalid
+from openbook_server.ranking import Settling
 
 FORMAT = 1  # raised whenever an older server would misread a bundle
 MANIFEST, TOKENIZER, GOLDEN = "manifest.json", "tokenizer.json", "golden.npz"
@@ -50,6 +51,7 @@ class ReaderInfo:
     spans: int  # spans returned a pair
     prior_weight: float  # weight of the retrieval score beside the span score, a calibrated constant
     null_bias: float  # added to every null score, a calibrated constant
+    settling: Settling | None  # when to stop reading, calibrated; None = read every passage found
     graphs: Mapping[str, str]  # precision -> file name
 
 
@@ -188,6 +190,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             spans=_positive(table, "spans", folder),
             prior_weight=_get(table, "prior_weight", float, folder),
             null_bias=_get(table, "null_bias", float, folder),
+            settling=_settling(table, folder),
             graphs=_graphs(table, folder),
         )
     return Bundle(
@@ -220,6 +223,13 @@ def _positive(table: Mapping[str, Any], key: str, folder: Path) -> int:
     if value < 1:
         raise _invalid(folder, f'{MANIFEST} key "{key}" is {value}, expected 1 or more')
     return value
+
+
+def _settling(table: Mapping[str, Any], folder: Path) -> Settling | None:
+    if "settling" not in table:
+        return None
+    settling = _get(table, "settling", dict, folder)
+    return Settling(probability=_get(settling, "probability", float, folder), unread_weight=_get(settling, "unread_weight", float, folder))
 
 
 def _graphs(table: Mapping[str, Any], folder: Path) -> dict[str, str]:

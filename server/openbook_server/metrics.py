@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from openbook_server.pipeline import Timings
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_READ = (0, 1, 3, 5, 10, 20, 50, 100)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -29,6 +30,7 @@ class Metrics:
         self._batch_rows = Histogram("openbook_batch_rows", "Rows a batch", ["graph"], buckets=_ROWS, registry=self.registry)
         self._batch_tokens = Counter("openbook_batch_tokens", "Padded tokens run", ["graph"], registry=self.registry)
         self._batch_seconds = Counter("openbook_batch_seconds", "Time the device was busy", ["graph"], registry=self.registry)
+        self._read = Histogram("openbook_question_passages", "Passages that reading took", buckets=_READ, registry=self.registry)
         self._cache = Counter("openbook_cache_lookups", "Texts looked up, by what came of it", ["result"], registry=self.registry)
         self._cached = Gauge("openbook_cache_bytes", "Vectors kept, with their keys", registry=self.registry)
         self._queued = Gauge("openbook_queued_rows", "Rows waiting for the device", registry=self.registry)
@@ -59,6 +61,9 @@ class Metrics:
         samples = Gauge("openbook_recall_samples", "Searches that the recall is of", registry=self.registry)
         samples.set_function(lambda: float(found.samples) if (found := knowledge_base.recall) else 0.0)
         Gauge("openbook_ef", "Candidates a dense search keeps", registry=self.registry).set_function(lambda: knowledge_base.ef)
+
+    def observe_reading(self, passages: int) -> None:
+        self._read.observe(passages)
 
     def observe_cache(self, hits: int, joined: int, misses: int) -> None:
         for result, count in (("hit", hits), ("joined", joined), ("miss", misses)):

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.bundle import Bundle
+from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Arrays, Engine, Row
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
-from openbook_server.ranking import RankedAnswer, Reading, Span, rank_answers
+from openbook_server.ranking import RankedAnswer, Reading, Span, is_settled, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
+READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
 NO_SPAN = -1e8  # the reader's graph fills unused slots with -1e9
 
 
@@ -48,6 +49,7 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class QuestionAnswered:
     hits: list[Hit]
+    read: int  # of the hits, the first so many
     answers: list[RankedAnswer]
     no_answer_probability: float
 
@@ -56,8 +58,17 @@ class Pipeline:
     """Owns nothing but the order; the stages are handed in."""
 
     def __init__(
-        self, bundle: Bundle, encoder: TextEncoder, embedder: Embedder, engine: Engine, knowledge_base: KnowledgeBase | None
+        self,
+        bundle: Bundle,
+        encoder: TextEncoder,
+        embedder: Embedder,
+        engine: Engine,
+        knowledge_base: KnowledgeBase | None,
+        *,
+        observe: Callable[[int], None] = lambda read: None,
     ) -> None:
+        """`observe(passages read)` is told of every question answered, for metrics."""
+        self._observe = observe
         self._bundle, self._encoder, self._embedder, self._engine = bundle, encoder, embedder, engine
         self._knowledge_base = knowledge_base
         self._searcher = ThreadPoolExecutor(knowledge_base.search_threads if knowledge_base else 1, thread_name_prefix="search")
@@ -93,35 +104,57 @@ class Pipeline:
         deadline: float,
         timings: Timings,
     ) -> list[QuestionAnswered]:
-        """Search, read every hit beside its question, and rank what was read."""
+        """Search, read hits beside their question until its answer is settled, and rank what was read."""
         found = await self.search(questions, rows, options, deadline, timings)
         reader = self._bundle.reader
         if reader is None:
             raise RuntimeError("validated requests reach a bundle without a reader")  # the service refuses them first
-        pairs = [
-            pair
-            for question, hits in zip(questions, found, strict=True)
-            for pair in self._encoder.pairs(question, [(hit.passage.id, hit.passage.text) for hit in hits], reader.max_tokens)
-        ]
-        timings.tokenise += timings.lap()
-        outcome = await self._engine.submit("reader", [pair.row for pair in pairs], deadline=deadline)
-        timings.read += timings.lap()
-        timings.queue += 1000 * outcome.queued_seconds
-        answered, at = [], 0
-        for hits in found:
-            here = range(at, at + len(hits))
-            readings = [reading_of(pairs[i], outcome.rows[i], i - at) for i in here]
+        texts = [[hit.passage.text for hit in hits] for hits in found]
+        priors = [[reader.prior_weight * hit.score for hit in hits] for hits in found]
+        readings = await self._read(reader, questions, found, texts, priors, deadline, timings)
+        answered = []
+        for at, hits in enumerate(found):
+            read = len(readings[at])
             answers, nothing = rank_answers(
-                [hit.passage.text for hit in hits],
-                readings,
-                [reader.prior_weight * hit.score for hit in hits],
-                null_bias=reader.null_bias,
-                max_answers=max_answers,
+                texts[at][:read], readings[at], priors[at][:read], null_bias=reader.null_bias, max_answers=max_answers
             )
-            answered.append(QuestionAnswered(hits, answers, nothing))
-            at += len(hits)
+            self._observe(read)
+            answered.append(QuestionAnswered(hits, read, answers, nothing))
         timings.rank += timings.lap()
         return answered
+
+    async def _read(
+        self,
+        reader: ReaderInfo,
+        questions: Sequence[str],
+        found: Sequence[Sequence[Hit]],
+        texts: Sequence[Sequence[str]],
+        priors: Sequence[Sequence[float]],
+        deadline: float,
+        timings: Timings,
+    ) -> list[list[Reading]]:
+        """What the reader makes of each question's hits: of all, or of the first until they settle the answer."""
+        settling = reader.settling
+        readings: list[list[Reading]] = [[] for _ in found]
+        unsettled = [at for at, hits in enumerate(found) if hits]
+        for end in (*READ_FIRST, None) if settling else (None,):
+            pairs: list[tuple[int, Pair]] = []
+            for at in unsettled:
+                passages = [(hit.passage.id, hit.passage.text) for hit in found[at][len(readings[at]) : end]]
+                pairs += [(at, pair) for pair in self._encoder.pairs(questions[at], passages, reader.max_tokens)]
+            timings.tokenise += timings.lap()
+            outcome = await self._engine.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
+            timings.read += timings.lap()
+            timings.queue += 1000 * outcome.queued_seconds
+            for (at, pair), outputs in zip(pairs, outcome.rows, strict=True):
+                readings[at].append(reading_of(pair, outputs, len(readings[at])))
+            if settling:
+                unsettled = [
+                    at
+                    for at in unsettled
+                    if not is_settled(texts[at], readings[at], priors[at], null_bias=reader.null_bias, settling=settling)
+                ]
+        return readings
 
     def close(self) -> None:
         self._searcher.shutdown()

@@ -42,6 +42,43 @@ class RankedAnswer:
     best: Span  # where it stands most probably
 
 
+@dataclass(frozen=True, slots=True)
+class Settling:
+    """When a question's answer counts as settled although passages are unread; calibrated together with the reader."""
+
+    probability: float  # that the best answer must keep even in the worst case, 0 to 1
+    unread_weight: float  # nats: what an unread passage is taken to weigh at most beside its prior, see `log_weight`
+
+
+def is_settled(
+    passages: Sequence[str], readings: Sequence[Reading], priors: Sequence[float], *, null_bias: float, settling: Settling
+) -> bool:
+    """Whether reading on could hardly change the best answer; true where nothing is left to read.
+
+    In the worst case every unread passage weighs as much as its prior and `settling.unread_weight` allow, and none of that
+    is for the best answer so far.
+
+    Args:
+        passages: the texts, those that were read first.
+        readings: of the first passages, at least one.
+        priors: of all passages.
+    """
+    read = len(readings)
+    if read == len(passages):
+        return True
+    answers, _ = rank_answers(passages[:read], readings, priors[:read], null_bias=null_bias, max_answers=1)
+    if not answers:
+        return False
+    total = _log_sum(_log_totals(readings, priors[:read], null_bias))
+    worst = _log_sum([total, *(prior + settling.unread_weight for prior in priors[read:])])
+    return answers[0].probability * math.exp(total - worst) >= settling.probability
+
+
+def log_weight(reading: Reading, null_bias: float) -> float:
+    """What a passage weighs beside its prior: the logarithm of the sum over its spans and its "no answer", in nats."""
+    return _log_totals([reading], [0.0], null_bias)[0]
+
+
 def rank_answers(
     passages: Sequence[str],
     readings: Sequence[Reading],
@@ -66,11 +103,7 @@ def rank_answers(
     if not readings:
         return [], 1.0
     nulls = [prior + reading.null_score + null_bias for prior, reading in zip(priors, readings, strict=True)]
-    totals = []
-    for prior, reading, null in zip(priors, readings, nulls, strict=True):
-        spans_only = _log_difference(reading.log_normaliser, reading.null_score)
-        totals.append(_log_sum([prior + spans_only, null]))
-    total = _log_sum(totals)
+    total = _log_sum(_log_totals(readings, priors, null_bias))
     places: dict[str, list[tuple[float, Span]]] = {}
     for prior, reading in zip(priors, readings, strict=True):
         for span in reading.spans:
@@ -88,6 +121,15 @@ def rank_answers(
         if not any(_overlap(candidate.best, other.best) for other in chosen):
             chosen.append(candidate)
     return chosen, min(1.0, math.exp(_log_sum(nulls) - total))
+
+
+def _log_totals(readings: Sequence[Reading], priors: Sequence[float], null_bias: float) -> list[float]:
+    """Per passage the logarithm of its whole weight."""
+    totals = []
+    for prior, reading in zip(priors, readings, strict=True):
+        spans_only = _log_difference(reading.log_normaliser, reading.null_score)
+        totals.append(_log_sum([prior + spans_only, prior + reading.null_score + null_bias]))
+    return totals
 
 
 def _normalise(text: str) -> str:

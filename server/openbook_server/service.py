@@ -182,6 +182,7 @@ def _answer_result(outcome: QuestionAnswered, *, omit_text: bool) -> pb.AnswerRe
         answers=[_answer(answer, outcome.hits[answer.best.passage]) for answer in outcome.answers],
         hits=[_hit(hit, omit_text=omit_text) for hit in outcome.hits],
         no_answer_probability=outcome.no_answer_probability,
+        passages_read=outcome.read,
     )
 
 

@@ -77,7 +77,7 @@ async def running_server(bundle_folder: Path, knowledge_base: str | Path | None,
         )
         encoder = TextEncoder(load_tokenizer(loaded.bundle.tokenizer_path))
         embedder = Embedder(engine, cache_bytes=config.cache_mb << 20, observe=metrics.observe_cache)
-        pipeline = Pipeline(loaded.bundle, encoder, embedder, engine, loaded.knowledge_base)
+        pipeline = Pipeline(loaded.bundle, encoder, embedder, engine, loaded.knowledge_base, observe=metrics.observe_reading)
         writer = _writer(loaded, engine, config)
         try:
             if loaded.knowledge_base is not None:

@@ -63,7 +63,7 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer):
         answer = pb.Answer(text="passage", probability=0.5, passage_id="d#0", document_id="d", start=4, end=11)
         hit = pb.Hit(passage_id="d#0", document_id="d", score=1.5, text="the passage")
         return pb.AnswerResponse(
-            results=[pb.AnswerResult(answers=[answer], hits=[hit], no_answer_probability=0.25) for _ in request.questions],
+            results=[pb.AnswerResult(answers=[answer], hits=[hit], no_answer_probability=0.25, passages_read=1) for _ in request.questions],
             errors=self._errors("questions", request.questions),
             timings=pb.Timings(total_ms=3),
         )
@@ -107,6 +107,7 @@ def test_results_are_plain_objects_with_the_documented_json(client: Client) -> N
         "answers": [{"text": "passage", "probability": 0.5, "passage_id": "d#0", "document_id": "d", "start": 4, "end": 11}],
         "hits": [{"passage_id": "d#0", "document_id": "d", "score": 1.5}],
         "no_answer_probability": 0.25,
+        "passages_read": 1,
         "timings_ms": {
             stage: 3.0 if stage == "total" else 0.0 for stage in ("tokenise", "embed", "search", "read", "rank", "queue", "total")
         },

@@ -113,6 +113,8 @@ def test_a_false_fingerprint_is_refused(copy: Path) -> None:
         (lambda manifest: manifest["embedder"].update(dim=True), r'key "dim" is bool, expected int'),
         (lambda manifest: manifest["reader"].update(spans=0), r'key "spans" is 0, expected 1 or more'),
         (lambda manifest: manifest["reader"].update(null_bias=None), r'key "null_bias" is NoneType, expected float'),
+        (lambda manifest: manifest["reader"].update(settling=0.9), r'key "settling" is float, expected dict'),
+        (lambda manifest: manifest["reader"].update(settling={"probability": 1}), r'key "probability" is int, expected float'),
         (lambda manifest: manifest["reader"]["graphs"].pop("fp32"), "has no fp32 graph"),
         (lambda manifest: manifest["files"].update({"golden.npz": {"bytes": 3}}), r"no sha256 and bytes for golden.npz"),
     ],

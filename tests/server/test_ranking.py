@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from openbook_server.ranking import Reading, Span, rank_answers
+from openbook_server.ranking import Reading, Settling, Span, is_settled, log_weight, rank_answers
 
 
 def log_sum(values: list[float]) -> float:
@@ -61,3 +61,41 @@ def test_nothing_read_is_no_answer_for_certain() -> None:
 def test_extreme_scores_neither_overflow_nor_lose_the_answer() -> None:
     answers, nothing = rank_answers(["yes"], [Reading([Span(0, 0, 3, 900.0)], -900.0, 900.0)], [0.0], null_bias=0.0, max_answers=1)
     assert (answers[0].probability, nothing) == (1.0, 0.0)
+
+
+def random_readings(rng: random.Random) -> tuple[list[str], list[Reading], list[float]]:
+    """Six passages with a few of the same words in them, the best retrieved first."""
+    words = [rng.choices("one two three four five six".split(), k=8) for _ in range(6)]
+    readings = []
+    for z, passage in enumerate(words):
+        starts = [sum(len(word) + 1 for word in passage[:at]) for at in range(8)]
+        spans = {(start, start + len(word)): rng.gauss(0, 3) for start, word in zip(starts, passage, strict=True)}
+        readings.append(reading(z, spans, rng.gauss(0, 3)))
+    return [" ".join(passage) for passage in words], readings, sorted((rng.gauss(0, 4) for _ in range(6)), reverse=True)
+
+
+def test_the_weight_of_a_passage_is_that_of_its_spans_and_its_no_answer() -> None:
+    scores = {(0, 4): 1.5, (5, 9): -0.5}
+    assert log_weight(reading(0, scores, 0.7), 0.25) == pytest.approx(log_sum([1.5, -0.5, 0.7 + 0.25]), rel=1e-12)
+
+
+def test_a_settled_answer_stays_the_best_and_as_probable_as_promised() -> None:
+    rng, stopped = random.Random(4), 0
+    for _ in range(300):
+        passages, readings, priors = random_readings(rng)
+        settling = Settling(0.6, max(log_weight(one, 0.5) for one in readings))
+        [final, *_], _ = rank_answers(passages, readings, priors, null_bias=0.5, max_answers=1)
+        for read in range(1, 6):
+            if is_settled(passages, readings[:read], priors, null_bias=0.5, settling=settling):
+                [early, *_], _ = rank_answers(passages[:read], readings[:read], priors[:read], null_bias=0.5, max_answers=1)
+                assert early.text == final.text
+                assert final.probability >= 0.6 - 1e-9
+                stopped += 1
+    assert stopped > 50
+
+
+def test_an_answer_is_not_settled_while_an_unread_passage_could_outweigh_it() -> None:
+    passages, readings, priors = ["Rome", "Milan"], [reading(0, {(0, 4): 3.0}, 0.0)], [0.0, 0.0]
+    for weight, settled in ((-5.0, True), (5.0, False)):
+        assert is_settled(passages, readings, priors, null_bias=0.0, settling=Settling(0.9, weight)) is settled
+    assert is_settled(passages, [*readings, reading(1, {(0, 5): 9.0}, 0.0)], priors, null_bias=0.0, settling=Settling(2.0, 0.0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
+from openbook_server.bundle import MANIFEST, bundle_id
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.frontend import REQUESTS_A_ROW
@@ -47,6 +50,16 @@ def stub(channel: grpc.aio.Channel) -> openbook_pb2_grpc.OpenBookAsyncStub:
 
 def vectors(reply: pb.EmbedResponse) -> np.ndarray:
     return np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim)
+
+
+async def scrape(port: int) -> str:
+    """What Prometheus would see."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page = (await reader.read()).decode()
+    writer.close()
+    await writer.wait_closed()
+    return page
 
 
 async def refusal(call: grpc.aio.UnaryUnaryCall[object, object]) -> tuple[grpc.StatusCode, str, list[str]]:
@@ -110,6 +123,36 @@ async def test_an_answer_is_the_span_it_points_at(stub: openbook_pb2_grpc.OpenBo
             assert texts[answer.passage_id][answer.start : answer.end] == answer.text
         assert 0 <= result.no_answer_probability <= 1
         assert sum(answer.probability for answer in result.answers) + result.no_answer_probability <= 1 + 1e-6
+
+
+async def test_reading_stops_when_the_answer_is_settled_and_changes_nothing_where_it_is_not(
+    tiny_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path, unused_tcp_port: int
+) -> None:
+    request = pb.AnswerRequest(questions=["what is red ?", "who is king ?"], top_k=3)
+    results = {}
+    for name, settling in (
+        ("off", None),
+        ("never", {"probability": 2.0, "unread_weight": 0.0}),
+        ("at once", {"probability": 0.0, "unread_weight": 0.0}),
+    ):
+        bundle = shutil.copytree(tiny_bundle, tmp_path / name)
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        manifest["reader"] |= {"settling": settling} if settling else {}
+        (bundle / MANIFEST).write_text(json.dumps(manifest | {"id": bundle_id(manifest)}))
+        config = dataclasses.replace(CONFIG, metrics_port=unused_tcp_port if name == "at once" else 0)
+        async with (
+            running_server(bundle, tiny_knowledge_base, config) as port,
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+            results[name] = (await stub.Answer(request)).results
+            page = await scrape(unused_tcp_port) if name == "at once" else ""
+    assert [result.passages_read for result in results["off"]] == [len(result.hits) for result in results["off"]] == [3, 3]
+    assert list(results["never"]) == list(results["off"])
+    assert [(result.passages_read, len(result.hits)) for result in results["at once"]] == [(1, 3)] * 2
+    first = {result.hits[0].passage_id for result in results["at once"]}
+    assert {answer.passage_id for result in results["at once"] for answer in result.answers} <= first
+    assert "openbook_question_passages_sum 2.0" in page
 
 
 async def test_without_retrieval_nothing_is_read_and_nothing_answered(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
@@ -287,11 +330,7 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
         await stub.Embed(pb.EmbedRequest(texts=["red", "blue"]))
         await stub.Embed(pb.EmbedRequest(texts=["red", "Red", "green"]))
         await refusal(stub.Embed(pb.EmbedRequest()))
-        reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
-        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-        page = (await reader.read()).decode()
-        writer.close()
-        await writer.wait_closed()
+        page = await scrape(unused_tcp_port)
     assert 'openbook_requests_total{method="Embed",status="OK"} 2.0' in page
     assert 'openbook_requests_total{method="Embed",status="INVALID_ARGUMENT"} 1.0' in page
     assert 'openbook_batch_rows_count{graph="embedder"}' in page

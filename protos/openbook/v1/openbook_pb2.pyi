@@ -514,15 +514,18 @@ class AnswerResult(_message.Message):
     ANSWERS_FIELD_NUMBER: _builtins.int
     HITS_FIELD_NUMBER: _builtins.int
     NO_ANSWER_PROBABILITY_FIELD_NUMBER: _builtins.int
+    PASSAGES_READ_FIELD_NUMBER: _builtins.int
     no_answer_probability: _builtins.float
     """that none of the passages read holds an answer"""
+    passages_read: _builtins.int
+    """The first so many of `hits` were read; fewer than all where the answer was settled by then (docs/speed.md)."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Answer]:
         """most probable first; empty when nothing was found to read"""
 
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """the passages that were read, in retrieval's order"""
+        """the passages that were found, in retrieval's order"""
 
     def __init__(
         self,
@@ -530,10 +533,11 @@ class AnswerResult(_message.Message):
         answers: _abc.Iterable[Global___Answer] | None = ...,
         hits: _abc.Iterable[Global___Hit] | None = ...,
         no_answer_probability: _builtins.float = ...,
+        passages_read: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "hits", b"hits", "no_answer_probability", b"no_answer_probability"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "hits", b"hits", "no_answer_probability", b"no_answer_probability", "passages_read", b"passages_read"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

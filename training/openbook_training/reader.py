@@ -20,10 +20,9 @@ from transformers.utils import logging
 
 from openbook_training.adapters import add_adapter
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.chunks import length_chunks, restored
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
-
-CHUNK_TOKENS = 4096  # padded tokens a forward pass; larger falls out of the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +110,10 @@ def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.dev
         context: (pairs, length) bool, True where a token belongs to the passage.
     """
     longest = max(len(pair.ids) for pair in pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].ids))
+    chunks = length_chunks([len(pair.ids) for pair in pairs])
     parts: list[Tensor] = []
-    at = 0
-    while at < len(order):
-        stop = at + 1
-        while stop < len(order) and (stop + 1 - at) * len(pairs[order[stop]].ids) <= CHUNK_TOKENS:
-            stop += 1
-        rows = [pairs[i] for i in order[at:stop]]
+    for chunk in chunks:
+        rows = [pairs[i] for i in chunk]
         width = len(rows[-1].ids)
         ids = torch.tensor([pair.ids + [pad] * (width - len(pair.ids)) for pair in rows], device=device)
         types = torch.tensor([[int(i >= pair.first) for i in range(width)] for pair in rows], device=device)
@@ -126,10 +121,7 @@ def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.dev
         output = model(input_ids=ids, token_type_ids=types * mask, attention_mask=mask)
         logits = torch.stack([output.start_logits, output.end_logits]).float()
         parts.append(nn.functional.pad(logits, (0, longest - width)))
-        at = stop
-    back = torch.empty(len(order), dtype=torch.long, device=device)
-    back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
-    start, end = torch.cat(parts, dim=1)[:, back]
+    start, end = torch.cat(parts, dim=1)[:, torch.tensor(restored(chunks), device=device)]
     context = torch.zeros((len(pairs), longest), dtype=torch.bool, device=device)
     for row, pair in enumerate(pairs):
         context[row, pair.first : pair.first + len(pair.offsets)] = True

@@ -7,14 +7,13 @@ is only ever reported.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -27,9 +26,8 @@ from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidData
 from openbook_training.loop import length_grouped
-from openbook_training.negatives import draw, embed, mine
+from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
-from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions, occurrences, spread
 
@@ -67,6 +65,8 @@ class Example:
 
 class ReaderTask:
     """Gives the loop its batches, loss and metrics."""
+
+    compares_examples: ClassVar[bool] = False
 
     def __init__(self, config: ReaderConfig, console: Console) -> None:
         self._config = config
@@ -190,17 +190,9 @@ def _usable(questions: list[Question]) -> tuple[list[Question], list[str]]:
 def _mined_negatives(
     checkpoint: Checkpoint, questions: list[Question], passages: list[str], config: ReaderConfig, console: Console
 ) -> list[list[int]]:
-    """Mined once and kept in the run folder under a name that changes with checkpoint and data."""
-    material = "\0".join([checkpoint.digest(), str(config.mined), *(q.id + q.text for q in questions), *passages])
-    file = Path(config.output) / f"negatives-{hashlib.sha256(material.encode()).hexdigest()[:16]}.json"
-    if file.is_file():
-        mined: list[list[int]] = json.loads(file.read_text())
-        return mined
     texts = [*passages, *(question.text for question in questions)]
-    with progress(console, "embedding passages and questions to mine hard negatives", len(texts)) as update:
-        vectors = embed(checkpoint, texts, precision=config.loop.precision, report=lambda done: update(done, ""))
-    passage_vectors, question_vectors = vectors[: len(passages)], vectors[len(passages) :]
-    mined = mine(questions, question_vectors, passages, passage_vectors, config.mined)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(mined))
-    return mined
+    vectors = embed_once(
+        checkpoint, texts, Path(config.output), precision=config.loop.precision, console=console, purpose="mine hard negatives"
+    )
+    answers, gold = [question.answers for question in questions], [{question.context} for question in questions]
+    return mine(answers, gold, vectors[len(passages) :], passages, vectors[: len(passages)], config.mined)

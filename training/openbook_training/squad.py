@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from openbook_training.errors import InvalidData
 from openbook_training.rows import Row, read_rows, report_left_out
 
+T = TypeVar("T")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -60,6 +61,12 @@ def normalise(answer: str) -> str:
     """SQuAD's normal form: lower case, no punctuation, no articles, single spaces."""
     text = "".join(character for character in answer.lower() if character not in _PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def holds_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether an accepted answer stands in `text`, both in normal form and word by word."""
+    words = f" {normalise(text)} "
+    return any(f" {wanted} " in words for wanted in map(normalise, answers) if wanted)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -115,7 +122,7 @@ def _question(row: Mapping[str, Any]) -> Question:
     return Question(id=str(row["id"]), text=text, context=context, answers=tuple(dict.fromkeys(answers)), title=title)
 
 
-def spread(questions: list[Question], count: int) -> list[Question]:
+def spread(questions: list[T], count: int) -> list[T]:
     """At most `count` of them, evenly spread: files are sorted by article, and the first ones are no sample. All where count is 0."""
     return questions[:: -(-len(questions) // count)] if count and questions else questions
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Turn a pretrained checkpoint, and a reader trained on it, into a bundle: optimised ONNX graphs that `openbook index` and\n"
+        "Turn a pretrained checkpoint, and what was trained on it, into a bundle: optimised ONNX graphs that `openbook index` and\n"
         "`openbook serve` run. Every graph is compared with PyTorch; the bundle appears when all of it is right, or not at all."
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="package:NAME, a folder (transformers or sentence-transformers), or a hub id"
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder to write")
+    parser.add_argument(
+        "--embedder", metavar="FOLDER", type=Path, help="adapter that `openbook train retriever` wrote, to merge into the embedder"
+    )
     parser.add_argument(
         "--reader", metavar="FOLDER", type=Path, help="adapter that `openbook train reader` wrote, or a question-answering checkpoint"
     )

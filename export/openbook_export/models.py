@@ -29,6 +29,29 @@ _UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what trans
 _READER_DEFAULTS = {"max_tokens": 384, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
 
 
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """A kind of adapter: how its user names it, what is written beside its weights, and by which command."""
+
+    flag: str
+    settings: str
+    command: str
+
+
+_READER = _Adapter("--reader", "reader.json", "openbook train reader")
+_RETRIEVER = _Adapter("--embedder", "retriever.json", "openbook train retriever")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedderModel:
+    """The transformer without a head in PyTorch fp32, the retriever's adapter merged where there is one."""
+
+    model: nn.Module
+    max_tokens: int  # longest text, special tokens included
+    digest: str = ""  # of the adapter's weights; "" = the untouched checkpoint
+    dims: tuple[int, ...] = ()  # lengths that the training made its vectors good for when cut
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReaderModel:
     """A question-answering model in PyTorch fp32, its adapter merged, and the limits it was trained with."""
@@ -72,15 +95,28 @@ def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, int]:
     return tokenizer, sep
 
 
-def load_embedder(checkpoint: Checkpoint) -> nn.Module:
-    """The transformer without a head, ready to export.
+def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> EmbedderModel:
+    """The transformer without a head, ready to export, with the adapter in `folder` that `openbook train retriever` wrote.
 
     Raises:
-        CheckpointUnsupported: it is no BERT, or its weights do not load.
+        CheckpointUnsupported: it is no BERT, its weights do not load, or the adapter is damaged or another checkpoint's.
     """
     _require_bert(checkpoint)
-    model: nn.Module = _load(AutoModel, checkpoint, add_pooling_layer=False)
-    return model
+    base = _load(AutoModel, checkpoint, add_pooling_layer=False)
+    if folder is None:
+        return EmbedderModel(model=base, max_tokens=checkpoint.max_tokens)
+    settings = _adapter_settings(checkpoint, folder, _RETRIEVER)
+    try:
+        max_tokens, dims = int(settings["max_tokens"]), tuple(int(dim) for dim in settings["dims"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointUnsupported(f"--embedder {folder}: retriever.json states no max_tokens or no dims ({error})") from error
+    positions, hidden = int(base.config.max_position_embeddings), int(base.config.hidden_size)
+    if not 3 <= max_tokens <= positions or not all(1 <= dim <= hidden for dim in dims):
+        raise CheckpointUnsupported(
+            f"--embedder {folder}: retriever.json states max_tokens {max_tokens} and dims {list(dims)}; the checkpoint has "
+            f"{positions} positions and {hidden} dimensions"
+        )
+    return EmbedderModel(model=_merged(base, folder, _RETRIEVER), max_tokens=max_tokens, digest=_digest(folder), dims=dims)
 
 
 def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
@@ -94,7 +130,11 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
     settings = _READER_DEFAULTS | _read_json(folder / "reader.json")
     stored = Checkpoint(name=f"--reader {folder}", folder=folder, pooling="", max_tokens=0)
     if (folder / "adapter_config.json").is_file():
-        model = _adapted(checkpoint, folder, settings)
+        _adapter_settings(checkpoint, folder, _READER)
+        base = _load(AutoModelForQuestionAnswering, checkpoint)
+        if settings.get("one_segment"):
+            read_in_one_segment(base)
+        model = _merged(base, folder, _READER)
     elif (folder / "config.json").is_file():
         _require_bert(stored)
         if load_tokenizer(stored)[0].get_vocab() != load_tokenizer(checkpoint)[0].get_vocab():
@@ -106,7 +146,7 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
         max_tokens = min(int(settings["max_tokens"]), int(model.config.max_position_embeddings))
         reader = ReaderModel(
             model=model,
-            digest=stored.digest(),
+            digest=_digest(folder),
             max_tokens=max_tokens,
             max_question_tokens=int(settings.get("max_question_tokens", max_tokens // 3)),
             max_answer_tokens=int(settings["max_answer_tokens"]),
@@ -134,24 +174,34 @@ def _settling(stated: Any) -> dict[str, float] | None:
     return settling
 
 
-def _adapted(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> Any:
+def _adapter_settings(checkpoint: Checkpoint, folder: Path, kind: _Adapter) -> dict[str, Any]:
+    """What the training wrote beside an adapter's weights, once it is certain that the adapter is whole and is `checkpoint`'s."""
+    if not folder.is_dir():
+        raise CheckpointUnsupported(f"{kind.flag} {folder}: no such folder; `{kind.command}` leaves one in <output>/best")
+    missing = [name for name in ("adapter_config.json", kind.settings, "adapter_model.safetensors") if not (folder / name).is_file()]
+    settings = _read_json(folder / kind.settings)
     actual, wanted = checkpoint.digest(), settings.get("base_digest")
-    missing = [name for name in ("reader.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     if missing or wanted is None:
-        lacks = ", ".join(missing) or "reader.json with a base_digest"
-        raise CheckpointUnsupported(f"--reader {folder} lacks {lacks}; copy the whole folder that `openbook train reader` wrote")
+        lacks = ", ".join(missing) or f"{kind.settings} with a base_digest"
+        raise CheckpointUnsupported(f"{kind.flag} {folder} lacks {lacks}; copy the whole folder that `{kind.command}` wrote")
     if wanted != actual:
         raise CheckpointUnsupported(
-            f"--reader {folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint "
+            f"{kind.flag} {folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint "
             f"{checkpoint.name!r} has {actual}; export the checkpoint it was trained on, or train again"
         )
-    base = _load(AutoModelForQuestionAnswering, checkpoint)
-    if settings.get("one_segment"):
-        read_in_one_segment(base)
+    return settings
+
+
+def _merged(base: Any, folder: Path, kind: _Adapter) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
     except (*_UNLOADABLE, KeyError, TypeError) as error:
-        raise CheckpointUnsupported(f"--reader {folder}: the adapter does not load ({_first_line(error)})") from error
+        raise CheckpointUnsupported(f"{kind.flag} {folder}: the adapter does not load ({_first_line(error)})") from error
+
+
+def _digest(folder: Path) -> str:
+    """Of the weights in an adapter's or a checkpoint's folder."""
+    return Checkpoint(name="", folder=folder, pooling="", max_tokens=0).digest()
 
 
 def _load(kind: Any, checkpoint: Checkpoint, **settings: Any) -> Any:

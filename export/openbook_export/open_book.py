@@ -8,16 +8,17 @@ scored as SQuAD does. Latency is that of single questions, one after the other.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openbook_training.squad import exact_match, f1, normalise
+from openbook_training.beir import Query, load_queries
+from openbook_training.errors import InvalidData
+from openbook_training.squad import exact_match, f1, holds_answer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from openbook.client import Client
@@ -29,45 +30,15 @@ _BATCH = 32
 MODES = {"hybrid": "hybrid", "lexical": "BM25 only", "dense": "dense only", "none": "no retrieval"}
 
 
-class InvalidBenchmark(Exception):
-    """The data folder is missing something; the message says what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    id: str
-    text: str
-    answers: tuple[str, ...]
-    relevant: frozenset[str]
-
-
-def load_queries(folder: Path) -> list[Query]:
-    """Questions with answers and relevant documents.
+def load_answered(folder: Path, console: Console) -> list[Query]:
+    """The queries of a folder in BEIR's layout that have accepted answers.
 
     Raises:
-        InvalidBenchmark: a file is missing or malformed.
+        InvalidData: a file is missing or holds nothing usable, or no query has an answer.
     """
-    relevant: dict[str, set[str]] = {}
-    tables = sorted((folder / "qrels").glob("*.tsv"))
-    if not (folder / "queries.jsonl").is_file() or not tables:
-        raise InvalidBenchmark(f"{folder} lacks queries.jsonl or qrels/*.tsv; see `openbook evaluate --help`")
-    for table in tables:
-        for number, line in enumerate(table.read_text().splitlines(), 1):
-            fields = line.split("\t")
-            if number == 1 and fields[-1] == "score":
-                continue
-            if len(fields) != 3:
-                raise InvalidBenchmark(f"{table} line {number}: expected query-id, corpus-id and score between tabs")
-            if float(fields[2]) > 0:
-                relevant.setdefault(fields[0], set()).add(fields[1])
-    queries = []
-    for number, line in enumerate((folder / "queries.jsonl").read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            answers = tuple(row["metadata"]["answers"])
-            queries.append(Query(row["_id"], row["text"], answers, frozenset(relevant.get(row["_id"], ()))))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidBenchmark(f"{folder / 'queries.jsonl'} line {number}: {type(error).__name__} {error}") from error
+    queries = [query for query in load_queries(folder, console) if query.answers]
+    if not queries:
+        raise InvalidData(f"{folder / 'queries.jsonl'}: no query has metadata.answers, which reading is scored by")
     return queries
 
 
@@ -114,10 +85,12 @@ def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, 
     count = max(1, len(rows))
     metrics: dict[str, float] = {}
     for depth in DEPTHS:
-        found = sum(bool(query.relevant & set(_documents(hits)[:depth])) for query, hits, _ in rows)
+        found = sum(bool(query.relevant.keys() & set(_documents(hits)[:depth])) for query, hits, _ in rows)
         metrics[f"R@{depth}"] = 100 * found / count
     for depth in DEPTHS:
-        metrics[f"answer-hit@{depth}"] = 100 * sum(_holds_answer(query, hits[:depth]) for query, hits, _ in rows) / count
+        metrics[f"answer-hit@{depth}"] = (
+            100 * sum(any(holds_answer(hit.text, query.answers) for hit in hits[:depth]) for query, hits, _ in rows) / count
+        )
     metrics["EM"] = 100 * sum(exact_match(text or "", query.answers) for query, _, text in rows) / count
     metrics["F1"] = 100 * sum(f1(text or "", query.answers) for query, _, text in rows) / count
     metrics["questions"] = len(rows)
@@ -150,8 +123,3 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def _documents(hits: Sequence[Hit]) -> list[str]:
     return list(dict.fromkeys(hit.document_id for hit in hits))
-
-
-def _holds_answer(query: Query, hits: Sequence[Hit]) -> bool:
-    texts = [f" {normalise(hit.text)} " for hit in hits]
-    return any(f" {wanted} " in text for text in texts for wanted in map(normalise, query.answers) if wanted)

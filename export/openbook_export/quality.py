@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from openbook_export.models import ReaderModel
 
 STRIDE = 64  # tokens that neighbouring windows of a long passage share, where there is room; twice the longest answer
 BATCH = 16  # pairs a run
+CPU = torch.device("cpu")
 
 Scores = dict[str, float]
 
@@ -30,21 +31,27 @@ def pair_encoder(checkpoint: Checkpoint, reader: ReaderModel) -> PairEncoder:
     )
 
 
-def pytorch_scores(reader: ReaderModel, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:
-    """EM and F1 (0 to 100) of the PyTorch model, each question read beside its own passage."""
-    answers = []
+def pytorch_answers(
+    reader: ReaderModel,
+    encoder: PairEncoder,
+    questions: Sequence[Question],
+    *,
+    device: torch.device = CPU,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """What the PyTorch model answers, each question read beside its own passage; `report` is told how many are done."""
+    answers: list[str] = []
     for at in range(0, len(questions), BATCH):
         batch = [(question.text, [question.context]) for question in questions[at : at + BATCH]]
-        predictions = predict(
-            reader.model,
-            encoder,
-            batch,
-            max_answer_tokens=reader.max_answer_tokens,
-            device=torch.device("cpu"),
-            autocast=nullcontext,
-        )
+        predictions = predict(reader.model, encoder, batch, max_answer_tokens=reader.max_answer_tokens, device=device, autocast=nullcontext)
         answers += [prediction.text for prediction in predictions]
-    return _scores(answers, questions)
+        report(len(answers))
+    return answers
+
+
+def pytorch_scores(reader: ReaderModel, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:
+    """EM and F1 (0 to 100) of the PyTorch model, each question read beside its own passage."""
+    return _scores(pytorch_answers(reader, encoder, questions), questions)
 
 
 def graph_scores(file: Path, precision: str, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:

@@ -285,7 +285,7 @@ def test_an_export_whose_attention_is_not_fused_fails(tiny_checkpoint: Path, tmp
     from openbook_export.graphs import write_onnx
 
     checkpoint = resolve_checkpoint(str(tiny_checkpoint))
-    model = load_embedder(checkpoint)
+    model = load_embedder(checkpoint).model
     del model.encoder.layer[1]  # type: ignore[union-attr,operator]  # a BertModel; nn.Module types its attributes as Tensor
     write_onnx(EmbedderGraph(model, "cls").eval(), tmp_path / "raw.onnx")
     with pytest.raises(ExportFailed, match=r"fused only 1 of 2 attention nodes"):
@@ -378,7 +378,7 @@ def test_what_is_missing_is_said_before_any_work_is_done(tiny_checkpoint: Path, 
 
 def test_pooling_on_the_first_token_gives_its_state(tiny_checkpoint: Path) -> None:
     checkpoint = resolve_checkpoint(str(tiny_checkpoint))
-    model, (tokenizer, _) = load_embedder(checkpoint), load_tokenizer(checkpoint)
+    model, (tokenizer, _) = load_embedder(checkpoint).model, load_tokenizer(checkpoint)
     inputs = {name: torch.from_numpy(values) for name, values in batch(tokenizer, TEXTS, 24).items()}
     with torch.inference_mode():
         vectors = EmbedderGraph(model, "cls")(**inputs)["sentence_embedding"]

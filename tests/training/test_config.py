@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from openbook_training.config import load_config
 from openbook_training.errors import InvalidConfig
+from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig
+from openbook_training.tasks.retriever import RetrieverConfig
 
 
 def write(folder: Path, text: str) -> Path:
@@ -49,8 +51,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml", ReaderConfig)
 
 
-def test_the_shipped_recipes_are_valid() -> None:
-    recipes = sorted((Path(__file__).parents[2] / "training" / "configs").glob("reader*.toml"))
-    assert recipes
-    for recipe in recipes:
-        load_config(recipe, ReaderConfig)
+def recipes() -> list[Path]:
+    return sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.stem)
+def test_a_shipped_recipe_is_valid_for_the_objective_it_is_named_after(recipe: Path) -> None:
+    kind = OBJECTIVES[recipe.stem.partition("_")[0]].config()
+    assert load_config(recipe, kind).output == f"runs/{recipe.stem}"
+
+
+def test_lists_of_numbers_take_whole_ones_and_refuse_what_is_no_number(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, 'train = "t"\nmatryoshka_weights = [1, 0.5]\n'), RetrieverConfig).matryoshka_weights == (1.0, 0.5)
+    for wrong in ("[true]", "[]", '["1"]', "[nan]", "1.0"):
+        with pytest.raises(InvalidConfig, match="matryoshka_weights: .* is not a list of numbers, at least one"):
+            load_config(write(tmp_path, f'train = "t"\nmatryoshka_weights = {wrong}\n'), RetrieverConfig)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from openbook_training.objectives import NEGATIVE, multi_passage_span_loss, null_scores, span_scores
+from openbook_training.objectives import (
+    NEGATIVE,
+    anchor_loss,
+    matryoshka_loss,
+    multi_passage_span_loss,
+    null_scores,
+    span_scores,
+)
 
 
 def test_a_span_scores_its_first_start_plus_its_last_end_logit_and_only_inside_the_passage() -> None:
@@ -61,3 +68,41 @@ def test_a_passage_without_any_gold_span_gets_a_finite_gradient() -> None:
     loss.backward()
     assert start.grad is not None
     assert torch.isfinite(start.grad).all()
+
+
+def test_the_contrastive_loss_is_minus_log_of_the_gold_share_over_the_unmasked_passages_at_every_dimension() -> None:
+    rng = np.random.default_rng(3)
+    questions, passages = rng.normal(size=(4, 8)), rng.normal(size=(7, 8))
+    gold, masked = np.array([2, 0, 6, 3]), np.zeros((4, 7), bool)
+    masked[0, 5] = masked[2, [0, 1]] = True
+    dims, weights, temperature = (8, 3), (1.0, 0.5), 0.1
+    expected = 0.0
+    for dim, weight in zip(dims, weights, strict=True):
+        loss = 0.0
+        for i in range(4):
+            similarity = []
+            for j in range(7):
+                x, z = questions[i, :dim], passages[j, :dim]
+                similarity.append(float(x @ z) / np.sqrt(x @ x) / np.sqrt(z @ z) / temperature)
+            everything = sum(np.exp(similarity[j]) for j in range(7) if not masked[i, j])
+            loss -= np.log(np.exp(similarity[gold[i]]) / everything) / 4
+        expected += weight * loss / 1.5
+    actual = matryoshka_loss(
+        torch.tensor(questions),
+        torch.tensor(passages),
+        torch.tensor(gold),
+        torch.tensor(masked),
+        dims=dims,
+        weights=weights,
+        temperature=temperature,
+    )
+    assert float(actual) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_anchor_loss_is_one_minus_the_mean_cosine() -> None:
+    rng = np.random.default_rng(4)
+    vectors, anchors = rng.normal(size=(5, 6)), rng.normal(size=(5, 6))
+    vectors, anchors = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (vectors, anchors))
+    expected = sum(1 - sum(a * b for a, b in zip(one, other, strict=True)) for one, other in zip(vectors, anchors, strict=True)) / 5
+    assert float(anchor_loss(torch.tensor(vectors), torch.tensor(anchors))) == pytest.approx(expected, rel=1e-9)
+    assert float(anchor_loss(torch.tensor(anchors), torch.tensor(anchors))) == pytest.approx(0.0, abs=1e-12)

@@ -122,7 +122,7 @@ def test_mined_negatives_are_ranked_and_hold_no_answer(tiny_checkpoint: Path) ->
     passages = ["red city", "blue river", "red king", "one book"]
     question = Question(id="q", text="what is red ?", context="red king", answers=("king",))
     vectors, asked = embed(checkpoint, passages), embed(checkpoint, [question.text])
-    [mined] = mine([question], asked, passages, vectors, 4)
+    [mined] = mine([question.answers], [{question.context}], asked, passages, vectors, 4)
     assert set(mined) == {0, 1, 3}
     scores = (asked @ vectors.T)[0]
     assert mined == sorted(mined, key=lambda z: -scores[z])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from openbook_training.errors import InvalidData
 from openbook_training.squad import Question, exact_match, f1, load_questions, normalise, occurrences, spread
+from rich.console import Console
 
 
 def test_normal_form_drops_case_punctuation_articles_and_extra_spaces() -> None:
@@ -51,18 +53,43 @@ def test_flat_and_nested_files_give_the_same_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"id": 1}\n', "row 1"),
-        ("a.jsonl", '{"id": 1, "question": "x"\n', "line 1 is not JSON"),
+        ("a.jsonl", '{"id": 1}\n', "line 1: lacks 'answers'"),
+        ("a.jsonl", '{"id": 1, "question": "x"\n', "line 1: is not JSON"),
         ("a.json", "[]", "not a SQuAD JSON file"),
-        ("a.jsonl", "", "no questions"),
+        ("a.json", '{"data": {}}', "not a SQuAD JSON file"),
+        ("a.json", '{"data": [{"paragraphs": 3}]}', "article 1, paragraph 1, question 1: not of SQuAD's shape"),
+        ("a.jsonl", "", "no usable row"),
         ("a.jsonl", '{"id": 1, "question": " ", "context": "c", "answers": []}', "empty question"),
+        ("a.jsonl", '{"id": 1, "question": "q", "context": 5, "answers": []}', "context is no text"),
+        ("a.jsonl", '{"id": 1, "question": "q", "context": "c", "answers": [{}]}', "answers is no text"),
     ],
 )
-def test_bad_data_names_file_row_and_reason(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_data_without_a_usable_row_are_refused_by_file_place_and_reason(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InvalidData, match=message) as raised:
         load_questions(str(tmp_path / name))
     assert name in str(raised.value)
+
+
+def test_bad_rows_are_left_out_counted_and_named_without_their_text(tmp_path: Path) -> None:
+    good = json.dumps({"id": "q", "question": "Who?", "context": "Ada did.", "answers": ["Ada"]})
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b'{"question": "secret"}'] * 11 + [b"\xff\xfe", good.encode()]))
+    console = Console(file=io.StringIO())
+    assert [question.id for question in load_questions(str(tmp_path / "a.jsonl"), console)] == ["q"]
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert "12 of 13 rows left out" in said
+    assert "line 10: lacks 'answers'" in said
+    assert "and 2 more" in said
+    assert "secret" not in said
+
+
+def test_one_bad_question_of_an_article_leaves_its_neighbours(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "question": "Who?", "answers": [{"text": "Ada"}]} for number in range(3)]
+    del rows[1]["answers"]
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"title": "Ada_Lovelace", "paragraphs": [{"context": "Ada.", "qas": rows}]}]}))
+    questions = load_questions(str(tmp_path / "a.json"), Console(file=io.StringIO()))
+    assert [(question.id, question.title) for question in questions] == [("0", "Ada Lovelace"), ("2", "Ada Lovelace")]
 
 
 def test_a_missing_file_is_named() -> None:

@@ -12,8 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model of the system. OBJECTIVE names what is trained; CONFIG.toml says on what and for how long."
     parser.epilog = (
         "example: openbook train reader training/configs/reader.toml --resume\n"
-        "The run folder (key `output`) gets config.json, metrics.jsonl, checkpoint.pt and best/, the adapter that\n"
-        "`openbook export --reader` takes. Ctrl-C saves a checkpoint; the same command with --resume goes on.\n"
+        "The run folder (key `output`) gets config.json, metrics.jsonl, tensorboard/, plots.png, checkpoint.pt and best/, the\n"
+        "adapter that `openbook export` takes (--reader, --embedder). Ctrl-C saves a checkpoint; the same command with --resume\n"
+        "goes on.\n"
         "Several GPUs: accelerate launch -m openbook.cli train reader CONFIG.toml"
     )
     parser.add_argument(
@@ -46,5 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     except TrainingError as error:
         print(f"openbook train: {error}", file=sys.stderr)
         return 1
-    print(f"best: {config.output}/best  " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    from openbook_training.record import metric_lines
+
+    print(f"best: {config.output}/best  {metric_lines(metrics)[0]}")
     return 0

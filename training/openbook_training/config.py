@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -20,7 +21,8 @@ class LoopConfig:
     seed: int = 42  # of data order, sampling and initialisation
     epochs: int = 3  # passes over the training examples
     batch_examples: int = 32  # an optimiser step
-    micro_batch_examples: int = 8  # of them, those of one backward pass: bounds memory, changes no gradient of a mean over examples
+    micro_batch_examples: int = 8  # of them, those whose activations are held at once: bounds memory, changes no gradient
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: a third more time, far less memory, same gradients
     learning_rate: float = 5e-4  # peak; LoRA wants about ten times a full fine-tuning's
     warmup_share: float = 0.06  # of all steps, linear from 0; then linear down to 0
     weight_decay: float = 0.01
@@ -73,18 +75,27 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(typing.cast(type[Any], hint), value, name + ".", problems)
-    elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
-        if isinstance(value, list) and value and all(isinstance(item, int) and item >= 0 for item in value):
-            return tuple(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(hint, types.GenericAlias):  # tuple[int, ...] or tuple[float, ...]
+        kind = typing.get_args(hint)[0]
+        if isinstance(value, list) and value and all(_is(kind, item) for item in value):
+            return tuple(kind(item) for item in value)
+    elif hint is float and _is(float, value):
         return float(value)
-    elif type(value) is hint and not (hint is int and value < 0):
+    elif _is(hint, value):
         return value
     problems.append(f"{name}: {value!r} is not {'a table' if dataclasses.is_dataclass(hint) else _describe(hint)}")
     return None
 
 
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value of the file is of a scalar kind; True is no number, and a whole number does for any."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and not (kind is int and value < 0)
+
+
 def _describe(hint: Any) -> str:
-    return {int: "a whole number >= 0", float: "a number", str: "a string", bool: "true or false"}.get(
-        hint, "a list of whole numbers >= 0, at least one"
-    )
+    kinds = {int: "a whole number >= 0", float: "a number", str: "a string", bool: "true or false"}
+    if isinstance(hint, types.GenericAlias):
+        return {int: "a list of whole numbers >= 0, at least one", float: "a list of numbers, at least one"}[typing.get_args(hint)[0]]
+    return kinds[hint]

@@ -7,7 +7,6 @@ resumed run sees the same batches and the same random numbers as an uninterrupte
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import random
@@ -16,9 +15,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, TrainingDiverged
-from openbook_training.progress import progress
+from openbook_training.progress import Update, progress
+from openbook_training.record import Record, memory_mb, metric_lines
 
 Example = TypeVar("Example")
 
@@ -37,6 +37,8 @@ class Task(Protocol[Example]):
     """What an objective gives the loop."""
 
     model: nn.Module
+    compares_examples: ClassVar[bool]  # the loss is no mean over examples: the loop never splits a batch, and `loss` itself
+    # holds the activations of `micro_batch_examples` at once
 
     def __init__(self, config: Any, console: Console) -> None: ...
 
@@ -69,11 +71,15 @@ class Loop(Generic[Example]):
         self._file = folder / "checkpoint.pt"
         if config.precision not in {"bf16", "fp32"}:
             raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
+        if min(config.batch_examples, config.micro_batch_examples, config.evaluate_every_epochs) < 1:
+            raise InvalidConfig("loop: batch_examples, micro_batch_examples and evaluate_every_epochs should be 1 or more")
         if config.threads:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)  # of dropout; a restored checkpoint brings its own state
         # bf16 autocast works on a CPU too; accelerate picks the device and shards over processes.
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        if config.gradient_checkpointing:
+            _recompute_activations(task.model)
         self._trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self._model, self._optimizer = self.accelerator.prepare(task.model, self._optimizer)
@@ -98,7 +104,11 @@ class Loop(Generic[Example]):
         sizes = [len(self._task.batches(epoch)) for epoch in range(config.epochs)]
         total = min(sum(sizes), config.max_steps or sum(sizes))
         silent = not self.accelerator.is_main_process
-        with self._signals(), progress(self._console, "training", total, completed=self._step, silent=silent) as update:
+        with (
+            self._signals(),
+            closing(Record(self._folder, first_step=self._step + 1, silent=silent)) as self._record,
+            progress(self._console, "training", total, completed=self._step, silent=silent) as update,
+        ):
             for epoch, size in enumerate(sizes):
                 first = sum(sizes[:epoch])
                 end = min(first + size, total)
@@ -112,13 +122,18 @@ class Loop(Generic[Example]):
                     self._checkpoint()
         return self._best
 
-    def _train_epoch(self, epoch: int, first: int, total: int, update: Callable[[int, str], None]) -> None:
+    def _train_epoch(self, epoch: int, first: int, total: int, update: Update) -> None:
         """The epoch's batches that are not behind us yet; `first` is the step that the epoch begins with."""
-        saved = time.monotonic()
+        saved = began = ended = time.monotonic()
+        examples = 0
         for batch in self._task.batches(epoch)[self._step - first : total - first]:
+            row = {"epoch": epoch, "learning_rate": self._rate(total)}
             loss = self._take_step(batch, total)
-            update(self._step, f"loss {loss:.3f}")
-            self._log({"step": self._step, "epoch": epoch, "loss": loss, "learning_rate": self._rate(total)})
+            before, ended = ended, time.monotonic()
+            examples += len(batch)
+            row |= {"step": self._step, "loss": loss, "examples_per_second": len(batch) / (ended - before), "memory_mb": memory_mb()}
+            self._record.step(row)
+            update(self._step, f"loss {loss:.3f}, {examples / (ended - began):.1f} examples/s, {row['memory_mb']:,.0f} MB")
             if self._stopping.is_set():
                 self._checkpoint()
                 raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
@@ -134,8 +149,9 @@ class Loop(Generic[Example]):
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes] or batch[:1]
         rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
         value = 0.0
-        for at in range(0, len(share), config.micro_batch_examples):
-            part = share[at : at + config.micro_batch_examples]
+        size = len(share) if self._task.compares_examples else config.micro_batch_examples
+        for at in range(0, len(share), size):
+            part = share[at : at + size]
             with self.accelerator.autocast():
                 loss = self._task.loss(self._model, part, rng) * (len(part) / len(share))
             value += float(loss.detach())
@@ -163,8 +179,8 @@ class Loop(Generic[Example]):
             model = self.accelerator.unwrap_model(self._model).eval()
             with torch.inference_mode():
                 metrics = self._task.evaluate(model)
-            self._log({"step": self._step, "epoch": epoch, **metrics})
-            self._console.print(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+            self._record.evaluation({"step": self._step, "epoch": epoch, **metrics})
+            self._console.print(f"epoch {epoch + 1}: " + "\n  ".join(metric_lines(metrics)), soft_wrap=True, highlight=False)
             if metrics["score"] >= self._best.get("score", -math.inf) and self.accelerator.is_main_process:
                 self._best = metrics
                 aside = self._folder / "best.new"
@@ -217,11 +233,6 @@ class Loop(Generic[Example]):
         self._step, self._evaluated, self._best = state["step"], state["evaluated"], state["best"]
         torch.set_rng_state(state["torch_rng"].cpu())
 
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with (self._folder / "metrics.jsonl").open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def stop(number: int, _frame: object) -> None:
@@ -236,6 +247,13 @@ class Loop(Generic[Example]):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise InvalidConfig("loop.gradient_checkpointing: the model of this objective cannot; leave it false")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # the reentrant kind wants inputs with gradients, LoRA has none
 
 
 def length_grouped(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:

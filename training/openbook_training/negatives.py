@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
+from rich.console import Console
+from transformers import AutoModel
 
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.squad import Question, occurrences
+from openbook_training.embedding import TextEncoder, encode
+from openbook_training.progress import progress
+from openbook_training.squad import occurrences
 
 
 def embed(
     checkpoint: Checkpoint,
     texts: Sequence[str],
     *,
-    batch: int = 64,
     precision: str = "fp32",
     report: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Unit vectors (len(texts), dim) float32 by the checkpoint in PyTorch: the reference the exported graph must match.
+    """Unit vectors (len(texts), dim) float32 by the untouched checkpoint; `report` is told how many texts are done."""
+    encoder = TextEncoder(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModel.from_pretrained(checkpoint.folder, attn_implementation="eager", dtype=torch.float32).eval().to(device)
+    rows = encoder.rows(texts, checkpoint.max_tokens)
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        vectors = encode(model, rows, pooling=checkpoint.pooling, pad=encoder.pad, device=device, report=report)
+    return vectors.cpu().numpy()
 
-    `report` is told how many texts are done after each batch.
+
+def embed_once(checkpoint: Checkpoint, texts: Sequence[str], folder: Path, *, precision: str, console: Console, purpose: str) -> np.ndarray:
+    """`embed`, kept in `folder` under a name that changes with checkpoint, texts and precision, so that a resumed run need not wait.
+
+    Args:
+        purpose: what the vectors are for, in the words of the progress report.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    model = AutoModel.from_pretrained(checkpoint.folder, attn_implementation="eager", dtype=torch.float32).eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
-    for at in range(0, len(order), batch):
-        rows = order[at : at + batch]
-        inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=checkpoint.max_tokens, return_tensors="pt")
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            states = model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"][:, :, None].float()
-        pooled = states[:, 0] if checkpoint.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
-        vectors[rows] = torch.nn.functional.normalize(pooled, dim=1).numpy()
-        report(at + len(rows))
+    digest = hashlib.sha256("\0".join([checkpoint.digest(), precision, *texts]).encode()).hexdigest()
+    file = folder / f"vectors-{digest[:16]}.npy"
+    if file.is_file():
+        kept: np.ndarray = np.load(file, allow_pickle=False)
+        return kept
+    with progress(console, f"embedding texts to {purpose}", len(texts)) as update:
+        vectors = embed(checkpoint, texts, precision=precision, report=update)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.npy")  # of its own for each process of a distributed run
+    np.save(aside, vectors, allow_pickle=False)
+    aside.replace(file)
     return vectors
 
 
 def mine(
-    questions: Sequence[Question],
+    answers: Sequence[Collection[str]],
+    gold: Sequence[Collection[str]],
     question_vectors: np.ndarray,
     passages: Sequence[str],
     passage_vectors: np.ndarray,
     depth: int,
 ) -> list[list[int]]:
-    """For each question the best-scored passages that are not its own and hold none of its answers, best first.
+    """For each question the best-scored passages that are none of its own and hold none of its answers, best first.
 
     Args:
+        answers: accepted answers of each question; none where only its own passages are known to answer it.
+        gold: texts of each question's own passages.
         question_vectors: (questions, dim) unit vectors.
         passage_vectors: (passages, dim) unit vectors.
         depth: how far down the ranking to look; the result is at most that long and may be empty.
     """
     depth = min(depth, len(passages))
     mined: list[list[int]] = []
-    for at in range(0, len(questions), 1024):
+    for at in range(0, len(question_vectors), 1024):
         scores = question_vectors[at : at + 1024] @ passage_vectors.T
         ranking = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
-        for question, row, columns in zip(questions[at : at + 1024], scores, ranking, strict=True):
+        for question, (row, columns) in enumerate(zip(scores, ranking, strict=True), at):
             best = columns[np.argsort(-row[columns], kind="stable")]
-            mined.append([int(z) for z in best if passages[z] != question.context and not occurrences(passages[z], question.answers)])
+            own, wanted = gold[question], answers[question]
+            mined.append([int(z) for z in best if passages[z] not in own and not occurrences(passages[z], wanted)])
     return mined
 
 

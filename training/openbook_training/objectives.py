@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,49 @@ def _logsumexp_by(values: Tensor, owner: Tensor, questions: int) -> Tensor:
     """(questions,) logsumexp of the values that share an owner."""
     table = torch.where(owner[None, :] == torch.arange(questions, device=owner.device)[:, None], values[None, :], NEGATIVE)
     return torch.logsumexp(table, dim=1)
+
+
+def contrastive_loss(scores: Tensor, gold: Tensor, masked: Tensor) -> Tensor:
+    """-1/B sum over i of log e^s(x_i, z_i) / sum over j of e^s(x_i, z_j): each question's passage against all of the batch.
+
+    The passages of the other questions are the negatives, and mined ones beside them (Karpukhin et al. 2020, section 3.2).
+
+    Args:
+        scores: (B, P) s(x_i, z_j), divided by the temperature already.
+        gold: (B,) column of each question's own passage.
+        masked: (B, P) bool, True where a passage is no negative of a question although it is not its gold either: another
+            relevant one.
+    """
+    return torch.nn.functional.cross_entropy(scores.masked_fill(masked, NEGATIVE), gold)
+
+
+def matryoshka_loss(
+    questions: Tensor, passages: Tensor, gold: Tensor, masked: Tensor, *, dims: Sequence[int], weights: Sequence[float], temperature: float
+) -> Tensor:
+    """Weighted mean over dims m of `contrastive_loss` on the first m dimensions, scaled to unit length again.
+
+    The sum of Kusupati et al. 2022, equation 1, divided by its weights' sum, so that the learning rate does not depend on them.
+
+    Args:
+        questions: (B, d) vectors.
+        passages: (P, d) vectors.
+        gold: as for `contrastive_loss`.
+        masked: as for `contrastive_loss`.
+        dims: each at most d.
+        weights: of each of `dims`.
+        temperature: cosines are divided by it.
+    """
+    total = questions.new_zeros(())
+    for dim, weight in zip(dims, weights, strict=True):
+        x, z = (torch.nn.functional.normalize(vectors[:, :dim], dim=1) for vectors in (questions, passages))
+        total = total + weight * contrastive_loss(x @ z.T / temperature, gold, masked)
+    return total / sum(weights)
+
+
+def anchor_loss(vectors: Tensor, anchors: Tensor) -> Tensor:
+    """Mean of 1 - cosine between texts' vectors and those of the untouched embedder, both (N, d) of unit length.
+
+    Holds the space in place where the training data say nothing of it, in the manner of learning without forgetting
+    (Li & Hoiem 2016), on the vectors themselves in place of class probabilities.
+    """
+    return 1 - (vectors * anchors).sum(dim=1).mean()

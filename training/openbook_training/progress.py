@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 30.0
 
-Update = Callable[[int, str], None]
+
+class Update(Protocol):
+    def __call__(self, done: int, note: str = "") -> None:
+        """`done` are finished; `note` says what else is worth knowing."""
 
 
 @contextmanager
@@ -23,12 +27,12 @@ def progress(console: Console, name: str, total: int, *, completed: int = 0, sil
         silent: report nothing (the processes of a distributed run that are not the first).
     """
     if silent:
-        yield lambda done, note: None
+        yield lambda done, note="": None
     elif console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(name, total=total, completed=completed, note="")
-            yield lambda done, note: bar.update(task, completed=done, note=note)
+            yield lambda done, note="": bar.update(task, completed=done, note=note)
     else:
         yield _lines(console, name, total, completed)
 
@@ -36,7 +40,7 @@ def progress(console: Console, name: str, total: int, *, completed: int = 0, sil
 def _lines(console: Console, name: str, total: int, completed: int) -> Update:
     began = last = time.monotonic()
 
-    def update(done: int, note: str) -> None:
+    def update(done: int, note: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < SECONDS_BETWEEN_LINES and done < total:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from openbook_training.adapters import add_adapter
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.chunks import length_chunks, restored
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
-
-CHUNK_TOKENS = 4096  # padded tokens a forward pass; larger falls out of the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ class PairEncoder:
 def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, adapter: str = "", dropout: float = 0.1) -> PeftModel:
     """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer.
 
-    Attention dropout is off: on a CPU it costs as much as the attention itself. The adapter names no task type: peft's
-    question-answering wrapper drops token_type_ids, and the function that is trained must be the one that is exported.
+    Attention dropout is off: on a CPU it costs as much as the attention itself.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the span head is new, which is the point of the training
@@ -99,11 +98,9 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
         settings = PeftConfig.from_pretrained(adapter)
-        settings.task_type = None
+        settings.task_type = None  # as in add_adapter; adapters of older runs name one
         return PeftModel.from_pretrained(model, adapter, config=settings, is_trainable=True)
-    # Every linear layer of the backbone, by its last two names; "all-linear" would wrap the span head too.
-    targets = sorted({".".join(name.split(".")[-2:]) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)})
-    return get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, modules_to_save=["qa_outputs"]))
+    return add_adapter(model, model.base_model, rank=lora_rank, alpha=lora_alpha, heads=["qa_outputs"])
 
 
 def read_in_one_segment(model: PreTrainedModel) -> None:
@@ -125,14 +122,10 @@ def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.dev
         context: (pairs, length) bool, True where a token belongs to the passage.
     """
     longest = max(len(pair.ids) for pair in pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].ids))
+    chunks = length_chunks([len(pair.ids) for pair in pairs])
     parts: list[Tensor] = []
-    at = 0
-    while at < len(order):
-        stop = at + 1
-        while stop < len(order) and (stop + 1 - at) * len(pairs[order[stop]].ids) <= CHUNK_TOKENS:
-            stop += 1
-        rows = [pairs[i] for i in order[at:stop]]
+    for chunk in chunks:
+        rows = [pairs[i] for i in chunk]
         width = len(rows[-1].ids)
         ids = torch.tensor([pair.ids + [pad] * (width - len(pair.ids)) for pair in rows], device=device)
         types = torch.tensor([[int(i >= pair.first) for i in range(width)] for pair in rows], device=device)
@@ -140,10 +133,7 @@ def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.dev
         output = model(input_ids=ids, token_type_ids=types * mask, attention_mask=mask)
         logits = torch.stack([output.start_logits, output.end_logits]).float()
         parts.append(nn.functional.pad(logits, (0, longest - width)))
-        at = stop
-    back = torch.empty(len(order), dtype=torch.long, device=device)
-    back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
-    start, end = torch.cat(parts, dim=1)[:, back]
+    start, end = torch.cat(parts, dim=1)[:, torch.tensor(restored(chunks), device=device)]
     context = torch.zeros((len(pairs), longest), dtype=torch.bool, device=device)
     for row, pair in enumerate(pairs):
         context[row, pair.first : pair.first + len(pair.offsets)] = True

@@ -11,13 +11,17 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from rich.console import Console
 
 from openbook_training.errors import InvalidData
+from openbook_training.rows import Row, read_rows, report_left_out
 
+T = TypeVar("T")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -30,6 +34,7 @@ class Question:
     text: str
     context: str
     answers: tuple[str, ...]
+    title: str = ""  # of the document that the passage is from, where the data state it
 
     def gold_spans(self) -> list[tuple[int, int]]:
         """Every place in the context where an accepted answer stands as a word of its own, as (start, end) characters."""
@@ -58,6 +63,12 @@ def normalise(answer: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
+def holds_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether an accepted answer stands in `text`, both in normal form and word by word."""
+    words = f" {normalise(text)} "
+    return any(f" {wanted} " in words for wanted in map(normalise, answers) if wanted)
+
+
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 when the prediction equals an accepted answer in normal form; an unanswerable question wants ""."""
     return float(any(normalise(prediction) == normalise(answer) for answer in answers or ("",)))
@@ -75,39 +86,43 @@ def _pair_f1(predicted: list[str], gold: list[str]) -> float:
     return 2 * same / (len(predicted) + len(gold))
 
 
-def load_questions(source: str) -> list[Question]:
+def load_questions(source: str, console: Console | None = None) -> list[Question]:
     """Read questions from a file (.json, .jsonl) or a Hugging Face dataset (`NAME:SPLIT`).
 
+    A row that holds no question is left out, and named on `console` (default: the error stream).
+
     Raises:
-        InvalidData: the source is missing, or a row is malformed (the message names file, row and reason).
+        InvalidData: the source is missing, or holds no usable row.
     """
-    path = Path(source)
-    if path.suffix == ".json" and path.is_file():
-        rows: Iterable[dict[str, Any]] = _nested_rows(path)
-    elif path.suffix == ".jsonl" and path.is_file():
-        rows = _flat_rows(path)
-    elif path.suffix in {".json", ".jsonl"}:
-        raise InvalidData(f"data file {source!r} does not exist")
-    else:
-        rows = _dataset_rows(source)
-    questions = []
-    for number, row in enumerate(rows, 1):
+    questions: list[Question] = []
+    problems: list[str] = []
+    for row in _nested_rows(Path(source)) if source.endswith(".json") else read_rows(source):
+        problem = row.problem
         try:
-            answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
-            question = Question(
-                id=str(row["id"]), text=row["question"].strip(), context=row["context"], answers=tuple(dict.fromkeys(answers))
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidData(f"{source}: row {number}: {type(error).__name__} {error}; see openbook_training.squad") from error
-        if not question.text or not question.context:
-            raise InvalidData(f"{source}: row {number}: empty question or context")
-        questions.append(question)
-    if not questions:
-        raise InvalidData(f"{source}: no questions in it")
+            if not problem:
+                questions.append(_question(row.values))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        if problem:
+            problems.append(f"{row.place}: {problem}")
+    report_left_out(console or Console(stderr=True), source, len(questions), problems)
     return questions
 
 
-def spread(questions: list[Question], count: int) -> list[Question]:
+def _question(row: Mapping[str, Any]) -> Question:
+    answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+    texts = {name: row[name] for name in ("question", "context")} | {"title": row.get("title") or ""}
+    wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+    if wrong or not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{(wrong or ['answers'])[0]} is no text")
+    text, context = texts["question"].strip(), texts["context"]
+    if not text or not context:
+        raise ValueError("empty question or context")
+    title = texts["title"].replace("_", " ")  # SQuAD's are the names of Wikipedia's pages
+    return Question(id=str(row["id"]), text=text, context=context, answers=tuple(dict.fromkeys(answers)), title=title)
+
+
+def spread(questions: list[T], count: int) -> list[T]:
     """At most `count` of them, evenly spread: files are sorted by article, and the first ones are no sample. All where count is 0."""
     return questions[:: -(-len(questions) // count)] if count and questions else questions
 
@@ -127,36 +142,32 @@ def hold_out(questions: list[Question], count: int) -> tuple[list[Question], lis
     return [q for q in questions if q.context not in held], [q for q in questions if q.context in held]
 
 
-def _nested_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _nested_rows(path: Path) -> Iterator[Row]:
+    """SQuAD's own format; a part that is not of its shape becomes one row with a problem."""
+    if not path.is_file():
+        raise InvalidData(f"data file {str(path)!r} does not exist")
     try:
-        articles = json.loads(path.read_text())["data"]
-    except (ValueError, KeyError, TypeError) as error:
+        articles = json.loads(path.read_bytes())["data"]
+        if not isinstance(articles, list):
+            raise TypeError('its "data" is no list')
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidData(f"{path}: not a SQuAD JSON file ({error})") from error
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for row in paragraph["qas"]:
-                answers = [] if row.get("is_impossible") else [answer["text"] for answer in row["answers"]]
-                yield {"id": row["id"], "question": row["question"], "context": paragraph["context"], "answers": answers}
+    for number, article in enumerate(articles, 1):
+        for at, paragraph in enumerate(_items(article, "paragraphs"), 1):
+            for question, row in enumerate(_items(paragraph, "qas"), 1):
+                yield _nested_row(f"{path}: article {number}, paragraph {at}, question {question}", article, paragraph, row)
 
 
-def _flat_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise InvalidData(f"{path}: line {number} is not JSON ({error})") from error
+def _items(table: Any, key: str) -> list[Any]:
+    """What is listed under `key`; where that is not of SQuAD's shape, one thing that is no row either, so that it is counted."""
+    items = table.get(key) if isinstance(table, dict) else None
+    return items if isinstance(items, list) else [None]
 
 
-def _dataset_rows(source: str) -> Iterable[dict[str, Any]]:
-    name, _, split = source.partition(":")
+def _nested_row(place: str, article: Any, paragraph: Any, row: Any) -> Row:
     try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset: pip install 'openbook[datasets]'") from error
-    try:
-        rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
-        raise InvalidData(f"{source!r}: neither a .json/.jsonl file nor a readable Hugging Face dataset ({error})") from error
-    return rows
+        answers = [] if row.get("is_impossible") else [answer["text"] for answer in row["answers"]]
+        values = {**row, "context": paragraph["context"], "title": article.get("title"), "answers": answers}
+    except (KeyError, TypeError, AttributeError) as error:
+        return Row(place=place, problem=f"not of SQuAD's shape ({type(error).__name__}: {error})")
+    return Row(place=place, values=values)

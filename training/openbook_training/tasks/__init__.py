@@ -30,4 +30,5 @@ class Objective:
 
 OBJECTIVES = {
     "reader": Objective("openbook_training.tasks.reader", "Reader", "spans of retrieved passages that answer a question"),
+    "retriever": Objective("openbook_training.tasks.retriever", "Retriever", "the embedder, on questions with their passages"),
 }

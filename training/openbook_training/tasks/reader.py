@@ -7,29 +7,27 @@ is only ever reported.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openbook_training.adapters import save_adapter
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidData
 from openbook_training.loop import length_grouped
-from openbook_training.negatives import draw, embed, mine
+from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
-from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions, occurrences, spread
 
@@ -68,19 +66,21 @@ class Example:
 class ReaderTask:
     """Gives the loop its batches, loss and metrics."""
 
+    compares_examples: ClassVar[bool] = False
+
     def __init__(self, config: ReaderConfig, console: Console) -> None:
         self._config = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = PairEncoder(
             self.checkpoint, max_tokens=config.max_tokens, stride=config.stride, max_question_tokens=config.max_question_tokens
         )
-        usable, dropped = _usable(load_questions(config.train))
+        usable, dropped = _usable(load_questions(config.train, console))
         if dropped:
             console.print(
                 f"{len(dropped)} of {len(dropped) + len(usable)} questions left out, their answer is not in their passage: {dropped[:5]}"
             )
         self.train, self.held_out = hold_out(usable, config.held_out)
-        self.dev = spread(load_questions(config.dev), config.dev_questions) if config.dev else []
+        self.dev = spread(load_questions(config.dev, console), config.dev_questions) if config.dev else []
         self.passages = sorted({question.context for question in usable})
         everything = [*self.train, *self.held_out]
         mined = _mined_negatives(self.checkpoint, everything, self.passages, config, console) if max(config.negatives) else []
@@ -144,12 +144,7 @@ class ReaderTask:
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        cast(PeftModel, model).save_pretrained(str(folder))
-        weights = folder / "adapter_model.safetensors"
-        save_file({name: value.half() for name, value in load_file(weights).items()}, weights)  # half the size, no measurable loss
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = self.checkpoint.name  # never a path of this machine
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_adapter(cast(PeftModel, model), folder, self.checkpoint)
         reader = {
             "base_checkpoint": self.checkpoint.name,
             "base_digest": self.checkpoint.digest(),
@@ -159,7 +154,6 @@ class ReaderTask:
             "max_answer_tokens": self._config.max_answer_tokens,
         }
         (folder / "reader.json").write_text(json.dumps(reader, indent=2) + "\n")
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the real one is written by hand
 
 
 def answer_all(
@@ -197,17 +191,9 @@ def _usable(questions: list[Question]) -> tuple[list[Question], list[str]]:
 def _mined_negatives(
     checkpoint: Checkpoint, questions: list[Question], passages: list[str], config: ReaderConfig, console: Console
 ) -> list[list[int]]:
-    """Mined once and kept in the run folder under a name that changes with checkpoint and data."""
-    material = "\0".join([checkpoint.digest(), str(config.mined), *(q.id + q.text for q in questions), *passages])
-    file = Path(config.output) / f"negatives-{hashlib.sha256(material.encode()).hexdigest()[:16]}.json"
-    if file.is_file():
-        mined: list[list[int]] = json.loads(file.read_text())
-        return mined
     texts = [*passages, *(question.text for question in questions)]
-    with progress(console, "embedding passages and questions to mine hard negatives", len(texts)) as update:
-        vectors = embed(checkpoint, texts, precision=config.loop.precision, report=lambda done: update(done, ""))
-    passage_vectors, question_vectors = vectors[: len(passages)], vectors[len(passages) :]
-    mined = mine(questions, question_vectors, passages, passage_vectors, config.mined)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(mined))
-    return mined
+    vectors = embed_once(
+        checkpoint, texts, Path(config.output), precision=config.loop.precision, console=console, purpose="mine hard negatives"
+    )
+    answers, gold = [question.answers for question in questions], [{question.context} for question in questions]
+    return mine(answers, gold, vectors[len(passages) :], passages, vectors[: len(passages)], config.mined)

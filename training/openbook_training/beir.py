@@ -1,0 +1,126 @@
+"""Retrieval data in BEIR's layout (Thakur et al. 2021): corpus.jsonl, queries.jsonl and qrels/*.tsv in one folder.
+
+A row that cannot be used is left out and named; only a folder without a usable row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from openbook_training.errors import InvalidData
+from openbook_training.rows import read_rows, report_left_out
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passage:
+    """A passage of a corpus."""
+
+    id: str
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Query:
+    """A question whose relevant passages are known."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]  # accepted answers, from `metadata.answers`; often none
+    relevant: Mapping[str, float]  # grade, above 0, by passage id
+
+
+def load_corpus(folder: Path, console: Console) -> list[Passage]:
+    """The passages, each id once.
+
+    Raises:
+        InvalidData: there is no corpus.jsonl, or no usable row in it.
+    """
+    seen: set[str] = set()
+
+    def build(row: Mapping[str, Any]) -> Passage:
+        title = row.get("title") or ""
+        if not isinstance(title, str):
+            raise ValueError("'title' is no text")
+        passage = Passage(id=_text(row, "_id"), text=_text(row, "text"), title=title.strip())
+        if passage.id in seen:
+            raise ValueError(f"its _id {passage.id!r} stands further up")
+        seen.add(passage.id)
+        return passage
+
+    return _build(folder / "corpus.jsonl", build, console)
+
+
+def load_queries(folder: Path, console: Console) -> list[Query]:
+    """The queries that a table of qrels/ judges; every other row of queries.jsonl belongs to another split and is none of ours.
+
+    Raises:
+        InvalidData: a file is missing, or nothing in it is usable.
+    """
+    relevant = _judgements(folder, console)
+
+    def build(row: Mapping[str, Any]) -> Query:
+        answers = (row.get("metadata") or {}).get("answers", ())
+        if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError("metadata.answers is no list of texts")
+        id_ = _text(row, "_id")
+        return Query(id=id_, text=_text(row, "text"), answers=tuple(answers), relevant=relevant.get(id_, {}))
+
+    queries = [query for query in _build(folder / "queries.jsonl", build, console) if query.relevant]
+    if not queries:
+        raise InvalidData(f"{folder}: no table of qrels/ judges any query of queries.jsonl")
+    return queries
+
+
+def _judgements(folder: Path, console: Console) -> dict[str, dict[str, float]]:
+    tables = sorted((folder / "qrels").glob("*.tsv"))
+    if not tables:
+        raise InvalidData(f"{folder} has no qrels/*.tsv; it should be in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/)")
+    relevant: dict[str, dict[str, float]] = {}
+    for table in tables:
+        used, problems = 0, []
+        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            fields = line.split("\t")
+            if not line.strip() or (number == 1 and fields[-1] == "score"):
+                continue
+            try:
+                query, passage, grade = fields[0], fields[1], float(fields[2])
+            except (IndexError, ValueError):
+                problems.append(f"{table}: line {number}: expected query-id, corpus-id and score between tabs")
+                continue
+            used += 1
+            if grade > 0:
+                relevant.setdefault(query, {})[passage] = grade
+        report_left_out(console, str(table), used, problems)
+    return relevant
+
+
+def _build(file: Path, build: Callable[[Mapping[str, Any]], T], console: Console) -> list[T]:
+    built: list[T] = []
+    problems: list[str] = []
+    for row in read_rows(str(file)):
+        problem = row.problem
+        if not problem:
+            try:
+                built.append(build(row.values))
+            except (ValueError, AttributeError) as error:
+                problem = str(error)
+        if problem:
+            problems.append(f"{row.place}: {problem}")
+    report_left_out(console, str(file), len(built), problems)
+    return built
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    text = str(value).strip() if isinstance(value, str | int) else ""
+    if not text:
+        raise ValueError(f"{name!r} is {'empty' if name in row else 'missing'}")
+    return text

@@ -1,0 +1,85 @@
+"""What a run leaves to be looked at: metrics.jsonl, TensorBoard scalars and, after each evaluation, plots.
+
+metrics.jsonl is the truth, one JSON object a line: of a step {"step", "epoch", "loss", "learning_rate", "examples_per_second",
+"memory_mb"}, of an evaluation {"step", "epoch"} and its metrics. Steps that a killed run had taken after its last
+checkpoint are taken again when it is resumed; the later line counts.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from openbook_training.plots import plot
+
+METRICS = "metrics.jsonl"
+_PLACE = ("step", "epoch")
+
+
+class Record:
+    """Writes all three."""
+
+    def __init__(self, folder: Path, *, first_step: int, silent: bool = False) -> None:
+        """Args:
+        first_step: the one that the run begins or goes on with; TensorBoard forgets what it had seen from there on.
+        silent: write nothing (the processes of a distributed run that are not the first).
+        """
+        self._folder = folder
+        self._writer = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One optimiser step."""
+        self._append(row, "train/")
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """One evaluation; draws the plots again."""
+        self._append(row, "evaluation/")
+        if self._writer is not None:
+            self._writer.flush()
+            plot(read_metrics(self._folder), self._folder / "plots.png")
+
+    def close(self) -> None:
+        """Flush TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _append(self, row: Mapping[str, Any], prefix: str) -> None:
+        if self._writer is None:
+            return
+        with (self._folder / METRICS).open("a") as stream:
+            stream.write(json.dumps(dict(row)) + "\n")
+        for name, value in row.items():
+            if name not in _PLACE:
+                self._writer.add_scalar(name if "/" in name else prefix + name, value, row["step"])
+
+
+def metric_lines(metrics: Mapping[str, float]) -> list[str]:
+    """Metrics for people: those without "/" in their name on the first line, then a line for each group."""
+    groups: dict[str, list[str]] = {"": []}
+    for name, value in metrics.items():
+        group, _, rest = name.rpartition("/")
+        groups.setdefault(group, []).append(f"{rest} {value:.2f}")
+    return ["  ".join([f"{group}:", *found] if group else found) for group, found in groups.items()]
+
+
+def memory_mb() -> float:
+    """The most memory this process has held so far, in MB of 10^6 bytes: the GPU's where there is one, else the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in the order of their steps, each step and each evaluation once: the last one written."""
+    last: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in (folder / METRICS).read_text().splitlines():
+        row = json.loads(line)
+        last[row["step"], "loss" not in row] = row
+    return [last[key] for key in sorted(last)]

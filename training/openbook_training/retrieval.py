@@ -1,0 +1,91 @@
+"""Questions and the corpus they are asked of: what a retriever is trained and measured on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from openbook_training.beir import Passage, load_corpus, load_queries
+from openbook_training.rows import report_left_out
+from openbook_training.squad import load_questions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A question and its gold passages."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]  # accepted answers; may be none
+    gold: Mapping[int, float]  # grade, above 0, by row of the passage in the corpus; at least one
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalSet:
+    """A corpus with questions on it."""
+
+    passages: list[Passage]
+    questions: list[Asked]
+
+
+def load_retrieval(source: str, console: Console) -> RetrievalSet:
+    """Read a folder in BEIR's layout, or SQuAD-shaped questions, whose contexts are then the corpus.
+
+    Rows that cannot be used are left out and named on `console`.
+
+    Raises:
+        InvalidData: the source is missing, or holds no question with a gold passage.
+    """
+    return _of_beir(Path(source), console) if Path(source).is_dir() else _of_squad(source, console)
+
+
+def _of_beir(folder: Path, console: Console) -> RetrievalSet:
+    passages = load_corpus(folder, console)
+    row_of = {passage.id: row for row, passage in enumerate(passages)}
+    questions, problems = [], []
+    for query in load_queries(folder, console):
+        gold = {row_of[id_]: grade for id_, grade in query.relevant.items() if id_ in row_of}
+        if gold:
+            questions.append(Asked(id=query.id, text=query.text, answers=query.answers, gold=gold))
+        else:
+            problems.append(f"query {query.id}: none of its relevant passages is in corpus.jsonl")
+    report_left_out(console, str(folder), len(questions), problems)
+    return RetrievalSet(passages, questions)
+
+
+def _of_squad(source: str, console: Console) -> RetrievalSet:
+    rows: dict[str, int] = {}
+    passages: list[Passage] = []
+    questions: list[Asked] = []
+    for question in load_questions(source, console):
+        row = rows.setdefault(question.context, len(passages))
+        if row == len(passages):
+            passages.append(Passage(id=str(row), text=question.context, title=question.title))
+        questions.append(Asked(id=question.id, text=question.text, answers=question.answers, gold={row: 1.0}))
+    return RetrievalSet(passages, questions)
+
+
+def hold_out_passages(data: RetrievalSet, count: int) -> tuple[list[Asked], list[Asked]]:
+    """(train, held out): about `count` questions set aside with all passages that they or their passages lead to.
+
+    No training question shares a gold passage with a held-out one. The same questions on every machine.
+    """
+    asking: dict[int, list[int]] = {}
+    for number, question in enumerate(data.questions):
+        for passage in question.gold:
+            asking.setdefault(passage, []).append(number)
+    held: set[int] = set()
+    for passage in sorted(asking, key=lambda row: hashlib.sha256(data.passages[row].text.encode()).digest()):
+        if len(held) >= count:
+            break
+        reach = [passage]
+        while reach:
+            fresh = [number for number in asking[reach.pop()] if number not in held]
+            held.update(fresh)
+            reach += [row for number in fresh for row in data.questions[number].gold]
+    everything = list(enumerate(data.questions))
+    return [question for number, question in everything if number not in held], [q for number, q in everything if number in held]

@@ -1,0 +1,52 @@
+"""The retriever: low-rank updates of the embedder, which are merged into it when a bundle is exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModel
+from transformers.utils import logging
+
+from openbook_training.adapters import add_adapter, save_adapter
+from openbook_training.checkpoint import Checkpoint
+
+SETTINGS = "retriever.json"
+
+
+def build_retriever(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int) -> PeftModel:
+    """The backbone with trainable low-rank updates (Hu et al. 2021) on every linear layer.
+
+    No dropout: the update is small and held to the untouched vectors, and a text must not be two vectors of one batch.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the pooler of the pretraining is left out, which no vector needs
+    model = AutoModel.from_pretrained(
+        checkpoint.folder,
+        add_pooling_layer=False,
+        attn_implementation="eager",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        dtype=torch.float32,
+    )
+    logging.set_verbosity(verbosity)
+    return add_adapter(model, model, rank=lora_rank, alpha=lora_alpha)
+
+
+def save_retriever(model: PeftModel, folder: Path, checkpoint: Checkpoint, dims: Sequence[int]) -> None:
+    """Write the folder that `openbook export --embedder` takes: the adapter, and in retriever.json what it belongs to.
+
+    Args:
+        dims: the lengths to which its vectors may be cut.
+    """
+    save_adapter(model, folder, checkpoint)
+    settings = {
+        "base_checkpoint": checkpoint.name,
+        "base_digest": checkpoint.digest(),
+        "dims": list(dims),
+        "max_tokens": checkpoint.max_tokens,
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

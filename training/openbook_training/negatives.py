@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.pooling import pool
 from openbook_training.squad import Question, occurrences
 
 
@@ -34,9 +35,7 @@ def embed(
         inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=checkpoint.max_tokens, return_tensors="pt")
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             states = model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"][:, :, None].float()
-        pooled = states[:, 0] if checkpoint.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
-        vectors[rows] = torch.nn.functional.normalize(pooled, dim=1).numpy()
+        vectors[rows] = torch.nn.functional.normalize(pool(states, inputs["attention_mask"], checkpoint.pooling), dim=1).numpy()
         report(at + len(rows))
     return vectors
 

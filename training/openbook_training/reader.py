@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import logging
 
+from openbook_training.adapters import add_adapter
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
@@ -81,8 +82,7 @@ class PairEncoder:
 def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, adapter: str = "", dropout: float = 0.1) -> PeftModel:
     """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer.
 
-    Attention dropout is off: on a CPU it costs as much as the attention itself. The adapter names no task type: peft's
-    question-answering wrapper drops token_type_ids, and the reader would be trained without the segments it is served with.
+    Attention dropout is off: on a CPU it costs as much as the attention itself.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the span head is new, which is the point of the training
@@ -98,11 +98,9 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
         settings = PeftConfig.from_pretrained(adapter)
-        settings.task_type = None
+        settings.task_type = None  # as in add_adapter; adapters of older runs name one
         return PeftModel.from_pretrained(model, adapter, config=settings, is_trainable=True)
-    # Every linear layer of the backbone, by its last two names; "all-linear" would wrap the span head too.
-    targets = sorted({".".join(name.split(".")[-2:]) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)})
-    return get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, modules_to_save=["qa_outputs"]))
+    return add_adapter(model, model.base_model, rank=lora_rank, alpha=lora_alpha, heads=["qa_outputs"])
 
 
 def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

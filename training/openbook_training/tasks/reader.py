@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openbook_training.adapters import save_adapter
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidData
@@ -144,12 +144,7 @@ class ReaderTask:
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        cast(PeftModel, model).save_pretrained(str(folder))
-        weights = folder / "adapter_model.safetensors"
-        save_file({name: value.half() for name, value in load_file(weights).items()}, weights)  # half the size, no measurable loss
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = self.checkpoint.name  # never a path of this machine
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_adapter(cast(PeftModel, model), folder, self.checkpoint)
         reader = {
             "base_checkpoint": self.checkpoint.name,
             "base_digest": self.checkpoint.digest(),
@@ -158,7 +153,6 @@ class ReaderTask:
             "max_answer_tokens": self._config.max_answer_tokens,
         }
         (folder / "reader.json").write_text(json.dumps(reader, indent=2) + "\n")
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the real one is written by hand
 
 
 def answer_all(

@@ -89,7 +89,7 @@ def load_questions(source: str) -> list[Question]:
     elif path.suffix in {".json", ".jsonl"}:
         raise InvalidData(f"data file {source!r} does not exist")
     else:
-        rows = _dataset_rows(source)
+        rows = dataset_rows(source)
     questions = []
     for number, row in enumerate(rows, 1):
         try:
@@ -149,7 +149,12 @@ def _flat_rows(path: Path) -> Iterator[dict[str, Any]]:
                     raise InvalidData(f"{path}: line {number} is not JSON ({error})") from error
 
 
-def _dataset_rows(source: str) -> Iterable[dict[str, Any]]:
+def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
+    """The rows of a Hugging Face dataset, `NAME:SPLIT` or `NAME` (its train split).
+
+    Raises:
+        InvalidData: the library is not installed, or it has no such dataset.
+    """
     name, _, split = source.partition(":")
     try:
         from datasets import load_dataset
@@ -158,5 +163,5 @@ def _dataset_rows(source: str) -> Iterable[dict[str, Any]]:
     try:
         rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
-        raise InvalidData(f"{source!r}: neither a .json/.jsonl file nor a readable Hugging Face dataset ({error})") from error
+        raise InvalidData(f"{source!r}: neither a file of a known kind nor a readable Hugging Face dataset ({error})") from error
     return rows

@@ -1,0 +1,110 @@
+"""Rows of a data file with the place each stands at, so that a bad one can be named and left out alone.
+
+Covered: .csv with a header line, .jsonl (an object a line), .txt (a text a line), and Hugging Face datasets (`NAME:SPLIT`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from openbook_training.errors import InvalidData
+from openbook_training.squad import dataset_rows
+
+NAMED = 10  # bad rows that are named one by one; the rest are counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row: what its columns hold, or why it cannot be read."""
+
+    place: str  # file and line, or dataset and row
+    values: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""  # "" = readable
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of a file (.csv, .jsonl, .txt: column "text") or of a Hugging Face dataset, in order; empty lines are none.
+
+    Raises:
+        InvalidData: the source is missing, or is not of its kind as a whole.
+    """
+    path = Path(source)
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".txt": _text_rows}
+    if path.suffix not in readers:
+        yield from _stored_rows(source)
+        return
+    if not path.is_file():
+        raise InvalidData(f"data file {source!r} does not exist")
+    try:
+        yield from readers[path.suffix](path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidData(f"{source}: cannot be read ({error})") from error
+
+
+def report_left_out(console: Console, source: str, used: int, problems: Sequence[str]) -> None:
+    """Say which rows were left out and why: the first ones each, the others as a number.
+
+    Raises:
+        InvalidData: no row is left.
+    """
+    if not used:
+        raise InvalidData(f"{source}: no usable row in it" + (f"; {problems[0]}" if problems else ""))
+    if not problems:
+        return
+    console.print(f"{source}: {len(problems)} of {used + len(problems)} rows left out:", soft_wrap=True, markup=False)
+    for problem in problems[:NAMED]:
+        console.print(f"  {problem}", soft_wrap=True, markup=False)
+    if len(problems) > NAMED:
+        console.print(f"  and {len(problems) - NAMED} more", soft_wrap=True)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        line = 2
+        for values in reader:
+            extra = values.pop(None, None)  # DictReader keeps surplus fields under None
+            problem = f"{len(extra)} fields more than the header names" if extra else ""
+            yield Row(place=f"{path}: line {line}", values=values, problem=problem)
+            line = reader.line_num + 1
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:  # bytes, so that one line in another encoding fails alone
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path}: line {number}"
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Row(place=place, problem=f"is not JSON ({error})")
+                continue
+            yield Row(place=place, values=values) if isinstance(values, dict) else Row(place=place, problem="is no JSON object")
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Row(place=f"{path}: line {number}", values={"text": line.strip()})
+
+
+def _stored_rows(source: str) -> Iterator[Row]:
+    rows = dataset_rows(source)
+    features = getattr(rows, "features", None) or {}
+    names = {column: kind.names for column, kind in features.items() if hasattr(kind, "names")}  # classes, stored as numbers
+    for number, row in enumerate(rows, 1):
+        values = dict(row)
+        for column, known in names.items():
+            value = values.get(column)
+            if isinstance(value, int):
+                values[column] = known[value] if 0 <= value < len(known) else None  # -1 stands for "no label"
+        yield Row(place=f"{source}: row {number}", values=values)

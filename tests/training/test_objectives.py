@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from openbook_training.objectives import NEGATIVE, multi_passage_span_loss, null_scores, span_scores
+from openbook_training.objectives import (
+    NEGATIVE,
+    label_loss,
+    marginal_label_log_probabilities,
+    multi_passage_span_loss,
+    neighbour_prior,
+    null_scores,
+    span_scores,
+)
 
 
 def test_a_span_scores_its_first_start_plus_its_last_end_logit_and_only_inside_the_passage() -> None:
@@ -61,3 +69,34 @@ def test_a_passage_without_any_gold_span_gets_a_finite_gradient() -> None:
     loss.backward()
     assert start.grad is not None
     assert torch.isfinite(start.grad).all()
+
+
+def test_a_label_sums_over_the_neighbours_and_the_null_passage() -> None:
+    rng = np.random.default_rng(2)
+    texts, k, labels, null, temperature = 4, 3, 5, 0.4, 0.3
+    scores, of = rng.uniform(-1, 1, (texts, k)), rng.integers(0, labels, (texts, k))
+    logits, shift = rng.normal(size=(texts, labels)), rng.normal(size=(labels, labels))
+    prior = neighbour_prior(torch.tensor(scores), *torch.tensor([null, temperature], dtype=torch.float64))
+    actual = marginal_label_log_probabilities(torch.tensor(logits), torch.tensor(shift), torch.tensor(of), prior).numpy()
+    for x in range(texts):
+        z_weights = [np.exp(score / temperature) for score in [*scores[x], null]]
+        for y in range(labels):
+            expected = 0.0
+            for z in range(k + 1):
+                given = [np.exp(logits[x, other] + (shift[of[x, z], other] if z < k else 0.0)) for other in range(labels)]
+                expected += z_weights[z] / sum(z_weights) * given[y] / sum(given)
+            assert np.exp(actual[x, y]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_text_without_neighbours_has_the_probabilities_of_its_own_logits_and_finite_gradients() -> None:
+    logits, shift = torch.randn(2, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    null, temperature = torch.tensor(0.5, requires_grad=True), torch.tensor(0.05, requires_grad=True)
+    prior = neighbour_prior(torch.full((2, 4), NEGATIVE), null, temperature)
+    log_probabilities = marginal_label_log_probabilities(logits, shift, torch.zeros((2, 4), dtype=torch.long), prior)
+    torch.testing.assert_close(log_probabilities, torch.log_softmax(logits, dim=1))
+    loss = label_loss(log_probabilities, torch.tensor([2, 0]))
+    assert loss.item() == pytest.approx(-(log_probabilities[0, 2] + log_probabilities[1, 0]).item() / 2)
+    loss.backward()
+    for value in (logits, shift, null, temperature):
+        assert value.grad is not None
+        assert torch.isfinite(value.grad).all()

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model of the system. OBJECTIVE names what is trained; CONFIG.toml says on what and for how long."
     parser.epilog = (
         "example: openbook train reader training/configs/reader.toml --resume\n"
-        "The run folder (key `output`) gets config.json, metrics.jsonl, checkpoint.pt and best/, the adapter that\n"
-        "`openbook export --reader` takes. Ctrl-C saves a checkpoint; the same command with --resume goes on.\n"
+        "The run folder (key `output`) gets config.json, metrics.jsonl, checkpoint.pt and best/, which `openbook export`\n"
+        "takes. Ctrl-C saves a checkpoint; the same command with --resume goes on.\n"
         "Several GPUs: accelerate launch -m openbook.cli train reader CONFIG.toml"
     )
     parser.add_argument(

@@ -31,4 +31,5 @@ class Objective:
 OBJECTIVES = {
     "reader": Objective("openbook_training.tasks.reader", "Reader", "spans of retrieved passages that answer a question"),
     "classifier": Objective("openbook_training.tasks.classifier", "Classifier", "labels of texts, from labelled neighbours and the model"),
+    "verification": Objective("openbook_training.tasks.verification", "Verification", "claims that evidence supports or refutes"),
 }

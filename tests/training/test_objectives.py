@@ -7,6 +7,7 @@ import pytest
 import torch
 from openbook_training.objectives import (
     NEGATIVE,
+    bag_of_words_loss,
     label_loss,
     marginal_label_log_probabilities,
     multi_passage_span_loss,
@@ -100,3 +101,15 @@ def test_a_text_without_neighbours_has_the_probabilities_of_its_own_logits_and_f
     for value in (logits, shift, null, temperature):
         assert value.grad is not None
         assert torch.isfinite(value.grad).all()
+
+
+def test_the_bag_of_words_loss_is_a_mean_over_texts_of_a_mean_over_their_tokens() -> None:
+    logits = np.random.default_rng(3).normal(size=(3, 6))
+    bags = [[1, 1, 4], [5], [0, 2]]
+    expected = 0.0
+    for row, bag in zip(logits, bags, strict=True):
+        expected += sum(-np.log(np.exp(row[token]) / np.exp(row).sum()) for token in bag) / len(bag) / 3
+    texts = torch.tensor([0, 0, 0, 1, 2, 2])
+    tokens = torch.tensor([token for bag in bags for token in bag])
+    loss = bag_of_words_loss(torch.log_softmax(torch.tensor(logits), dim=1), texts, tokens)
+    assert float(loss) == pytest.approx(expected, rel=1e-9)

@@ -1,4 +1,4 @@
-"""A head on the pooled text vector: the model of every objective that labels texts.
+"""A head on the pooled text vector: the model of every objective that labels texts or predicts words.
 
     token ids -> backbone with low-rank updates -> pooled (B, d) -> head -> log-probabilities
 
@@ -43,7 +43,7 @@ class RowEncoder:
         if not tokenizer.is_fast:
             raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
         self.pad, self.mask = tokenizer.pad_token_id or 0, tokenizer.mask_token_id
-        self.special = frozenset(tokenizer.all_special_ids)
+        self.special = frozenset(tokenizer.all_special_ids)  # they are no words, [UNK] among them
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="longest_first")
@@ -88,6 +88,29 @@ class LabelHead(nn.Module):
             return torch.log_softmax(logits, dim=1)
         prior = neighbour_prior(neighbours[0], self.null_score, self.log_temperature.exp())
         return marginal_label_log_probabilities(logits, self.shift, neighbours[1], prior)
+
+
+class VocabHead(nn.Module):
+    """A distribution over the vocabulary from the text's vector: linear, then the token embeddings.
+
+    Tied (Press & Wolf 2017), the last layer is the backbone's own table of token embeddings, which stays as it is; then only
+    the linear layer, which turns a text's vector into the space of tokens, and a bias are trained. The linear layer begins
+    at zero: a bias of log frequencies then begins at the unigram distribution, and what is learned is what the text adds.
+    """
+
+    def __init__(self, embeddings: nn.Parameter, *, tied: bool) -> None:
+        super().__init__()
+        tokens, dim = embeddings.shape
+        self.transform = nn.Linear(dim, dim)
+        nn.init.zeros_(self.transform.weight)
+        nn.init.zeros_(self.transform.bias)
+        self.output = nn.Linear(dim, tokens)
+        self.output.weight = embeddings if tied else nn.Parameter(embeddings.detach().clone())
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, d) vectors to (B, tokens) log-probabilities."""
+        return torch.log_softmax(self.output(self.transform(pooled)), dim=1)
 
 
 class HeadModel(nn.Module):
@@ -151,13 +174,14 @@ def load_head_model(checkpoint: Checkpoint, folder: Path) -> tuple[HeadModel, di
         )
     try:
         backbone = load_backbone(checkpoint)
+        adapted = PeftModel.from_pretrained(backbone, str(folder))  # freezes the backbone, token embeddings included
         head = _head(settings, backbone)
         stored = load_file(folder / HEAD)
         trained = {name for name, value in head.named_parameters() if value.requires_grad}
         if set(stored) != trained:
             raise ValueError(f"{HEAD} holds {', '.join(sorted(stored))}; expected {', '.join(sorted(trained))}")
-        head.load_state_dict(stored)
-        model = HeadModel(PeftModel.from_pretrained(backbone, str(folder)), checkpoint.pooling, head)
+        head.load_state_dict(stored, strict=False)  # what is not stored is the backbone's
+        model = HeadModel(adapted, checkpoint.pooling, head)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise CheckpointNotFound(f"{folder} does not load ({reason}); copy the whole folder that `openbook train` wrote") from error
@@ -165,7 +189,9 @@ def load_head_model(checkpoint: Checkpoint, folder: Path) -> tuple[HeadModel, di
 
 
 def _head(settings: dict[str, Any], backbone: Any) -> nn.Module:
-    return LabelHead(backbone.config.hidden_size, len(settings["labels"]), temperature=float(settings["temperature"]))
+    if "labels" in settings:
+        return LabelHead(backbone.config.hidden_size, len(settings["labels"]), temperature=float(settings["temperature"]))
+    return VocabHead(backbone.embeddings.word_embeddings.weight, tied=bool(settings["tied"]))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -96,3 +96,18 @@ def marginal_label_log_probabilities(logits: Tensor, shift: Tensor, labels: Tens
 def label_loss(log_probabilities: Tensor, gold: Tensor) -> Tensor:
     """Mean over texts of -log p(gold label | text); (texts, labels) log-probabilities, (texts,) label numbers."""
     return -log_probabilities.gather(1, gold[:, None]).mean()
+
+
+def bag_of_words_loss(log_probabilities: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over texts of the mean of -log p(token | text) over the text's bag of tokens.
+
+    With one token a text it is the cross-entropy of predicting one masked token.
+
+    Args:
+        log_probabilities: (texts, vocabulary).
+        texts: (targets,) which text each target belongs to, in [0, texts); every text has one at least.
+        tokens: (targets,) token ids.
+    """
+    losses = -log_probabilities[texts, tokens]
+    counts = torch.bincount(texts, minlength=len(log_probabilities))
+    return (losses / counts[texts]).sum() / len(log_probabilities)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 
 from openbook_training.errors import InvalidData
-from openbook_training.squad import dataset_rows
 
 NAMED = 10  # bad rows that are named one by one; the rest are counted
 
@@ -63,6 +62,24 @@ def report_left_out(console: Console, source: str, used: int, problems: Sequence
         console.print(f"  {problem}", soft_wrap=True, markup=False)
     if len(problems) > NAMED:
         console.print(f"  and {len(problems) - NAMED} more", soft_wrap=True)
+
+
+def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
+    """The rows of a Hugging Face dataset, `NAME:SPLIT` or `NAME` (its train split).
+
+    Raises:
+        InvalidData: the library is not installed, or it has no such dataset.
+    """
+    name, _, split = source.partition(":")
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset: pip install 'openbook[datasets]'") from error
+    try:
+        rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
+        raise InvalidData(f"{source!r}: neither a file of a known kind nor a readable Hugging Face dataset ({error})") from error
+    return rows
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from openbook_training.errors import InvalidData
+from openbook_training.rows import dataset_rows
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
@@ -147,21 +148,3 @@ def _flat_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
                 except ValueError as error:
                     raise InvalidData(f"{path}: line {number} is not JSON ({error})") from error
-
-
-def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
-    """The rows of a Hugging Face dataset, `NAME:SPLIT` or `NAME` (its train split).
-
-    Raises:
-        InvalidData: the library is not installed, or it has no such dataset.
-    """
-    name, _, split = source.partition(":")
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset: pip install 'openbook[datasets]'") from error
-    try:
-        rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
-        raise InvalidData(f"{source!r}: neither a file of a known kind nor a readable Hugging Face dataset ({error})") from error
-    return rows

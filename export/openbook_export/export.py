@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from openbook_server.bundle import FORMAT, GOLDEN, MANIFEST, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
-from openbook_server.runtime import Graph, build_device, verify_golden
+from openbook_server.golden import verify_golden
+from openbook_server.runtime import Arrays, Graph, build_device
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import InvalidData
 from openbook_training.squad import Question, load_questions, spread
+from tokenizers import Tokenizer
 
 from openbook_export.errors import ExportFailed
-from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, write_onnx
+from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, TaskGraph, write_onnx
 from openbook_export.models import ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
-from openbook_export.parity import Arrays, check_parity, embedder_inputs, expected_outputs, reader_inputs, write_golden
+from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
 from openbook_export.staging import staged
 
@@ -60,9 +62,10 @@ class ExportOptions:
 class _Exported:
     """One model's way through the export."""
 
-    name: str  # embedder or reader
-    graph: EmbedderGraph | ReaderGraph
+    name: str
+    graph: TaskGraph
     inputs: Arrays
+    facts: dict[str, Any]  # what the manifest states of it beside graphs and measurements
     expected: Arrays = field(init=False)
     files: dict[str, str] = field(default_factory=dict)  # precision -> file name
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # precision -> fused nodes, parity, quality
@@ -87,11 +90,9 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         tokenizer, sep_id = load_tokenizer(checkpoint)
         tokenizer.save(str(folder / TOKENIZER))
         reader = load_reader(checkpoint, options.reader) if options.reader else None
-        embedder = EmbedderGraph(load_embedder(checkpoint), checkpoint.pooling).eval()
-        models = [_Exported("embedder", embedder, embedder_inputs(tokenizer, checkpoint.max_tokens))]
+        models = [_embedder(checkpoint, tokenizer)]
         if reader is not None:
-            graph = ReaderGraph(reader.model, sep_id=sep_id, max_answer_tokens=reader.max_answer_tokens).eval()
-            models.append(_Exported("reader", graph, reader_inputs(tokenizer, reader.max_tokens)))
+            models.append(_reader(reader, tokenizer, sep_id, options))
         report(f"loaded {options.checkpoint}" + (f" and reader {options.reader}" if reader else ""))
         for model in models:
             _export_model(model, folder, int8=options.int8, report=report)
@@ -102,6 +103,25 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
+
+
+def _embedder(checkpoint: Checkpoint, tokenizer: Tokenizer) -> _Exported:
+    graph = EmbedderGraph(load_embedder(checkpoint), checkpoint.pooling)
+    facts = {"dim": int(graph.config.hidden_size), "max_tokens": checkpoint.max_tokens, "pooling": checkpoint.pooling}
+    return _Exported("embedder", graph.eval(), text_inputs(tokenizer, checkpoint.max_tokens), facts)
+
+
+def _reader(reader: ReaderModel, tokenizer: Tokenizer, sep_id: int, options: ExportOptions) -> _Exported:
+    graph = ReaderGraph(reader.model, sep_id=sep_id, max_answer_tokens=reader.max_answer_tokens)
+    facts = {
+        "max_tokens": reader.max_tokens,
+        "max_question_tokens": reader.max_question_tokens,
+        "max_answer_tokens": reader.max_answer_tokens,
+        "spans": SPANS,
+        "prior_weight": float(reader.prior_weight if options.prior_weight is None else options.prior_weight),
+        "null_bias": float(reader.null_bias if options.null_bias is None else options.null_bias),
+    }
+    return _Exported("reader", graph.eval(), pair_inputs(tokenizer, reader.max_tokens), facts)
 
 
 def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callable[[str], None]) -> None:
@@ -158,26 +178,9 @@ def _manifest(
             file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
         },
     }
-    embedder = models[0]
-    manifest["embedder"] = {
-        "dim": int(embedder.graph.config.hidden_size),
-        "max_tokens": checkpoint.max_tokens,
-        "pooling": checkpoint.pooling,
-        "graphs": embedder.files,
-        "measured": embedder.measured,
-    }
+    for model in models:
+        manifest[model.name] = model.facts | {"graphs": model.files, "measured": model.measured}
     manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
-    if reader is not None:
-        manifest["reader"] = {
-            "max_tokens": reader.max_tokens,
-            "max_question_tokens": reader.max_question_tokens,
-            "max_answer_tokens": reader.max_answer_tokens,
-            "spans": SPANS,
-            "prior_weight": float(reader.prior_weight if options.prior_weight is None else options.prior_weight),
-            "null_bias": float(reader.null_bias if options.null_bias is None else options.null_bias),
-            "graphs": models[1].files,
-            "measured": models[1].measured,
-        }
     return manifest | {"id": bundle_id(manifest)}
 
 
@@ -187,8 +190,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _open_as_the_server_will(folder: Path) -> None:
     bundle, device = load_bundle(folder), build_device("cpu", "fp32")
-    graphs = [Graph(bundle.graph_path(name, "fp32"), device) for name in ("embedder", "reader") if name == "embedder" or bundle.reader]
-    verify_golden(bundle, graphs[0], graphs[1] if bundle.reader else None, device)
+    verify_golden(bundle, {model: Graph(bundle.graph_path(model, "fp32"), device) for model in bundle.graphs}, device)
 
 
 def _public_name(checkpoint: str) -> str:

@@ -79,32 +79,36 @@ class SpanScoring(nn.Module):
         return span_start, span_end, best, null, top + logarithm
 
 
-class EmbedderGraph(nn.Module):
+class TaskGraph(nn.Module):
+    """What is exported: (B, L) input_ids, attention_mask and token_type_ids in, outputs by name."""
+
+    outputs: ClassVar[dict[str, dict[int, str]]]  # by name, the axes that are left open
+    config: Any  # of the transformer: layers, heads, hidden size
+
+
+class EmbedderGraph(TaskGraph):
     """Token ids to a unit vector."""
 
-    outputs: ClassVar[dict[str, dict[int, str]]] = {"sentence_embedding": {0: "batch_size"}}
+    outputs: ClassVar = {"sentence_embedding": {0: "batch_size"}}
 
     def __init__(self, model: nn.Module, pooling: str) -> None:
         super().__init__()
-        config: Any = model.config
-        self.config = config
-        self.model, self.pooling = model, Pooling(pooling, config.hidden_size)
+        self.config = model.config
+        self.model, self.pooling = model, Pooling(pooling, self.config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
         return {"sentence_embedding": self.pooling(states, attention_mask)}
 
 
-class ReaderGraph(nn.Module):
+class ReaderGraph(TaskGraph):
     """A question beside a passage to the passage's best spans; token_type_ids is 1 on the passage and its [SEP]."""
 
-    outputs: ClassVar[dict[str, dict[int, str]]] = {
-        name: {0: "batch_size"} for name in ("span_start", "span_end", "span_score", "null_score", "log_normaliser")
-    }
+    outputs: ClassVar = {name: {0: "batch_size"} for name in ("span_start", "span_end", "span_score", "null_score", "log_normaliser")}
 
     def __init__(self, model: nn.Module, *, sep_id: int, max_answer_tokens: int) -> None:
         super().__init__()
-        self.config: Any = model.config
+        self.config = model.config
         self.model, self.scoring = model, SpanScoring(sep_id=sep_id, max_answer_tokens=max_answer_tokens)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ class ReaderGraph(nn.Module):
         return dict(zip(self.outputs, scores, strict=True))
 
 
-def write_onnx(graph: EmbedderGraph | ReaderGraph, file: Path) -> None:
+def write_onnx(graph: TaskGraph, file: Path) -> None:
     """Trace `graph` into `file` (opset 18, batch and length left open) by optimum's TorchScript exporter."""
 
     class _Config(BertOnnxConfig):  # type: ignore[misc]  # optimum has no types

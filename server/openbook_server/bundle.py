@@ -70,25 +70,28 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         return self.folder / TOKENIZER
 
+    @property
+    def graphs(self) -> dict[str, Mapping[str, str]]:
+        """By model name: precision -> file name."""
+        return {"embedder": self.embedder.graphs} | ({"reader": self.reader.graphs} if self.reader else {})
+
     def graph_path(self, model: str, precision: str) -> Path:
-        """The file of the embedder's or reader's graph for a precision of the runtime; bf16 runs the fp32 file.
+        """The file of a model's graph for a precision of the runtime; bf16 runs the fp32 file.
 
         Raises:
             BundleInvalid: the bundle has no such graph.
         """
-        info = self.embedder if model == "embedder" else self.reader
-        if info is None:
-            raise _invalid(self.folder, f"it has no {model}", "`openbook export --reader` adds one")
+        graphs = self.graphs.get(model)
+        if graphs is None:
+            raise _invalid(self.folder, f"it has no {model}, only {', '.join(self.graphs)}", "`openbook export --reader` adds one")
         stored = "fp32" if precision == "bf16" else precision
-        if stored not in info.graphs:
+        if stored not in graphs:
             way_out = "`openbook export --int8` writes it" if stored == "int8" else _AGAIN
-            raise BundleInvalid(
-                f"bundle {self.folder} has no {stored} graph of the {model}, only {', '.join(sorted(info.graphs))}; {way_out}"
-            )
-        return self.folder / info.graphs[stored]
+            raise BundleInvalid(f"bundle {self.folder} has no {stored} graph of the {model}, only {', '.join(sorted(graphs))}; {way_out}")
+        return self.folder / graphs[stored]
 
     def golden(self) -> dict[str, NDArray[np.generic]]:
-        """Inputs with the outputs PyTorch fp32 gave for them: "embedder/<input or output>", "reader/<input or output>".
+        """Inputs with the outputs PyTorch fp32 gave for them, each under "<model>/<input or output>".
 
         Raises:
             BundleInvalid: the file is no archive of plain arrays.
@@ -110,8 +113,7 @@ def load_bundle(folder: Path) -> Bundle:
     manifest = _read_manifest(folder)
     bundle = _parse(folder, manifest)
     files = _get(manifest, "files", dict, folder)
-    graphs = [*bundle.embedder.graphs.values(), *(bundle.reader.graphs.values() if bundle.reader else ())]
-    for name in (TOKENIZER, GOLDEN, *graphs):
+    for name in (TOKENIZER, GOLDEN, *(file for graphs in bundle.graphs.values() for file in graphs.values())):
         if name not in files:
             raise _invalid(folder, f"{MANIFEST} lists no digest for {name}")
     for name, listed in files.items():

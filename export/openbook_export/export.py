@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, TaskGraph, write_onnx
+from openbook_export.heads import Head, load_head
 from openbook_export.models import ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
 from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
@@ -47,9 +48,10 @@ class ExportOptions:
     checkpoint: str  # `package:NAME`, a folder, or a hub id
     bundle: Path  # where the bundle goes
     reader: Path | None = None  # adapter or question-answering checkpoint; None = a bundle that only embeds
+    heads: Mapping[str, Path] = field(default_factory=dict)  # what else was trained on the checkpoint, by the name it gets in the bundle
     int8: bool = False  # also write int8 graphs; faster on a CPU without bf16, and less exact
     name: str = ""  # "" = the checkpoint's
-    license: str = ""  # "" = what the model cards of checkpoint and reader state
+    license: str = ""  # "" = what the model cards of the checkpoint, the reader and the heads state
     prior_weight: float | None = None  # None = what the reader states
     null_bias: float | None = None  # None = what the reader states
     quality: str = ""  # SQuAD-shaped file to compare EM and F1 on; "" = not measured
@@ -93,13 +95,17 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         models = [_embedder(checkpoint, tokenizer)]
         if reader is not None:
             models.append(_reader(reader, tokenizer, sep_id, options))
-        report(f"loaded {options.checkpoint}" + (f" and reader {options.reader}" if reader else ""))
+        heads = {name: load_head(checkpoint, name, trained) for name, trained in options.heads.items()}
+        for name, head in heads.items():
+            inputs = (pair_inputs if head.facts["pair"] else text_inputs)(tokenizer, head.facts["max_tokens"])
+            models.append(_Exported(name, head.graph.eval(), inputs, head.facts))
+        report(f"loaded {options.checkpoint}" + "".join(f", {model.name}" for model in models[1:]))
         for model in models:
             _export_model(model, folder, int8=options.int8, report=report)
         if questions and reader is not None:
-            _measure_quality(models[-1], reader, checkpoint, questions, folder, options.quality_budget, report)
+            _measure_quality(models[1], reader, checkpoint, questions, folder, options.quality_budget, report)
         write_golden(folder / GOLDEN, {model.name: (model.inputs, model.expected) for model in models})
-        _write_manifest(folder, _manifest(options, checkpoint, reader, models, folder))
+        _write_manifest(folder, _manifest(options, checkpoint, reader, heads, models, folder))
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
@@ -164,13 +170,18 @@ def _measure_quality(
 
 
 def _manifest(
-    options: ExportOptions, checkpoint: Checkpoint, reader: ReaderModel | None, models: list[_Exported], folder: Path
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    reader: ReaderModel | None,
+    heads: Mapping[str, Head],
+    models: list[_Exported],
+    folder: Path,
 ) -> dict[str, Any]:
     source = {"checkpoint": _public_name(checkpoint.name), "digest": checkpoint.digest()}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": options.name or source["checkpoint"].removeprefix("package:"),
-        "license": options.license or _stated_license(checkpoint.folder, options.reader),
+        "license": options.license or _stated_license(checkpoint.folder, options.reader, *options.heads.values()),
         "source": source | ({"reader_digest": reader.digest} if reader else {}),
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
         "tasks": ["embed", "answer"] if reader else ["embed"],
@@ -178,8 +189,14 @@ def _manifest(
             file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
         },
     }
+    if heads:
+        manifest["heads"] = {}
+        manifest["source"]["head_digests"] = {name: head.digest for name, head in heads.items()}
     for model in models:
-        manifest[model.name] = model.facts | {"graphs": model.files, "measured": model.measured}
+        (manifest["heads"] if model.name in heads else manifest)[model.name] = model.facts | {
+            "graphs": model.files,
+            "measured": model.measured,
+        }
     manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
     return manifest | {"id": bundle_id(manifest)}
 
@@ -198,10 +215,10 @@ def _public_name(checkpoint: str) -> str:
     return Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
 
 
-def _stated_license(checkpoint: Path, reader: Path | None) -> str:
-    """The licences that the model cards (README.md) of checkpoint and reader state, as an SPDX expression."""
+def _stated_license(*folders: Path | None) -> str:
+    """The licences that the model cards (README.md) of what is exported state, as an SPDX expression."""
     stated = []
-    for folder in (checkpoint, reader):
+    for folder in folders:
         card = folder / "README.md" if folder else None
         found = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace")) if card and card.is_file() else None
         if found and found[1] not in stated:

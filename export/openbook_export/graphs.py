@@ -1,7 +1,7 @@
-"""The two graphs of a bundle as PyTorch modules, and their export to ONNX through optimum.
+"""The graphs of a bundle as PyTorch modules, and their export to ONNX through optimum.
 
-What the server would otherwise have to know of a model is inside: pooling, normalisation and span scoring. B texts or
-pairs share a batch, padded on the right to length L; d is the embedder's dimension, N the spans a pair returns.
+What the server would otherwise have to know of a model is inside: pooling, normalisation, span scoring and softmax. B texts
+or pairs share a batch, padded on the right to length L; d is the embedder's dimension, N the spans a pair returns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ HEADS = ("/pooling/", "/scoring/")  # prefixes of the node names of what follows
 
 
 class Pooling(nn.Module):
-    """Token states to one unit vector, the same bits for a text whatever shares its batch.
+    """Token states to one vector, as openbook_training.pooling does, the same bits for a text whatever shares its batch.
 
     onnxruntime adds in another order where a reduction's leading axes multiply to 1, that is for a batch of one. So the
-    mean is a product with the mask, and a vector's squares are added as two halves.
+    mean is a product with the mask.
     """
 
     def __init__(self, kind: str, dim: int) -> None:
@@ -36,12 +36,19 @@ class Pooling(nn.Module):
         self.kind, self.dim = kind, dim  # "mean" or "cls"; d
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L, d) states and (B, L) mask to (B, d) unit vectors."""
+        """(B, L, d) states and (B, L) mask to (B, d) vectors."""
         if self.kind == "cls":
-            pooled = states[:, 0]
-        else:
-            mask = attention_mask.to(states.dtype)
-            pooled = torch.bmm(mask.unsqueeze(1), states).squeeze(1) / mask.sum(1, keepdim=True)  # a sum of ones is exact
+            return states[:, 0]
+        mask = attention_mask.to(states.dtype)
+        return torch.bmm(mask.unsqueeze(1), states).squeeze(1) / mask.sum(1, keepdim=True)  # a sum of ones is exact
+
+
+class UnitPooling(Pooling):
+    """Token states to one unit vector; a vector's squares are added as two halves, for the reason above."""
+
+    def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L, d) states and (B, L) mask to (B, d) unit vectors."""
+        pooled = super().forward(states, attention_mask)
         halves = (pooled * pooled).reshape(-1, 2, self.dim // 2).sum(-1)
         # F.normalize exports to nodes that stop onnxruntime's shape inference, and with it attention fusion.
         return pooled * torch.rsqrt((halves[:, 0] + halves[:, 1]).unsqueeze(1) + 1e-12)
@@ -94,7 +101,7 @@ class EmbedderGraph(TaskGraph):
     def __init__(self, model: nn.Module, pooling: str) -> None:
         super().__init__()
         self.config = model.config
-        self.model, self.pooling = model, Pooling(pooling, self.config.hidden_size)
+        self.model, self.pooling = model, UnitPooling(pooling, self.config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
@@ -115,6 +122,36 @@ class ReaderGraph(TaskGraph):
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         scores = self.scoring(logits.start_logits, logits.end_logits, input_ids, attention_mask, token_type_ids)
         return dict(zip(self.outputs, scores, strict=True))
+
+
+class Distribution(nn.Module):
+    """The probabilities of a head that gives their logarithms."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, d) vectors to (B, classes) probabilities."""
+        return torch.exp(self.head(pooled))
+
+
+class HeadGraph(TaskGraph):
+    """A text, or a pair with token_type_ids 1 on its second half, to a distribution over labels or over the vocabulary.
+
+    A classifier's graph reads a text without neighbours; they are in a knowledge base, not in the graph.
+    """
+
+    outputs: ClassVar = {"probability": {0: "batch_size"}}
+
+    def __init__(self, model: nn.Module, pooling: str, head: nn.Module) -> None:
+        super().__init__()
+        self.config = model.config
+        self.model, self.pooling, self.scoring = model, Pooling(pooling, self.config.hidden_size), Distribution(head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        return {"probability": self.scoring(self.pooling(states, attention_mask))}
 
 
 def write_onnx(graph: TaskGraph, file: Path) -> None:

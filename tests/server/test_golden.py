@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.errors import BundleInvalid
-from openbook_server.golden import largest_difference, lowest_cosine, verify_golden
+from openbook_server.golden import TOLERANCES, compare, largest_difference, largest_distance, lowest_cosine, verify_golden
 from openbook_server.runtime import Graph, choose_device
 
 
@@ -73,3 +73,14 @@ def test_readers_are_compared_by_scores_and_by_where_the_best_span_is() -> None:
     assert largest_difference(scores, swapped) == pytest.approx(0.1, abs=1e-6)  # a near tie may turn
     assert largest_difference(scores, elsewhere) == float("inf")
     assert largest_difference(scores, scores | {"null_score": np.array([1.5], np.float32)}) == 0.5
+
+
+def test_distributions_are_compared_by_their_total_variation() -> None:
+    one = np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]], np.float32)
+    other = np.array([[0.4, 0.3, 0.3], [1.0, 0.0, 0.0]], np.float32)
+    assert compare({"probability": one}, {"probability": one}) == {"distance": 0.0}
+    assert largest_distance(one, other) == pytest.approx(0.1, abs=1e-6)
+    assert largest_distance(one, one[::-1]) == pytest.approx(0.5, abs=1e-6)
+    assert largest_distance(one, one * np.float32("nan")) == float("inf")
+    assert TOLERANCES["fp32"].allows({"distance": 0.0005})
+    assert not TOLERANCES["fp32"].allows({"distance": 0.002})

@@ -187,9 +187,14 @@ def test_a_setting_that_leaves_nothing_to_train_is_refused(
 
 
 def test_few_shot_counts_the_held_out_texts_in(config: ClassifierConfig) -> None:
-    task = ClassifierTask(dataclasses.replace(config, shots=5, held_out=6), quiet())
-    assert (len(task.train), len(task.held_out)) == (9, 6)
-    assert np.bincount(task.gold[: task.dev.start]).tolist() == [5, 5, 5]
+    file = Path(config.train)
+    file.write_text(file.read_text() + "a king,rare\nthe king,rare\n")
+    console = quiet()
+    task = ClassifierTask(dataclasses.replace(config, shots=5, held_out=6), console)
+    assert (len(task.train), len(task.held_out)) == (11, 6)
+    assert np.bincount(task.gold[: task.dev.start]).tolist() == [5, 5, 2, 5]
+    assert isinstance(console.file, io.StringIO)
+    assert "1 labels have fewer than 5 rows, and give all: ['rare']" in console.file.getvalue().replace("\n", " ")
 
 
 def test_texts_and_pairs_are_cut_to_the_limit_and_padded_on_the_right(tiny_checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -129,8 +129,7 @@ class HeadModel(nn.Module):
 
     def save(self, folder: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
         """Write the folder that `load_head` reads; `settings` go into task.json."""
-        assert isinstance(self.backbone, PeftModel)  # noqa: S101  # merged models are exported, not saved
-        save_adapter(self.backbone, folder, checkpoint)
+        save_adapter(cast(PeftModel, self.backbone), folder, checkpoint)
         trained = {name: value.detach().contiguous() for name, value in self.head.named_parameters() if value.requires_grad}
         save_file(trained, folder / HEAD)
         stated = {"base_checkpoint": checkpoint.name, "base_digest": checkpoint.digest()}

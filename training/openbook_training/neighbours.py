@@ -36,7 +36,7 @@ def nearest(
     memory: NDArray[np.float32],
     labels: Ints,
     k: int,
-    same: NDArray[np.bool_] | None = None,
+    groups: tuple[Ints, Ints] | None = None,
 ) -> Neighbours:
     """The k best texts of the memory for every text.
 
@@ -45,16 +45,19 @@ def nearest(
         memory: (memory, dim) unit vectors.
         labels: (memory,) label numbers.
         k: how many; at most the size of the memory are returned.
-        same: (texts, memory) bool, True where a text may not see an entry: itself, in training ("leave one out").
+        groups: (texts,) and (memory,) numbers; a text may not see entries of its own group: itself, in training
+            ("leave one out").
     """
     k = min(k, len(memory))
     scores, found = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
     for at in range(0, len(vectors), 1024):
         rows = slice(at, at + 1024)
         cosines = vectors[rows] @ memory.T
-        if same is not None:
-            cosines[same[rows]] = NEGATIVE
-        best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        if groups is not None:
+            cosines[groups[0][rows, None] == groups[1][None, :]] = NEGATIVE
+        best = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(cosines, best, axis=1), axis=1, kind="stable")
+        best = np.take_along_axis(best, order, axis=1)
         scores[rows] = np.take_along_axis(cosines, best, axis=1)
         found[rows] = labels[best]
     return Neighbours(scores, np.where(scores > NEGATIVE, found, 0))

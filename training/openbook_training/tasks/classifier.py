@@ -73,9 +73,8 @@ class ClassifierTask(LabelTask):
         """The neighbours of every row; a training text does not see itself, nor another row of the same words."""
         texts = np.unique([row.text for row in self.rows], return_inverse=True)[1]
         train, known = slice(0, len(self.train)), slice(0, self.dev.start)
-        same = texts[train, None] == texts[None, train]
         parts = [
-            nearest(vectors[train], vectors[train], self.gold[train], k, same),
+            nearest(vectors[train], vectors[train], self.gold[train], k, (texts[train], texts[train])),
             nearest(vectors[self.held_out.start : self.held_out.stop], vectors[train], self.gold[train], k),
             nearest(vectors[self.dev.start :], vectors[known], self.gold[known], k),
         ]

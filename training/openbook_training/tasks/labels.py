@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -71,6 +72,13 @@ class LabelTask(ABC):
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=max_tokens)
         rows = _load(config.train, columns, console)
+        scarce = [label for label, count in Counter(row.label for row in rows).items() if count < config.shots]
+        if scarce:
+            console.print(
+                f"{config.train}: {len(scarce)} labels have fewer than {config.shots} rows, and give all: {scarce[:5]}",
+                soft_wrap=True,
+                markup=False,
+            )
         train, held_out = hold_out_by_label(draw_shots(rows, config.shots, config.loop.seed), config.held_out)
         self.labels = sorted({row.label for row in train})
         if len(self.labels) < 2 or not held_out:
@@ -126,9 +134,8 @@ class LabelTask(ABC):
         return metrics | {"score": metrics[f"held_out_{self.chosen_by}_accuracy"]}
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, HeadModel)  # noqa: S101  # the loop hands back what it was given
         limits = {"max_tokens": self._max_tokens, "labels": self.labels, "temperature": self._temperature}
-        model.save(folder, self.checkpoint, limits | self.settings())
+        cast(HeadModel, model).save(folder, self.checkpoint, limits | self.settings())
 
     def probabilities(self, model: nn.Module, numbers: Sequence[int], *, alone: bool) -> Probabilities:
         """(rows, labels) p(y|x), with what was found for each text or without."""

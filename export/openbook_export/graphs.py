@@ -1,7 +1,7 @@
-"""The two graphs of a bundle as PyTorch modules, and their export to ONNX through optimum.
+"""The graphs of a bundle as PyTorch modules, and their export to ONNX through optimum.
 
-What the server would otherwise have to know of a model is inside: pooling, normalisation and span scoring. B texts or
-pairs share a batch, padded on the right to length L; d is the embedder's dimension, N the spans a pair returns.
+What the server would otherwise have to know of a model is inside: pooling, normalisation, span scoring and softmax. B texts
+or pairs share a batch, padded on the right to length L; d is the embedder's dimension, N the spans a pair returns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ HEADS = ("/pooling/", "/scoring/")  # prefixes of the node names of what follows
 
 
 class Pooling(nn.Module):
-    """Token states to one unit vector, the same bits for a text whatever shares its batch.
+    """Token states to one vector, as openbook_training.pooling does, the same bits for a text whatever shares its batch.
 
     onnxruntime adds in another order where a reduction's leading axes multiply to 1, that is for a batch of one. So the
-    mean is a product with the mask, and a vector's squares are added as two halves.
+    mean is a product with the mask.
     """
 
     def __init__(self, kind: str, dim: int) -> None:
@@ -36,12 +36,19 @@ class Pooling(nn.Module):
         self.kind, self.dim = kind, dim  # "mean" or "cls"; d
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L, d) states and (B, L) mask to (B, d) unit vectors."""
+        """(B, L, d) states and (B, L) mask to (B, d) vectors."""
         if self.kind == "cls":
-            pooled = states[:, 0]
-        else:
-            mask = attention_mask.to(states.dtype)
-            pooled = torch.bmm(mask.unsqueeze(1), states).squeeze(1) / mask.sum(1, keepdim=True)  # a sum of ones is exact
+            return states[:, 0]
+        mask = attention_mask.to(states.dtype)
+        return torch.bmm(mask.unsqueeze(1), states).squeeze(1) / mask.sum(1, keepdim=True)  # a sum of ones is exact
+
+
+class UnitPooling(Pooling):
+    """Token states to one unit vector; a vector's squares are added as two halves, for the reason above."""
+
+    def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L, d) states and (B, L) mask to (B, d) unit vectors."""
+        pooled = super().forward(states, attention_mask)
         halves = (pooled * pooled).reshape(-1, 2, self.dim // 2).sum(-1)
         # F.normalize exports to nodes that stop onnxruntime's shape inference, and with it attention fusion.
         return pooled * torch.rsqrt((halves[:, 0] + halves[:, 1]).unsqueeze(1) + 1e-12)
@@ -79,32 +86,36 @@ class SpanScoring(nn.Module):
         return span_start, span_end, best, null, top + logarithm
 
 
-class EmbedderGraph(nn.Module):
+class TaskGraph(nn.Module):
+    """What is exported: (B, L) input_ids, attention_mask and token_type_ids in, outputs by name."""
+
+    outputs: ClassVar[dict[str, dict[int, str]]]  # by name, the axes that are left open
+    config: Any  # of the transformer: layers, heads, hidden size
+
+
+class EmbedderGraph(TaskGraph):
     """Token ids to a unit vector."""
 
-    outputs: ClassVar[dict[str, dict[int, str]]] = {"sentence_embedding": {0: "batch_size"}}
+    outputs: ClassVar = {"sentence_embedding": {0: "batch_size"}}
 
     def __init__(self, model: nn.Module, pooling: str) -> None:
         super().__init__()
-        config: Any = model.config
-        self.config = config
-        self.model, self.pooling = model, Pooling(pooling, config.hidden_size)
+        self.config = model.config
+        self.model, self.pooling = model, UnitPooling(pooling, self.config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
         return {"sentence_embedding": self.pooling(states, attention_mask)}
 
 
-class ReaderGraph(nn.Module):
+class ReaderGraph(TaskGraph):
     """A question beside a passage to the passage's best spans; token_type_ids is 1 on the passage and its [SEP]."""
 
-    outputs: ClassVar[dict[str, dict[int, str]]] = {
-        name: {0: "batch_size"} for name in ("span_start", "span_end", "span_score", "null_score", "log_normaliser")
-    }
+    outputs: ClassVar = {name: {0: "batch_size"} for name in ("span_start", "span_end", "span_score", "null_score", "log_normaliser")}
 
     def __init__(self, model: nn.Module, *, sep_id: int, max_answer_tokens: int) -> None:
         super().__init__()
-        self.config: Any = model.config
+        self.config = model.config
         self.model, self.scoring = model, SpanScoring(sep_id=sep_id, max_answer_tokens=max_answer_tokens)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
@@ -113,7 +124,37 @@ class ReaderGraph(nn.Module):
         return dict(zip(self.outputs, scores, strict=True))
 
 
-def write_onnx(graph: EmbedderGraph | ReaderGraph, file: Path) -> None:
+class Distribution(nn.Module):
+    """The probabilities of a head that gives their logarithms."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, d) vectors to (B, classes) probabilities."""
+        return torch.exp(self.head(pooled))
+
+
+class HeadGraph(TaskGraph):
+    """A text, or a pair with token_type_ids 1 on its second half, to a distribution over labels or over the vocabulary.
+
+    A classifier's graph reads a text without neighbours; they are in a knowledge base, not in the graph.
+    """
+
+    outputs: ClassVar = {"probability": {0: "batch_size"}}
+
+    def __init__(self, model: nn.Module, pooling: str, head: nn.Module) -> None:
+        super().__init__()
+        self.config = model.config
+        self.model, self.pooling, self.scoring = model, Pooling(pooling, self.config.hidden_size), Distribution(head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        return {"probability": self.scoring(self.pooling(states, attention_mask))}
+
+
+def write_onnx(graph: TaskGraph, file: Path) -> None:
     """Trace `graph` into `file` (opset 18, batch and length left open) by optimum's TorchScript exporter."""
 
     class _Config(BertOnnxConfig):  # type: ignore[misc]  # optimum has no types

@@ -11,31 +11,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from openbook_server.runtime import TOLERANCES, Graph, build_device, largest_difference, lowest_cosine
+from openbook_server.golden import TOLERANCES, compare
+from openbook_server.runtime import Arrays, Graph, build_device
 from tokenizers import Encoding, Tokenizer
 
 from openbook_export.errors import ExportFailed
-from openbook_export.graphs import EmbedderGraph, ReaderGraph
+from openbook_export.graphs import TaskGraph
 from openbook_export.samples import LONG, PASSAGES, QUESTIONS
 
 GOLDEN_ROWS = 6  # of each model; the server runs them at every start, so there are few
 
-Arrays = dict[str, NDArray[np.generic]]
 
-
-def embedder_inputs(tokenizer: Tokenizer, max_tokens: int) -> Arrays:
+def text_inputs(tokenizer: Tokenizer, max_tokens: int) -> Arrays:
     """The sample texts as one padded batch, shortest first; the last row has exactly `max_tokens` tokens."""
     return _padded([_cut(tokenizer.encode(text), max_tokens) for text in (*QUESTIONS, *PASSAGES, LONG)])
 
 
-def reader_inputs(tokenizer: Tokenizer, max_tokens: int) -> Arrays:
+def pair_inputs(tokenizer: Tokenizer, max_tokens: int) -> Arrays:
     """Sample questions beside sample passages as one padded batch, shortest first; the last row has exactly `max_tokens` tokens."""
     pairs = [(question, PASSAGES[at % len(PASSAGES)]) for at, question in enumerate(QUESTIONS)] + [(QUESTIONS[0], LONG)]
     return _padded([_cut(tokenizer.encode(*pair), max_tokens) for pair in pairs])
 
 
 @torch.inference_mode()
-def expected_outputs(graph: EmbedderGraph | ReaderGraph, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+def expected_outputs(graph: TaskGraph, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
     """What PyTorch fp32 gives for `inputs`."""
     outputs = graph(**{name: torch.from_numpy(values) for name, values in inputs.items()})
     return {name: values.numpy() for name, values in outputs.items()}
@@ -45,11 +44,11 @@ def check_parity(file: Path, precision: str, inputs: Arrays, expected: Arrays) -
     """Load the graph in `file`, run it on the CPU, and compare.
 
     Returns:
-        "cosine" (the lowest) for the embedder, "difference" (the largest, in nats) for the reader, and "batch_invariant":
-        whether a row alone gives the same bytes as among the others at the same padded length.
+        What openbook_server.golden.compare measures, and "batch_invariant": whether a row alone gives the same bytes as
+        among the others at the same padded length.
 
     Raises:
-        ExportFailed: it does not load or run, or is out of the precision's tolerance (openbook_server.runtime.TOLERANCES,
+        ExportFailed: it does not load or run, or is out of the precision's tolerance (openbook_server.golden.TOLERANCES,
             which the server applies too).
     """
     try:
@@ -57,23 +56,11 @@ def check_parity(file: Path, precision: str, inputs: Arrays, expected: Arrays) -
         actual = graph.run(inputs)
     except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
         raise ExportFailed(f"the exported {file.name} does not run: {error}") from error
-    tolerance = TOLERANCES[precision]
-    measured: dict[str, float | bool] = {}
-    if "sentence_embedding" in expected:
-        measured["cosine"] = lowest_cosine(expected["sentence_embedding"], actual["sentence_embedding"])
-        if measured["cosine"] < tolerance.cosine:
-            raise ExportFailed(
-                f"{file.name} is not the model it was exported from: lowest cosine {measured['cosine']:.6f}, wanted {tolerance.cosine}"
-            )
-    else:
-        measured["difference"] = largest_difference(expected, actual)
-        if measured["difference"] > tolerance.score:
-            raise ExportFailed(
-                f"{file.name} is not the model it was exported from: scores differ by {measured['difference']:.4f}, "
-                f"allowed {tolerance.score}"
-            )
-    measured["batch_invariant"] = _is_batch_invariant(graph, inputs, actual)
-    return measured
+    measured = compare(expected, actual)
+    if not TOLERANCES[precision].allows(measured):
+        numbers = ", ".join(f"{what} {value:.6f}" for what, value in measured.items())
+        raise ExportFailed(f"{file.name} is not the model it was exported from: {numbers}; allowed: {TOLERANCES[precision]}")
+    return {**measured, "batch_invariant": _is_batch_invariant(graph, inputs, actual)}
 
 
 def _is_batch_invariant(graph: Graph, inputs: Arrays, together: Arrays) -> bool:

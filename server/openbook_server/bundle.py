@@ -56,6 +56,17 @@ class ReaderInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadInfo:
+    """What a caller of another task's graph must know."""
+
+    objective: str  # classifier, verification or vocab_head
+    pair: bool  # takes pairs of texts, the second in segment 1
+    max_tokens: int  # longest text or pair, special tokens included; the longer side of a pair is cut
+    labels: tuple[str, ...]  # of the distribution's columns; none: the columns are the tokenizer's ids
+    graphs: Mapping[str, str]  # precision -> file name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
     """A checked bundle; its files may be opened."""
 
@@ -66,31 +77,37 @@ class Bundle:
     tasks: tuple[str, ...]
     embedder: EmbedderInfo
     reader: ReaderInfo | None
+    heads: Mapping[str, HeadInfo]  # of other tasks, by name
     manifest: Mapping[str, Any]
 
     @property
     def tokenizer_path(self) -> Path:
         return self.folder / TOKENIZER
 
+    @property
+    def graphs(self) -> dict[str, Mapping[str, str]]:
+        """By model name: precision -> file name."""
+        reader = {"reader": self.reader.graphs} if self.reader else {}
+        return {"embedder": self.embedder.graphs} | reader | {name: head.graphs for name, head in self.heads.items()}
+
     def graph_path(self, model: str, precision: str) -> Path:
-        """The file of the embedder's or reader's graph for a precision of the runtime; bf16 runs the fp32 file.
+        """The file of a model's graph for a precision of the runtime; bf16 runs the fp32 file.
 
         Raises:
             BundleInvalid: the bundle has no such graph.
         """
-        info = self.embedder if model == "embedder" else self.reader
-        if info is None:
-            raise _invalid(self.folder, f"it has no {model}", "`openbook export --reader` adds one")
+        graphs = self.graphs.get(model)
+        if graphs is None:
+            option = "--reader" if model == "reader" else "--task"
+            raise _invalid(self.folder, f"it has no {model}, only {', '.join(self.graphs)}", f"`openbook export {option}` adds one")
         stored = "fp32" if precision == "bf16" else precision
-        if stored not in info.graphs:
+        if stored not in graphs:
             way_out = "`openbook export --int8` writes it" if stored == "int8" else _AGAIN
-            raise BundleInvalid(
-                f"bundle {self.folder} has no {stored} graph of the {model}, only {', '.join(sorted(info.graphs))}; {way_out}"
-            )
-        return self.folder / info.graphs[stored]
+            raise BundleInvalid(f"bundle {self.folder} has no {stored} graph of the {model}, only {', '.join(sorted(graphs))}; {way_out}")
+        return self.folder / graphs[stored]
 
     def golden(self) -> dict[str, NDArray[np.generic]]:
-        """Inputs with the outputs PyTorch fp32 gave for them: "embedder/<input or output>", "reader/<input or output>".
+        """Inputs with the outputs PyTorch fp32 gave for them, each under "<model>/<input or output>".
 
         Raises:
             BundleInvalid: the file is no archive of plain arrays.
@@ -112,8 +129,7 @@ def load_bundle(folder: Path) -> Bundle:
     manifest = _read_manifest(folder)
     bundle = _parse(folder, manifest)
     files = _get(manifest, "files", dict, folder)
-    graphs = [*bundle.embedder.graphs.values(), *(bundle.reader.graphs.values() if bundle.reader else ())]
-    for name in (TOKENIZER, GOLDEN, *graphs):
+    for name in (TOKENIZER, GOLDEN, *(file for graphs in bundle.graphs.values() for file in graphs.values())):
         if name not in files:
             raise _invalid(folder, f"{MANIFEST} lists no digest for {name}")
     for name, listed in files.items():
@@ -206,8 +222,29 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             graphs=_graphs(embedder, folder),
         ),
         reader=reader,
+        heads=_heads(manifest, folder),
         manifest=manifest,
     )
+
+
+def _heads(manifest: dict[str, Any], folder: Path) -> dict[str, HeadInfo]:
+    tables = _get(manifest, "heads", dict, folder) if "heads" in manifest else {}
+    heads = {}
+    for name in tables:
+        if name in ("embedder", "reader"):
+            raise _invalid(folder, f'{MANIFEST} key "heads" names one {name!r}, which is a model of its own')
+        table = _get(tables, name, dict, folder)
+        labels = _get(table, "labels", list, folder)
+        if not all(isinstance(label, str) for label in labels):
+            raise _invalid(folder, f'{MANIFEST} key "labels" of {name!r} holds something other than texts')
+        heads[name] = HeadInfo(
+            objective=_get(table, "objective", str, folder),
+            pair=_get(table, "pair", bool, folder),
+            max_tokens=_positive(table, "max_tokens", folder),
+            labels=tuple(labels),
+            graphs=_graphs(table, folder),
+        )
+    return heads
 
 
 def _get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:

@@ -75,6 +75,10 @@ def _bundle(folder: Path) -> dict[str, Any]:
     }
     if bundle.reader is not None:
         facts["reader"] = f"{bundle.reader.max_tokens} tokens a pair, graphs {', '.join(bundle.reader.graphs)}"
+    for name, head in bundle.heads.items():
+        classes = f"{len(head.labels)} labels" if head.labels else "the vocabulary"
+        unit = "a pair" if head.pair else "a text"
+        facts[name] = f"{head.objective}, {classes}, {head.max_tokens} tokens {unit}, graphs {', '.join(head.graphs)}"
     return facts
 
 

@@ -1,4 +1,4 @@
-"""onnxruntime: the choice of a device, a session per graph, and the proof that it computes what PyTorch computed.
+"""onnxruntime: the choice of a device, and a session per graph.
 
 The only module that imports onnxruntime. It knows nothing of batching or of requests.
 """
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.bundle import GOLDEN, Bundle
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
 
 DISTRIBUTIONS = {"onnxruntime": "server", "onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}  # -> our extra
@@ -30,22 +29,6 @@ PRECISIONS = {"cuda": ("fp16", "fp32"), "openvino": ("bf16", "fp32"), "cpu": ("f
 BOUND_SHAPES = 32  # (batch, length) pairs that a graph keeps device buffers for, a few hundred kB each
 
 Arrays = dict[str, NDArray[np.generic]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tolerance:
-    """How far a graph may be from PyTorch fp32."""
-
-    cosine: float  # at least, for every vector
-    score: float  # at most, in nats, for every span score, null score and normaliser
-
-
-TOLERANCES = {
-    "fp32": Tolerance(cosine=0.9999, score=0.001),  # measured 1e-5: other kernels add in another order
-    "fp16": Tolerance(cosine=0.999, score=0.1),  # 11 bits of mantissa, head in fp32
-    "bf16": Tolerance(cosine=0.999, score=0.5),  # 8 bits of mantissa; measured 0.07
-    "int8": Tolerance(cosine=0.95, score=3.0),  # an explicit choice; measured 0.99 and 0.9, and texts exist at 0.956
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,59 +187,6 @@ class _Buffers:
             value.update_inplace(np.ascontiguousarray(feed[name]))
         session.run_with_iobinding(self._binding)
         return {name: value.numpy().copy() for name, value in self._outputs.items()}  # in host memory numpy() is a view
-
-
-def verify_golden(bundle: Bundle, embedder: Graph, reader: Graph | None, device: Device) -> dict[str, float]:
-    """Run the bundle's golden inputs through its graphs and compare with what PyTorch gave at export.
-
-    Returns:
-        "embedder_cosine" (the lowest) and, with a reader, "reader_difference" (the largest, in nats).
-
-    Raises:
-        BundleInvalid: a graph is further off than the precision's tolerance, or an array is missing.
-    """
-    golden, tolerance = bundle.golden(), TOLERANCES[device.precision]
-    try:
-        expected = {name.removeprefix("embedder/"): value for name, value in golden.items() if name.startswith("embedder/")}
-        measured = {"embedder_cosine": lowest_cosine(expected["sentence_embedding"], embedder.run(expected)["sentence_embedding"])}
-        if reader is not None:
-            expected = {name.removeprefix("reader/"): value for name, value in golden.items() if name.startswith("reader/")}
-            measured["reader_difference"] = largest_difference(expected, reader.run(expected))
-    except Exception as error:  # onnxruntime's own kinds among them
-        raise BundleInvalid(
-            f"bundle {bundle.folder}: {GOLDEN} does not fit its graphs ({_first_line(error)}); write it again with `openbook export`"
-        ) from error
-    if measured["embedder_cosine"] < tolerance.cosine or measured.get("reader_difference", 0.0) > tolerance.score:
-        numbers = ", ".join(f"{name} {value:.6f}" for name, value in measured.items())
-        raise BundleInvalid(
-            f"bundle {bundle.folder} fails its golden vectors on {device.name} in {device.precision}: {numbers}; allowed: cosine at least "
-            f"{tolerance.cosine}, difference at most {tolerance.score}; use another --device or --precision, or export again"
-        )
-    return measured
-
-
-def lowest_cosine(expected: NDArray[np.generic], actual: NDArray[np.generic]) -> float:
-    """Lowest cosine between rows of two (batch, dim) arrays, -1.0 if any value is not finite or a row is no unit vector."""
-    one, other = expected.astype(np.float64), actual.astype(np.float64)
-    norms = np.linalg.norm(other, axis=1)
-    if one.shape != other.shape or not np.isfinite(norms).all() or abs(norms - 1).max() > 1e-3:
-        return -1.0
-    return float(((one * other).sum(1) / (np.linalg.norm(one, axis=1) * norms)).min())
-
-
-def largest_difference(expected: Mapping[str, NDArray[np.generic]], actual: Mapping[str, NDArray[np.generic]]) -> float:
-    """Largest absolute difference, in nats, between two readers' scores; infinite where a best span is not listed at all.
-
-    Compared are null scores, normalisers, the ranked span scores, and the score that each pair's expected best span got.
-    The order of spans whose scores are closer than the tolerance is not.
-    """
-    worst = [np.abs(expected[name].astype(np.float64) - actual[name].astype(np.float64)).max() for name in ("null_score", "log_normaliser")]
-    worst.append(np.abs(expected["span_score"].astype(np.float64) - actual["span_score"].astype(np.float64)).max())
-    same = (actual["span_start"] == expected["span_start"][:, :1]) & (actual["span_end"] == expected["span_end"][:, :1])
-    found = np.where(same, actual["span_score"].astype(np.float64), -np.inf).max(axis=1)
-    worst.append(np.abs(found - expected["span_score"][:, 0].astype(np.float64)).max())
-    largest = float(np.max(worst))
-    return largest if np.isfinite(largest) else float("inf")
 
 
 def cuda_devices() -> int:

@@ -30,13 +30,14 @@ from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine, Row, collate
 from openbook_server.errors import InvalidRequest, OpenBookError
 from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend, Served
+from openbook_server.golden import verify_golden
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Pipeline
-from openbook_server.runtime import Device, Graph, choose_device, verify_golden
+from openbook_server.runtime import Device, Graph, choose_device
 from openbook_server.service import Service
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 
@@ -174,7 +175,7 @@ def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) 
     try:
         limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
         graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
-        verify_golden(bundle, graphs["embedder"], graphs.get("reader"), device)
+        verify_golden(bundle, graphs, device)
         for name, limit in limits.items():
             for length in padded_lengths(limit):
                 half = length // 2

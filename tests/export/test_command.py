@@ -36,6 +36,7 @@ def test_a_finished_export_says_the_bundle_its_place_and_sizes(
         (["/absent", "out"], 1, "no such folder"),
         (["package:absent", "out"], 1, "no Python package of that name"),
         (["package:absent", "out", "--quality", "dev.json"], 2, "--quality measures a reader"),
+        (["package:absent", "out", "--task", "a=x", "--task", "a=y"], 2, "two --task have the same name"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +48,18 @@ def test_a_mistake_is_one_line_on_stderr(arguments: list[str], status: int, mess
     assert message in errors
 
 
-@pytest.mark.parametrize("flags", [["--quality-questions", "0"], ["--null-bias", "nan"], ["--quality-budget", "much"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--quality-questions", "0"],
+        ["--null-bias", "nan"],
+        ["--quality-budget", "much"],
+        ["--task", "runs/best"],
+        ["--task", "a="],
+        ["--task", "../a=x"],
+        ["--task", "reader=x"],
+    ],
+)
 def test_a_value_out_of_range_is_wrong_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         export("package:absent", "out", *flags)

@@ -26,6 +26,12 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest | {"id": bundle_id(manifest)}))
 
 
+def head(**changes: object) -> dict[str, object]:
+    """What a manifest states of a head."""
+    facts = {"objective": "classifier", "pair": False, "max_tokens": 9, "labels": ["a"], "graphs": {"fp32": "topics.onnx"}}
+    return facts | changes
+
+
 def test_a_bundle_says_what_its_models_take_and_are_called(tiny_bundle: Path) -> None:
     bundle = load_bundle(tiny_bundle)
     assert (bundle.name, bundle.license, bundle.tasks) == ("tiny", "Apache-2.0", ("embed", "answer"))
@@ -116,6 +122,11 @@ def test_a_false_fingerprint_is_refused(copy: Path) -> None:
         (lambda manifest: manifest["reader"].update(settling=0.9), r'key "settling" is float, expected dict'),
         (lambda manifest: manifest["reader"].update(settling={"probability": 1}), r'key "probability" is int, expected float'),
         (lambda manifest: manifest["reader"]["graphs"].pop("fp32"), "has no fp32 graph"),
+        (lambda manifest: manifest.update(heads={"topics": {}}), r'key "labels" is missing, expected list'),
+        (lambda manifest: manifest.update(heads={"topics": head(labels=[1])}), r'"labels" of \'topics\' holds something other than texts'),
+        (lambda manifest: manifest.update(heads={"topics": head(max_tokens=0)}), r'key "max_tokens" is 0, expected 1 or more'),
+        (lambda manifest: manifest.update(heads={"reader": head()}), r"names one 'reader', which is a model of its own"),
+        (lambda manifest: manifest.update(heads={"topics": head()}), r"lists no digest for topics.onnx"),
         (lambda manifest: manifest["files"].update({"golden.npz": {"bytes": 3}}), r"no sha256 and bytes for golden.npz"),
     ],
 )

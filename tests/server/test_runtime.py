@@ -18,10 +18,7 @@ from openbook_server.runtime import (
     build_device,
     choose_device,
     has_bf16_instructions,
-    largest_difference,
-    lowest_cosine,
     require_onnxruntime,
-    verify_golden,
 )
 
 BOUND = Device(name="cpu", precision="fp32", providers=[("CPUExecutionProvider", {})], memory="cpu")  # CUDA's path without CUDA
@@ -151,62 +148,6 @@ def test_buffers_of_the_least_recent_shape_are_given_up(bundle: Bundle) -> None:
         graph.run({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": ids * 0})
     assert len(graph._bound) == BOUND_SHAPES
     assert (1, 4) not in graph._bound
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_golden_vectors_match_in_every_precision(bundle: Bundle, precision: str) -> None:
-    device = choose_device("cpu", precision)
-    graphs = [Graph(bundle.graph_path(model, precision), device) for model in ("embedder", "reader")]
-    measured = verify_golden(bundle, graphs[0], graphs[1], device)
-    assert measured["embedder_cosine"] > 0.9
-    assert set(verify_golden(bundle, graphs[0], None, device)) == {"embedder_cosine"}
-
-
-class Wrong:
-    """A graph whose floats are off."""
-
-    def __init__(self, graph: Graph, change: float) -> None:
-        self._graph, self._change = graph, change
-
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = self._graph.run(inputs)
-        return {name: values if values.dtype == np.int64 else values + np.float32(self._change) for name, values in outputs.items()}
-
-
-@pytest.mark.parametrize("change", [0.01, float("nan")])
-def test_a_graph_that_computes_something_else_is_refused(bundle: Bundle, change: float) -> None:
-    device = choose_device("cpu")
-    embedder, reader = (Graph(bundle.graph_path(model, "fp32"), device) for model in ("embedder", "reader"))
-    with pytest.raises(BundleInvalid, match=r"fails its golden vectors on cpu in fp32: embedder_cosine"):
-        verify_golden(bundle, Wrong(embedder, change), reader, device)  # type: ignore[arg-type]  # stands for a graph
-    with pytest.raises(BundleInvalid, match=r"reader_difference"):
-        verify_golden(bundle, embedder, Wrong(reader, change), device)  # type: ignore[arg-type]  # the same
-    with pytest.raises(BundleInvalid, match="does not fit its graphs"):
-        verify_golden(bundle, reader, reader, device)
-
-
-def test_a_vector_that_is_no_unit_vector_counts_as_wrong() -> None:
-    unit = np.eye(3, dtype=np.float32)
-    assert lowest_cosine(unit, unit) == 1.0
-    assert lowest_cosine(unit, 2 * unit) == -1.0
-    assert lowest_cosine(unit, unit * np.float32("nan")) == -1.0
-    assert lowest_cosine(unit, unit[:2]) == -1.0
-
-
-def test_readers_are_compared_by_scores_and_by_where_the_best_span_is() -> None:
-    scores = {
-        "span_start": np.array([[4, 5]]),
-        "span_end": np.array([[4, 6]]),
-        "span_score": np.array([[3.0, 2.9]], np.float32),
-        "null_score": np.array([1.0], np.float32),
-        "log_normaliser": np.array([4.0], np.float32),
-    }
-    swapped = scores | {"span_start": np.array([[5, 4]]), "span_end": np.array([[6, 4]])}
-    elsewhere = scores | {"span_start": np.array([[7, 8]])}
-    assert largest_difference(scores, scores) == 0.0
-    assert largest_difference(scores, swapped) == pytest.approx(0.1, abs=1e-6)  # a near tie may turn
-    assert largest_difference(scores, elsewhere) == float("inf")
-    assert largest_difference(scores, scores | {"null_score": np.array([1.5], np.float32)}) == 0.5
 
 
 def test_a_file_that_is_no_graph_is_an_invalid_bundle(tmp_path: Path) -> None:

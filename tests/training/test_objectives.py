@@ -8,8 +8,12 @@ import torch
 from openbook_training.objectives import (
     NEGATIVE,
     anchor_loss,
+    bag_of_words_loss,
+    label_loss,
+    marginal_label_log_probabilities,
     matryoshka_loss,
     multi_passage_span_loss,
+    neighbour_prior,
     null_scores,
     span_scores,
 )
@@ -106,3 +110,46 @@ def test_the_anchor_loss_is_one_minus_the_mean_cosine() -> None:
     expected = sum(1 - sum(a * b for a, b in zip(one, other, strict=True)) for one, other in zip(vectors, anchors, strict=True)) / 5
     assert float(anchor_loss(torch.tensor(vectors), torch.tensor(anchors))) == pytest.approx(expected, rel=1e-9)
     assert float(anchor_loss(torch.tensor(anchors), torch.tensor(anchors))) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_label_sums_over_the_neighbours_and_the_null_passage() -> None:
+    rng = np.random.default_rng(2)
+    texts, k, labels, null, temperature = 4, 3, 5, 0.4, 0.3
+    scores, of = rng.uniform(-1, 1, (texts, k)), rng.integers(0, labels, (texts, k))
+    logits, shift = rng.normal(size=(texts, labels)), rng.normal(size=(labels, labels))
+    prior = neighbour_prior(torch.tensor(scores), *torch.tensor([null, temperature], dtype=torch.float64))
+    actual = marginal_label_log_probabilities(torch.tensor(logits), torch.tensor(shift), torch.tensor(of), prior).numpy()
+    for x in range(texts):
+        z_weights = [np.exp(score / temperature) for score in [*scores[x], null]]
+        for y in range(labels):
+            expected = 0.0
+            for z in range(k + 1):
+                given = [np.exp(logits[x, other] + (shift[of[x, z], other] if z < k else 0.0)) for other in range(labels)]
+                expected += z_weights[z] / sum(z_weights) * given[y] / sum(given)
+            assert np.exp(actual[x, y]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_text_without_neighbours_has_the_probabilities_of_its_own_logits_and_finite_gradients() -> None:
+    logits, shift = torch.randn(2, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    null, temperature = torch.tensor(0.5, requires_grad=True), torch.tensor(0.05, requires_grad=True)
+    prior = neighbour_prior(torch.full((2, 4), NEGATIVE), null, temperature)
+    log_probabilities = marginal_label_log_probabilities(logits, shift, torch.zeros((2, 4), dtype=torch.long), prior)
+    torch.testing.assert_close(log_probabilities, torch.log_softmax(logits, dim=1))
+    loss = label_loss(log_probabilities, torch.tensor([2, 0]))
+    assert loss.item() == pytest.approx(-(log_probabilities[0, 2] + log_probabilities[1, 0]).item() / 2)
+    loss.backward()
+    for value in (logits, shift, null, temperature):
+        assert value.grad is not None
+        assert torch.isfinite(value.grad).all()
+
+
+def test_the_bag_of_words_loss_is_a_mean_over_texts_of_a_mean_over_their_tokens() -> None:
+    logits = np.random.default_rng(3).normal(size=(3, 6))
+    bags = [[1, 1, 4], [5], [0, 2]]
+    expected = 0.0
+    for row, bag in zip(logits, bags, strict=True):
+        expected += sum(-np.log(np.exp(row[token]) / np.exp(row).sum()) for token in bag) / len(bag) / 3
+    texts = torch.tensor([0, 0, 0, 1, 2, 2])
+    tokens = torch.tensor([token for bag in bags for token in bag])
+    loss = bag_of_words_loss(torch.log_softmax(torch.tensor(logits), dim=1), texts, tokens)
+    assert float(loss) == pytest.approx(expected, rel=1e-9)

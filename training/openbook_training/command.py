@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook train reader training/configs/reader.toml --resume\n"
         "The run folder (key `output`) gets config.json, metrics.jsonl, tensorboard/, plots.png, checkpoint.pt and best/, the\n"
-        "adapter that `openbook export` takes (--reader, --embedder). Ctrl-C saves a checkpoint; the same command with --resume\n"
+        "weights that `openbook export` takes (--reader, --embedder, --task). Ctrl-C saves a checkpoint; the same command with --resume\n"
         "goes on.\n"
         "Several GPUs: accelerate launch -m openbook.cli train reader CONFIG.toml"
     )

@@ -107,3 +107,55 @@ def anchor_loss(vectors: Tensor, anchors: Tensor) -> Tensor:
     (Li & Hoiem 2016), on the vectors themselves in place of class probabilities.
     """
     return 1 - (vectors * anchors).sum(dim=1).mean()
+
+
+def neighbour_prior(scores: Tensor, null_score: Tensor, temperature: Tensor) -> Tensor:
+    """log p(z|x) of each neighbour z of a text x, and last of the null passage, "read without a neighbour".
+
+    A softmax over what retrieval found and one null passage, after REALM (Guu et al. 2020, sections 3.1 and 3.4).
+
+    Args:
+        scores: (texts, k) s(x, z), cosines; NEGATIVE where a text has fewer neighbours.
+        null_score: () the score of the null passage, on the same scale.
+        temperature: () what all scores are divided by.
+
+    Returns:
+        (texts, k + 1) log-probabilities.
+    """
+    return torch.log_softmax(torch.cat([scores, null_score.expand(len(scores), 1)], dim=1) / temperature, dim=1)
+
+
+def marginal_label_log_probabilities(logits: Tensor, shift: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+    """log p(y|x) = log sum over z of p(z|x) p(y|x, z), with p(y|x, z) = softmax of the text's logits plus its neighbour's shift.
+
+    Args:
+        logits: (texts, labels) of the text alone, p(y|x, null passage).
+        shift: (labels, labels); row c is what a neighbour labelled c adds to the logits.
+        labels: (texts, k) label numbers of the neighbours.
+        prior: (texts, k + 1) from `neighbour_prior`.
+
+    Returns:
+        (texts, labels) log-probabilities.
+    """
+    given = torch.cat([logits[:, None, :] + shift[labels], logits[:, None, :]], dim=1)  # (texts, k + 1, labels)
+    return torch.logsumexp(prior[:, :, None] + torch.log_softmax(given, dim=2), dim=1)
+
+
+def label_loss(log_probabilities: Tensor, gold: Tensor) -> Tensor:
+    """Mean over texts of -log p(gold label | text); (texts, labels) log-probabilities, (texts,) label numbers."""
+    return -log_probabilities.gather(1, gold[:, None]).mean()
+
+
+def bag_of_words_loss(log_probabilities: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over texts of the mean of -log p(token | text) over the text's bag of tokens.
+
+    With one token a text it is the cross-entropy of predicting one masked token.
+
+    Args:
+        log_probabilities: (texts, vocabulary).
+        texts: (targets,) which text each target belongs to, in [0, texts); every text has one at least.
+        tokens: (targets,) token ids.
+    """
+    losses = -log_probabilities[texts, tokens]
+    counts = torch.bincount(texts, minlength=len(log_probabilities))
+    return (losses / counts[texts]).sum() / len(log_probabilities)

@@ -31,4 +31,7 @@ class Objective:
 OBJECTIVES = {
     "reader": Objective("openbook_training.tasks.reader", "Reader", "spans of retrieved passages that answer a question"),
     "retriever": Objective("openbook_training.tasks.retriever", "Retriever", "the embedder, on questions with their passages"),
+    "classifier": Objective("openbook_training.tasks.classifier", "Classifier", "labels of texts, from labelled neighbours and the model"),
+    "verification": Objective("openbook_training.tasks.verification", "Verification", "claims that evidence supports or refutes"),
+    "vocab_head": Objective("openbook_training.tasks.vocab_head", "VocabHead", "words that a text is about, from its pooled vector"),
 }

@@ -1,0 +1,184 @@
+"""Heads in a bundle: the graph computes what was trained, and the manifest says what a caller must know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from openbook_export.errors import CheckpointUnsupported, ExportFailed
+from openbook_export.export import ExportOptions, export_bundle
+from openbook_export.heads import load_head
+from openbook_export.parity import check_parity
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.command_info import _bundle as describe
+from openbook_server.errors import BundleInvalid
+from openbook_server.runtime import Graph, build_device
+from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.errors import CheckpointNotFound
+from openbook_training.heads import HeadModel, LabelHead, RowEncoder, VocabHead, build_head_model, load_backbone, load_head_model
+from torch import nn
+
+LABELS = ["cold", "leafy", "warm"]
+TEXTS = [
+    ("red", ""),
+    ("the king read a book", ""),
+    ("one two three city river king book", ""),
+    ("what was it, in the case of a blue book?", ""),
+]
+PAIRS = [(text, "the river was blue") for text, _ in TEXTS]
+OBJECTIVES = {
+    "topics": {"objective": "classifier", "pair": False, "max_tokens": 24, "labels": LABELS, "temperature": 0.05},
+    "claims": {"objective": "verification", "pair": True, "max_tokens": 40, "labels": ["no", "yes"], "temperature": 0.0},
+    "words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": True},
+    "own_words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": False},
+}
+
+
+def silent(line: str) -> None:
+    """Progress goes nowhere."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return resolve_checkpoint(str(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def heads(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of every objective as `openbook train` leaves one; random, so that adapter and head matter."""
+    torch.manual_seed(2)
+    folders = {}
+    for name, settings in OBJECTIVES.items():
+        backbone = load_backbone(checkpoint)
+        dim = backbone.config.hidden_size
+        head: nn.Module = (
+            LabelHead(dim, len(settings["labels"]), temperature=settings["temperature"])  # type: ignore[arg-type]
+            if "labels" in settings
+            else VocabHead(backbone.embeddings.word_embeddings.weight, tied=bool(settings["tied"]))
+        )
+        model = build_head_model(checkpoint, head, backbone, lora_rank=2, lora_alpha=2)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.3)
+        folders[name] = tmp_path_factory.mktemp("heads") / name
+        model.save(folders[name], checkpoint, settings)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Checkpoint, tiny_reader: Path, heads: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    return export_bundle(
+        ExportOptions(checkpoint=checkpoint.name, bundle=folder, reader=tiny_reader, heads=heads, int8=True, name="tiny"), silent
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_graph_gives_the_distribution_of_the_trained_model(
+    bundle: Bundle, checkpoint: Checkpoint, heads: dict[str, Path], name: str
+) -> None:
+    """The oracle is the model as training loads it, its adapter not merged."""
+    model, settings = load_head_model(checkpoint, heads[name])
+    encoder = RowEncoder(checkpoint, max_tokens=settings["max_tokens"])
+    rows = encoder.rows(PAIRS if settings["pair"] else TEXTS)
+    inputs = encoder.batch(rows, torch.device("cpu"))
+    with torch.inference_mode():
+        expected = model(inputs).exp().numpy()
+    feed = {what: values.numpy() for what, values in inputs.items()}
+    for precision, tolerance in (("fp32", 1e-4), ("fp16", 0.02), ("int8", 0.5)):
+        actual = Graph(bundle.graph_path(name, precision), build_device("cpu", precision)).run(feed)["probability"]
+        assert actual.shape == expected.shape
+        assert actual.sum(1) == pytest.approx(np.ones(len(rows)), abs=1e-3)
+        assert np.abs(actual - expected).sum(1).max() / 2 <= tolerance, precision
+    assert np.abs(expected[0] - expected[2]).sum() > 0.05  # the text matters
+
+
+def test_a_caller_learns_labels_and_limits_from_the_bundle(bundle: Bundle, heads: dict[str, Path]) -> None:
+    assert set(bundle.heads) == set(OBJECTIVES)
+    topics, claims, words = bundle.heads["topics"], bundle.heads["claims"], bundle.heads["words"]
+    assert (topics.objective, topics.pair, topics.max_tokens, topics.labels) == ("classifier", False, 24, tuple(LABELS))
+    assert (claims.objective, claims.pair, claims.labels) == ("verification", True, ("no", "yes"))
+    assert words.labels == ()
+    assert bundle.tasks == ("embed", "answer")  # what a server does with it; it serves no heads
+    measured = bundle.manifest["heads"]["topics"]["measured"]
+    assert measured["fp32"]["fused"]["Attention"] == 2
+    assert measured["fp32"]["parity"]["distance"] <= 1e-4
+    assert set(bundle.manifest["source"]["head_digests"]) == set(heads)
+    assert str(heads["topics"].parent) not in json.dumps(bundle.manifest)
+    facts = describe(bundle.folder)
+    assert facts["topics"] == "classifier, 3 labels, 24 tokens a text, graphs fp16, fp32, int8"
+    assert facts["claims"].startswith("verification, 2 labels, 40 tokens a pair")
+    assert facts["words"].startswith("vocab_head, the vocabulary, 24 tokens a text")
+
+
+def test_heads_change_nothing_of_embedder_and_reader(bundle: Bundle, tiny_bundle: Path) -> None:
+    plain = load_bundle(tiny_bundle)
+    assert bundle.embedder == plain.embedder
+    for file in ("embedder.fp32.onnx", "embedder.fp16.onnx", "reader.fp32.onnx", "reader.int8.onnx"):
+        assert bundle.manifest["files"][file] == plain.manifest["files"][file]
+
+
+def test_golden_vectors_and_digests_cover_the_heads(bundle: Bundle, tmp_path: Path) -> None:
+    golden = bundle.golden()
+    for name in OBJECTIVES:
+        assert golden[f"{name}/probability"].shape[0] == len(golden[f"{name}/input_ids"])
+    arrays = {name.removeprefix("topics/"): values for name, values in golden.items() if name.startswith("topics/")}
+    wrong = arrays | {"probability": arrays["probability"][::-1]}
+    with pytest.raises(ExportFailed, match=r"is not the model it was exported from: distance 0\.\d+; allowed: .*distance at most 0.001"):
+        check_parity(bundle.graph_path("topics", "fp32"), "fp32", arrays, wrong)
+    copy = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
+    (copy / "topics.fp16.onnx").unlink()
+    with pytest.raises(BundleInvalid, match=r"lacks topics.fp16.onnx"):
+        load_bundle(copy)
+    with pytest.raises(BundleInvalid, match=r"it has no sentiment, only embedder, reader, claims, .*`openbook export --task` adds one"):
+        bundle.graph_path("sentiment", "fp32")
+
+
+def stating(folder: Path, **changes: object) -> None:
+    """Change what task.json states."""
+    file = folder / "task.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"base_digest": "0" * 64, "base_checkpoint": "other"}, CheckpointNotFound, r"was trained on 'other' with digest 0000"),
+        ({"labels": [1, 2, 3]}, CheckpointUnsupported, r"--task topics=.*'labels' is no list of texts"),
+        ({"pair": "no", "objective": None}, CheckpointUnsupported, r"'objective' is None, 'pair' is 'no'"),
+        ({"max_tokens": 2}, CheckpointUnsupported, r"max_tokens 2 holds no token"),
+        ({"labels": 3}, CheckpointNotFound, r"does not load"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused_with_a_reason(
+    checkpoint: Checkpoint, heads: dict[str, Path], tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    folder = Path(shutil.copytree(heads["topics"], tmp_path / "topics"))
+    stating(folder, **changes)
+    with pytest.raises(error, match=message):
+        load_head(checkpoint, "topics", folder)
+
+
+def test_a_missing_or_damaged_head_leaves_no_bundle(checkpoint: Checkpoint, heads: dict[str, Path], tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(heads["topics"], tmp_path / "damaged"))
+    (damaged / "head.safetensors").write_bytes(b"short")
+    for folder, message in ((tmp_path / "absent", "task.json cannot be read"), (damaged, "does not load")):
+        with pytest.raises(CheckpointNotFound, match=message):
+            export_bundle(ExportOptions(checkpoint=checkpoint.name, bundle=tmp_path / "bundle", heads={"topics": folder}), silent)
+    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}
+
+
+def test_a_folder_that_is_loaded_and_saved_again_holds_the_same_head(
+    checkpoint: Checkpoint, heads: dict[str, Path], tmp_path: Path
+) -> None:
+    model, settings = load_head_model(checkpoint, heads["words"])
+    again = tmp_path / "again"
+    model.save(again, checkpoint, settings)
+    reloaded, _ = load_head_model(checkpoint, again)
+    assert isinstance(reloaded, HeadModel)
+    for (name, one), other in zip(model.head.named_parameters(), reloaded.head.parameters(), strict=True):
+        assert torch.equal(one, other), name

@@ -1,0 +1,140 @@
+"""Data files row by row: what is read, and how a bad row is named while the others are used."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from openbook_training.errors import InvalidData
+from openbook_training.labelled import Columns, Labelled, draw_shots, hold_out_by_label, load_labelled
+from openbook_training.rows import read_rows, report_left_out
+from rich.console import Console
+
+COLUMNS = Columns(text="text", label="label")
+
+
+def test_a_csv_file_may_hold_lines_within_a_field_and_rows_are_named_by_their_first_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('text,label\n"two\nlines",x\nplain,\n,y\nlast,z,surplus\nend,x\n')
+    rows, problems = load_labelled(str(file), COLUMNS)
+    assert [(row.text, row.label) for row in rows] == [("two\nlines", "x"), ("end", "x")]
+    assert rows[1].place == f"{file}: line 7"
+    assert problems == [
+        f"{file}: line 4: 'label' is empty",
+        f"{file}: line 5: 'text' is empty",
+        f"{file}: line 6: 1 fields more than the header names",
+    ]
+
+
+def test_json_lines_give_the_same_rows_and_one_bad_line_fails_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [
+        {"text": " good ", "label": 0},
+        {"text": 7, "label": "x"},
+        {"text": "t"},
+        {"text": "t", "label": None},
+        {"text": "t", "label": []},
+    ]
+    lines = [json.dumps(row).encode() for row in rows] + [b"", b"[]", b"{", b'{"text": "\xff", "label": 1}', b'{"text": "u", "label": 1}']
+    file.write_bytes(b"\n".join(lines))
+    read, problems = load_labelled(str(file), COLUMNS)
+    assert [(row.place, row.text, row.label) for row in read] == [(f"{file}: line 1", "good", "0"), (f"{file}: line 10", "u", "1")]
+    reasons = [
+        "'text' is 7, no text",
+        "no column 'label', only text",
+        "'label' is empty",
+        "'label' is empty",
+        "is no JSON object",
+        "is not",
+    ]
+    for problem, number, reason in zip(problems, (2, 3, 4, 5, 7, 8), reasons, strict=False):
+        assert problem.startswith(f"{file}: line {number}: {reason}")
+    assert len(problems) == 7
+
+
+def test_a_label_that_the_training_data_have_not_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "dev.csv"
+    file.write_text("text,label\na,x\nb,new\n")
+    rows, problems = load_labelled(str(file), COLUMNS, known=["x", "y"])
+    assert [row.label for row in rows] == ["x"]
+    assert problems == [f"{file}: line 3: label 'new' is none of the 2 that the training data have"]
+
+
+def test_evidence_in_sentences_is_one_text_and_must_not_be_missing(tmp_path: Path) -> None:
+    file = tmp_path / "claims.jsonl"
+    rows = [{"claim": "c", "label": "yes", "evidence": ["one .", "two ."]}, {"claim": "c", "label": "yes", "evidence": []}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    read, problems = load_labelled(str(file), Columns(text="claim", label="label", evidence="evidence"))
+    assert [(row.text, row.evidence) for row in read] == [("c", "one . two .")]
+    assert problems == [f"{file}: line 2: 'evidence' is empty"]
+
+
+def test_a_dataset_on_the_disk_is_read_by_name_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own reader is not loaded; what it returns is a list of rows that knows its classes."""
+
+    class Classes:
+        names = ("negative", "positive")
+
+    class Rows(list[dict[str, object]]):
+        features = {"text": object(), "label": Classes()}  # noqa: RUF012  # as the library has it
+
+    stored = Rows([{"text": "bad", "label": 0}, {"text": "good", "label": 1}, {"text": "unknown", "label": -1}])
+    monkeypatch.setattr("openbook_training.rows.dataset_rows", lambda source: stored)
+    rows, problems = load_labelled("some/name:train", COLUMNS)
+    assert [(row.place, row.text, row.label) for row in rows] == [
+        ("some/name:train: row 1", "bad", "negative"),
+        ("some/name:train: row 2", "good", "positive"),
+    ]
+    assert problems == ["some/name:train: row 3: 'label' is empty"]
+
+
+def test_a_text_file_has_a_text_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n one \n\ntwo")
+    assert [(row.place[-6:], row.values) for row in read_rows(str(tmp_path / "a.txt"))] == [
+        ("line 2", {"text": "one"}),
+        ("line 4", {"text": "two"}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", b"text,label\n\xff,x\n"), ("a.txt", b"\xff"), ("a.jsonl", None)])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidData, match=rf"{name}.*(cannot be read|does not exist)"):
+        list(read_rows(str(tmp_path / name)))
+
+
+def test_what_was_left_out_is_counted_and_the_first_ones_are_named() -> None:
+    console = Console(file=io.StringIO())
+    report_left_out(console, "a.csv", 5, [f"a.csv: line {number}: 'text' is empty" for number in range(12)])
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "a.csv: 12 of 17 rows left out:"
+    assert lines[1] == "  a.csv: line 0: 'text' is empty"
+    assert lines[-1] == "  and 2 more"
+    with pytest.raises(InvalidData, match=r"a.csv: no usable row in it; line 1 is bad"):
+        report_left_out(console, "a.csv", 0, ["line 1 is bad"])
+
+
+def labelled(sizes: dict[str, int]) -> list[Labelled]:
+    return [Labelled(place=f"{label}{n}", text=f"{label} {n}", label=label) for label, size in sizes.items() for n in range(size)]
+
+
+def test_shots_are_so_many_of_each_label_and_depend_on_the_seed_alone() -> None:
+    rows = labelled({"a": 30, "b": 12, "c": 3})
+    drawn = draw_shots(rows, 5, seed=1)
+    assert [sum(row.label == label for row in drawn) for label in "abc"] == [5, 5, 3]
+    assert drawn == draw_shots(rows, 5, seed=1) == [row for row in rows if row in drawn]
+    assert drawn != draw_shots(rows, 5, seed=2)
+    assert draw_shots(rows, 0, seed=1) == rows
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, [0, 0, 0]), (9, [6, 3, 0]), (15, [10, 5, 0]), (99, [29, 14, 0])])
+def test_rows_are_held_out_of_every_label_in_proportion_and_each_label_keeps_one(count: int, expected: list[int]) -> None:
+    rows = labelled({"a": 30, "b": 15, "c": 1})
+    train, held = hold_out_by_label(rows, count)
+    assert [sum(row.label == label for row in held) for label in "abc"] == expected
+    assert sorted(row.place for row in [*train, *held]) == sorted(row.place for row in rows)
+    assert hold_out_by_label(rows, count) == (train, held)

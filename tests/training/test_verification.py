@@ -1,0 +1,79 @@
+"""Verification on a tiny checkpoint: the evidence decides, and the claim alone is reported beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from openbook_training.checkpoint import resolve_checkpoint
+from openbook_training.config import LoopConfig, load_config
+from openbook_training.heads import load_head_model
+from openbook_training.run import train
+from openbook_training.tasks import OBJECTIVES
+from openbook_training.tasks.verification import VerificationConfig, VerificationTask
+from rich.console import Console
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def write(file: Path, rows: int, seed: int) -> Path:
+    """Claims that say nothing about their label; the evidence has one of two words."""
+    rng = random.Random(seed)
+    lines = []
+    for number in range(rows):
+        supported = number % 2 == 0
+        claim = f"the {rng.choice(['king', 'river'])} was {rng.choice(['one', 'two'])}"
+        evidence = [f"it is {'red red red' if supported else 'blue blue blue'} .", f"a {rng.choice(['city', 'book'])} ."]
+        lines.append(json.dumps({"claim": claim, "label": "SUPPORTS" if supported else "REFUTES", "evidence": evidence}))
+    file.write_text("\n".join(lines))
+    return file
+
+
+def config_in(folder: Path, checkpoint: Path) -> VerificationConfig:
+    return VerificationConfig(
+        output=str(folder / "run"),
+        checkpoint=str(checkpoint),
+        train=str(write(folder / "train.jsonl", 64, 1)),
+        dev=str(write(folder / "dev.jsonl", 40, 2)),
+        held_out=16,
+        max_tokens=32,
+        lora_rank=2,
+        lora_alpha=2,
+        loop=LoopConfig(epochs=12, batch_examples=8, precision="fp32", learning_rate=1e-2, average_decay=0.9, evaluate_every_epochs=4),
+    )
+
+
+def test_evidence_decides_and_the_claim_alone_is_no_better_than_chance(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    metrics = train(OBJECTIVES["verification"], config, resume=False, console=quiet())
+    assert metrics["dev_model_accuracy"] >= 95
+    assert metrics["dev_model_macro_f1"] >= 95
+    assert 25 <= metrics["dev_claim_only_accuracy"] <= 75
+    assert metrics["score"] == metrics["held_out_model_accuracy"]
+    model, settings = load_head_model(resolve_checkpoint(config.checkpoint), tmp_path / "run" / "best")
+    assert (settings["objective"], settings["pair"], settings["labels"]) == ("verification", True, ["REFUTES", "SUPPORTS"])
+    task = VerificationTask(config, quiet())
+    with torch.inference_mode():
+        again = task.probabilities(model, task.dev, alone=False)
+    assert 100 * (again.argmax(1) == task.gold[task.dev]).mean() == pytest.approx(metrics["dev_model_accuracy"])
+
+
+def test_a_claim_is_read_beside_its_evidence_in_the_second_segment_or_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    task = VerificationTask(config_in(tmp_path, tiny_checkpoint), quiet())
+    beside, alone = task.encoder.rows(task.found([0, 0], [False, True]).texts)
+    decoded = task.encoder.tokenizer.decode(beside[0], skip_special_tokens=False)
+    row = task.rows[0]
+    assert decoded.startswith(f"[CLS] {row.text} [SEP] it is ")
+    assert beside[1] == [0] * len(alone[0]) + [1] * (len(beside[0]) - len(alone[0]))
+    assert beside[0][: len(alone[0])] == alone[0]
+    assert set(alone[1]) == {0}
+
+
+def test_the_shipped_recipe_is_valid() -> None:
+    load_config(Path(__file__).parents[2] / "training" / "configs" / "verification.toml", VerificationConfig)

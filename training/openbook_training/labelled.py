@@ -1,0 +1,104 @@
+"""Texts with labels: reading them, drawing a few of each label, setting some aside to choose by."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openbook_training.rows import read_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Where a row keeps what; a list of sentences counts as one text."""
+
+    text: str
+    label: str
+    evidence: str = ""  # "" = texts are labelled by themselves
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """A text, what it is to be read beside, and its label."""
+
+    place: str  # file and line: the example's name
+    text: str
+    label: str
+    evidence: str = ""
+
+
+def load_labelled(source: str, columns: Columns, known: Collection[str] = ()) -> tuple[list[Labelled], list[str]]:
+    """Read labelled texts from a .csv or .jsonl file or a Hugging Face dataset (`NAME:SPLIT`).
+
+    Args:
+        known: the labels that are accepted; empty = all.
+
+    Returns:
+        The usable rows, and for every other one its place and what is wrong with it.
+
+    Raises:
+        InvalidData: the source as a whole cannot be read.
+    """
+    rows: list[Labelled] = []
+    problems: list[str] = []
+    for row in read_rows(source):
+        text, label = _text(row.values.get(columns.text)), _label(row.values.get(columns.label))
+        evidence = _text(row.values.get(columns.evidence)) if columns.evidence else ""
+        problem = row.problem
+        for column, value in ((columns.text, text), (columns.label, label), *(((columns.evidence, evidence),) if columns.evidence else ())):
+            if not problem and not value:
+                problem = _reason(column, row.values)
+        if not problem and known and label not in known:
+            problem = f"label {label!r} is none of the {len(known)} that the training data have"
+        if problem:
+            problems.append(f"{row.place}: {problem}")
+        else:
+            rows.append(Labelled(place=row.place, text=text, label=label, evidence=evidence))
+    return rows, problems
+
+
+def draw_shots(rows: Sequence[Labelled], shots: int, seed: int) -> list[Labelled]:
+    """`shots` rows of every label, or all that there are, in the order of the file; all rows where `shots` is 0."""
+    if not shots:
+        return list(rows)
+    chosen: set[int] = set()
+    for label, numbers in _by_label(rows).items():
+        chosen.update(random.Random(f"{seed}/{label}").sample(numbers, min(shots, len(numbers))))
+    return [row for number, row in enumerate(rows) if number in chosen]
+
+
+def hold_out_by_label(rows: Sequence[Labelled], count: int) -> tuple[list[Labelled], list[Labelled]]:
+    """Split off `count` rows, of every label in proportion, the same ones on every machine; each label keeps at least one."""
+    ranked: list[tuple[float, str, int]] = []
+    for label, numbers in _by_label(rows).items():
+        order = sorted(numbers, key=lambda number: hashlib.sha256(rows[number].text.encode()).digest())
+        ranked += [((rank + 0.5) / len(order), label, number) for rank, number in enumerate(order[:-1])]
+    held = {number for _, _, number in sorted(ranked)[:count]}
+    return [row for number, row in enumerate(rows) if number not in held], [row for number, row in enumerate(rows) if number in held]
+
+
+def _by_label(rows: Sequence[Labelled]) -> dict[str, list[int]]:
+    numbers: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        numbers.setdefault(row.label, []).append(number)
+    return numbers
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = " ".join(value)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _label(value: Any) -> str:
+    return str(value).strip() if isinstance(value, str | int) else ""
+
+
+def _reason(column: str, values: dict[str, Any]) -> str:
+    if column not in values:
+        return f"no column {column!r}, only {', '.join(sorted(map(str, values))) or 'none'}"
+    value = values[column]
+    return f"{column!r} is empty" if value is None or value in ("", []) or str(value).isspace() else f"{column!r} is {value!r:.40}, no text"

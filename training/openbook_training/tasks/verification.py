@@ -1,0 +1,50 @@
+"""`openbook train verification`: is a claim supported or refuted by the evidence beside it?
+
+A claim and its evidence are one pair, [CLS] claim [SEP] evidence [SEP], segments 0 and 1. Reported beside each other are
+`model`, which reads both, and `claim_only`, the same weights on the claim without any evidence, trained so in a share of
+the examples: claims give away more than they should (Schuster et al. 2019), and a verifier is worth what it gains over
+that. With `alone_share = 1.0` a run trains nothing but the claim-only baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Console
+from torch import nn
+
+from openbook_training.labelled import Columns
+from openbook_training.tasks.labels import Found, LabelConfig, LabelTask, Probabilities
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationConfig(LabelConfig):
+    """Settings of `openbook train verification`."""
+
+    output: str = "runs/verification"  # run folder: config, metrics, checkpoints, adapter and head
+    text_column: str = "claim"
+    evidence_column: str = "evidence"  # a text, or a list of sentences
+    max_tokens: int = 192  # claim, evidence and special tokens; the longer of the two is cut
+
+
+class VerificationTask(LabelTask):
+    chosen_by: ClassVar[str] = "model"
+
+    def __init__(self, config: VerificationConfig, console: Console) -> None:
+        columns = Columns(text=config.text_column, label=config.label_column, evidence=config.evidence_column)
+        super().__init__(config, console, columns, max_tokens=config.max_tokens)
+
+    def found(self, numbers: Sequence[int], alone: Sequence[bool]) -> Found:
+        rows = [self.rows[number] for number in numbers]
+        return Found([(row.text, "" if claim_only else row.evidence) for row, claim_only in zip(rows, alone, strict=True)])
+
+    def readings(self, model: nn.Module, numbers: Sequence[int], *, choose: bool) -> dict[str, Probabilities]:
+        return {
+            "claim_only": self.probabilities(model, numbers, alone=True),
+            "model": self.probabilities(model, numbers, alone=False),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        return {"objective": "verification", "pair": True}

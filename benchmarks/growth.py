@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from driver import memory_mb, percentile
 from numpy.typing import NDArray
-from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.records import SearchMode
 
 CHUNK = 1_000  # documents a write
@@ -70,7 +71,7 @@ def measure(passages: int, dim: int, queries: int) -> dict[str, float]:
     exact = np.argsort(-(asked @ stored.T), axis=1)[:, :DEPTH]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "kb"
-        knowledge_base = KnowledgeBase(folder, fingerprint=FINGERPRINT, dim=dim, create=True)
+        knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=dim, create=True)
         began = time.perf_counter()
         for documents, part in chunks(passages, stored, rng):
             rows = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document in documents]
@@ -81,7 +82,7 @@ def measure(passages: int, dim: int, queries: int) -> dict[str, float]:
         on_disk = folder_bytes(folder)
         before = memory_mb(os.getpid())
         began = time.perf_counter()
-        knowledge_base = KnowledgeBase(folder, fingerprint=FINGERPRINT, dim=dim)
+        knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=dim)
         opened = time.perf_counter() - began
         result = {
             "passages": passages,

@@ -169,7 +169,7 @@ def test_a_node_is_lost_in_the_middle_of_a_load(nodes: tuple[Node, Node], kills:
                     with pytest.raises(KnowledgeBaseUnavailable):
                         write(strict, "2", ["a"])
                     for ask in (lambda: single.search(["of"], None, SearchOptions(top_k=9, mode="lexical")), single.counts):
-                        with pytest.raises(KnowledgeBaseUnavailable, match="nothing is answered from a part"):
+                        with pytest.raises(KnowledgeBaseUnavailable):  # never an answer from the half that is left
                             ask()
                 second.start()
                 assert not client.cluster.health(wait_for_status="green", timeout="120s")["timed_out"]

@@ -147,3 +147,27 @@ def test_a_projection_is_saved_with_its_graph_and_checked(tmp_path: Path, damage
     knowledge_base = opened()
     assert knowledge_base.graph_width == DIM
     knowledge_base.close()
+
+
+def test_a_graph_that_was_built_again_is_saved_so_that_the_next_start_need_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vectors = flat(600, 12, seed=1)
+
+    def opened() -> EmbeddedKnowledgeBase:
+        return EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=100)
+
+    knowledge_base = opened()
+    documents = [(Document(id=f"d{n}", text="x"), "d") for n in range(600)]
+    passages = [Passage(id=f"d{n}#0", document_id=f"d{n}", text="x", start=0) for n in range(600)]
+    knowledge_base.replace_documents(documents, passages, vectors)
+    knowledge_base.snapshot()
+    knowledge_base.delete_documents([f"d{n}" for n in range(400)])
+    knowledge_base.snapshot()
+    knowledge_base.close()
+    rebuilt = "most of its rows are deleted"
+    with caplog.at_level(logging.INFO):
+        for expected in (True, False):
+            caplog.clear()
+            knowledge_base = opened()
+            assert (rebuilt in caplog.text) == expected
+            knowledge_base.snapshot()
+            knowledge_base.close()

@@ -97,7 +97,7 @@ class EmbeddedKnowledgeBase:
     def _open_index(self, flat_limit: int) -> VectorIndex:
         live = self._store.numbers()
         snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._dim, sequence=self._store.sequence())
-        self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the newest snapshot goes
+        self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the snapshot of this very graph goes
         index = VectorIndex(
             self._dim,
             self._vectors,
@@ -111,8 +111,12 @@ class EmbeddedKnowledgeBase:
             log.info("building the index of %d passages that no snapshot holds", len(missing))
         for numbers, vectors in self._store.vectors(missing, self._dim):
             index.add(numbers, vectors)
-        index.optimise()
+        self._optimise(index)
         return index
+
+    def _optimise(self, index: VectorIndex) -> None:
+        if index.optimise():
+            self._saved = -1  # else every start from the old snapshot would build the graph again
 
     def _vectors(self, numbers: Sequence[int]) -> dict[int, Vectors]:
         """Stored vectors of those passages that are stored."""
@@ -176,10 +180,11 @@ class EmbeddedKnowledgeBase:
         if options.mode != "lexical":
             if vectors is None:
                 raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
-            horizon = self._store.last_number()
+            watch = self._watch if allowed is None and options.ef is None and self._index.graph_rows else None
+            horizon = self._store.last_number() if watch is not None else 0
             nearest = self._index.search(vectors, wanted, ef=options.ef, allowed=allowed)
-            if self._watch is not None and allowed is None and options.ef is None and self._index.graph_rows:
-                self._watch.offer(vectors, nearest, horizon)
+            if watch is not None:
+                watch.offer(vectors, nearest, horizon)
         found = []
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
             words = self._store.search_words(question, wanted, allowed) if options.mode != "dense" else {}
@@ -203,7 +208,7 @@ class EmbeddedKnowledgeBase:
 
     def optimise(self) -> None:
         self._index.flush()
-        self._index.optimise()
+        self._optimise(self._index)
 
     def snapshot(self) -> None:
         """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly."""

@@ -197,16 +197,19 @@ class VectorIndex:
         if self._graph is not None or len(self._flat) > self._flat_limit:
             self._move_to_graph()
 
-    def optimise(self) -> None:
+    def optimise(self) -> bool:
         """Build the graph again where it no longer suits its rows: more are deleted than alive, or they have become others than
-        those that its projection was learned from. Searches go on meanwhile."""
+        those that its projection was learned from. Searches go on meanwhile. Returns whether it was built again."""
         if self._graph is None:
-            return
+            return False
         self._checked_rows = len(self._graph.live)
         if self._graph.deleted > len(self._graph.live):
             self._rebuild("most of its rows are deleted")
         elif self._graph.projection is not None and not self._graph.projection.fits(self._sample(_CHECKED)):
             self._rebuild("its rows have become others than its projection was made for")
+        else:
+            return False
+        return True
 
     def _sample(self, rows: int) -> Vectors:
         """Vectors of some rows: of the buffer before there is a graph, then of the graph."""

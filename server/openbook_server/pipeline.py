@@ -154,6 +154,8 @@ class Pipeline:
                     for at in unsettled
                     if not is_settled(texts[at], readings[at], priors[at], null_bias=reader.null_bias, settling=settling)
                 ]
+            if not unsettled:
+                break
         return readings
 
     def close(self) -> None:

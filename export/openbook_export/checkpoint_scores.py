@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from openbook_training.bootstrap import interval, paired_difference
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.embedding import TextEncoder, encode
+from openbook_training.pretrained import best_device
 from openbook_training.progress import progress
 from openbook_training.retrieval import RetrievalSet
 from openbook_training.retrieval_metrics import answer_hits, score_retrieval
-from openbook_training.squad import Question, exact_match, f1
+from openbook_training.squad import Question, answer_scores
 from rich.console import Console
 
 from openbook_export.models import load_embedder, load_reader
@@ -40,7 +41,7 @@ def measure_retrievers(checkpoint: Checkpoint, adapters: Sequence[Path | None], 
         CheckpointUnsupported: see `load_embedder`; nothing has been measured yet.
     """
     embedders = [load_embedder(checkpoint, adapter) for adapter in adapters]
-    encoder, device = TextEncoder(checkpoint), _device()
+    encoder, device = TextEncoder(checkpoint), best_device()
     texts = [encoder.passage_text(passage.title, passage.text) for passage in data.passages]
     texts += [question.text for question in data.questions]
     measured = []
@@ -87,19 +88,14 @@ def measure_readers(checkpoint: Checkpoint, folders: Sequence[Path], questions: 
         CheckpointUnsupported: see `load_reader`; nothing has been measured yet.
     """
     readers = [load_reader(checkpoint, folder) for folder in folders]
-    device = _device()
+    device = best_device()
     measured: list[Scores] = []
     for folder, reader in zip(folders, readers, strict=True):
         reader.model.to(device)
         with progress(console, f"reading with {folder}", len(questions)) as update:
             answers = pytorch_answers(reader, pair_encoder(checkpoint, reader), questions, device=device, report=update)
-        pairs = list(zip(answers, questions, strict=True))
-        measured.append(
-            {
-                "em": np.array([exact_match(answer, question.answers) for answer, question in pairs]),
-                "f1": np.array([f1(answer, question.answers) for answer, question in pairs]),
-            }
-        )
+        scores = answer_scores(answers, [question.answers for question in questions])
+        measured.append({what: np.array(values) for what, values in scores.items()})
     return compared(*measured)
 
 
@@ -140,7 +136,3 @@ def table(report: Mapping[str, Any]) -> str:
 
 def _range(found: Mapping[str, float], sign: str = "") -> str:
     return f"{found['low']:{sign}.1f} to {found['high']:{sign}.1f}"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

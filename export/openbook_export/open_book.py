@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from openbook_training.beir import Query, load_queries
 from openbook_training.errors import InvalidData
-from openbook_training.squad import exact_match, f1, holds_answer
+from openbook_training.squad import answer_scores, holds_answer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, 
         metrics[f"answer-hit@{depth}"] = (
             100 * sum(any(holds_answer(hit.text, query.answers) for hit in hits[:depth]) for query, hits, _ in rows) / count
         )
-    metrics["EM"] = 100 * sum(exact_match(text or "", query.answers) for query, _, text in rows) / count
-    metrics["F1"] = 100 * sum(f1(text or "", query.answers) for query, _, text in rows) / count
+    scores = answer_scores([text or "" for _, _, text in rows], [query.answers for query, _, _ in rows])
+    metrics |= {what.upper(): 100 * sum(values) / count for what, values in scores.items()}
     metrics["questions"] = len(rows)
     metrics["failed"] = sum(text is None for _, _, text in rows)
     return metrics

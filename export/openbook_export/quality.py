@@ -11,7 +11,7 @@ import torch
 from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.reader import Pair, PairEncoder, predict
-from openbook_training.squad import Question, exact_match, f1
+from openbook_training.squad import Question, answer_scores
 
 from openbook_export.errors import ExportFailed
 from openbook_export.models import ReaderModel
@@ -101,8 +101,5 @@ def _batch(pairs: Sequence[Pair], pad: int) -> dict[str, np.ndarray]:
 
 
 def _scores(answers: Sequence[str], questions: Sequence[Question]) -> Scores:
-    pairs = list(zip(answers, questions, strict=True))
-    return {
-        "em": 100 * sum(exact_match(answer, question.answers) for answer, question in pairs) / len(pairs),
-        "f1": 100 * sum(f1(answer, question.answers) for answer, question in pairs) / len(pairs),
-    }
+    scores = answer_scores(answers, [question.answers for question in questions])
+    return {what: 100 * sum(values) / len(values) for what, values in scores.items()}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from openbook_training.errors import InvalidData
-from openbook_training.rows import read_rows, report_left_out
+from openbook_training.rows import build_rows, read_rows, report_left_out
 
 T = TypeVar("T")
 
@@ -103,17 +103,7 @@ def _judgements(folder: Path, console: Console) -> dict[str, dict[str, float]]:
 
 
 def _build(file: Path, build: Callable[[Mapping[str, Any]], T], console: Console) -> list[T]:
-    built: list[T] = []
-    problems: list[str] = []
-    for row in read_rows(str(file)):
-        problem = row.problem
-        if not problem:
-            try:
-                built.append(build(row.values))
-            except (ValueError, AttributeError) as error:
-                problem = str(error)
-        if problem:
-            problems.append(f"{row.place}: {problem}")
+    built, problems = build_rows(read_rows(str(file)), lambda row: build(row.values))
     report_left_out(console, str(file), len(built), problems)
     return built
 

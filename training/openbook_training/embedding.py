@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
-from transformers import AutoTokenizer
 
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import CHUNK_TOKENS, length_chunks, restored
-from openbook_training.errors import CheckpointNotFound
 from openbook_training.pooling import pool
+from openbook_training.pretrained import fast_tokenizer
 
 TITLE_TOKENS, SEPARATOR = 32, "\n"  # as the server puts a title before its passage; a test holds the two together
 
@@ -21,12 +20,8 @@ class TextEncoder:
     """Texts as token ids by the tokenizer's own template; what is over the limit is cut before the closing special token."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        if not tokenizer.is_fast:
-            raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
+        tokenizer = fast_tokenizer(checkpoint)
         self._tokenizer = tokenizer.backend_tokenizer
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self.pad: int = tokenizer.pad_token_id or 0
 
     def rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

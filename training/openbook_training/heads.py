@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,18 +19,16 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 from openbook_training.adapters import add_adapter, save_adapter
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.objectives import marginal_label_log_probabilities, neighbour_prior
 from openbook_training.pooling import pool
+from openbook_training.pretrained import fast_tokenizer, load_backbone
 
 HEAD, TASK = "head.safetensors", "task.json"
 NULL_SCORE = 0.5  # cosine at which a neighbour and the null passage begin as equals; trained
-CHUNK_TOKENS = 4096  # padded tokens of an evaluation's forward pass; larger falls out of the processor's cache
 
 TokenRow = tuple[list[int], list[int]]  # ids and segments of one text or pair
 
@@ -39,13 +37,10 @@ class RowEncoder:
     """Texts, or pairs of them, as token ids by the tokenizer's own templates, cut at the longer side to `max_tokens`."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_tokens: int) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        if not tokenizer.is_fast:
-            raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
+        tokenizer = fast_tokenizer(checkpoint)
         self.pad, self.mask = tokenizer.pad_token_id or 0, tokenizer.mask_token_id
         self.special = frozenset(tokenizer.all_special_ids)  # they are no words, [UNK] among them
         self.tokenizer = tokenizer.backend_tokenizer
-        self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="longest_first")
 
     def rows(self, texts: Sequence[tuple[str, str]]) -> list[TokenRow]:
@@ -136,23 +131,6 @@ class HeadModel(nn.Module):
         (folder / TASK).write_text(json.dumps(settings | stated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1) -> Any:
-    """The transformer without its own pooler. Attention dropout is off: on a CPU it costs as much as the attention itself."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn that the pooler is left out, which is meant
-    model = AutoModel.from_pretrained(
-        checkpoint.folder,
-        add_pooling_layer=False,
-        attn_implementation="eager",
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=0.0,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
-    logging.set_verbosity(verbosity)
-    return model
-
-
 def build_head_model(checkpoint: Checkpoint, head: nn.Module, backbone: Any, *, lora_rank: int, lora_alpha: int) -> HeadModel:
     """`head` on `backbone`, which gets trainable low-rank updates."""
     return HeadModel(add_adapter(backbone, backbone, rank=lora_rank, alpha=lora_alpha), checkpoint.pooling, head)
@@ -201,16 +179,3 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointNotFound(f"{folder}: {TASK} holds no JSON object")
     return settings
-
-
-def chunks(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
-    """Numbers of the rows, shortest first, as many at a time as a forward pass takes: CHUNK_TOKENS, padding included."""
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
-    chunk: list[int] = []
-    for number in order:
-        if chunk and (len(chunk) + 1) * len(rows[number][0]) > CHUNK_TOKENS:
-            yield chunk
-            chunk = []
-        chunk.append(number)
-    if chunk:
-        yield chunk

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openbook_training.rows import read_rows
+from openbook_training.rows import Row, build_rows, read_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,22 +42,18 @@ def load_labelled(source: str, columns: Columns, known: Collection[str] = ()) ->
     Raises:
         InvalidData: the source as a whole cannot be read.
     """
-    rows: list[Labelled] = []
-    problems: list[str] = []
-    for row in read_rows(source):
+
+    def build(row: Row) -> Labelled:
         text, label = _text(row.values.get(columns.text)), _label(row.values.get(columns.label))
         evidence = _text(row.values.get(columns.evidence)) if columns.evidence else ""
-        problem = row.problem
         for column, value in ((columns.text, text), (columns.label, label), *(((columns.evidence, evidence),) if columns.evidence else ())):
-            if not problem and not value:
-                problem = _reason(column, row.values)
-        if not problem and known and label not in known:
-            problem = f"label {label!r} is none of the {len(known)} that the training data have"
-        if problem:
-            problems.append(f"{row.place}: {problem}")
-        else:
-            rows.append(Labelled(place=row.place, text=text, label=label, evidence=evidence))
-    return rows, problems
+            if not value:
+                raise ValueError(_reason(column, row.values))
+        if known and label not in known:
+            raise ValueError(f"label {label!r} is none of the {len(known)} that the training data have")
+        return Labelled(place=row.place, text=text, label=label, evidence=evidence)
+
+    return build_rows(read_rows(source), build)
 
 
 def draw_shots(rows: Sequence[Labelled], shots: int, seed: int) -> list[Labelled]:

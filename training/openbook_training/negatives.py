@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.embedding import TextEncoder, encode
+from openbook_training.pretrained import best_device
 from openbook_training.progress import progress
 from openbook_training.squad import occurrences
 
@@ -28,7 +29,7 @@ def embed(
 ) -> np.ndarray:
     """Unit vectors (len(texts), dim) float32 by the untouched checkpoint; `report` is told how many texts are done."""
     encoder = TextEncoder(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     model = AutoModel.from_pretrained(checkpoint.folder, attn_implementation="eager", dtype=torch.float32).eval().to(device)
     rows = encoder.rows(texts, checkpoint.max_tokens)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from openbook_training.adapters import add_adapter
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
+from openbook_training.pretrained import fast_tokenizer, load_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,8 @@ class PairEncoder:
     """Turns questions and passages into windows; remembers what it tokenised, for a corpus is read many times."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, stride: int, max_question_tokens: int) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        if not tokenizer.is_fast:
-            raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
+        tokenizer = fast_tokenizer(checkpoint)
         self._tokenizer = tokenizer.backend_tokenizer
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self.cls, self.sep, self.pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id or 0
         if max_tokens - max_question_tokens - 3 <= stride:
             raise InvalidConfig(f"max_tokens {max_tokens} leaves no room for a window beside the question; lower stride {stride}")
@@ -79,20 +75,8 @@ class PairEncoder:
 
 
 def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, adapter: str = "", dropout: float = 0.1) -> PeftModel:
-    """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer.
-
-    Attention dropout is off: on a CPU it costs as much as the attention itself.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn that the span head is new, which is the point of the training
-    model = AutoModelForQuestionAnswering.from_pretrained(
-        checkpoint.folder,
-        attn_implementation="eager",
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=0.0,
-        dtype=torch.float32,
-    )
-    logging.set_verbosity(verbosity)
+    """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer."""
+    model = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
     read_in_one_segment(model)
     if adapter:
         if not (Path(adapter) / "adapter_config.json").is_file():

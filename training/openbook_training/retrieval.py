@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from openbook_training.beir import Passage, load_corpus, load_queries
 from openbook_training.rows import report_left_out
-from openbook_training.squad import load_questions
+from openbook_training.squad import held_out_rows, load_questions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,18 +73,6 @@ def hold_out_passages(data: RetrievalSet, count: int) -> tuple[list[Asked], list
 
     No training question shares a gold passage with a held-out one. The same questions on every machine.
     """
-    asking: dict[int, list[int]] = {}
-    for number, question in enumerate(data.questions):
-        for passage in question.gold:
-            asking.setdefault(passage, []).append(number)
-    held: set[int] = set()
-    for passage in sorted(asking, key=lambda row: hashlib.sha256(data.passages[row].text.encode()).digest()):
-        if len(held) >= count:
-            break
-        reach = [passage]
-        while reach:
-            fresh = [number for number in asking[reach.pop()] if number not in held]
-            held.update(fresh)
-            reach += [row for number in fresh for row in data.questions[number].gold]
+    held = held_out_rows([question.gold for question in data.questions], lambda row: data.passages[row].text, count)
     everything = list(enumerate(data.questions))
     return [question for number, question in everything if number not in held], [q for number, q in everything if number in held]

@@ -6,13 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from transformers import AutoModel
-from transformers.utils import logging
 
 from openbook_training.adapters import add_adapter, save_adapter
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.pretrained import load_backbone
 
 SETTINGS = "retriever.json"
 
@@ -22,17 +20,7 @@ def build_retriever(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int) 
 
     No dropout: the update is small and held to the untouched vectors, and a text must not be two vectors of one batch.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn that the pooler of the pretraining is left out, which no vector needs
-    model = AutoModel.from_pretrained(
-        checkpoint.folder,
-        add_pooling_layer=False,
-        attn_implementation="eager",
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        dtype=torch.float32,
-    )
-    logging.set_verbosity(verbosity)
+    model = load_backbone(checkpoint, dropout=0.0)
     return add_adapter(model, model, rank=lora_rank, alpha=lora_alpha)
 
 

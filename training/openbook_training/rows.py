@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from openbook_training.errors import InvalidData
 
+T = TypeVar("T")
 NAMED = 10  # bad rows that are named one by one; the rest are counted
 
 
@@ -45,6 +46,25 @@ def read_rows(source: str) -> Iterator[Row]:
         yield from readers[path.suffix](path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidData(f"{source}: cannot be read ({error})") from error
+
+
+def build_rows(rows: Iterable[Row], build: Callable[[Row], T]) -> tuple[list[T], list[str]]:
+    """What `build` makes of each row, and of every row that is unreadable, or that it refuses, the place and the reason.
+
+    It refuses by raising ValueError, or one of the kinds that a row of an unexpected shape raises by itself.
+    """
+    built: list[T] = []
+    problems: list[str] = []
+    for row in rows:
+        problem = row.problem
+        try:
+            if not problem:
+                built.append(build(row))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        if problem:
+            problems.append(f"{row.place}: {problem}")
+    return built, problems
 
 
 def report_left_out(console: Console, source: str, used: int, problems: Sequence[str]) -> None:

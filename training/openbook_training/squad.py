@@ -11,7 +11,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from openbook_training.errors import InvalidData
-from openbook_training.rows import Row, read_rows, report_left_out
+from openbook_training.rows import Row, build_rows, read_rows, report_left_out
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)  # how a passage is named
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -79,6 +80,12 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max(_pair_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers or ("",))
 
 
+def answer_scores(predictions: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, list[float]]:
+    """ "em" and "f1" (0 to 1) of each prediction against its question's accepted answers."""
+    pairs = list(zip(predictions, accepted, strict=True))
+    return {"em": [exact_match(*pair) for pair in pairs], "f1": [f1(*pair) for pair in pairs]}
+
+
 def _pair_f1(predicted: list[str], gold: list[str]) -> float:
     if not predicted or not gold:
         return float(predicted == gold)
@@ -94,17 +101,8 @@ def load_questions(source: str, console: Console | None = None) -> list[Question
     Raises:
         InvalidData: the source is missing, or holds no usable row.
     """
-    questions: list[Question] = []
-    problems: list[str] = []
-    for row in _nested_rows(Path(source)) if source.endswith(".json") else read_rows(source):
-        problem = row.problem
-        try:
-            if not problem:
-                questions.append(_question(row.values))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        if problem:
-            problems.append(f"{row.place}: {problem}")
+    rows = _nested_rows(Path(source)) if source.endswith(".json") else read_rows(source)
+    questions, problems = build_rows(rows, lambda row: _question(row.values))
     report_left_out(console or Console(stderr=True), source, len(questions), problems)
     return questions
 
@@ -129,17 +127,31 @@ def spread(questions: list[T], count: int) -> list[T]:
 
 def hold_out(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
     """Split off about `count` questions with all their passages, the same ones on every machine."""
-    by_passage: dict[str, list[Question]] = {}
-    for question in questions:
-        by_passage.setdefault(question.context, []).append(question)
-    held: set[str] = set()
-    taken = 0
-    for context in sorted(by_passage, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        if taken >= count:
+    held = held_out_rows([[question.context] for question in questions], str, count)
+    return [q for row, q in enumerate(questions) if row not in held], [q for row, q in enumerate(questions) if row in held]
+
+
+def held_out_rows(passages: Sequence[Collection[K]], text_of: Callable[[K], str], count: int) -> set[int]:
+    """About `count` rows of questions, with all that share a passage with one of them, the same ones on every machine.
+
+    Args:
+        passages: of each question, at least one.
+        text_of: by which passages are put into an order that does not depend on that of the data.
+    """
+    asking: dict[K, list[int]] = {}
+    for row, names in enumerate(passages):
+        for name in names:
+            asking.setdefault(name, []).append(row)
+    held: set[int] = set()
+    for name in sorted(asking, key=lambda name: hashlib.sha256(text_of(name).encode()).digest()):
+        if len(held) >= count:
             break
-        held.add(context)
-        taken += len(by_passage[context])
-    return [q for q in questions if q.context not in held], [q for q in questions if q.context in held]
+        reach = [name]
+        while reach:
+            fresh = [row for row in asking[reach.pop()] if row not in held]
+            held.update(fresh)
+            reach += [other for row in fresh for other in passages[row]]
+    return held
 
 
 def _nested_rows(path: Path) -> Iterator[Row]:

@@ -21,14 +21,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from openbook_training.chunks import length_chunks
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, InvalidData
-from openbook_training.heads import HeadModel, LabelHead, RowEncoder, TokenRow, build_head_model, chunks, load_backbone
+from openbook_training.heads import HeadModel, LabelHead, RowEncoder, TokenRow, build_head_model
 from openbook_training.labelled import Columns, Labelled, draw_shots, hold_out_by_label, load_labelled
 from openbook_training.loop import length_grouped
 from openbook_training.metrics import label_metrics
 from openbook_training.neighbours import Neighbours
 from openbook_training.objectives import label_loss
+from openbook_training.pretrained import best_device, load_backbone
 from openbook_training.rows import report_left_out
 
 Probabilities = NDArray[np.float64]
@@ -92,7 +94,7 @@ class LabelTask(ABC):
         self.train, self.held_out = range(len(train)), range(len(train), len(train) + len(held_out))
         self.dev = range(len(train) + len(held_out), len(self.rows))
         self.gold = np.array([self.labels.index(row.label) for row in self.rows], np.int64)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = best_device()
         backbone = load_backbone(self.checkpoint)
         head = LabelHead(backbone.config.hidden_size, len(self.labels), temperature=temperature)
         self.model: nn.Module = build_head_model(self.checkpoint, head, backbone, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
@@ -144,7 +146,7 @@ class LabelTask(ABC):
         found = self.found(numbers, [alone] * len(numbers))
         encoded = self.encoder.rows(found.texts)
         probabilities = np.empty((len(numbers), len(self.labels)))
-        for chunk in chunks(encoded):
+        for chunk in length_chunks([len(ids) for ids, _ in encoded]):
             neighbours = found.neighbours.rows(chunk) if found.neighbours else None
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.loop.precision == "bf16"):
                 log_probabilities = self._forward(model, [encoded[row] for row in chunk], neighbours)

@@ -28,8 +28,9 @@ from openbook_training.errors import InvalidData
 from openbook_training.loop import length_grouped
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
+from openbook_training.pretrained import best_device
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
-from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions, occurrences, spread
+from openbook_training.squad import Question, answer_scores, hold_out, load_questions, occurrences, spread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ class ReaderTask:
         self.model: nn.Module = build_reader(
             self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, adapter=config.initial_adapter
         )
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = best_device()
 
     def summary(self) -> str:
         return (
@@ -138,10 +139,8 @@ class ReaderTask:
             for question in questions
         ]
         predictions = answer_all(model, self.encoder, read, self._config.max_answer_tokens, self._device, self._config.loop.precision)
-        return {
-            f"{name}_em": 100 * float(np.mean([exact_match(p, q.answers) for p, q in zip(predictions, questions, strict=True)])),
-            f"{name}_f1": 100 * float(np.mean([f1(p, q.answers) for p, q in zip(predictions, questions, strict=True)])),
-        }
+        scores = answer_scores(predictions, [question.answers for question in questions])
+        return {f"{name}_{what}": 100 * float(np.mean(values)) for what, values in scores.items()}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_adapter(cast(PeftModel, model), folder, self.checkpoint)

@@ -26,6 +26,7 @@ from openbook_training.embedding import TextEncoder, cut, encode
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import anchor_loss, matryoshka_loss
+from openbook_training.pretrained import best_device
 from openbook_training.record import metric_lines
 from openbook_training.retrieval import Asked, hold_out_passages, load_retrieval
 from openbook_training.retrieval_metrics import score_retrieval
@@ -89,7 +90,7 @@ class RetrieverTask:
         self._anchors = vectors[: len(passages)], vectors[len(passages) :]
         self._same = _first_of_each(passages)
         self._mined = self._mine(questions, [passage.text for passage in data.passages]) if max(config.negatives) else [[] for _ in texts]
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = best_device()
         self._untouched = self._metrics(self._anchors[0], self._anchors[1][len(self.train) :])
         console.print("untouched embedder: " + "\n  ".join(metric_lines(self._untouched)), soft_wrap=True, highlight=False)
 

@@ -22,12 +22,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from openbook_training.chunks import length_chunks
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, InvalidData
-from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model, chunks, load_backbone
+from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model
 from openbook_training.loop import length_grouped
 from openbook_training.objectives import bag_of_words_loss
-from openbook_training.rows import read_rows, report_left_out
+from openbook_training.pretrained import best_device, load_backbone
+from openbook_training.rows import Row, build_rows, read_rows, report_left_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +91,7 @@ class VocabHeadTask:
             rows, problems = _load(config.dev, config.text_column)
             self.dev = self._texts(rows, self._encode(rows), problems)
             report_left_out(console, config.dev, len(self.dev), problems)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = best_device()
         backbone = load_backbone(self.checkpoint)
         head = VocabHead(backbone.embeddings.word_embeddings.weight, tied=config.tied)
         self.unigram = _log_frequencies(self.train, len(head.output.bias))
@@ -160,7 +162,7 @@ class VocabHeadTask:
         pairs = [self.masked(text, random.Random(f"{self._config.loop.seed}/{row}")) for row, text in enumerate(texts)]
         surprise = unigram = 0.0
         first = ten = total = 0
-        for chunk in chunks([row for row, _ in pairs]):
+        for chunk in length_chunks([len(ids) for (ids, _), _ in pairs]):
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.loop.precision == "bf16"):
                 log_probabilities = model(self.encoder.batch([pairs[i][0] for i in chunk], self._device))
             owner, tokens = self._targets([pairs[i][1] for i in chunk])
@@ -186,14 +188,14 @@ class VocabHeadTask:
 
 def _load(source: str, column: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(place, text) of every usable row, and what is wrong with the others."""
-    rows, problems = [], []
-    for row in read_rows(source):
+
+    def build(row: Row) -> tuple[str, str]:
         text = row.values.get(column)
-        if row.problem or not isinstance(text, str) or not text.strip():
-            problems.append(f"{row.place}: {row.problem or f'no text in column {column!r}'}")
-        else:
-            rows.append((row.place, text.strip()))
-    return rows, problems
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"no text in column {column!r}")
+        return row.place, text.strip()
+
+    return build_rows(read_rows(source), build)
 
 
 def _log_frequencies(texts: Sequence[Text], vocabulary: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""What every objective takes from a checkpoint: its tokenizer, its weights, and the device they go to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from openbook_training.checkpoint import Checkpoint
+from openbook_training.errors import CheckpointNotFound
+
+
+def fast_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The transformers tokenizer; its `backend_tokenizer` neither pads nor truncates.
+
+    Raises:
+        CheckpointNotFound: it is none that keeps offsets.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    if not tokenizer.is_fast:
+        raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
+
+
+def load_model(kind: Any, checkpoint: Checkpoint, *, dropout: float, **settings: Any) -> Any:
+    """The checkpoint's weights in a transformers class, to be trained; its notice that a head is new or left out is silenced: it is meant.
+
+    Attention dropout is off: on a CPU it costs as much as the attention itself.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return kind.from_pretrained(
+            checkpoint.folder,
+            attn_implementation="eager",
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=0.0,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **settings,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1) -> Any:
+    """The transformer without its own pooler, see `load_model`."""
+    return load_model(AutoModel, checkpoint, dropout=dropout, add_pooling_layer=False)
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import grpc
@@ -53,6 +55,22 @@ class Driven:
 def drive(address: str, texts: Sequence[str], load: Load) -> Driven:
     """Run one phase; meant for a process of its own, so that the client does not hold up whoever measures."""
     return asyncio.run(_drive(address, texts, load))
+
+
+def drive_and_account(pool: Pool, address: str, pid: int, texts: Sequence[str], load: Load) -> tuple[Driven, float]:
+    """Run one phase in the pool's process; also the CPU seconds that the server `pid` used in it, warm-up left out."""
+    before = cpu_seconds(pid)
+    driven = pool.apply(drive, (address, texts, load))
+    return driven, load.seconds / (load.seconds + WARM_UP_SECONDS) * (cpu_seconds(pid) - before)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of `Embed` takes."""
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("texts", type=Path, help="JSON lines with `text` or `question`")
+    parser.add_argument("--limit", type=int, default=1024, help="texts used (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
 
 
 async def _drive(address: str, texts: Sequence[str], load: Load) -> Driven:

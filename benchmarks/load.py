@@ -18,9 +18,8 @@ import multiprocessing
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from driver import WARM_UP_SECONDS, Load, cpu_seconds, drive, percentile, started_server
+from driver import Load, add_arguments, drive_and_account, percentile, started_server
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -38,25 +37,19 @@ class Outcome:
 
 
 def measure(pool: multiprocessing.pool.Pool, address: str, pid: int, texts: Sequence[str], load: Load) -> Outcome:
-    before = cpu_seconds(pid)
-    driven = pool.apply(drive, (address, texts, load))
+    driven, cpu = drive_and_account(pool, address, pid, texts, load)
     took = sorted(ms for part in driven.milliseconds.values() for ms in part)
-    share = load.seconds / (load.seconds + WARM_UP_SECONDS)  # of the CPU time that was not warm-up
     return Outcome(
         load.texts_a_message * driven.count("OK") / load.seconds,
         *(percentile(took, at) for at in (50, 95, 99)),
         {status: len(part) for status, part in driven.milliseconds.items()},
-        1000 * share * (cpu_seconds(pid) - before) / max(1, load.texts_a_message * driven.calls),
+        1000 * cpu / max(1, load.texts_a_message * driven.calls),
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("texts", type=Path, help="JSON lines with `text` or `question`")
-    parser.add_argument("--limit", type=int, default=1024, help="texts used (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0)
+    add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="a phase (default: %(default)s)")
     arguments = parser.parse_args()

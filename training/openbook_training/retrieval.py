@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from openbook_training.beir import Passage, load_corpus, load_queries
-from openbook_training.rows import report_left_out
+from openbook_training.rows import Row, build_rows, read_rows, report_left_out
 from openbook_training.squad import held_out_rows, load_questions
 
 
@@ -40,6 +40,31 @@ def load_retrieval(source: str, console: Console) -> RetrievalSet:
         InvalidData: the source is missing, or holds no question with a gold passage.
     """
     return _of_beir(Path(source), console) if Path(source).is_dir() else _of_squad(source, console)
+
+
+def load_passages(source: str, console: Console) -> list[str]:
+    """Texts that nobody needs to have asked about, each once: a corpus in BEIR's layout, SQuAD-shaped questions, or texts.
+
+    A file of texts is .txt (one a line), or has a column "text" or "context" (.csv, .jsonl, `NAME:SPLIT` of a Hugging Face dataset).
+
+    Raises:
+        InvalidData: the source is missing, or holds no usable row.
+    """
+    if Path(source).is_dir():
+        texts = [passage.text for passage in load_corpus(Path(source), console)]
+    elif source.endswith(".json"):
+        texts = [question.context for question in load_questions(source, console)]
+    else:
+        texts, problems = build_rows(read_rows(source), _text_of)
+        report_left_out(console, source, len(texts), problems)
+    return list(dict.fromkeys(texts))
+
+
+def _text_of(row: Row) -> str:
+    text = row.values["context"] if "context" in row.values else row.values["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("its text is empty, or none")
+    return text
 
 
 def _of_beir(folder: Path, console: Console) -> RetrievalSet:

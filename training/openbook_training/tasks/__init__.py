@@ -30,6 +30,7 @@ class Objective:
 
 OBJECTIVES = {
     "reader": Objective("openbook_training.tasks.reader", "Reader", "spans of retrieved passages that answer a question"),
+    "recurring_spans": Objective("openbook_training.tasks.recurring_spans", "RecurringSpans", "the reader, on unlabelled passages"),
     "retriever": Objective("openbook_training.tasks.retriever", "Retriever", "the embedder, on questions with their passages"),
     "classifier": Objective("openbook_training.tasks.classifier", "Classifier", "labels of texts, from labelled neighbours and the model"),
     "verification": Objective("openbook_training.tasks.verification", "Verification", "claims that evidence supports or refutes"),

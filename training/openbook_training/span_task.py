@@ -1,0 +1,135 @@
+"""What the objectives of the extractive reader share: model, loss, predictions and the adapter that is kept.
+
+They differ in where questions come from and in what company passages are read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from openbook_training.adapters import save_adapter
+from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from openbook_training.config import LoopConfig
+from openbook_training.loop import length_grouped
+from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
+from openbook_training.pretrained import best_device
+from openbook_training.reader import PairEncoder, build_reader, forward, predict
+from openbook_training.squad import Question, answer_scores, occurrences
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanConfig:
+    """Settings of every objective that trains a reader."""
+
+    checkpoint: str = DEFAULT_CHECKPOINT  # backbone: package:NAME, folder or hub id
+    max_tokens: int = 384  # question + passage + special tokens; longer passages are read in windows
+    stride: int = 128  # tokens that neighbouring windows share
+    max_question_tokens: int = 64  # the rest of a longer question is cut
+    max_answer_tokens: int = 30  # longest span considered
+    no_answer_share: float = 0.1  # questions whose gold passage is taken away; they learn to abstain
+    lora_rank: int = 64
+    lora_alpha: int = 64  # update is scaled by alpha / rank
+    initial_adapter: str = ""  # go on from this adapter folder instead of a fresh one
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question with the passages it is read beside."""
+
+    question: Question
+    passages: list[str]
+
+
+class SpanTask:
+    """The half of a task that does not depend on where its questions come from; `config` is what the constructor was given."""
+
+    compares_examples: ClassVar[bool] = False
+
+    def __init__(self, config: SpanConfig) -> None:
+        self._settings = config
+        self.checkpoint = resolve_checkpoint(config.checkpoint)
+        self.encoder = PairEncoder(
+            self.checkpoint, max_tokens=config.max_tokens, stride=config.stride, max_question_tokens=config.max_question_tokens
+        )
+        self.model: nn.Module = build_reader(
+            self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, adapter=config.initial_adapter
+        )
+        self._device = best_device()
+
+    def grouped(self, examples: Sequence[Example], rng: random.Random) -> list[list[Example]]:
+        """Batches of examples that take about as many tokens, in random order."""
+        lengths = [sum(len(passage) for passage in example.passages) for example in examples]
+        return [[examples[i] for i in rows] for rows in length_grouped(lengths, self._settings.loop.batch_examples, rng)]
+
+    def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
+        limit = self._settings.max_answer_tokens
+        pairs = [pair for row, example in enumerate(batch) for pair in self.encoder.pairs(example.question.text, example.passages, row)]
+        start, end, context = forward(model, pairs, self.encoder.pad, self._device)
+        spans = span_scores(start, end, context, limit)
+        gold = torch.zeros(spans.shape, dtype=torch.bool)
+        for number, pair in enumerate(pairs):
+            example = batch[pair.question]
+            where = occurrences(example.passages[pair.passage], example.question.answers)
+            for token, extra in pair.gold(where, limit):
+                gold[number, token, extra] = True
+        owner = torch.tensor([pair.question for pair in pairs], device=self._device)
+        return multi_passage_span_loss(spans, null_scores(start, end), gold.to(self._device), owner, len(batch))
+
+    def describe(self, batch: list[Example]) -> str:
+        return ", ".join(example.question.id for example in batch)
+
+    def score(self, model: nn.Module, examples: Sequence[Example], name: str) -> dict[str, float]:
+        """EM and F1 in percent, named `name`_em and `name`_f1, of the best spans for examples that have an answer."""
+        read = [(example.question.text, example.passages) for example in examples]
+        limit, precision = self._settings.max_answer_tokens, self._settings.loop.precision
+        predictions = answer_all(model, self.encoder, read, limit, self._device, precision)
+        scores = answer_scores(predictions, [example.question.answers for example in examples])
+        return {f"{name}_{what}": 100 * float(np.mean(values)) for what, values in scores.items()}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_adapter(cast(PeftModel, model), folder, self.checkpoint)
+        reader = {
+            "base_checkpoint": self.checkpoint.name,
+            "base_digest": self.checkpoint.digest(),
+            "one_segment": True,
+            "max_tokens": self._settings.max_tokens,
+            "max_question_tokens": self._settings.max_question_tokens,
+            "max_answer_tokens": self._settings.max_answer_tokens,
+        }
+        (folder / "reader.json").write_text(json.dumps(reader, indent=2) + "\n")
+
+
+def answer_all(
+    model: nn.Module,
+    encoder: PairEncoder,
+    questions: Sequence[tuple[str, Sequence[str]]],
+    max_answer_tokens: int,
+    device: torch.device,
+    precision: str,
+) -> list[str]:
+    """The best span for each (question, passages), never "no answer" (SQuAD 1.1's setting)."""
+
+    def autocast() -> AbstractContextManager[None]:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    texts = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda row: sum(map(len, questions[row][1])))
+    for at in range(0, len(order), 32):
+        rows = order[at : at + 32]
+        batch = [questions[row] for row in rows]
+        found = predict(model, encoder, batch, max_answer_tokens=max_answer_tokens, device=device, autocast=autocast)
+        for row, prediction in zip(rows, found, strict=True):
+            texts[row] = prediction.text
+    return texts

@@ -1,0 +1,89 @@
+"""`openbook train recurring_spans`: the reader's own pre-training, on passages that nobody has asked about.
+
+Questions are made of sentences whose spans recur in their passage (`recurring.py`). What it trains is a reader's adapter
+with its span head; `initial_adapter` of the objective `reader` goes on from it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from rich.console import Console
+from torch import nn
+
+from openbook_training.errors import InvalidData
+from openbook_training.pretrained import fast_tokenizer
+from openbook_training.recurring import clozes
+from openbook_training.retrieval import load_passages
+from openbook_training.span_task import Example, SpanConfig, SpanTask
+from openbook_training.squad import Question, held_out_rows, holds_answer, load_questions, spread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecurringSpansConfig(SpanConfig):
+    """Settings of `openbook train recurring_spans`."""
+
+    output: str = "runs/recurring_spans"  # run folder: config, metrics, checkpoints, the adapter
+    train: str  # passages: a folder in BEIR's layout, texts (.txt, .csv, .jsonl with "text"), or the contexts of SQuAD-shaped questions
+    dev: str = ""  # questions that people asked, for the report after each epoch, never chosen by
+    dev_questions: int = 1000  # at most N of them, evenly spread; 0 = all
+    held_out: int = 200  # passages set aside to choose the best epoch by
+    questions_a_passage: int = 3  # made of each passage in an epoch, drawn anew in each
+
+
+class RecurringSpansTask(SpanTask):
+    """Gives the loop questions made of the passages themselves."""
+
+    def __init__(self, config: RecurringSpansConfig, console: Console) -> None:
+        self._config = config
+        super().__init__(config)
+        mask = fast_tokenizer(self.checkpoint).mask_token
+        if not isinstance(mask, str):
+            raise InvalidData(f"checkpoint {config.checkpoint!r}: its tokenizer has no mask token to stand for the hidden span")
+        passages = load_passages(config.train, console)
+        made = [_questions(row, passage, mask) for row, passage in enumerate(passages)]
+        usable = [questions for questions in made if questions]
+        if not usable:
+            raise InvalidData(f"{config.train}: no span recurs in two sentences of a passage")
+        held = held_out_rows([[questions[0].context] for questions in usable], str, config.held_out)
+        self.train = [questions for row, questions in enumerate(usable) if row not in held]
+        self.held_out = [questions[0] for row, questions in enumerate(usable) if row in held]
+        self.dev = spread(load_questions(config.dev, console), config.dev_questions) if config.dev else []
+        self._unused = len(passages) - len(usable)
+
+    def summary(self) -> str:
+        questions = sum(map(len, self.train))
+        return (
+            f"{questions} questions made of {len(self.train)} passages, {len(self.held_out)} passages held out, {len(self.dev)} dev "
+            f"questions; in {self._unused} passages no span recurs"
+        )
+
+    def batches(self, epoch: int) -> list[list[Example]]:
+        rng = random.Random(f"{self._config.loop.seed}/{epoch}")
+        drawn = [q for questions in self.train for q in rng.sample(questions, min(self._config.questions_a_passage, len(questions)))]
+        return self.grouped([self._example(question, drawn, rng) for question in drawn], rng)
+
+    def _example(self, question: Question, others: list[Question], rng: random.Random) -> Example:
+        """The question beside its own passage, or, in a share of the cases, beside another one that does not hold the answer."""
+        if rng.random() < self._config.no_answer_share:
+            other = rng.choice(others).context
+            if not holds_answer(other, question.answers):
+                return Example(question, [other])
+        return Example(question, [question.context])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Each question is read beside its own passage; the first one of each held-out passage, and the dev questions."""
+        metrics: dict[str, float] = {}
+        for name, questions in (("held_out", self.held_out), ("dev", self.dev)):
+            if questions:
+                metrics |= self.score(model, [Example(question, [question.context]) for question in questions], name)
+        metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
+        return metrics
+
+
+def _questions(row: int, passage: str, mask: str) -> list[Question]:
+    return [
+        Question(id=f"{row}/{number}", text=cloze.question, context=cloze.passage, answers=cloze.answers)
+        for number, cloze in enumerate(clozes(passage, mask))
+    ]

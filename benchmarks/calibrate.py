@@ -26,7 +26,7 @@ import numpy as np
 from openbook_server.buckets import batches_by_length, padded_length
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.engine import Arrays, Row, collate
-from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base
+from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST, reading_of
 from openbook_server.ranking import Reading, Settling, is_settled, log_weight, rank_answers
 from openbook_server.runtime import Graph, choose_device
@@ -91,13 +91,13 @@ def log_likelihood(
 
 def rank(hits: Sequence[Hit], readings: Sequence[Reading], prior: float, bias: float, count: int):  # type: ignore[no-untyped-def]
     return rank_answers(
-        [hit.passage.text for hit in hits], readings, [prior * hit.score for hit in hits], null_bias=bias, max_answers=count
+        [hit.passage.text for hit in hits], readings, [prior * relevance(hit) for hit in hits], null_bias=bias, max_answers=count
     )
 
 
 def passages_read(hits: Sequence[Hit], readings: Sequence[Reading], prior: float, bias: float, settling: Settling) -> int:
     """How many of a question's passages the server would read, round by round."""
-    texts, priors = [hit.passage.text for hit in hits], [prior * hit.score for hit in hits]
+    texts, priors = [hit.passage.text for hit in hits], [prior * relevance(hit) for hit in hits]
     for read in READ_FIRST:
         if is_settled(texts, readings[:read], priors, null_bias=bias, settling=settling):
             return min(read, len(hits))

@@ -67,6 +67,9 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_count, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="passages read (default: %(default)s)")
     parser.add_argument(
+        "--rerank", type=_count, default=0, metavar="N", help="passages of a search put in the order of what is read (default: %(default)s)"
+    )
+    parser.add_argument(
         "--modes", nargs="+", choices=["hybrid", "lexical", "dense", "none"], default=["hybrid", "lexical", "dense", "none"]
     )
     parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="messages of 32 questions in flight (default: %(default)s)")
@@ -91,7 +94,15 @@ def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int
                 if done * 10 // len(queries) != (done - count) * 10 // len(queries):
                     print(f"{mode}: {done} of {len(queries)} questions", file=sys.stderr)
 
-            rows[mode] = evaluate_mode(client, queries, mode, top_k=arguments.top_k, concurrency=arguments.concurrency, progress=progress)
+            rows[mode] = evaluate_mode(
+                client,
+                queries,
+                mode,
+                top_k=arguments.top_k,
+                rerank=arguments.rerank,
+                concurrency=arguments.concurrency,
+                progress=progress,
+            )
     report = {
         "benchmark": arguments.benchmark,
         "bundle_id": described.bundle.id,
@@ -100,6 +111,7 @@ def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int
         "device": described.device,
         "precision": described.precision,
         "top_k": arguments.top_k,
+        "rerank": arguments.rerank,
         "modes": rows,
     }
     return table(rows), report, 3 if any(row["failed"] for row in rows.values()) else 0

@@ -50,19 +50,20 @@ def sample(queries: Sequence[Query], limit: int) -> list[Query]:
 
 
 def evaluate_mode(
-    client: Client, queries: Sequence[Query], mode: str, *, top_k: int, concurrency: int, progress: Callable[[int], None]
+    client: Client, queries: Sequence[Query], mode: str, *, top_k: int, rerank: int, concurrency: int, progress: Callable[[int], None]
 ) -> dict[str, float]:
     """One row of the table: every metric in percent, latencies in milliseconds, and how many questions failed.
 
     Args:
-        top_k: passages that are read; searches go 20 deep whatever it is.
+        top_k: passages that are read for an answer; searches go 20 deep whatever it is.
+        rerank: passages of a search that are read and put in the order of that.
         progress: told how many questions each finished batch held.
     """
     from openbook.results import AnswerResult
 
     def ask(batch: Sequence[Query]) -> list[tuple[Query, Sequence[Hit], str | None]]:
         texts = [query.text for query in batch]
-        searches = client.search(texts, top_k=max(DEPTHS), mode=mode) if mode != "none" else [None] * len(texts)
+        searches = client.search(texts, top_k=max(DEPTHS), mode=mode, rerank=rerank) if mode != "none" else [None] * len(texts)
         answers = client.answer(texts, top_k=top_k, max_answers=1, mode=mode)
         rows: list[tuple[Query, Sequence[Hit], str | None]] = []
         for query, found, answered in zip(batch, searches, answers, strict=True):

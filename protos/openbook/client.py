@@ -19,7 +19,7 @@ import grpc.aio
 
 from openbook import __version__, messages, results
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import AnswerOptions, SearchOptions
+from openbook.messages import AnswerOptions, RankedSearchOptions
 from openbook.results import AnswerResult, Document, SearchResult, Written
 from openbook.retrying import Attempts
 from openbook.v1 import knowledge_base_pb2 as kb
@@ -62,7 +62,7 @@ class Client:
         """
         return messages.vectors([self._call(self._stub.Embed, request) for request in messages.embed_requests(texts, truncate=truncate)])
 
-    def search(self, questions: Sequence[str], **options: Unpack[SearchOptions]) -> list[SearchResult | RequestRejected]:
+    def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """The best passages for each question; `mode` is hybrid (default), dense or lexical."""
         found: list[SearchResult | RequestRejected] = []
         for request in messages.search_requests(questions, **options):
@@ -125,7 +125,7 @@ class AsyncClient:
         """As `Client.embed`."""
         return messages.vectors(await self._calls(self._stub.Embed, messages.embed_requests(texts, truncate=truncate)))
 
-    async def search(self, questions: Sequence[str], **options: Unpack[SearchOptions]) -> list[SearchResult | RequestRejected]:
+    async def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """As `Client.search`."""
         requests = messages.search_requests(questions, **options)
         replies = await self._calls(self._stub.Search, requests)

@@ -22,13 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", help="the question, or just words")
     parser.add_argument("--json", action="store_true", help="print the hits as JSON, whole passages included")
     add_search_arguments(parser, "found", set(MODES) - {"none"})
+    parser.add_argument(
+        "--rerank",
+        type=int,
+        metavar="N",
+        help="read the best N beside the question, order them by whether the answer is there (default: 0)",
+    )
     add_server_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
-            [result] = client.search([arguments.question], **search_options(arguments))
+            [result] = client.search([arguments.question], **search_options(arguments), rerank=arguments.rerank)
         if isinstance(result, RequestRejected):
             raise result
     except ClientError as error:
@@ -54,6 +60,7 @@ def render(result: SearchResult) -> str:
         parts = [f"cosine {hit.dense_score:.3f}"] if hit.dense_score is not None else []
         parts += [f"BM25 {hit.lexical_score:.2f}"] if hit.lexical_score is not None else []
         parts += [f"overlap {hit.overlap_score:.2f}"] if hit.overlap_score is not None else []
+        parts += [f"answer in it {100 * hit.answer_probability:.0f} %"] if hit.answer_probability is not None else []
         lines.append(f"{number:3}. {hit.score:.3f}  {hit.passage_id}  ({', '.join(parts)})")
         lines.append(f"     {' '.join(hit.text.split())[:150]}")
     return "\n".join(lines)

@@ -39,6 +39,12 @@ class SearchOptions(TypedDict, total=False):
     diversity: float | None  # 0 to 1: how much a passage loses for being like a better one
 
 
+class RankedSearchOptions(SearchOptions, total=False):
+    """`SearchOptions`, and how the passages found are ranked."""
+
+    rerank: int | None  # the best so many are read beside the question and ordered by that
+
+
 class AnswerOptions(SearchOptions, total=False):
     """`SearchOptions`, and what is made of the passages."""
 
@@ -49,12 +55,12 @@ def embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequ
     return [pb.EmbedRequest(texts=part, truncate=truncate) for part in parts(texts, "texts")]
 
 
-def search_requests(questions: Sequence[str], **options: Unpack[SearchOptions]) -> list[pb.SearchRequest]:
-    return [pb.SearchRequest(questions=part, **_given(options)) for part in parts(questions, "questions")]
+def search_requests(questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[pb.SearchRequest]:
+    return [pb.SearchRequest(questions=part, **_given(options, RankedSearchOptions)) for part in parts(questions, "questions")]
 
 
 def answer_requests(questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[pb.AnswerRequest]:
-    return [pb.AnswerRequest(questions=part, **_given(options)) for part in parts(questions, "questions")]
+    return [pb.AnswerRequest(questions=part, **_given(options, AnswerOptions)) for part in parts(questions, "questions")]
 
 
 def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
@@ -88,9 +94,9 @@ def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
         yield list(texts[at : at + TEXTS_A_MESSAGE])
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := options.keys() - AnswerOptions.__annotations__.keys():
-        raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(AnswerOptions.__annotations__)}")
+def _given(options: Mapping[str, Any], kind: type[SearchOptions]) -> dict[str, Any]:
+    if unknown := options.keys() - kind.__annotations__.keys():
+        raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
     for field, known in (("mode", MODES), ("fusion", FUSIONS)):
         if field in given:
@@ -100,7 +106,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(given.get("filter"), Mapping):
         equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
         given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))
-    for name in ("top_k", "max_answers", "ef"):
+    for name in ("top_k", "max_answers", "ef", "rerank"):
         if name in given and not -(2**31) <= given[name] < 2**31:
             raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
     return given

@@ -22,6 +22,7 @@ class Hit:
     dense_score: float | None
     lexical_score: float | None
     overlap_score: float | None
+    answer_probability: float | None  # that the answer stands in it, where it was read
     title: str
     text: str
     source: str
@@ -133,6 +134,7 @@ def hit(message: pb.Hit) -> Hit:
         dense_score=message.dense_score if message.HasField("dense_score") else None,
         lexical_score=message.lexical_score if message.HasField("lexical_score") else None,
         overlap_score=message.overlap_score if message.HasField("overlap_score") else None,
+        answer_probability=message.answer_probability if message.HasField("answer_probability") else None,
         title=message.title,
         text=message.text,
         source=message.source,

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Arrays, Engine, Row
-from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
-from openbook_server.ranking import RankedAnswer, Reading, Span, is_settled, rank_answers
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, relevance
+from openbook_server.ranking import RankedAnswer, Reading, Span, is_settled, passage_probabilities, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
@@ -48,9 +48,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class QuestionAnswered:
-    hits: list[Hit]
+    hits: list[Hit]  # those that were read, the most probable first, then the others in retrieval's order
     read: int  # of the hits, the first so many
-    answers: list[RankedAnswer]
+    answers: list[RankedAnswer]  # their spans' passages are rows of `hits`
     no_answer_probability: float
 
 
@@ -95,6 +95,16 @@ class Pipeline:
         timings.search += timings.lap()
         return hits
 
+    async def rerank(
+        self, questions: Sequence[str], found: Sequence[list[Hit]], count: int, deadline: float, timings: Timings
+    ) -> list[list[Hit]]:
+        """The first `count` hits of each question, all of them read, in the order of their probability; then the others."""
+        first = [hits[:count] for hits in found]
+        readings = await self._read(questions, first, deadline, timings, settle=False)
+        ranked = [self._posterior(hits, read)[0] + rest[count:] for hits, read, rest in zip(first, readings, found, strict=True)]
+        timings.rank += timings.lap()
+        return ranked
+
     async def answer(
         self,
         questions: Sequence[str],
@@ -106,35 +116,48 @@ class Pipeline:
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question until its answer is settled, and rank what was read."""
         found = await self.search(questions, rows, options, deadline, timings)
-        reader = self._bundle.reader
-        if reader is None:
-            raise RuntimeError("validated requests reach a bundle without a reader")  # the service refuses them first
-        texts = [[hit.passage.text for hit in hits] for hits in found]
-        priors = [[reader.prior_weight * hit.score for hit in hits] for hits in found]
-        readings = await self._read(reader, questions, found, texts, priors, deadline, timings)
+        readings = await self._read(questions, found, deadline, timings, settle=True)
         answered = []
-        for at, hits in enumerate(found):
-            read = len(readings[at])
+        for hits, read in zip(found, readings, strict=True):
+            ranked, read = self._posterior(hits, read)
             answers, nothing = rank_answers(
-                texts[at][:read], readings[at], priors[at][:read], null_bias=reader.null_bias, max_answers=max_answers
+                [hit.passage.text for hit in ranked[: len(read)]],
+                read,
+                self._priors(ranked[: len(read)]),
+                null_bias=self._reader.null_bias,
+                max_answers=max_answers,
             )
-            self._observe(read)
-            answered.append(QuestionAnswered(hits, read, answers, nothing))
+            self._observe(len(read))
+            answered.append(QuestionAnswered(ranked, len(read), answers, nothing))
         timings.rank += timings.lap()
         return answered
 
+    @property
+    def _reader(self) -> ReaderInfo:
+        if self._bundle.reader is None:
+            raise RuntimeError("validated requests reach a bundle without a reader")  # the service refuses them first
+        return self._bundle.reader
+
+    def _priors(self, hits: Sequence[Hit]) -> list[float]:
+        return [self._reader.prior_weight * relevance(hit) for hit in hits]
+
+    def _posterior(self, hits: list[Hit], readings: list[Reading]) -> tuple[list[Hit], list[Reading]]:
+        """Hits and their readings in the order of what was read; the hits that were not read follow as they were."""
+        read = len(readings)
+        probabilities = passage_probabilities(readings, self._priors(hits[:read]), null_bias=self._reader.null_bias)
+        order = sorted(range(read), key=lambda at: -probabilities[at])  # stable: ties stay in retrieval's order
+        ranked = [replace(hits[at], answer_probability=probabilities[at]) for at in order]
+        moved = [replace(readings[at], spans=[replace(span, passage=row) for span in readings[at].spans]) for row, at in enumerate(order)]
+        return ranked + hits[read:], moved
+
     async def _read(
-        self,
-        reader: ReaderInfo,
-        questions: Sequence[str],
-        found: Sequence[Sequence[Hit]],
-        texts: Sequence[Sequence[str]],
-        priors: Sequence[Sequence[float]],
-        deadline: float,
-        timings: Timings,
+        self, questions: Sequence[str], found: Sequence[Sequence[Hit]], deadline: float, timings: Timings, *, settle: bool
     ) -> list[list[Reading]]:
-        """What the reader makes of each question's hits: of all, or of the first until they settle the answer."""
-        settling = reader.settling
+        """What the reader makes of each question's hits: of all, or, with `settle`, of the first until they settle the answer."""
+        reader = self._reader
+        settling = reader.settling if settle else None
+        texts = [[hit.passage.text for hit in hits] for hits in found]
+        priors = [self._priors(hits) for hits in found]
         readings: list[list[Reading]] = [[] for _ in found]
         unsettled = [at for at, hits in enumerate(found) if hits]
         for end in (*READ_FIRST, None) if settling else (None,):

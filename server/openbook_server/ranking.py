@@ -123,6 +123,20 @@ def rank_answers(
     return chosen, min(1.0, math.exp(_log_sum(nulls) - total))
 
 
+def passage_probabilities(readings: Sequence[Reading], priors: Sequence[float], *, null_bias: float) -> list[float]:
+    """p(z | x, what was read): that the answer stands in each passage, under the same distribution as `rank_answers`.
+
+    With the probability of "no answer" they sum to 1. Retrieval's prior made posterior by reading, they rank passages better.
+    """
+    if not readings:
+        return []
+    total = _log_sum(_log_totals(readings, priors, null_bias))
+    return [
+        math.exp(prior + _log_difference(reading.log_normaliser, reading.null_score) - total)
+        for prior, reading in zip(priors, readings, strict=True)
+    ]
+
+
 def _log_totals(readings: Sequence[Reading], priors: Sequence[float], null_bias: float) -> list[float]:
     """Per passage the logarithm of its whole weight."""
     totals = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -72,11 +73,17 @@ class Service:
     async def search(self, parsed: Parsed[pb.SearchRequest], deadline: float, timings: Timings) -> pb.SearchResponse:
         request = parsed.message
         options = self._options(request)
+        rerank = bounded("rerank", request.rerank, 0, 0, self._config.max_top_k)
+        if rerank and self._bundle.reader is None:
+            raise InvalidRequest("rerank", "this bundle has no reader; export one with `openbook export --reader`, or leave rerank out")
         valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
         timings.tokenise += timings.lap()
         results = [pb.SearchResult() for _ in request.questions]
         if valid.rows:
-            found = await self._pipeline.search(valid.texts, valid.rows, options, deadline, timings)
+            deep = replace(options, top_k=max(options.top_k, rerank)) if options else None
+            found = await self._pipeline.search(valid.texts, valid.rows, deep, deadline, timings)
+            if options and rerank:
+                found = [hits[: options.top_k] for hits in await self._pipeline.rerank(valid.texts, found, rerank, deadline, timings)]
             for at, hits in zip(valid.kept, found, strict=True):
                 results[at].hits.extend(_hit(hit, omit_text=request.omit_text) for hit in hits)
         return pb.SearchResponse(
@@ -169,6 +176,7 @@ def _hit(hit: Hit, *, omit_text: bool) -> pb.Hit:
         dense_score=hit.dense_score,
         lexical_score=hit.lexical_score,
         overlap_score=hit.overlap_score,
+        answer_probability=hit.answer_probability,
         document_start=passage.start,
     )
     if not omit_text:

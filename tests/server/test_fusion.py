@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from openbook_server.knowledge import Hit, Passage, SearchOptions
-from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, Candidates, depth, fuse, rank
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, Candidates, depth, fuse, rank, relevance
 
 DIM = 8
 
@@ -39,6 +39,16 @@ def test_the_weighted_sum_counts_no_word_in_common_as_nothing() -> None:
 def test_reciprocal_ranks_add_up_over_the_rankings_that_hold_a_candidate() -> None:
     scores = fuse({"a": 0.9, "b": 0.8, "c": 0.8}, {"c": 4.0, "a": 3.0}, "reciprocal_rank")
     assert scores == {"a": pytest.approx(1 / 61 + 1 / 62), "b": pytest.approx(1 / 62), "c": pytest.approx(1 / 63 + 1 / 61)}
+
+
+def test_relevance_is_on_the_weighted_scale_whatever_found_the_passage() -> None:
+    passage = Passage(id="p", document_id="p", text="", start=0)
+    assert relevance(Hit(passage=passage, score=12.0, lexical_score=12.0)) == pytest.approx(12 * LEXICAL_WEIGHT)
+    assert relevance(Hit(passage=passage, score=0.4, dense_score=0.4)) == pytest.approx(0.4)
+    assert relevance(Hit(passage=passage, score=0.03, dense_score=0.4, lexical_score=10.0)) == pytest.approx(0.4 + 10 * LEXICAL_WEIGHT)
+    candidates, _ = backend(40)
+    for hit in rank("nothing of it", candidates, SearchOptions(top_k=40)):
+        assert relevance(hit) == pytest.approx(hit.score)
 
 
 def test_ties_are_broken_by_the_order_of_the_keys() -> None:

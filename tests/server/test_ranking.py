@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from openbook_server.ranking import Reading, Settling, Span, is_settled, log_weight, rank_answers
+from openbook_server.ranking import Reading, Settling, Span, is_settled, log_weight, passage_probabilities, rank_answers
 
 
 def log_sum(values: list[float]) -> float:
@@ -39,6 +39,19 @@ def test_answers_and_no_answer_share_one_distribution() -> None:
     readings = [reading(z, {(2 * i, 2 * i + 1): rng.gauss(0, 3) for i in range(8)}, rng.gauss(0, 3)) for z in range(4)]
     answers, nothing = rank_answers([text] * 4, readings, [rng.gauss(0, 1) for _ in range(4)], null_bias=0.0, max_answers=100)
     assert sum(answer.probability for answer in answers) + nothing == pytest.approx(1.0, rel=1e-9)
+
+
+def test_passages_share_one_distribution_with_no_answer() -> None:
+    scores = [{(0, 5): 2.0, (9, 14): 1.0}, {(3, 8): 0.5}, {(0, 4): 1.5}]
+    nulls, priors, bias = [0.3, -0.2, 0.9], [0.0, 1.0, -0.5], 0.25
+    readings = [reading(z, scores[z], nulls[z]) for z in range(3)]
+    weights = [sum(math.exp(priors[z] + score) for score in scores[z].values()) for z in range(3)]
+    total = sum(weights) + sum(math.exp(priors[z] + nulls[z] + bias) for z in range(3))
+    found = passage_probabilities(readings, priors, null_bias=bias)
+    assert found == pytest.approx([weight / total for weight in weights], rel=1e-9)
+    _, nothing = rank_answers(["Paris is Paris.", "in paris", "Rome"], readings, priors, null_bias=bias, max_answers=1)
+    assert sum(found) + nothing == pytest.approx(1.0, rel=1e-9)
+    assert passage_probabilities([], [], null_bias=bias) == []
 
 
 def test_an_answer_that_overlaps_a_better_one_is_left_out() -> None:

@@ -114,6 +114,45 @@ async def test_search_returns_hits_best_first_in_every_mode(stub: openbook_pb2_g
     ] == ["d2"]
 
 
+async def test_reranked_hits_stand_in_the_order_of_what_was_read_in_them(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    questions = ["what is red ?", "who is king ?"]
+    plain = (await stub.Search(pb.SearchRequest(questions=questions, top_k=3))).results
+    reranked = (await stub.Search(pb.SearchRequest(questions=questions, top_k=3, rerank=3))).results
+    answered = (await stub.Answer(pb.AnswerRequest(questions=questions, top_k=3, max_answers=20))).results
+    for before, after, answer in zip(plain, reranked, answered, strict=True):
+        assert not any(hit.HasField("answer_probability") for hit in before.hits)
+        assert {hit.passage_id: hit.score for hit in before.hits} == {hit.passage_id: hit.score for hit in after.hits}
+        probabilities = [hit.answer_probability for hit in after.hits]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) + answer.no_answer_probability == pytest.approx(1.0)
+        assert [(hit.passage_id, hit.answer_probability) for hit in answer.hits] == [
+            (hit.passage_id, pytest.approx(hit.answer_probability)) for hit in after.hits
+        ]
+    assert any(
+        [hit.passage_id for hit in before.hits] != [hit.passage_id for hit in after.hits]
+        for before, after in zip(plain, reranked, strict=True)
+    )
+
+
+async def test_only_the_hits_that_were_read_change_places(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    [plain] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=3))).results
+    [partly] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=3, rerank=2))).results
+    [deeper] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=1, rerank=3))).results
+    assert {hit.passage_id for hit in partly.hits[:2]} == {hit.passage_id for hit in plain.hits[:2]}
+    assert [hit.HasField("answer_probability") for hit in partly.hits] == [True, True, False]
+    assert partly.hits[2] == plain.hits[2]
+    [all_read] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=3, rerank=3))).results
+    assert list(deeper.hits) == list(all_read.hits[:1])
+
+
+@pytest.mark.parametrize("rerank", [-1, 101, 2**31 - 1])
+async def test_a_rerank_out_of_range_is_named(stub: openbook_pb2_grpc.OpenBookAsyncStub, rerank: int) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Search(pb.SearchRequest(questions=["red"], rerank=rerank))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"{rerank} is outside 0 to 100" in str(caught.value.details())
+
+
 async def test_an_answer_is_the_span_it_points_at(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
     reply = await stub.Answer(pb.AnswerRequest(questions=["what is red ?", "who is king ?"], top_k=3, max_answers=2))
     for result in reply.results:
@@ -150,6 +189,7 @@ async def test_reading_stops_when_the_answer_is_settled_and_changes_nothing_wher
     assert [result.passages_read for result in results["off"]] == [len(result.hits) for result in results["off"]] == [3, 3]
     assert list(results["never"]) == list(results["off"])
     assert [(result.passages_read, len(result.hits)) for result in results["at once"]] == [(1, 3)] * 2
+    assert [[hit.HasField("answer_probability") for hit in result.hits] for result in results["at once"]] == [[True, False, False]] * 2
     first = {result.hits[0].passage_id for result in results["at once"]}
     assert {answer.passage_id for result in results["at once"] for answer in result.answers} <= first
     assert "openbook_question_passages_sum 2.0" in page

@@ -161,6 +161,7 @@ class SearchRequest(_message.Message):
     FUSION_FIELD_NUMBER: _builtins.int
     MIN_SCORE_FIELD_NUMBER: _builtins.int
     DIVERSITY_FIELD_NUMBER: _builtins.int
+    RERANK_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """hits a question, 1 to Describe.limits.max_top_k; default 5"""
     mode: Global___SearchMode.ValueType
@@ -173,6 +174,10 @@ class SearchRequest(_message.Message):
     """leave out hits that score less, on the scale of the mode and fusion"""
     diversity: _builtins.float
     """0 to 1: how much a hit loses for being like a better one (maximal marginal relevance); 0 turns it off"""
+    rerank: _builtins.int
+    """The best so many hits are read beside the question and put in the order of their `answer_probability`, before `top_k` of
+    them are returned; 0 (the default) to Describe.limits.max_top_k. Better first hits, for what reading costs.
+    """
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -191,10 +196,11 @@ class SearchRequest(_message.Message):
         fusion: Global___Fusion.ValueType = ...,
         min_score: _builtins.float | None = ...,
         diversity: _builtins.float = ...,
+        rerank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "min_score", b"min_score", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "rerank", b"rerank", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015
@@ -525,7 +531,7 @@ class AnswerResult(_message.Message):
 
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """the passages that were found, in retrieval's order"""
+        """The passages that were found: those that were read, by `answer_probability`, then the others in retrieval's order."""
 
     def __init__(
         self,
@@ -622,10 +628,11 @@ class Hit(_message.Message):
     DOCUMENT_START_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     OVERLAP_SCORE_FIELD_NUMBER: _builtins.int
+    ANSWER_PROBABILITY_FIELD_NUMBER: _builtins.int
     passage_id: _builtins.str
     document_id: _builtins.str
     score: _builtins.float
-    """what the hits are ordered by; see docs/search.md for its scale in each mode"""
+    """what retrieval orders hits by; see docs/search.md for its scale in each mode"""
     dense_score: _builtins.float
     """inner product of question and passage vectors, -1 to 1"""
     lexical_score: _builtins.float
@@ -638,6 +645,8 @@ class Hit(_message.Message):
     """where the passage begins in the document's text"""
     overlap_score: _builtins.float
     """hybrid only: what of the question stands in the passage word by word, 0 and up"""
+    answer_probability: _builtins.float
+    """Where the passage was read: that the answer stands in it. Over all passages read beside a question and "no answer" these sum to 1."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -654,17 +663,22 @@ class Hit(_message.Message):
         document_start: _builtins.int = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         overlap_score: _builtins.float | None = ...,
+        answer_probability: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "dense_score", b"dense_score", "lexical_score", b"lexical_score", "overlap_score", b"overlap_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability", "_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "answer_probability", b"answer_probability", "dense_score", b"dense_score", "lexical_score", b"lexical_score", "overlap_score", b"overlap_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "dense_score", b"dense_score", "document_id", b"document_id", "document_start", b"document_start", "lexical_score", b"lexical_score", "metadata", b"metadata", "overlap_score", b"overlap_score", "passage_id", b"passage_id", "score", b"score", "source", b"source", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability", "_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "answer_probability", b"answer_probability", "dense_score", b"dense_score", "document_id", b"document_id", "document_start", b"document_start", "lexical_score", b"lexical_score", "metadata", b"metadata", "overlap_score", b"overlap_score", "passage_id", b"passage_id", "score", b"score", "source", b"source", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__answer_probability: _TypeAlias = _typing.Literal["answer_probability"]  # noqa: Y015
+    _WhichOneofArgType__answer_probability: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability"]  # noqa: Y015
     _WhichOneofReturnType__dense_score: _TypeAlias = _typing.Literal["dense_score"]  # noqa: Y015
     _WhichOneofArgType__dense_score: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score"]  # noqa: Y015
     _WhichOneofReturnType__lexical_score: _TypeAlias = _typing.Literal["lexical_score"]  # noqa: Y015
     _WhichOneofArgType__lexical_score: _TypeAlias = _typing.Literal["_lexical_score", b"_lexical_score"]  # noqa: Y015
     _WhichOneofReturnType__overlap_score: _TypeAlias = _typing.Literal["overlap_score"]  # noqa: Y015
     _WhichOneofArgType__overlap_score: _TypeAlias = _typing.Literal["_overlap_score", b"_overlap_score"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__answer_probability) -> _WhichOneofReturnType__answer_probability | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dense_score) -> _WhichOneofReturnType__dense_score | None: ...
     @_typing.overload

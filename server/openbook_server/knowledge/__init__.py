@@ -6,8 +6,9 @@ opening    which of them a user's word means
 """
 
 from openbook_server.knowledge.filters import Filter
+from openbook_server.knowledge.fusion import relevance
 from openbook_server.knowledge.interface import KnowledgeBase
 from openbook_server.knowledge.opening import open_knowledge_base
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
 
-__all__ = ["Counts", "Document", "Filter", "Hit", "KnowledgeBase", "Passage", "SearchOptions", "open_knowledge_base"]
+__all__ = ["Counts", "Document", "Filter", "Hit", "KnowledgeBase", "Passage", "SearchOptions", "open_knowledge_base", "relevance"]

@@ -105,6 +105,11 @@ def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusio
     return scores
 
 
+def relevance(hit: Hit) -> float:
+    """A hit's score on the scale of the weighted fusion, whatever mode found it: what the reader's prior was calibrated on."""
+    return (hit.dense_score or 0.0) + LEXICAL_WEIGHT * (hit.lexical_score or 0.0) + (hit.overlap_score or 0.0)
+
+
 def _diverse(
     order: Sequence[Key], hits: Mapping[Key, Hit], vectors: Mapping[Key, NDArray[np.float32]], options: SearchOptions
 ) -> list[Key]:

@@ -54,10 +54,11 @@ class Hit:
     """A passage that a search found; docs/search.md gives the scale of each score."""
 
     passage: Passage
-    score: float  # what hits are ordered by
+    score: float  # what retrieval orders hits by
     dense_score: float | None = None  # inner product of unit vectors
     lexical_score: float | None = None  # BM25
     overlap_score: float | None = None  # what of the question stands in it word by word
+    answer_probability: float | None = None  # that the question's answer stands in it, where it was read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,7 +64,10 @@ def test_calibration_stops_reading_where_it_costs_no_more_than_its_budget(monkey
     question = calibrate.Question(id="q", text="which city ?", context="Rome", answers=("Rome",))
 
     def read(texts: list[str], scores: list[float]) -> tuple[Any, list[Hit], list[Reading]]:
-        hits = [Hit(passage=Passage(id=f"p{z}", document_id="d", text=text, start=0), score=1.0 - 0.1 * z) for z, text in enumerate(texts)]
+        hits = [
+            Hit(passage=Passage(id=f"p{z}", document_id="d", text=text, start=0), score=1.0 - 0.1 * z, dense_score=1.0 - 0.1 * z)
+            for z, text in enumerate(texts)
+        ]
         spans = [[Span(z, 0, len(text), score)] for z, (text, score) in enumerate(zip(texts, scores, strict=True))]
         return question, hits, [Reading(found, -2.0, math.log(math.exp(found[0].score) + math.exp(-2.0))) for found in spans]
 

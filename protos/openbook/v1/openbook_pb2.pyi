@@ -433,7 +433,7 @@ class AnswerRequest(_message.Message):
     omit_text: _builtins.bool
     """as in SearchRequest"""
     fusion: Global___Fusion.ValueType
-    """this and the next two as in SearchRequest; the reader's prior is calibrated for the weighted fusion"""
+    """this and the next two as in SearchRequest"""
     min_score: _builtins.float
     diversity: _builtins.float
     @_builtins.property

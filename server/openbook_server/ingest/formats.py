@@ -180,7 +180,7 @@ def _document(name: str, text: str, *, title: str, source: Path) -> Document:
 
 
 def _clean(text: str) -> str:
-    """Without the characters that neither UTF-8 nor SQLite's full-text index can carry."""
+    """Without the characters that neither UTF-8 nor SQLite's own tools can carry."""
     return text.encode("utf-8", "replace").decode().replace("\0", " ")
 
 

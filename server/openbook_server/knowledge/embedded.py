@@ -27,6 +27,7 @@ from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import Recall, RecallWatch
+from openbook_server.knowledge.words import WordIndex
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class EmbeddedKnowledgeBase:
             self._store = Store(folder)
             self._check(fingerprint, folder, graph_dims)
             self.generation = self._store.meta("generation") or ""
-            self._index = self._open_index(flat_limit)
+            live = self._store.numbers()
+            self._index = self._open_index(live, flat_limit)
+            self._words = WordIndex(folder, self._store.texts, live)
             self._watch: RecallWatch | None = None
         except BaseException:
             self._lock.close()
@@ -94,8 +97,7 @@ class EmbeddedKnowledgeBase:
         elif graph_dims is not None and graph_dims != before:
             self._store.record(facts)  # snapshots of the generation before are not used any more
 
-    def _open_index(self, flat_limit: int) -> VectorIndex:
-        live = self._store.numbers()
+    def _open_index(self, live: frozenset[int], flat_limit: int) -> VectorIndex:
         snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._dim, sequence=self._store.sequence())
         self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the snapshot of this very graph goes
         index = VectorIndex(
@@ -130,12 +132,15 @@ class EmbeddedKnowledgeBase:
         check_vectors(vectors, len(passages), self._dim)  # a row that the index cannot take must not get into the store
         removed, added = self._store.replace(documents, passages, vectors)
         self._index.delete(removed)
+        self._words.delete(removed)
         if added:
             self._index.add(added, vectors)
+            self._words.add(added, [f"{passage.title}\n{passage.text}" for passage in passages])
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         removed = self._store.delete(ids)
         self._index.delete(removed)
+        self._words.delete(removed)
         return len(removed)
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
@@ -187,7 +192,7 @@ class EmbeddedKnowledgeBase:
                 watch.offer(vectors, nearest, horizon)
         found = []
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
-            words = self._store.search_words(question, wanted, allowed) if options.mode != "dense" else {}
+            words = self._words.search(question, wanted, allowed) if options.mode != "dense" else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
                 stored = self._index.vectors([number for number in words if number not in dense])
                 dense = dense | {number: float(np.dot(row, vectors[at])) for number, row in stored.items()}
@@ -211,10 +216,11 @@ class EmbeddedKnowledgeBase:
         self._optimise(self._index)
 
     def snapshot(self) -> None:
-        """Save the graph, so that the next start need not build it; nothing to do while all rows are scanned exactly."""
+        """Save graph and words, so that the next start need not build them; nothing to do while there are few rows."""
         sequence = self._store.sequence()  # before the graph is looked at: a row too many is no harm, one too few would be
         if sequence == self._saved:
             return
+        self._words.flush()
         self._index.flush()
         if self._index.graph_rows:
             save_snapshot(self.folder, self._index, generation=self.generation, sequence=sequence)

@@ -46,15 +46,15 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
         if aside.stat().st_size <= graph.width * 4 * rows:  # save_index does not report a full disk
             raise OSError(f"{aside} was written only in part; is the disk full?")
         header = {"generation": generation, "sequence": sequence, "dim": index.dim, "rows": rows}
-        header |= {"bytes": aside.stat().st_size, "sha256": _digest(aside)}
-        _publish(aside, file)
+        header |= {"bytes": aside.stat().st_size, "sha256": digest(aside)}
+        publish(aside, file)
         if graph.projection is not None:
             with aside.open("wb") as stream:
                 np.save(stream, graph.projection.matrix)
-            header["projection"] = {"sha256": _digest(aside), "lost": graph.projection.lost}
-            _publish(aside, file.with_suffix(".npy"))
+            header["projection"] = {"sha256": digest(aside), "lost": graph.projection.lost}
+            publish(aside, file.with_suffix(".npy"))
         aside.write_text(json.dumps(header))
-        _publish(aside, file.with_suffix(".json"))
+        publish(aside, file.with_suffix(".json"))
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
         raise OSError(f"the index snapshot could not be saved in {folder}: {error}") from error
@@ -97,11 +97,11 @@ def _problem(file: Path, header: dict[str, Any], generation: str, dim: int, sequ
         return "the graph is missing"
     if file.stat().st_size != header["bytes"]:
         return f"{file.stat().st_size} bytes, expected {header['bytes']}"
-    if _digest(file) != header["sha256"]:
+    if digest(file) != header["sha256"]:
         return "its sha256 does not match"
     if "projection" in header:
         matrix = file.with_suffix(".npy")
-        if not matrix.is_file() or _digest(matrix) != header["projection"]["sha256"]:
+        if not matrix.is_file() or digest(matrix) != header["projection"]["sha256"]:
             return "its projection is missing or damaged"
     return None
 
@@ -113,14 +113,15 @@ def _projection(file: Path, header: dict[str, Any]) -> Projection | None:
     return Projection(np.load(file.with_suffix(".npy"), allow_pickle=False), header["projection"]["lost"])
 
 
-def _publish(aside: Path, file: Path) -> None:
+def publish(aside: Path, file: Path) -> None:
     """Give a finished file its name, durably."""
     _sync(aside)
     aside.replace(file)
     _sync(file.parent)
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

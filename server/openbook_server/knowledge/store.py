@@ -1,4 +1,4 @@
-"""The truth: documents, passages, vectors and words in one SQLite file.
+"""The truth: documents, passages and vectors in one SQLite file.
 
 Every write is one transaction, fsynced before it returns (WAL, synchronous=FULL), so what was acknowledged survives
 `kill -9` and a power cut. Passage numbers are never used twice, which is what lets derived indexes be compared with the
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.errors import KnowledgeBaseDamaged
-from openbook_server.knowledge import filters, lexical
+from openbook_server.knowledge import filters
 from openbook_server.knowledge.records import Counts, Document, Passage
 
-FORMAT = 1  # raised whenever an older server would misread the file
+FORMAT = 2  # raised whenever an older server would misread the file; 1 had an index of words in it
 FILE = "knowledge.sqlite"
 
 _SCHEMA = (
@@ -31,7 +31,6 @@ _SCHEMA = (
     "CREATE TABLE passages (number INTEGER PRIMARY KEY AUTOINCREMENT, document INTEGER NOT NULL REFERENCES documents (number), "
     "id TEXT NOT NULL UNIQUE, start INTEGER NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, vector BLOB NOT NULL)",
     "CREATE INDEX passages_by_document ON passages (document)",
-    lexical.SCHEMA,
 )
 _FILTERS_REMEMBERED = 64  # with what they match
 _ROWS_AT_ONCE = 500  # of a query that could return any number
@@ -64,6 +63,8 @@ class Store:
         version = self.meta("format")
         if version is not None and int(version) > FORMAT:
             raise KnowledgeBaseDamaged(f"{self.path} has format {version}, this server reads {FORMAT}; upgrade it: pip install -U openbook")
+        if version is not None and int(version) < FORMAT and not read_only:
+            self._upgrade()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
@@ -108,6 +109,12 @@ class Store:
                 self._writer.execute(statement)
             self._writer.executemany("INSERT INTO meta VALUES (?, ?)", {"format": str(FORMAT), "sequence": "0", **meta}.items())
             self._writer.execute("COMMIT")
+
+    def _upgrade(self) -> None:
+        """From format 1, whose index of words moved out of the file."""
+        with self._transaction() as connection:
+            connection.execute("DROP TABLE IF EXISTS words")
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT),))
 
     def meta(self, key: str) -> str | None:
         """A recorded fact about the store; None where the store is still empty."""
@@ -162,7 +169,6 @@ class Store:
                     (*row, vector.astype("<f4").tobytes()),
                 )
                 added.append(int(cursor.lastrowid or 0))
-                connection.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", (added[-1], passage.title, passage.text))
         return removed, added
 
     def delete(self, ids: Sequence[str]) -> list[int]:
@@ -171,12 +177,11 @@ class Store:
             return self._remove(connection, ids)
 
     def _remove(self, connection: sqlite3.Connection, ids: Sequence[str]) -> list[int]:
-        query = f"SELECT p.number, p.title, p.text FROM passages p JOIN documents d ON d.number = p.document WHERE d.id IN ({_marks(ids)})"  # noqa: S608
+        query = f"SELECT p.number FROM passages p JOIN documents d ON d.number = p.document WHERE d.id IN ({_marks(ids)})"  # noqa: S608
         rows = connection.execute(query, ids).fetchall()
-        connection.executemany("INSERT INTO words (words, rowid, title, text) VALUES ('delete', ?, ?, ?)", rows)
-        connection.executemany("DELETE FROM passages WHERE number = ?", [(number,) for number, *_ in rows])
+        connection.executemany("DELETE FROM passages WHERE number = ?", rows)
         connection.executemany("DELETE FROM documents WHERE id = ?", [(id_,) for id_ in ids])
-        return [number for number, *_ in rows]
+        return [number for (number,) in rows]
 
     def passages(self, numbers: Sequence[int]) -> dict[int, Passage]:
         """Those of the passages that are stored, by number."""
@@ -228,6 +233,12 @@ class Store:
             data = b"".join(vector for _, vector in rows)
             yield [number for number, _ in rows], np.frombuffer(data, "<f4").reshape(len(rows), dim).astype(np.float32)
 
+    def texts(self, numbers: Sequence[int]) -> dict[int, str]:
+        """What words are looked for in: title and text of those passages that are stored."""
+        with self._explained():
+            rows = self._reader.execute(f"SELECT number, title, text FROM passages WHERE number IN ({_marks(numbers)})", numbers)  # noqa: S608
+            return {number: f"{title}\n{text}" for number, title, text in rows}
+
     def matching(self, condition: filters.Filter) -> frozenset[int]:
         """Numbers of the passages whose documents match; remembered until the next write."""
         sequence = self.sequence()
@@ -240,11 +251,6 @@ class Store:
                 self._matched.clear()
             self._matched[condition] = sequence, numbers
         return self._matched[condition][1]
-
-    def search_words(self, question: str, limit: int, allowed: frozenset[int] | None = None) -> dict[int, float]:
-        """Passage number -> BM25, only of those `allowed`; see `lexical`."""
-        with self._explained():
-            return lexical.search_words(self._reader, question, limit, allowed)
 
     def close(self) -> None:
         self._reader.close()

@@ -1,0 +1,132 @@
+"""BM25 over words: a buffer in memory for the fresh rows, tantivy for the many.
+
+It is derived, as the vectors' graph is: a row is searchable when `add` returns; what is on the disk is looked at only when an
+index is opened, is then compared with the store by row numbers, and built again where it is damaged. Both halves score by the
+statistics of all rows: tantivy's stems are boosted by what the buffer changes in their idf. Rows are never deleted inside
+tantivy: they are left out of what it finds, until most are gone and it is built again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from openbook_server.knowledge import saved_words
+from openbook_server.knowledge.lexical import question_words
+from openbook_server.knowledge.word_buffer import WordBuffer, idf
+
+log = logging.getLogger(__name__)
+
+FOLDER = "words"
+BUFFER_LIMIT = 2_000  # rows that are kept in memory before they move into tantivy
+_ROWS_AT_ONCE = 1_000  # read from the store
+
+Texts = Callable[[Sequence[int]], Mapping[int, str]]
+
+
+class WordIndex:
+    """Rows with the words of their texts; search from any thread, write from one."""
+
+    def __init__(self, folder: Path, texts: Texts, live: frozenset[int], *, buffer_limit: int = BUFFER_LIMIT) -> None:
+        """Open what is saved and bring it up to the store.
+
+        Args:
+            folder: of the knowledge base.
+            texts: of those rows that are stored.
+            live: every row that is stored.
+        """
+        self._folder, self._texts, self._buffer_limit = folder / FOLDER, texts, buffer_limit
+        self._analyser = saved_words.analyser()
+        self._lock = threading.Lock()
+        self._buffer = WordBuffer()
+        self._full_at = buffer_limit  # rows in the buffer with which it moves
+        self._saved = saved_words.load(self._folder)
+        self._gone = set(self._saved.rows - live) if self._saved else set[int]()
+        self._torn = False  # what is on the disk is no longer what `_saved` is
+        missing = sorted(live - self._saved.rows if self._saved else live)
+        for at in range(0, len(missing), _ROWS_AT_ONCE):
+            found = texts(missing[at : at + _ROWS_AT_ONCE])
+            self.add(list(found), list(found.values()))
+
+    @property
+    def saved_rows(self) -> int:
+        """Live rows in tantivy; the others are in memory."""
+        return len(self._saved.rows) - len(self._gone) if self._saved else 0
+
+    def add(self, rows: Sequence[int], texts: Sequence[str]) -> None:
+        """Make rows searchable at once; none of them may be in the index."""
+        stems = [self._analyser.analyze(text) for text in texts]
+        with self._lock:
+            for row, found in zip(rows, stems, strict=True):
+                self._buffer.add(row, found)
+        if len(self._buffer) >= self._full_at:
+            try:
+                self._save()
+            except OSError as error:  # the rows stay searchable, in memory
+                log.warning("%s; it is tried again later", error)
+                self._full_at = len(self._buffer) + self._buffer_limit
+
+    def delete(self, rows: Iterable[int]) -> None:
+        """Take rows out of every later search; unknown ones are ignored."""
+        with self._lock:
+            for row in rows:
+                if row in self._buffer:
+                    self._buffer.remove(row)
+                elif self._saved and row in self._saved.rows:
+                    self._gone.add(row)
+
+    def search(self, question: str, limit: int, allowed: frozenset[int] | None = None) -> dict[int, float]:
+        """Row -> BM25 (k1 1.2, b 0.75, English stems) of at most `limit` rows that share a word with the question, best first.
+
+        Args:
+            allowed: only these rows; None = all.
+        """
+        stems = list(dict.fromkeys(self._analyser.analyze(" ".join(question_words(question)))))
+        with self._lock:  # a row that moves from one half to the other is in exactly one of them
+            saved, gone, buffer = self._saved, self._gone, self._buffer
+            rows, held = len(buffer) + (len(saved.rows) if saved else 0), {}
+            if saved:
+                held = {stem: count for stem in stems if (count := saved.holding(stem))}
+            weights = {stem: idf(held.get(stem, 0) + buffer.holding(stem), rows) for stem in stems}
+            average = (buffer.stems + (saved.stems if saved else 0)) / max(rows, 1)
+            found = buffer.scores(weights.items(), average, allowed)
+        if saved and held:
+            boosts = {stem: weights[stem] / idf(count, len(saved.rows)) for stem, count in held.items()}
+            found |= saved.search(boosts, limit, gone, allowed)
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))[:limit])
+
+    def flush(self) -> None:
+        """Save everything, where something is saved already or the buffer is large; build again what is mostly gone.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; every row stays searchable.
+        """
+        if self._mostly_gone or self._torn or (len(self._buffer) and (self._saved or len(self._buffer) >= self._buffer_limit)):
+            self._save()
+
+    @property
+    def _mostly_gone(self) -> bool:
+        return bool(self._saved) and len(self._gone) > self.saved_rows
+
+    def _save(self) -> None:
+        """Only the thread that adds and deletes comes here, so rows stay as they are."""
+        base = None if self._torn or self._mostly_gone else self._saved
+        moved = self._buffer.rows()
+        rows = moved if base or not self._saved else sorted((self._saved.rows - self._gone) | set(moved))
+        if base is None and self._saved:
+            log.info("building the index of words of %d passages again", len(rows))
+        self._torn = True
+        saved = saved_words.save(self._folder, base, self._stored(rows))
+        self._torn = False
+        with self._lock:
+            self._saved, self._full_at = saved, self._buffer_limit
+            if base is None:
+                self._gone = set()
+            for row in moved:
+                self._buffer.remove(row)
+
+    def _stored(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        for at in range(0, len(rows), _ROWS_AT_ONCE):
+            yield from self._texts(rows[at : at + _ROWS_AT_ONCE]).items()

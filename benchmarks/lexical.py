@@ -50,11 +50,14 @@ def fts5(folder: Path, passages: Sequence[str]) -> Search:
 
 
 def tantivy(folder: Path, passages: Sequence[str]) -> Search:
-    index = WordIndex(folder, lambda rows: {row: passages[row] for row in rows}, frozenset())
+    def stored(rows: Sequence[int]) -> dict[int, str]:
+        return {row: passages[row] for row in rows}
+
+    index = WordIndex(folder, stored, frozenset())
     for at in range(0, len(passages), CHUNK):
         part = passages[at : at + CHUNK]
         index.add(range(at, at + len(part)), part)
-    index.flush()
+    index.flush(stored)
     return lambda question: list(index.search(question, DEPTH))
 
 

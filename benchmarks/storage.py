@@ -36,10 +36,12 @@ Vectors = NDArray[np.float32]
 Propose = Callable[[Vectors], NDArray[np.int64]]  # a (1, dim) question to candidates
 
 
-def stored_vectors(folder: Path, dim: int) -> Vectors:
+def stored_vectors(folder: Path) -> Vectors:
     store = Store(folder, read_only=True)
     try:
-        return np.concatenate([vectors for _, vectors in store.vectors(sorted(store.numbers()), dim)])
+        live = store.generations.live()
+        assert live is not None
+        return np.concatenate([vectors for _, vectors in store.generations.vectors(live, sorted(store.generations.numbers(live)))])
     finally:
         store.close()
 
@@ -110,7 +112,7 @@ def main() -> None:
     texts = load_texts(arguments.questions, arguments.count)
     batches = perfect_batches(TextEncoder(load_tokenizer(bundle.tokenizer_path)), texts, bundle.embedder.max_tokens)
     queries = np.concatenate([np.asarray(model.run(batch)["sentence_embedding"], np.float32) for batch in batches])
-    vectors = stored_vectors(arguments.knowledge_base, dim)
+    vectors = stored_vectors(arguments.knowledge_base)
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :NEAREST]
     rows: dict[str, dict[str, float]] = {}
     print(f"{len(vectors)} passages, {len(queries)} questions")

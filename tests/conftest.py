@@ -78,3 +78,26 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_reader: Path) -> Path:
         lambda line: None,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tuned_bundle(tiny_checkpoint: Path, tiny_reader: Path) -> Path:
+    """As `tiny_bundle` with another embedder: what `openbook export --embedder` makes of a retriever's adapter."""
+    import torch
+    from openbook_export.export import ExportOptions, export_bundle
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.retriever import build_retriever, save_retriever
+
+    torch.manual_seed(2)
+    checkpoint, folder = resolve_checkpoint(str(tiny_checkpoint)), tiny_checkpoint.parent / "tuned"
+    model = build_retriever(checkpoint, lora_rank=2, lora_alpha=2).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+            parameter.data = parameter.data.half().float()
+    save_retriever(model, folder / "adapter", checkpoint, [DIM])
+    options = ExportOptions(
+        checkpoint=str(tiny_checkpoint), bundle=folder / "bundle", embedder=folder / "adapter", reader=tiny_reader, name="tuned"
+    )
+    export_bundle(options, lambda line: None)
+    return folder / "bundle"

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from openbook_server.ingest.sources import Source
 
 STOPPED, SOME_UNREADABLE = 130, 3
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, a folder or an "
         "alias of an Elasticsearch cluster, which is made where there is none. Documents that are stored already and have not changed are "
-        "left alone, so the same command again goes on after a stop, or brings the knowledge base up to date."
+        "left alone, so the same command again goes on after a stop, or brings the knowledge base up to date. With --new-generation, a "
+        "bundle with another embedder takes the place of the one before: a folder's passages are embedded again as they are stored, "
+        "in an alias the sources are stored again."
     )
     parser.epilog = (
         "sources: files and folders of txt, md, rst, html, pdf, csv, jsonl, parquet; hf:NAME[:SPLIT], a Hugging Face dataset;\n"
@@ -32,19 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`_id` or `id`, `title` and `text` mean just that, other values become metadata.\n"
         "example: openbook index bundle/ kb/ manuals/ faq.csv\n"
         "         openbook index bundle/ 'elasticsearch://es1:9200,es2:9200/manuals?shards=3&replicas=1' manuals/\n"
+        "         openbook index new-bundle/ kb/ --new-generation\n"
         "exit status: 0 all stored; 1 nothing could be done; 2 wrong usage; 3 some items were unreadable (named in the log), the\n"
         "rest is stored; 130 stopped by Ctrl-C, what was reported is stored"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument("knowledge_base", metavar="KB", help="folder of the knowledge base, or elasticsearch://HOST:PORT/ALIAS")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
     parser.add_argument("--passage-tokens", type=int, metavar="N", help="longest passage (default: as before, at first 200)")
     parser.add_argument("--overlap", type=int, metavar="N", help="tokens neighbours may share (default: as before, at first 40)")
     parser.add_argument(
         "--new-generation",
         action="store_true",
-        help="Elasticsearch: build a new knowledge base beside the one that the alias means, and let it mean the new one once all "
-        "sources are stored; servers follow when they are restarted",
+        help="build the generation of this bundle and these parameters beside the live one, and make it the live one once it lacks "
+        "nothing; a folder needs no sources for that, and a running server does it itself: openbook generations build",
     )
     parser.add_argument(
         "--graph-dims",
@@ -74,12 +78,14 @@ def _index(arguments: argparse.Namespace) -> int:
     from openbook_server.errors import InvalidRequest, SourceInvalid
     from openbook_server.ingest.embed import PassageEmbedder
     from openbook_server.ingest.indexing import Indexing
-    from openbook_server.ingest.preparation import FACTS, choose_splitting
+    from openbook_server.ingest.preparation import FACTS, check_stored_passages, choose_splitting
     from openbook_server.ingest.sources import find_sources
-    from openbook_server.knowledge import open_knowledge_base
+    from openbook_server.knowledge.opening import open_knowledge_base, recorded_facts
     from openbook_server.runtime import Graph, choose_device
     from openbook_server.tokenization import load_tokenizer
 
+    if not arguments.sources and (not arguments.new_generation or "://" in arguments.knowledge_base):
+        raise InvalidRequest("SOURCE", "none given; only a folder's --new-generation needs none")
     sources = find_sources(arguments.sources)
     bundle = load_bundle(arguments.bundle)
     if not 1 <= arguments.batch <= 4_096:
@@ -90,7 +96,10 @@ def _index(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, None, arguments.threads)
     graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
-    embedder = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
+    dim, max_tokens = bundle.embedder.dim, bundle.embedder.max_tokens
+    embedder = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens)
+    if arguments.new_generation:  # looked at before a generation is added that nothing could fill
+        check_stored_passages(bundle, recorded_facts(arguments.knowledge_base, *FACTS))
     knowledge_base = open_knowledge_base(
         arguments.knowledge_base,
         bundle,
@@ -106,6 +115,12 @@ def _index(arguments: argparse.Namespace) -> int:
         indexing = Indexing(knowledge_base, tokenizer, embedder, splitting, batch=arguments.batch)
         began = time.monotonic()
         with _stop_on_signal() as stopping:
+            if arguments.new_generation and knowledge_base.build(
+                PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, whole=True), _report_build(), stopping
+            ):
+                knowledge_base.optimise()
+                knowledge_base.snapshot()
+                knowledge_base.publish()  # before anything is stored with it: what is stored must be in the live one
             _run_with_progress(indexing, sources, stopping)
             stopped = stopping()
         knowledge_base.optimise()
@@ -117,7 +132,8 @@ def _index(arguments: argparse.Namespace) -> int:
         knowledge_base.close()
     seconds = time.monotonic() - began
     print(
-        f"{knowledge_base.name}: {counts.documents} documents, {counts.passages} passages; this run read {progress.documents}, "
+        f"{knowledge_base.name}, generation {knowledge_base.generation}: {counts.documents} documents, {counts.passages} passages; "
+        f"this run read {progress.documents}, "
         f"{progress.unchanged} of them unchanged, and stored {progress.passages} passages in {seconds:.1f} s"
         + (f"; {progress.unreadable} items were unreadable and skipped" if progress.unreadable else "")
         + (f"; {progress.replaced_ids} ids came more than once, the last of each was kept" if progress.replaced_ids else "")
@@ -128,6 +144,23 @@ def _index(arguments: argparse.Namespace) -> int:
     if not counts.documents:
         raise SourceInvalid("no document was found in the sources")
     return SOME_UNREADABLE if progress.unreadable else 0
+
+
+def _report_build() -> Callable[[int, int], None]:
+    """A line now and then: passages, of how many, and the time left."""
+    began = last = time.monotonic()
+    first = -1
+
+    def report(filled: int, passages: int) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        first = filled if first < 0 else first
+        if now - last > _SECONDS_BETWEEN_LINES and filled > first:
+            last = now
+            left = (now - began) * (passages - filled) / (filled - first)
+            print(f"new generation: {filled} of {passages} passages, about {left:.0f} s left", file=sys.stderr)
+
+    return report
 
 
 def _run_with_progress(indexing: Indexing, sources: list[Source], stopping: Callable[[], bool]) -> None:

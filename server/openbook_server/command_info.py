@@ -83,22 +83,25 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 
 def _knowledge_base(folder: Path) -> dict[str, Any]:
+    from openbook_server.knowledge.inventory import describe_generations
     from openbook_server.knowledge.store import FILE, Store
 
     store = Store(folder, read_only=True)
     try:
-        counts = store.counts()
-        return {
+        counts, live = store.counts(), store.generations.live()
+        facts = {
             "kind": "knowledge base",
             "documents": counts.documents,
             "passages": counts.passages,
-            "generation": store.meta("generation"),
-            "fingerprint": store.meta("fingerprint"),
-            "dimensions": store.meta("dim"),
+            "generation": live.name if live else None,
+            "fingerprint": live.fingerprint if live else None,
+            "dimensions": live.dim if live else None,
             "writes": store.sequence(),
             "bytes": (folder / FILE).stat().st_size,
             "snapshots": ", ".join(sorted(file.name for file in folder.glob("index-*.hnsw"))) or "none (all rows are scanned exactly)",
         }
+        states = describe_generations(folder, store)
+        return facts | {f"generation {state.name}": str(state) for state in states}
     finally:
         store.close()
 

@@ -3,8 +3,8 @@
 A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
 (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
 knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable, KnowledgeBaseRefused,
-FingerprintMismatch) and sources are read (SourceInvalid). `reason` is stable and goes into google.rpc.ErrorInfo; the
-message names the value, the limit and the way out.
+FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages (PassageTooLong).
+`reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the way out.
 """
 
 from __future__ import annotations
@@ -123,6 +123,20 @@ class FingerprintMismatch(OpenBookError):
 
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "FINGERPRINT_MISMATCH"
+
+
+class GenerationNotReady(OpenBookError):
+    """A generation cannot be built, or not while another one is."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "GENERATION_NOT_READY"
+
+
+class PassageTooLong(OpenBookError):
+    """A stored passage is longer than another bundle's models read; its document must be split again."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "PASSAGE_TOO_LONG"
 
 
 class SourceInvalid(OpenBookError):

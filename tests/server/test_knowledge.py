@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -143,24 +142,6 @@ def test_stop_words_count_only_where_there_is_nothing_else() -> None:
     assert question_words("who is the king") == ["king"]
     assert question_words("who is the") == ["who", "is", "the"]
     assert question_words("?!") == []
-
-
-def test_a_folder_of_the_format_before_is_brought_up(tmp_path: Path) -> None:
-    knowledge_base = opened(tmp_path)
-    store(knowledge_base, {"a": "running dogs"}, unit(1))
-    knowledge_base.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection, connection:
-        connection.execute("CREATE VIRTUAL TABLE words USING fts5(title, text, content='passages', content_rowid='number')")
-        connection.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
-    for _ in range(2):
-        knowledge_base = opened(tmp_path)
-        assert found(knowledge_base, "dog", None, "lexical") == ["a"]
-        assert knowledge_base.delete_documents(["a"]) in {0, 1}
-        store(knowledge_base, {"a": "running dogs"}, unit(1))
-        knowledge_base.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
-        assert connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() == (str(FORMAT),)
-        assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'words%'").fetchall()
 
 
 def saved(folder: Path) -> np.ndarray:

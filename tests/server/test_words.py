@@ -112,7 +112,7 @@ def test_only_what_a_filter_allows_is_found(tmp_path: Path, monkeypatch: pytest.
 def test_an_index_opened_again_holds_what_the_store_holds(tmp_path: Path) -> None:
     store = Stored(tmp_path, passages(40))
     index = store.open()
-    index.flush()
+    index.flush(store.texts)
     del store.rows[3]  # deleted and added while no index was open
     store.rows |= {row + 100: text for row, text in passages(6, seed=1).items()}
     again = store.open()
@@ -126,7 +126,7 @@ def test_rows_move_to_the_disk_again_once_most_of_it_is_deleted(tmp_path: Path, 
     index = store.open()
     store.delete(index, range(1, 31))
     with caplog.at_level(logging.INFO):
-        index.flush()
+        index.flush(store.texts)
     assert "building the index of words of 10 passages again" in caplog.text
     assert index.saved_rows == 10
     expected = bm25(store.rows, "w1 w3 w9")
@@ -185,9 +185,9 @@ def test_rows_stay_searchable_where_the_disk_takes_nothing(
         assert "No space left on device" in caplog.text
         assert set(index.search("w1 w2", 100)) == set(bm25(store.rows, "w1 w2"))
         with pytest.raises(OSError, match="index of words could not be saved"):
-            index.flush()
+            index.flush(store.texts)
     assert set(store.open().search("w1 w2", 100)) == set(bm25(store.rows, "w1 w2"))  # as after a crash here
-    index.flush()
+    index.flush(store.texts)
     assert index.saved_rows == 35
     assert index.search("w1 w2", 100) == pytest.approx(bm25(store.rows, "w1 w2"), rel=1e-5)
     assert store.open().search("w1 w2", 100) == pytest.approx(bm25(store.rows, "w1 w2"), rel=1e-5)

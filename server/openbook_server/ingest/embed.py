@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from openbook_server.buckets import batches_by_length, padded_length
 from openbook_server.engine import Row, Runnable, collate
+from openbook_server.errors import PassageTooLong
 from openbook_server.knowledge import Passage
 
 TITLE_TOKENS = 32  # of a title that stand before its passage; the rest is cut
@@ -19,13 +20,20 @@ SEPARATOR = "\n"
 class PassageEncoder:
     """Turns passages into rows of tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
-        """`max_tokens` of a row, special tokens included; what is over is cut."""
-        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, *, whole: bool = False) -> None:
+        """`max_tokens` of a row, special tokens included; what is over is cut, or refused where passages must be read `whole`."""
+        self._tokenizer, self._max_tokens, self._whole = tokenizer, max_tokens, whole
 
     def __call__(self, passages: Sequence[Passage]) -> list[Row]:
+        """Raises PassageTooLong, see `whole`."""
         encodings = self._tokenizer.encode_batch_fast([self._text(passage) for passage in passages])
         rows = [encoding.ids for encoding in encodings]
+        for passage, ids in zip(passages, rows, strict=True) if self._whole else ():
+            if len(ids) > self._max_tokens:
+                raise PassageTooLong(
+                    f"passage {passage.id!r} has {len(ids)} tokens, this bundle's embedder reads {self._max_tokens} whole; documents "
+                    f"must be split again: openbook index BUNDLE NEW-KB SOURCES..."
+                )
         return [Row(ids if len(ids) <= self._max_tokens else [*ids[: self._max_tokens - 1], ids[-1]]) for ids in rows]
 
     def _text(self, passage: Passage) -> str:
@@ -42,8 +50,10 @@ class PassageEncoder:
 class PassageEmbedder:
     """Embeds passages in batches of similar length."""
 
-    def __init__(self, tokenizer: Tokenizer, graph: Runnable, *, dim: int, max_tokens: int, max_batch_tokens: int = 4_096) -> None:
-        self._encode, self._graph = PassageEncoder(tokenizer, max_tokens), graph
+    def __init__(
+        self, tokenizer: Tokenizer, graph: Runnable, *, dim: int, max_tokens: int, whole: bool = False, max_batch_tokens: int = 4_096
+    ) -> None:
+        self._encode, self._graph = PassageEncoder(tokenizer, max_tokens, whole=whole), graph
         self._dim, self._budget = dim, max_batch_tokens
 
     def __call__(self, passages: Sequence[Passage]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from openbook_server.bundle import Bundle
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, PassageTooLong
 from openbook_server.ingest.embed import TITLE_TOKENS
 from openbook_server.ingest.splitting import split
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
@@ -57,9 +57,7 @@ def choose_splitting(
     Raises:
         InvalidRequest: a value is out of range.
     """
-    most = bundle.embedder.max_tokens - TITLE_TOKENS - 3
-    if bundle.reader is not None:
-        most = min(most, bundle.reader.max_tokens - bundle.reader.max_question_tokens - 3)
+    most = longest_passage(bundle)
     if passage_tokens is None:
         passage_tokens = max(1, min(most, int(recorded.get("passage_tokens", PASSAGE_TOKENS))))
     if not 1 <= passage_tokens <= most:
@@ -69,6 +67,28 @@ def choose_splitting(
     if not 0 <= overlap < passage_tokens:
         raise InvalidRequest("--overlap", f"{overlap} is outside 0 to {passage_tokens - 1}")
     return Splitting(passage_tokens, overlap)
+
+
+def longest_passage(bundle: Bundle) -> int:
+    """Tokens of the longest passage that a bundle's models read whole, special tokens not included."""
+    most = bundle.embedder.max_tokens - TITLE_TOKENS - 3
+    return min(most, bundle.reader.max_tokens - bundle.reader.max_question_tokens - 3) if bundle.reader is not None else most
+
+
+def check_stored_passages(bundle: Bundle, recorded: Mapping[str, str]) -> None:
+    """Whether passages as they are stored suit a bundle; those are no longer split where its generation is built from them.
+
+    A bundle with another tokenizer counts otherwise: of each passage its own encoder has the last word, see `PassageEncoder`.
+
+    Raises:
+        PassageTooLong: they may be longer than its models read whole.
+    """
+    stored, most = int(recorded.get("passage_tokens", 0)), longest_passage(bundle)
+    if stored > most:
+        raise PassageTooLong(
+            f"the stored passages have up to {stored} tokens, this bundle's models read {most} of one whole; documents must be split "
+            f"again: openbook index BUNDLE NEW-KB SOURCES... --passage-tokens {most}"
+        )
 
 
 def prepare(documents: Sequence[Document], knowledge_base: KnowledgeBase, tokenizer: Tokenizer, splitting: Splitting) -> Prepared:

@@ -1,38 +1,37 @@
-"""The embedded knowledge base: a store, the indexes derived from it, and search over both.
+"""The embedded knowledge base: one generation of a store, the index derived from it, and search over both.
 
 Opening loads the newest good snapshot of the graph, adds the rows it lacks and drops those that are gone: after any
-crash the indexes hold exactly what the store holds. One process at a time has a knowledge base open.
+crash the index holds exactly what the store holds. One process at a time has a folder open; it may have several of the
+folder's generations open, which share the store's passages and words and differ in their vectors.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
-import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
+from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.knowledge.choice import choose_generation
 from openbook_server.knowledge.fusion import Candidates, depth, rank
-from openbook_server.knowledge.graph import EF_CONSTRUCTION
-from openbook_server.knowledge.graph import M as LINKS
+from openbook_server.knowledge.generations import BundlePlace
+from openbook_server.knowledge.home import Home
+from openbook_server.knowledge.inventory import GenerationState, describe_generations, remove_generation
 from openbook_server.knowledge.projection import Vectors
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import Recall, RecallWatch
-from openbook_server.knowledge.words import WordIndex
 
 log = logging.getLogger(__name__)
 
-_LOCK = "lock"
-_GRAPH_DIMS = "graph_dims"  # the fact under which a knowledge base keeps its setting
+_FILLED_AT_ONCE = 1_024  # passages embedded between two transactions of a build
 
 
 class EmbeddedKnowledgeBase:
@@ -49,69 +48,78 @@ class EmbeddedKnowledgeBase:
         create: bool = False,
         flat_limit: int = FLAT_LIMIT,
         graph_dims: int | None = None,
+        bundle: BundlePlace | None = None,
+        new_generation: bool = False,
+        name: str | None = None,
+        beside: EmbeddedKnowledgeBase | None = None,
     ) -> None:
-        """Open a knowledge base.
+        """Open the live generation of a knowledge base, or the one that is to take its place.
 
         Args:
             fingerprint: of the embedder that will query it.
             dim: of its vectors.
             create: make the folder and an empty knowledge base where there is none.
             graph_dims: dimensions of what the graph holds, from now on; 0 = as few as the data allow, None = as before (at first 0).
+            bundle: recorded as the one that this generation is served with, where none is yet.
+            new_generation: open the one of this embedder, these parameters (None: whichever) and this bundle, live or not; where
+                there is none, add it. `build` fills it, `publish` makes it the live one.
+            name: open the generation of this name; `fingerprint` and `graph_dims` must be its own.
+            beside: another generation of the same folder that this process has open; all writing must be done by one thread.
 
         Raises:
             KnowledgeBaseLocked: another process has it open.
             KnowledgeBaseDamaged: it is missing, damaged or of a newer format.
-            FingerprintMismatch: another embedder built it.
+            FingerprintMismatch: another embedder built the live generation.
         """
-        self.folder, self._dim = folder, dim
+        self.folder = folder
         if not create and not (folder / FILE).is_file():
             raise KnowledgeBaseDamaged(
                 f"{folder} is no knowledge base, it has no {FILE}; make one: openbook index BUNDLE {folder} SOURCES..."
             )
-        self._lock = _lock(folder)
+        self._home: Home = beside._home if beside is not None else Home(folder)
+        self._watch: RecallWatch | None = None
+        self._opening = threading.Lock()
+        self._open = False
+        self._gone: list[int] = []  # deleted by another generation while this one was being opened
+        self._home.enter(self)
         try:
-            self._store = Store(folder)
-            self._check(fingerprint, folder, graph_dims)
-            self.generation = self._store.meta("generation") or ""
-            live = self._store.numbers()
-            self._index = self._open_index(live, flat_limit)
-            self._words = WordIndex(folder, self._store.texts, live)
-            self._watch: RecallWatch | None = None
+            self._store = Store(folder, checked=beside is not None)
+            self._generation = choose_generation(
+                folder,
+                self._store,
+                fingerprint=fingerprint,
+                dim=dim,
+                graph_dims=graph_dims,
+                place=bundle or BundlePlace(),
+                new_generation=new_generation,
+                name=name,
+            )
+            self._words = self._home.words(self._store)
+            self._index = self._open_index(flat_limit)
+            with self._opening:
+                self._index.delete(self._gone)
+                self._open = True
         except BaseException:
-            self._lock.close()
+            self._home.leave(self)
             raise
 
-    def _check(self, fingerprint: str, folder: Path, graph_dims: int | None) -> None:
-        built_by = self._store.meta("fingerprint")
-        if built_by is not None and built_by != fingerprint:
-            raise FingerprintMismatch(
-                f"{folder} was built by embedder {built_by[:12]}, the bundle's is {fingerprint[:12]}; their vectors do not compare. "
-                f"Serve the bundle it was built with, or build a new one: openbook index BUNDLE NEW-FOLDER SOURCES..."
-            )
-        before = int(self._store.meta(_GRAPH_DIMS) or 0)
-        facts = {_GRAPH_DIMS: str(before if graph_dims is None else graph_dims)}
-        parameters = f"{fingerprint}/{self._dim}/{LINKS}/{EF_CONSTRUCTION}/{facts[_GRAPH_DIMS]}"
-        facts["generation"] = "1-" + hashlib.sha256(parameters.encode()).hexdigest()[:12]
-        if built_by is None:
-            self._store.initialise({"fingerprint": fingerprint, "dim": str(self._dim), **facts})
-        elif graph_dims is not None and graph_dims != before:
-            self._store.record(facts)  # snapshots of the generation before are not used any more
-
-    def _open_index(self, live: frozenset[int], flat_limit: int) -> VectorIndex:
-        snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._dim, sequence=self._store.sequence())
+    def _open_index(self, flat_limit: int) -> VectorIndex:
+        live = self._store.generations.numbers(self._generation)
+        snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._generation.dim, sequence=self._store.sequence())
         self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the snapshot of this very graph goes
         index = VectorIndex(
-            self._dim,
+            self._generation.dim,
             self._vectors,
             flat_limit=flat_limit,
-            graph_dims=int(self._store.meta(_GRAPH_DIMS) or 0),
+            graph_dims=self._generation.graph_dims,
+            precedence=self._home.precedence,
             graph=snapshot.graph if snapshot else None,
             live=live,
         )
         missing = sorted(live - index.labels)
         if missing and len(missing) > flat_limit:
             log.info("building the index of %d passages that no snapshot holds", len(missing))
-        for numbers, vectors in self._store.vectors(missing, self._dim):
+        for numbers, vectors in self._store.generations.vectors(self._generation, missing):
             index.add(numbers, vectors)
         self._optimise(index)
         return index
@@ -122,26 +130,34 @@ class EmbeddedKnowledgeBase:
 
     def _vectors(self, numbers: Sequence[int]) -> dict[int, Vectors]:
         """Stored vectors of those passages that are stored."""
-        batches = self._store.vectors(numbers, self._dim)
+        batches = self._store.generations.vectors(self._generation, numbers)
         return {number: vector for found, vectors in batches for number, vector in zip(found, vectors, strict=True)}
 
     def counts(self) -> Counts:
         return self._store.counts()
 
     def replace_documents(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
-        check_vectors(vectors, len(passages), self._dim)  # a row that the index cannot take must not get into the store
-        removed, added = self._store.replace(documents, passages, vectors)
-        self._index.delete(removed)
-        self._words.delete(removed)
+        check_vectors(vectors, len(passages), self._generation.dim)  # a row that the index cannot take must not get into the store
+        if not self.is_live:
+            raise RuntimeError(f"{self.generation} is not live: what is stored must be in the generation that answers")
+        removed, added = self._store.replace(documents, passages, vectors, self._generation)
+        self._home.forget(removed)
         if added:
             self._index.add(added, vectors)
             self._words.add(added, [f"{passage.title}\n{passage.text}" for passage in passages])
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         removed = self._store.delete(ids)
-        self._index.delete(removed)
-        self._words.delete(removed)
+        self._home.forget(removed)
         return len(removed)
+
+    def forget(self, numbers: list[int]) -> None:
+        """Passages are gone from the store, by whichever generation's doing."""
+        with self._opening:
+            if self._open:
+                self._index.delete(numbers)
+            else:
+                self._gone += numbers
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
         return self._store.documents(ids)
@@ -153,8 +169,8 @@ class EmbeddedKnowledgeBase:
         return self._store.digests(ids)
 
     def facts(self, *keys: str) -> dict[str, str]:
-        found = {key: self._store.meta(key) for key in keys}
-        return {key: value for key, value in found.items() if value is not None}
+        found = {key: self._store.meta(key) for key in keys} | {"fingerprint": self._generation.fingerprint}
+        return {key: value for key, value in found.items() if key in keys and value is not None}
 
     def record(self, facts: Mapping[str, str]) -> None:
         self._store.record(facts)
@@ -162,6 +178,10 @@ class EmbeddedKnowledgeBase:
     @property
     def name(self) -> str:
         return str(self.folder)
+
+    @property
+    def generation(self) -> str:
+        return self._generation.name
 
     @property
     def sequence(self) -> int:
@@ -220,39 +240,81 @@ class EmbeddedKnowledgeBase:
         sequence = self._store.sequence()  # before the graph is looked at: a row too many is no harm, one too few would be
         if sequence == self._saved:
             return
-        self._words.flush()
+        self._words.flush(self._store.texts)
         self._index.flush()
         if self._index.graph_rows:
-            save_snapshot(self.folder, self._index, generation=self.generation, sequence=sequence)
+            others = [other.name for other in self._store.generations.all() if other.number != self._generation.number]
+            save_snapshot(self.folder, self._index, generation=self.generation, sequence=sequence, others=others)
         self._saved = sequence
 
+    def lacking(self, *, after: int, limit: int) -> dict[int, Passage]:
+        """By number, in order, the first passages above `after` that this generation has no vector of."""
+        return dict(sorted(self._store.passages(self._store.generations.lacking(self._generation, after=after, limit=limit)).items()))
+
+    def fill(self, numbers: Sequence[int], vectors: Vectors) -> None:
+        """Store vectors of passages that `lacking` gave; durable when this returns. Those deleted meanwhile are left out.
+
+        Raises:
+            As `replace_documents`.
+        """
+        check_vectors(vectors, len(numbers), self._generation.dim)
+        places = self._store.generations.fill(self._generation, numbers, vectors)
+        if places:
+            self._index.add([numbers[at] for at in places], vectors[places])
+            self._saved = -1
+
+    @property
+    def filled(self) -> int:
+        """Passages that this generation has vectors of."""
+        return self._store.generations.count(self._generation)
+
+    def serve_with(self, bundle: BundlePlace) -> None:
+        """Record the bundle that this generation is served with."""
+        if bundle != self._generation.bundle:
+            self._generation = replace(self._generation, bundle=bundle)
+            self._store.generations.change(self._generation)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this is the generation that answers, and that the next start opens."""
+        live = self._store.generations.live()
+        return live is not None and live.number == self._generation.number
+
+    def generation_states(self) -> list[GenerationState]:
+        """All generations of the folder, by number."""
+        return describe_generations(self.folder, self._store)
+
+    def previous_generation(self) -> str | None:
+        """The one that was live before the live one; None where there is none."""
+        return previous.name if (previous := self._store.generations.previous()) else None
+
+    def remove_generation(self, name: str) -> None:
+        """As `inventory.remove_generation`; it must not be open."""
+        remove_generation(self.folder, self._store, name)
+
+    def build(
+        self,
+        embed: Callable[[Sequence[Passage]], Vectors],
+        report: Callable[[int, int], None],
+        stopping: Callable[[], bool],
+    ) -> bool:
+        after = 0  # passages stored later have higher numbers
+        while not stopping():
+            lacking = self.lacking(after=after, limit=_FILLED_AT_ONCE)
+            if not lacking:
+                return True
+            self.fill(list(lacking), embed(list(lacking.values())))
+            after = max(lacking)
+            report(self.filled, self._store.counts().passages)
+        return False
+
     def publish(self) -> None:
-        """A folder has one generation."""
+        if not self._store.generations.publish(self._generation):
+            lacks = f"{self.name}: generation {self.generation} lacks {self.counts().passages - self.filled} passages"
+            raise KnowledgeBaseDamaged(f"{lacks}; build it to the end first")
 
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
         self._store.close()
-        self._lock.close()
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder's lock until the returned file is closed or the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / _LOCK).open("a+")
-    except OSError as error:
-        raise KnowledgeBaseDamaged(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.seek(0)
-        owner = handle.read().strip() or "unknown"
-        handle.close()
-        raise KnowledgeBaseLocked(
-            f"{folder} is open in another process (pid {owner}); stop it first, or use a copy of the folder"
-        ) from error
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
+        self._home.leave(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -112,7 +112,25 @@ class KnowledgeBase(Protocol):
             OSError: the disk is full or the folder cannot be written.
         """
 
+    def build(
+        self, embed: Callable[[Sequence[Passage]], NDArray[np.float32]], report: Callable[[int, int], None], stopping: Callable[[], bool]
+    ) -> bool:
+        """Of a generation that was opened as a new one: embed the passages that the knowledge base holds and it lacks.
+
+        Returns whether it may be published now. Where each generation has passages of its own this does nothing and returns
+        False: that one is filled by storing the documents again.
+
+        Args:
+            embed: (passages, dim) unit vectors of some passages.
+            report: told now and then how many passages the generation has, and how many there are.
+            stopping: whether to stop; what was reported is stored, and building again goes on from there.
+        """
+
     def publish(self) -> None:
-        """Let everybody who opens `name` from now on have this generation; nothing to do unless it was opened as a new one."""
+        """Let everybody who opens `name` from now on have this generation; nothing to do where it is so already.
+
+        Raises:
+            KnowledgeBaseDamaged: it lacks passages that the knowledge base holds.
+        """
 
     def close(self) -> None: ...

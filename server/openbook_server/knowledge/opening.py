@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from openbook_server.bundle import Bundle
-from openbook_server.errors import InvalidRequest, KnowledgeBaseRefused
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.errors import BundleInvalid, InvalidRequest, KnowledgeBaseDamaged, KnowledgeBaseRefused
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.generations import BundlePlace
 from openbook_server.knowledge.interface import KnowledgeBase
+from openbook_server.knowledge.store import FILE, Store
+
+log = logging.getLogger(__name__)
 
 
 def open_knowledge_base(
@@ -18,7 +23,7 @@ def open_knowledge_base(
     Args:
         target: a folder, or elasticsearch://HOST:PORT/ALIAS.
         create: make an empty one where there is none.
-        new_generation: open the one that is being built beside the one in use, see `KnowledgeBase.publish`; only in Elasticsearch.
+        new_generation: open the one that is being built beside the one in use, see `KnowledgeBase.build` and `publish`.
         graph_dims: see `EmbeddedKnowledgeBase`; only in a folder.
 
     Raises:
@@ -26,15 +31,82 @@ def open_knowledge_base(
     """
     fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
     if "://" not in str(target):
-        if new_generation:
-            raise InvalidRequest("--new-generation", f"{target} is a folder, which has one generation; index into a new folder")
-        return EmbeddedKnowledgeBase(Path(target), fingerprint=fingerprint, dim=dim, create=create, graph_dims=graph_dims)
+        return EmbeddedKnowledgeBase(
+            Path(target),
+            fingerprint=fingerprint,
+            dim=dim,
+            create=create,
+            graph_dims=graph_dims,
+            bundle=place_of(bundle),
+            new_generation=new_generation,
+        )
     if graph_dims is not None:
         raise InvalidRequest("--graph-dims", "Elasticsearch keeps whole vectors; leave it out")
     _require_client()
     from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
 
     return ElasticsearchKnowledgeBase(str(target), fingerprint=fingerprint, dim=dim, create=create, new_generation=new_generation)
+
+
+def recorded_facts(target: str | Path, *keys: str) -> dict[str, str]:
+    """Facts of a knowledge base in a folder, without opening it; none where there is none, or opening it will say what is wrong."""
+    store = _peek(target)
+    if store is None:
+        return {}
+    found = {key: store.meta(key) for key in keys}
+    store.close()
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def bundle_to_serve(target: str | Path, named: Bundle) -> Bundle:
+    """The bundle that goes with the live generation of a knowledge base, where an operator named `named`.
+
+    That is the named one, unless the knowledge base knows it as the bundle of another generation: then a new pair of bundle and
+    generation took the place of that one while a server ran, and the command line is the one from before.
+
+    Raises:
+        BundleInvalid: the bundle that goes with the live generation is not where it was, or is another one by now.
+    """
+    store = _peek(target)
+    if store is None:
+        return named
+    live, known = store.generations.live(), store.generations.all()
+    store.close()
+    if live is None or live.bundle.id in ("", named.id) or named.id not in {generation.bundle.id for generation in known}:
+        return named
+    log.warning(
+        "%s: its live generation %s goes with the bundle in %s: serving that one, not the one in %s, which goes with an older "
+        "generation (openbook generations rollback goes back to it)",
+        target,
+        live.name,
+        live.bundle.folder,
+        named.folder,
+    )
+    try:
+        bundle = load_bundle(Path(live.bundle.folder))
+        problem = "" if bundle.id == live.bundle.id else f"there is another one by now, {bundle.id[:12]}"
+    except BundleInvalid as error:
+        problem = str(error)
+    if problem:
+        raise BundleInvalid(
+            f"{target}: generation {live.name} is live and goes with bundle {live.bundle.id[:12]}, which was in {live.bundle.folder}: "
+            f"{problem}; name its folder: openbook serve BUNDLE {target}"
+        )
+    return bundle
+
+
+def _peek(target: str | Path) -> Store | None:
+    if "://" in str(target) or not (Path(target) / FILE).is_file():
+        return None
+    try:
+        return Store(Path(target), read_only=True, checked=True)
+    except KnowledgeBaseDamaged:
+        return None
+
+
+def place_of(bundle: Bundle) -> BundlePlace:
+    """As a generation records the bundle that it is served with."""
+    return BundlePlace(bundle.id, str(bundle.folder.resolve()))
 
 
 def describe_address(address: str) -> dict[str, str | int]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ class Snapshot:
     sequence: int
 
 
-def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence: int) -> None:
+def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence: int, others: Sequence[str] = ()) -> None:
     """Write the index's graph durably and remove older snapshots; a crash at any point leaves a loadable state.
+
+    Args:
+        others: generations whose snapshots stay; all that remain are older ones, or of none that there is.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the older snapshots are still there.
@@ -59,8 +63,13 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
         aside.unlink(missing_ok=True)
         raise OSError(f"the index snapshot could not be saved in {folder}: {error}") from error
     for old in folder.glob("index-*"):
-        if old.name.split(".")[0] != file.stem:
+        if old.name.split(".")[0] != file.stem and snapshot_generation(old) not in others:
             old.unlink(missing_ok=True)
+
+
+def snapshot_generation(file: Path) -> str:
+    """Which generation a file of a snapshot is of."""
+    return file.name.split(".")[0].removeprefix("index-").rpartition("-")[0]
 
 
 def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> Snapshot | None:

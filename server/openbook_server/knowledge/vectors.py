@@ -8,7 +8,6 @@ exact. One lock guards buffer and graph; adding takes it chunk by chunk, and onl
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.knowledge.graph import EF, Graph
+from openbook_server.knowledge.precedence import Precedence
 from openbook_server.knowledge.projection import Vectors, learn
 
 log = logging.getLogger(__name__)
@@ -52,18 +52,19 @@ class VectorIndex:
         *,
         flat_limit: int = FLAT_LIMIT,
         graph_dims: int = 0,
+        precedence: Precedence | None = None,
         graph: Graph | None = None,
         live: frozenset[int] = frozenset(),
     ) -> None:
         """Args:
         truth: loads the vectors of those labels that are stored.
         graph_dims: dimensions of what the graph holds; 0 = as few as the data allow.
+        precedence: shared with other indexes whose searches go first as well.
         graph: loaded from a verified snapshot; its rows that are not `live` are deleted ones.
         """
         self.dim, self._truth, self._flat_limit, self._graph_dims = dim, truth, flat_limit, graph_dims
         self._lock = threading.Lock()
-        self._searches = 0  # running or waiting
-        self._idle = threading.Condition()  # no search runs or waits
+        self._precedence = precedence or Precedence()
         self.ef = EF  # of searches that name none
         self._graph = graph
         self._checked_rows = len(graph.live) if graph else 0  # of the graph, when it was last asked whether it is fit
@@ -130,7 +131,7 @@ class VectorIndex:
         """
         if allowed is not None:
             return self._search_among(queries, k, allowed, ef)
-        with self._first(), self._lock:
+        with self._precedence.search(), self._lock:
             graph = self._graph
             proposed: list[dict[int, float]] = [{} for _ in queries] if graph is None else graph.candidates(queries, k, ef or self.ef)
             labels, vectors = self._buffer()
@@ -147,7 +148,7 @@ class VectorIndex:
             found = [{label: score for label, score in row.items() if label in allowed} for row in self.search(queries, width, ef=ef)]
             if all(len(row) >= k for row in found):
                 return [_best(row, k) for row in found]
-        with self._first(), self._lock:
+        with self._precedence.search(), self._lock:
             graph = self._graph
             inside = sorted(allowed & graph.live) if graph is not None else []
             proposed = graph.among(queries, inside, k) if graph is not None else [{} for _ in queries]
@@ -169,7 +170,7 @@ class VectorIndex:
 
     def vectors(self, labels: Sequence[int]) -> dict[int, Vectors]:
         """Vectors of those labels that are live."""
-        with self._first(), self._lock:
+        with self._precedence.search(), self._lock:
             found = {label: self._flat[label] for label in labels if label in self._flat}
             inside = [label for label in labels if self._graph is not None and label in self._graph.live]
             if inside and self._graph is not None and self._graph.projection is None:
@@ -226,7 +227,7 @@ class VectorIndex:
         log.info("building the graph of %d passages again: %s", len(labels), reason)
         graph = Graph(self.dim, learn(self._sample(_SAMPLE), self._graph_dims), capacity=2 * len(labels) + 1)
         for at in range(0, len(labels), _ROWS_AT_ONCE):
-            self._wait_for_searches()
+            self._precedence.wait_for_searches()
             stored = self._truth(labels[at : at + _ROWS_AT_ONCE])
             graph.add(list(stored), np.array(list(stored.values()), np.float32))
         with self._lock:
@@ -238,7 +239,7 @@ class VectorIndex:
             self._checked_rows = len(self._flat)
         waiting = list(self._flat)
         for at in range(0, len(waiting), _CHUNK):
-            self._wait_for_searches()
+            self._precedence.wait_for_searches()
             with self._lock:
                 labels = [label for label in waiting[at : at + _CHUNK] if label in self._flat]
                 if labels:
@@ -246,22 +247,6 @@ class VectorIndex:
                 for label in labels:
                     del self._flat[label]
                 self._scan = None
-
-    def _wait_for_searches(self) -> None:
-        with self._idle:
-            self._idle.wait_for(lambda: not self._searches)
-
-    @contextlib.contextmanager
-    def _first(self) -> Iterator[None]:
-        """Within, adding waits; without this a thread that adds takes the lock again before a search wakes up."""
-        with self._idle:
-            self._searches += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._searches -= 1
-                self._idle.notify_all()
 
     def _buffer(self) -> tuple[NDArray[np.int64], Vectors]:
         if self._scan is None:

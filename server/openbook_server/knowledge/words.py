@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from openbook_server.knowledge import saved_words
@@ -27,7 +27,7 @@ Texts = Callable[[Sequence[int]], Mapping[int, str]]
 
 
 class WordIndex:
-    """Rows with the words of their texts; search from any thread, write from one."""
+    """Rows with the words of their texts; safe to use from several threads."""
 
     def __init__(self, folder: Path, texts: Texts, live: frozenset[int], *, buffer_limit: int = BUFFER_LIMIT) -> None:
         """Open what is saved and bring it up to the store.
@@ -37,11 +37,12 @@ class WordIndex:
             texts: of those rows that are stored.
             live: every row that is stored.
         """
-        self._folder, self._texts, self._buffer_limit = folder / FOLDER, texts, buffer_limit
+        self._folder, self._buffer_limit = folder / FOLDER, buffer_limit
         self._analyser = saved_words.analyser()
-        self._lock = threading.Lock()
+        self._writing = threading.RLock()  # of who adds, deletes or saves
+        self._lock = threading.Lock()  # of the two halves
         self._buffer = WordBuffer()
-        self._full_at = buffer_limit  # rows in the buffer with which it moves
+        self._fresh: dict[int, str] = {}  # texts of the buffer's rows
         self._saved = saved_words.load(self._folder)
         self._gone = set(self._saved.rows - live) if self._saved else set[int]()
         self._torn = False  # what is on the disk is no longer what `_saved` is
@@ -58,22 +59,24 @@ class WordIndex:
     def add(self, rows: Sequence[int], texts: Sequence[str]) -> None:
         """Make rows searchable at once; none of them may be in the index."""
         stems = [self._analyser.analyze(text) for text in texts]
-        with self._lock:
-            for row, found in zip(rows, stems, strict=True):
-                self._buffer.add(row, found)
-        if len(self._buffer) >= self._full_at:
-            try:
-                self._save()
-            except OSError as error:  # the rows stay searchable, in memory
-                log.warning("%s; it is tried again later", error)
-                self._full_at = len(self._buffer) + self._buffer_limit
+        with self._writing:
+            with self._lock:
+                for row, text, found in zip(rows, texts, stems, strict=True):
+                    self._buffer.add(row, found)
+                    self._fresh[row] = text
+            if len(self._buffer) >= self._buffer_limit and not self._torn:
+                try:
+                    self._move()
+                except OSError as error:  # the rows stay searchable, in memory
+                    log.warning("%s; it is tried again with the next snapshot", error)
 
     def delete(self, rows: Iterable[int]) -> None:
         """Take rows out of every later search; unknown ones are ignored."""
-        with self._lock:
+        with self._writing, self._lock:
             for row in rows:
                 if row in self._buffer:
                     self._buffer.remove(row)
+                    del self._fresh[row]
                 elif self._saved and row in self._saved.rows:
                     self._gone.add(row)
 
@@ -97,36 +100,34 @@ class WordIndex:
             found |= saved.search(boosts, limit, gone, allowed)
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))[:limit])
 
-    def flush(self) -> None:
+    def flush(self, texts: Texts) -> None:
         """Save everything, where something is saved already or the buffer is large; build again what is mostly gone.
+
+        Args:
+            texts: of those rows that are stored.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; every row stays searchable.
         """
-        if self._mostly_gone or self._torn or (len(self._buffer) and (self._saved or len(self._buffer) >= self._buffer_limit)):
-            self._save()
+        with self._writing:
+            if self._torn or len(self._gone) > self.saved_rows:
+                self._rebuild(texts)
+            elif len(self._buffer) and (self._saved or len(self._buffer) >= self._buffer_limit):
+                self._move()
 
-    @property
-    def _mostly_gone(self) -> bool:
-        return bool(self._saved) and len(self._gone) > self.saved_rows
+    def _move(self) -> None:
+        """The buffer's rows into tantivy, beside those that are there."""
+        self._save(self._saved, self._fresh.items(), self._gone)
 
-    def _save(self) -> None:
-        """Only the thread that adds and deletes comes here, so rows stay as they are."""
-        base = None if self._torn or self._mostly_gone else self._saved
-        moved = self._buffer.rows()
-        rows = moved if base or not self._saved else sorted((self._saved.rows - self._gone) | set(moved))
-        if base is None and self._saved:
-            log.info("building the index of words of %d passages again", len(rows))
+    def _rebuild(self, texts: Texts) -> None:
+        rows = sorted((self._saved.rows if self._saved else frozenset()) - self._gone | self._fresh.keys())
+        log.info("building the index of words of %d passages again", len(rows))
+        batches = (texts(rows[at : at + _ROWS_AT_ONCE]) for at in range(0, len(rows), _ROWS_AT_ONCE))
+        self._save(None, (item for batch in batches for item in batch.items()), set())
+
+    def _save(self, base: saved_words.SavedWords | None, texts: Iterable[tuple[int, str]], gone: set[int]) -> None:
         self._torn = True
-        saved = saved_words.save(self._folder, base, self._stored(rows))
+        saved = saved_words.save(self._folder, base, texts)
         self._torn = False
         with self._lock:
-            self._saved, self._full_at = saved, self._buffer_limit
-            if base is None:
-                self._gone = set()
-            for row in moved:
-                self._buffer.remove(row)
-
-    def _stored(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
-        for at in range(0, len(rows), _ROWS_AT_ONCE):
-            yield from self._texts(rows[at : at + _ROWS_AT_ONCE]).items()
+            self._saved, self._gone, self._buffer, self._fresh = saved, gone, WordBuffer(), {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +121,12 @@ class ElasticsearchKnowledgeBase:
         swept = self._documents.sweep()
         if swept:
             log.info("%s: removed what stopped writes of %d documents had left", self.name, swept)
+
+    def build(
+        self, embed: Callable[[Sequence[Passage]], NDArray[np.float32]], report: Callable[[int, int], None], stopping: Callable[[], bool]
+    ) -> bool:
+        """Nothing: each generation is an index with passages of its own, filled by storing the documents."""
+        return False
 
     def publish(self) -> None:
         publish(self._connection, self._address, self._generation)

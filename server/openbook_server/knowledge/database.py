@@ -1,0 +1,119 @@
+"""One SQLite file, opened so that what is acknowledged stays: transactions, facts, and errors that name the way out.
+
+Every write is one transaction, fsynced before it returns (WAL, synchronous=FULL), so what was acknowledged survives
+`kill -9` and a power cut.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.knowledge import filters
+
+_PAGES_AT_ONCE = 1_000  # given back to the disk in one transaction, about 4 MB
+
+
+class Database:
+    """An open file. A writer and a reader may use it from different threads at once."""
+
+    def __init__(self, path: Path, *, read_only: bool = False, checked: bool = False) -> None:
+        """Open it, creating an empty one where there is none (unless `read_only`).
+
+        Args:
+            checked: do not look through the whole file: this process did or will do so.
+
+        Raises:
+            KnowledgeBaseDamaged: the file is missing or damaged, or the folder cannot be written.
+        """
+        self.path = path
+        with self._explained():
+            if read_only:
+                self._writer = self._reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
+            else:
+                self._writer = self._connect()
+                self._reader = self._connect()
+            if not checked and self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check failed")
+        self._lock = threading.Lock()  # of the writer
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        filters.add_functions(connection)
+        return connection
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors with the file's name and the way out."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise KnowledgeBaseDamaged(
+                f"{self.path}: {error}; check that it exists, that the folder can be written and that the disk has room"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise KnowledgeBaseDamaged(
+                f"{self.path} is damaged ({error}); recover what is left with "
+                f"`sqlite3 {self.path} .recover | sqlite3 recovered.sqlite`, or index the sources again into a new folder"
+            ) from error
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Within, errors are explained."""
+        with self._explained():
+            yield self._reader
+
+    @contextmanager
+    def transaction(self, *, counted: bool = True) -> Iterator[sqlite3.Connection]:
+        """All of it is durable after the block, or nothing. `counted` ones raise the sequence number: they change what is found."""
+        with self._lock, self._explained():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                if counted:
+                    self._writer.execute("UPDATE meta SET value = value + 1 WHERE key = 'sequence'")
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:  # on a full disk SQLite may have rolled back by itself
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def shrink(self) -> None:
+        """Give the disk what was dropped; a file that was made without `auto_vacuum` keeps it for what is stored next."""
+        while self._free_pages():
+            with self._lock, self._explained():
+                self._writer.execute(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})").fetchall()
+
+    def _free_pages(self) -> int:
+        with self._explained():
+            [mode] = self._writer.execute("PRAGMA auto_vacuum").fetchone()
+            [pages] = self._writer.execute("PRAGMA freelist_count").fetchone()
+        return int(pages) if mode == 2 else 0
+
+    def meta(self, key: str) -> str | None:
+        """A recorded fact; None where the file is still empty."""
+        with self.read() as connection:
+            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+                return None
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(row[0]) if row else None
+
+    def record(self, facts: Mapping[str, str]) -> None:
+        """Keep facts."""
+        with self.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
+
+    def sequence(self) -> int:
+        """Number of the last counted transaction."""
+        return int(self.meta("sequence") or 0)
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()

@@ -1,0 +1,402 @@
+"""Generations in a folder: built from what is stored, published in one step, taken back, removed; with kills and writes meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from openbook import cli
+from openbook_server.bundle import load_bundle
+from openbook_server.errors import FingerprintMismatch, InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
+from openbook_server.ingest.embed import PassageEncoder
+from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.inventory import describe_generations, remove_generation
+from openbook_server.knowledge.store import FILE, Store
+from openbook_server.tokenization import load_tokenizer
+
+OLD, NEW = "a" * 64, "b" * 64
+DIM = {OLD: 16, NEW: 24}
+
+
+def vector(fingerprint: str, text: str) -> np.ndarray:
+    """What an embedder makes of a text: the same for the same text, and of other dimensions for another embedder."""
+    row = np.random.default_rng([*text.encode(), DIM[fingerprint]]).normal(size=DIM[fingerprint]).astype(np.float32)
+    return np.asarray(row / np.linalg.norm(row))
+
+
+class Embed:
+    """An embedder of passages that counts them."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint, self.passages = fingerprint, 0
+
+    def __call__(self, passages: Sequence[Passage]) -> np.ndarray:
+        self.passages += len(passages)
+        return np.array([vector(self.fingerprint, passage.text) for passage in passages])
+
+
+def opened(folder: Path, fingerprint: str, *, flat_limit: int = 20, **options: object) -> EmbeddedKnowledgeBase:
+    return EmbeddedKnowledgeBase(
+        folder,
+        fingerprint=fingerprint,
+        dim=DIM[fingerprint],
+        create=True,
+        flat_limit=flat_limit,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def store(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str, ids: Sequence[str], version: str = "") -> None:
+    documents = [(Document(id=id_, text=f"w{id_}{version}"), "d" + version) for id_ in ids]
+    passages = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document, _ in documents]
+    knowledge_base.replace_documents(documents, passages, np.array([vector(fingerprint, document.text) for document, _ in documents]))
+
+
+def build(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str) -> int:
+    """Returns how many passages it took to embed."""
+    embed = Embed(fingerprint)
+    assert knowledge_base.build(embed, lambda filled, passages: None, lambda: False)
+    return embed.passages
+
+
+def hits(
+    knowledge_base: EmbeddedKnowledgeBase, fingerprint: str, texts: Sequence[str], mode: str = "dense"
+) -> list[list[tuple[str, float]]]:
+    queries = np.array([vector(fingerprint, text) for text in texts])
+    found = knowledge_base.search(texts, queries, SearchOptions(top_k=5, mode=mode, ef=1_000))  # type: ignore[arg-type]
+    return [[(hit.passage.id, round(hit.score, 5)) for hit in row] for row in found]
+
+
+def states(folder: Path) -> list[tuple[str, int, int]]:
+    """(state, passages, lacking) of each generation, by number."""
+    known = Store(folder, read_only=True)
+    try:
+        return [(state.state, state.passages, state.lacking) for state in describe_generations(folder, known)]
+    finally:
+        known.close()
+
+
+IDS = [f"d{number}" for number in range(60)]
+TEXTS = ["wd1", "wd30", "wd59", "something else"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A knowledge base of the old embedder with a snapshot."""
+    knowledge_base = opened(tmp_path / "kb", OLD)
+    store(knowledge_base, OLD, IDS)
+    knowledge_base.snapshot()
+    knowledge_base.close()
+    return tmp_path / "kb"
+
+
+def test_a_generation_built_from_what_is_stored_finds_what_one_built_directly_finds(folder: Path, tmp_path: Path) -> None:
+    following = opened(folder, NEW, new_generation=True)
+    assert build(following, NEW) == 60
+    following.publish()
+    direct = opened(tmp_path / "direct", NEW)
+    store(direct, NEW, IDS)
+    for mode in ("dense", "hybrid", "lexical"):
+        assert hits(following, NEW, TEXTS, mode) == hits(direct, NEW, TEXTS, mode)
+    following.close()
+    direct.close()
+    for new_generation in (False, True):  # what is live is there, and not built twice
+        again = opened(folder, NEW, new_generation=new_generation)
+        assert hits(again, NEW, TEXTS)[0][0] == ("d1#0", 1.0)
+        assert build(again, NEW) == 0
+        again.close()
+    assert states(folder) == [("kept", 60, 0), ("live", 60, 0)]
+    with pytest.raises(FingerprintMismatch, match="--new-generation"):
+        opened(folder, OLD)
+
+
+def test_publishing_needs_every_passage_and_until_then_nothing_changes(folder: Path) -> None:
+    following = opened(folder, NEW, new_generation=True)
+    with pytest.raises(KnowledgeBaseDamaged, match="lacks 60 passages"):
+        following.publish()
+    with pytest.raises(RuntimeError, match="not live"):
+        store(following, NEW, ["x"])
+    following.close()
+    live = opened(folder, OLD)
+    assert hits(live, OLD, TEXTS)[0][0] == ("d1#0", 1.0)
+    live.close()
+    assert states(folder) == [("live", 60, 0), ("new", 0, 60)]
+
+
+def test_what_is_written_while_a_generation_is_built_is_in_it(folder: Path) -> None:
+    live = opened(folder, OLD)
+    following = opened(folder, NEW, new_generation=True, beside=live)
+    first = following.lacking(after=0, limit=25)
+    store(live, OLD, ["d3", "d40", "new"], version="changed")  # one that was just read, one that was not, one that was not there
+    live.delete_documents(["d4", "d41"])
+    following.fill(list(first), Embed(NEW)(list(first.values())))
+    store(live, OLD, ["d5"], version="changed")  # filled already
+    live.delete_documents(["d6"])
+    build(following, NEW)
+    following.optimise()
+    following.publish()
+    assert states(folder) == [("kept", 58, 0), ("live", 58, 0)]
+    [everything] = following.search([""], vector(NEW, "x")[None], SearchOptions(top_k=1_000, mode="dense"))
+    changed = {"d3", "d40", "new", "d5"}
+    expected = {f"w{id_}" for id_ in IDS if id_ not in {*changed, "d4", "d41", "d6"}} | {f"w{id_}changed" for id_ in changed}
+    assert {hit.passage.text for hit in everything} == expected
+    assert len(everything) == 58
+    store(following, NEW, ["after"])
+    assert [row[0] for row in hits(following, NEW, ["wafter"])] == [("after#0", 1.0)]
+    live.close()
+    following.close()
+
+
+def test_an_older_generation_is_brought_up_to_date_and_published_again(folder: Path) -> None:
+    following = opened(folder, NEW, new_generation=True)
+    build(following, NEW)
+    following.publish()
+    store(following, NEW, ["later"])
+    following.delete_documents(["d1"])
+    following.snapshot()
+    following.close()
+    older = opened(folder, OLD, new_generation=True)
+    assert build(older, OLD) == 1
+    older.publish()
+    older.close()
+    assert states(folder) == [("live", 60, 0), ("kept", 60, 0)]
+    live = opened(folder, OLD)
+    assert hits(live, OLD, ["wlater"])[0][0] == ("later#0", 1.0)
+    assert "d1#0" not in dict(hits(live, OLD, ["wd1"])[0])
+    live.close()
+
+
+def test_each_generation_keeps_its_snapshot_and_takes_it_along_when_it_is_removed(folder: Path) -> None:
+    following = opened(folder, NEW, new_generation=True)
+    build(following, NEW)
+    following.snapshot()
+    following.publish()
+    following.close()
+    known = Store(folder)
+    kept, live = (generation.name for generation in known.generations.all())
+    assert {file.name.rpartition("-")[0] for file in folder.glob("index-*.hnsw")} == {f"index-{kept}", f"index-{live}"}
+    for name, problem in (("5-x", "none of"), (live, "is live")):
+        with pytest.raises(InvalidRequest, match=problem):
+            remove_generation(folder, known, name)
+    remove_generation(folder, known, kept)
+    known.close()
+    assert states(folder) == [("live", 60, 0)]
+    assert {file.name.rpartition("-")[0] for file in folder.glob("index-*.hnsw")} == {f"index-{live}"}
+    again = opened(folder, NEW)
+    assert hits(again, NEW, TEXTS)[0][0] == ("d1#0", 1.0)
+    again.close()
+
+
+def test_the_disk_gets_back_what_a_removed_generation_took(folder: Path) -> None:
+    knowledge_base = opened(folder, OLD, flat_limit=5_000)
+    store(knowledge_base, OLD, [f"e{number}" for number in range(3_000)])
+    knowledge_base.close()
+    alone = (folder / FILE).stat().st_size
+    following = opened(folder, NEW, new_generation=True, flat_limit=5_000)
+    build(following, NEW)
+    kept = following.generation
+    following.close()
+    both = (folder / FILE).stat().st_size
+    assert both > alone + 3_000 * 4 * DIM[NEW]
+    known = Store(folder)
+    remove_generation(folder, known, kept)
+    known.close()
+    assert (folder / FILE).stat().st_size < alone + (both - alone) / 4
+
+
+def test_generations_of_one_embedder_share_its_vectors(folder: Path) -> None:
+    other = opened(folder, OLD, new_generation=True, graph_dims=8)
+    assert (build(other, OLD), other.graph_width) == (0, 8)
+    other.publish()
+    live = hits(other, OLD, TEXTS)
+    other.close()
+    known = Store(folder)
+    remove_generation(folder, known, known.generations.all()[0].name)  # and its vectors are still needed
+    known.close()
+    assert states(folder) == [("live", 60, 0)]
+    again = opened(folder, OLD)
+    assert (again.graph_width, hits(again, OLD, TEXTS)) == (8, live)
+    again.close()
+
+
+def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: Path) -> None:
+    before = opened(folder, OLD)
+    expected, generation = hits(before, OLD, TEXTS, "hybrid"), before.generation
+    before.close()
+    [snapshot] = folder.glob("index-*.hnsw")
+    with sqlite3.connect(folder / FILE) as connection:  # as format 1 was
+        [table] = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'vectors_????????????????'")]
+        connection.execute("ALTER TABLE passages ADD COLUMN vector BLOB")
+        connection.execute(f"UPDATE passages SET vector = (SELECT vector FROM {table} WHERE passage = number)")  # noqa: S608
+        connection.execute(f"DROP TABLE {table}")
+        connection.execute("DROP TABLE generations")
+        connection.execute("CREATE VIRTUAL TABLE words USING fts5(title, text, content='passages', content_rowid='number')")
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)", {"fingerprint": OLD, "dim": "16", "graph_dims": "0", "generation": generation}.items()
+        )
+        connection.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
+    connection.close()
+    with pytest.raises(KnowledgeBaseDamaged, match="openbook serve"):
+        Store(folder, read_only=True)
+    again = opened(folder, OLD)
+    assert (hits(again, OLD, TEXTS, "hybrid"), again.generation) == (expected, generation)
+    assert again._saved == again.sequence  # the snapshot is still good
+    assert snapshot.is_file()
+    again.close()
+    with sqlite3.connect(folder / FILE) as connection:
+        assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name GLOB 'words*'").fetchall()
+    connection.close()
+    assert states(folder) == [("live", 60, 0)]
+
+
+def work(folder: Path, number: int, out: int) -> None:
+    """Build the generation of whichever embedder is not live beside the live one, while writing; publish it; begin again. Each thing
+    that is done is told as a line."""
+    while True:
+        known = Store(folder, read_only=True)
+        live = known.generations.live()
+        known.close()
+        assert live is not None
+        one, other = live.fingerprint, NEW if live.fingerprint == OLD else OLD
+        answering = opened(folder, one)
+        following = opened(folder, other, new_generation=True, beside=answering)
+        turns = 0
+        while lacking := following.lacking(after=0, limit=9):
+            following.fill(list(lacking), Embed(other)(list(lacking.values())))
+            turns += 1
+            if turns % 3 == 0:
+                store(answering, one, [f"n{number}"])
+                os.write(out, f"stored n{number}\n".encode())
+                number += 1
+            else:
+                os.write(out, b"filled\n")
+        following.snapshot()
+        following.publish()
+        os.write(out, f"published {other}\n".encode())
+        answering.close()
+        following.close()
+
+
+# For each number on its input: forks a process that does `work`, tells its id, and waits for its end.
+FORKS = """
+import importlib.util, os, pathlib, sys
+sys.path[:0] = {path!r}
+spec = importlib.util.spec_from_file_location("generations", {file!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["generations"] = module
+spec.loader.exec_module(module)
+for line in sys.stdin:
+    read, out = os.pipe()
+    child = os.fork()
+    if not child:
+        module.work(pathlib.Path({folder!r}), int(line), out)
+    os.close(out)
+    print(child, read, flush=True)
+    os.waitpid(child, 0)
+    os.close(read)
+    print("dead", flush=True)
+"""
+
+
+def kill_loop(folder: Path, kills: int) -> None:
+    """Kill the process at random points of building and publishing; after each the store is whole, and either the generation before
+    or the new one is live, complete."""
+    rng = random.Random(kills)
+    stored: list[str] = []
+    published = OLD
+    script = FORKS.format(path=sys.path, file=__file__, folder=str(folder))
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        for _ in range(kills):
+            print(int(stored[-1][1:]) + 1 if stored else 0, file=forks.stdin, flush=True)
+            child, pipe = map(int, forks.stdout.readline().split())
+            with open(f"/proc/{forks.pid}/fd/{pipe}", "rb", buffering=0) as told:
+                data, wanted = b"", rng.randrange(1, 20)
+                while data.count(b"\n") < wanted:
+                    data += told.read(64)
+                os.kill(child, 9)
+                while more := told.read(4_096):
+                    data += more
+            assert forks.stdout.readline() == "dead\n"
+            for line in data.decode().splitlines():
+                what, _, rest = line.partition(" ")
+                stored += [rest] if what == "stored" else []
+                published = rest if what == "published" else published
+            known = Store(folder, read_only=True)
+            live = known.generations.live()
+            known.close()
+            assert live is not None
+            assert live.fingerprint == published or data.endswith(b"filled\n") or data.endswith(b"stored " + stored[-1].encode() + b"\n")
+            published = live.fingerprint
+            answering = opened(folder, published)
+            assert {state for state in states(folder) if state[0] == "live"} == {("live", answering.counts().passages, 0)}
+            [everything] = answering.search([""], vector(published, "x")[None], SearchOptions(top_k=100_000, mode="dense"))
+            assert {*IDS, *stored} <= {hit.passage.document_id for hit in everything}
+            assert len(everything) == answering.counts().passages
+            answering.close()
+        forks.stdin.close()
+    assert len(states(folder)) == 2  # what was begun was gone on with, never begun again
+
+
+def test_a_kill_at_any_point_leaves_the_generation_before_or_the_new_one_and_building_goes_on(folder: Path) -> None:
+    kill_loop(folder, 12)
+
+
+@pytest.mark.slow
+def test_five_hundred_kills_of_building_and_publishing(folder: Path) -> None:
+    kill_loop(folder, 500)
+
+
+@pytest.mark.parametrize("graph_dims", [None, 8])
+def test_the_command_builds_and_publishes_and_says_what_is_wrong(
+    tiny_bundle: Path,
+    tuned_bundle: Path,
+    tiny_knowledge_base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    graph_dims: int | None,
+) -> None:
+    more = ["--graph-dims", str(graph_dims)] if graph_dims is not None else []
+    assert cli.main(["index", str(tuned_bundle), str(tiny_knowledge_base)]) == 1
+    assert "none given" in capsys.readouterr().err
+    assert cli.main(["index", str(tuned_bundle), str(tiny_knowledge_base), "--new-generation", *more]) == 0
+    assert "generation 2-" in capsys.readouterr().out
+    assert cli.main(["info", str(tiny_knowledge_base), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len([key for key in told if key.startswith("generation ")]) == 2
+    assert told["generation"].startswith("2-")
+    assert str(tuned_bundle) in told[f"generation {told['generation']}"]
+    (tmp_path / "more.txt").write_text("a king was by the river")
+    assert cli.main(["index", str(tuned_bundle), str(tiny_knowledge_base), str(tmp_path / "more.txt"), "--new-generation", *more]) == 0
+    assert states(tiny_knowledge_base) == [("kept", 3, 1), ("live", 4, 0)]
+    assert cli.main(["index", str(tiny_bundle), str(tiny_knowledge_base), "--new-generation"]) == 0
+    assert states(tiny_knowledge_base)[0] == ("live", 4, 0)
+
+
+def test_passages_that_another_bundle_cannot_read_whole_are_refused_before_anything_is_made(
+    tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sqlite3.connect(tiny_knowledge_base / FILE) as connection:
+        connection.execute("INSERT OR REPLACE INTO meta VALUES ('passage_tokens', '300')")
+    connection.close()
+    assert cli.main(["index", str(tuned_bundle), str(tiny_knowledge_base), "--new-generation"]) == 1
+    assert "split again" in capsys.readouterr().err
+    assert len(states(tiny_knowledge_base)) == 1
+
+
+def test_a_single_passage_that_is_too_long_for_another_tokenizer_is_refused_by_name(tiny_bundle: Path) -> None:
+    tokenizer = load_tokenizer(load_bundle(tiny_bundle).tokenizer_path)
+    passage = Passage(id="x#7", document_id="x", text="red " * 30, start=0)
+    assert len(PassageEncoder(tokenizer, 20)([passage])[0].ids) == 20
+    with pytest.raises(PassageTooLong, match=r"x#7.*32 tokens"):
+        PassageEncoder(tokenizer, 20, whole=True)([passage])

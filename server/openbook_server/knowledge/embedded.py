@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged
+from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.knowledge.choice import choose_generation
 from openbook_server.knowledge.fusion import Candidates, depth, rank
-from openbook_server.knowledge.generations import BundlePlace, Generation
+from openbook_server.knowledge.generations import BundlePlace
 from openbook_server.knowledge.home import Home
 from openbook_server.knowledge.inventory import GenerationState, describe_generations, remove_generation
 from openbook_server.knowledge.projection import Vectors
@@ -26,7 +27,7 @@ from openbook_server.knowledge.records import Counts, Document, Hit, Passage, Se
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
-from openbook_server.knowledge.watch import Recall, RecallWatch
+from openbook_server.knowledge.watch import Estimate, RecallWatch
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,16 @@ class EmbeddedKnowledgeBase:
         self._home.enter(self)
         try:
             self._store = Store(folder, checked=beside is not None)
-            self._generation = self._choose(fingerprint, dim, graph_dims, bundle, name, new_generation=new_generation)
+            self._generation = choose_generation(
+                folder,
+                self._store,
+                fingerprint=fingerprint,
+                dim=dim,
+                graph_dims=graph_dims,
+                place=bundle or BundlePlace(),
+                new_generation=new_generation,
+                name=name,
+            )
             self._index = self._open_index(flat_limit)
             with self._opening:
                 self._index.delete(self._gone)
@@ -91,41 +101,6 @@ class EmbeddedKnowledgeBase:
         except BaseException:
             self._home.leave(self)
             raise
-
-    def _choose(
-        self, fingerprint: str, dim: int, graph_dims: int | None, bundle: BundlePlace | None, name: str | None, *, new_generation: bool
-    ) -> Generation:
-        generations, place = self._store.generations, bundle or BundlePlace()
-        live = generations.live()
-        if live is None:
-            self._store.initialise(fingerprint=fingerprint, dim=dim, graph_dims=graph_dims or 0, bundle=place)
-            live = generations.live()
-            assert live is not None  # noqa: S101
-        chosen = live
-        if name is not None:
-            [chosen] = [known for known in generations.all() if known.name == name]
-        elif new_generation:
-            for chosen in [live, *reversed(generations.all())]:
-                asked = (fingerprint, chosen.graph_dims if graph_dims is None else graph_dims)
-                if (chosen.fingerprint, chosen.graph_dims) == asked and chosen.bundle.id in ("", place.id):
-                    break
-            else:
-                graph_dims = live.graph_dims if graph_dims is None else graph_dims
-                return generations.add(fingerprint=fingerprint, dim=dim, graph_dims=graph_dims, bundle=place)
-        elif live.fingerprint != fingerprint:
-            raise FingerprintMismatch(
-                f"{self.folder} was built by embedder {live.fingerprint[:12]}, the bundle's is {fingerprint[:12]}; their vectors do not "
-                f"compare. Serve the bundle it was built with, or build a new generation from what is stored: "
-                f"openbook index BUNDLE {self.folder} --new-generation"
-            )
-        as_asked = replace(
-            chosen,
-            graph_dims=chosen.graph_dims if graph_dims is None else graph_dims,
-            bundle=chosen.bundle if chosen.bundle.id else place,
-        )
-        if as_asked != chosen:
-            generations.change(as_asked)  # where the graph is to be another, snapshots of the one before are not used any more
-        return as_asked
 
     def _open_index(self, flat_limit: int) -> VectorIndex:
         live = self._store.generations.numbers(self._generation)
@@ -247,7 +222,7 @@ class EmbeddedKnowledgeBase:
             self._watch = RecallWatch(self._index, share=share, target=target)
 
     @property
-    def recall(self) -> Recall | None:
+    def recall(self) -> Estimate | None:
         return self._watch.recall() if self._watch is not None else None
 
     @property

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "         openbook generations build new-bundle/ localhost:50051     in the background, from the passages that are stored\n"
         "         openbook generations publish localhost:50051               waits until it lacks nothing, then it answers\n"
         "         openbook generations rollback localhost:50051              the one before answers again\n"
-        "         openbook generations remove 1-0a1b2c3d4e5f localhost:50051 gives its room back to the disk\n"
+        "         openbook generations remove localhost:50051 1-0a1b2c3d4e5f gives its room back to the disk\n"
         "A folder's are built by `openbook index BUNDLE KB --new-generation`, which publishes as well.\n"
         "exit status: 0; 1 it could not be done; 2 wrong usage"
     )
@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "build":
             action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
             action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
-        if name == "remove":
-            action.add_argument("name", metavar="NAME", help="as `list` shows it")
         target = "HOST:PORT" if name == "build" else "KB|HOST:PORT"
         action.add_argument("target", metavar=target, help="a server, or the folder of a knowledge base that no process has open")
+        if name == "remove":
+            action.add_argument("name", metavar="NAME", help="as `list` shows it")
         if name == "publish":
             action.add_argument("name", nargs="?", default="", metavar="NAME", help="as `list` shows it")
         action.add_argument(
-            "--timeout", type=float, default=3_600.0, metavar="SECONDS", help="to wait for a server (default: 3600); it goes on without us"
+            "--timeout", type=float, default=600.0, metavar="SECONDS", help="to wait for a server (default: 600); it goes on without us"
         )
 
 

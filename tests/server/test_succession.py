@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
+import re
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,8 @@ import grpc.aio
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
+from openbook import cli
+from openbook.client import Client, Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
@@ -21,6 +29,7 @@ from openbook_server import serving
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
+from openbook_server.knowledge.home import Home
 from openbook_server.serving import running_server
 
 CONFIG = ServerConfig(port=0, device="cpu", threads=1, drain_seconds=1.0)
@@ -268,3 +277,95 @@ async def test_building_goes_on_after_a_start(tiny_bundle: Path, tuned_bundle: P
     async with Running(tiny_bundle, tiny_knowledge_base) as caller:
         assert await caller.publish() == name
         assert await caller.generations() == [(KEPT, 12, 0), (LIVE, 12, 0)]
+
+
+def serve(bundle: Path, knowledge_base: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, "-m", "openbook.cli", "serve", str(bundle), str(knowledge_base), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"serving .* on (127\.0\.0\.1:\d+)", line):
+            return process, found.group(1)
+    raise AssertionError("the server did not start")
+
+
+def test_a_server_killed_while_it_builds_or_publishes_comes_up_with_one_pair_and_the_command_goes_on(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = {load_bundle(bundle).id: embedder for bundle, embedder in ((tiny_bundle, "old"), (tuned_bundle, "new"))}
+    rng = random.Random(0)
+    stored: list[str] = []
+    for turn in range(3):
+        process, address = serve(tiny_bundle, tiny_knowledge_base)
+        try:
+            with Client(address, timeout_seconds=WAIT) as client:
+                documents = [Document(id=f"n{turn}-{number}", text=f"a yak {turn} {number} was in the city") for number in range(20)]
+                stored += [written.id for written in client.upsert(documents)]
+                client.build_generation(str(tuned_bundle))
+                publishing = threading.Thread(
+                    target=lambda address=address: cli.main(["generations", "publish", address, "--timeout", "3"])
+                )
+                publishing.start()
+                time.sleep(rng.random() * 0.6)
+                process.kill()
+                publishing.join()
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
+        process, address = serve(tiny_bundle, tiny_knowledge_base)
+        try:
+            with Client(address, timeout_seconds=WAIT) as client:
+                [result] = client.answer(["who is king ?"])
+                assert not isinstance(result, Exception)
+                live = [generation for generation in client.generations() if generation.state == LIVE]
+                assert [(generation.name, generation.bundle_id, generation.lacking) for generation in live] == [
+                    (result.generation, result.bundle_id, 0)
+                ]
+                assert result.bundle_id in ids
+                [found] = client.search(["yak"], mode="dense", top_k=100)
+                assert not isinstance(found, Exception)
+                assert {*stored} <= {hit.document_id for hit in found.hits}
+                if ids[result.bundle_id] == "new":
+                    assert cli.main(["generations", "rollback", address]) == 0
+                else:
+                    assert cli.main(["generations", "publish", address, client.generations()[-1].name]) == 0
+                    assert cli.main(["generations", "rollback", address]) == 0
+                assert cli.main(["generations", "list", address]) == 0
+                assert "live before" in capsys.readouterr().out
+                assert cli.main(["generations", "remove", address, client.generations()[-1].name]) == 0
+                assert len(client.generations()) == 1
+        finally:
+            process.terminate()
+            process.wait()
+            process.stderr.close()  # type: ignore[union-attr]
+
+
+def test_the_command_changes_a_folder_that_no_process_has_open(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny_knowledge_base)
+    assert cli.main(["index", str(tiny_bundle), folder, "--new-generation"]) == 0  # live already; but from now on its bundle is known
+    assert cli.main(["index", str(tuned_bundle), folder, "--new-generation"]) == 0
+    assert cli.main(["generations", "list", folder]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[1] == "-"]
+    assert len(names) == 2
+    for action, message in (
+        (["remove", folder, names[1]], "is live"),
+        (["publish", folder, "9-x"], "none of"),
+        (["build", "b", folder], "--new"),
+    ):
+        assert cli.main(["generations", *action]) == 1
+        assert message in capsys.readouterr().err
+    for live in (names[0], names[1]):
+        assert cli.main(["generations", "rollback", folder]) == 0
+        assert f"{live} is live" in capsys.readouterr().out
+    assert cli.main(["generations", "publish", folder, names[0]]) == 0
+    assert cli.main(["generations", "remove", folder, names[1]]) == 0
+    assert cli.main(["generations", "rollback", folder]) == 1
+    held = Home(tiny_knowledge_base)
+    assert cli.main(["generations", "rollback", folder]) == 1
+    assert "open in another process" in capsys.readouterr().err
+    held.close()

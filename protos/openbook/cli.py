@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "train": Subcommand("openbook_training.command", "fine-tune a model on questions with answers", "training"),
     "export": Subcommand("openbook_export.command", "turn a checkpoint into a bundle of verified ONNX graphs", "server,export"),
     "index": Subcommand("openbook_server.command_index", "put documents into a knowledge base", "server"),
+    "generations": Subcommand("openbook_server.command_generations", "replace a knowledge base's embedder, and take it back", "server"),
     "upsert": Subcommand("openbook_server.command_upsert", "put documents into the knowledge base of a running server", "server"),
     "delete": Subcommand("openbook.command_delete", "take documents out of the knowledge base of a running server", ""),
     "serve": Subcommand("openbook_server.command_serve", "answer over gRPC from a bundle and a knowledge base", "server"),

@@ -89,6 +89,27 @@ class Client:
         replies = [self._call(self._knowledge_base.Delete, kb.DeleteRequest(ids=part)) for part in messages.parts(ids, "ids")]
         return [results.written(result) for reply in replies for result in reply.results]
 
+    def generations(self) -> list[kb.Generation]:
+        """Every generation of the server's knowledge base, in the order in which they were made."""
+        return list(self._call(self._knowledge_base.ListGenerations, kb.ListGenerationsRequest()).generations)
+
+    def build_generation(self, bundle: str, *, graph_dims: int | None = None) -> str:
+        """Begin to build the generation of a bundle, a folder on the server's machine; returns its name."""
+        request = kb.BuildGenerationRequest(bundle=bundle, graph_dims=graph_dims)
+        return str(self._call(self._knowledge_base.BuildGeneration, request).name)
+
+    def publish_generation(self, name: str = "") -> str:
+        """Make a generation live once it lacks nothing, by default the one that is being built; returns its name."""
+        return str(self._call(self._knowledge_base.PublishGeneration, kb.PublishGenerationRequest(name=name)).name)
+
+    def roll_back_generation(self) -> str:
+        """Make live again what was live before; returns its name."""
+        return str(self._call(self._knowledge_base.RollBackGeneration, kb.RollBackGenerationRequest()).name)
+
+    def remove_generation(self, name: str) -> None:
+        """Remove a generation for good; not the live one."""
+        self._call(self._knowledge_base.RemoveGeneration, kb.RemoveGenerationRequest(name=name))
+
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
         reply: pb.DescribeResponse = self._call(self._stub.Describe, pb.DescribeRequest())

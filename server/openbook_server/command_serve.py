@@ -32,6 +32,7 @@ _FLAGS = {
     "writable": "take writes (KnowledgeBase service) although --host lets other machines in; there is no authentication",
     "recall_share": "of the dense searches, made again exactly in the background to know their recall; 0 = none",
     "recall_target": "recall@10 that the index's candidates (ef) are adapted to hold",
+    "shadow_share": "of the questions, answered in the background by a generation that is being built as well, to compare; 0 = none",
     "metrics_port": "Prometheus metrics over HTTP on the same host; 0 = off",
 }
 

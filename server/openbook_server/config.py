@@ -30,6 +30,7 @@ class ServerConfig:
     writable: bool = False  # take writes although `host` lets other machines in; on a loopback address they are always taken
     recall_share: float = 0.01  # of the dense searches, made again exactly in the background to know their recall; 0 = none
     recall_target: float = 0.99  # recall@10 that the index's ef is moved to hold
+    shadow_share: float = 0.05  # of the questions, answered in the background by the generation being built as well, to compare; 0 = none
     metrics_port: int = 0  # Prometheus over HTTP on the same host; 0 = off
 
     def __post_init__(self) -> None:
@@ -38,6 +39,7 @@ class ServerConfig:
             ("metrics_port", 0, 65_535),
             ("recall_share", 0, 1),
             ("recall_target", 0, 1),
+            ("shadow_share", 0, 1),
             ("threads", 0, 1_024),
             ("max_batch_tokens", 512, 1 << 20),
             ("cache_mb", 0, 1 << 20),

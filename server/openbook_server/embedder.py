@@ -20,11 +20,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.engine import Arrays, Engine, Row
+from openbook_server.engine import Arrays, Outcome, Row
 from openbook_server.errors import DeadlineExceeded, InferenceFailed
 
 Vector = NDArray[np.float32]
@@ -50,11 +51,17 @@ class _Flight:
     done: asyncio.Future[Vector | InferenceFailed | None]
 
 
+class Submits(Protocol):
+    """An engine, or a bundle's models in one."""
+
+    async def submit(self, graph: str, rows: Sequence[Row], /, *, deadline: float) -> Outcome: ...
+
+
 class Embedder:
     """Embeds through the engine, remembering the vectors used last."""
 
     def __init__(
-        self, engine: Engine, *, cache_bytes: int, observe: Callable[[int, int, int], None] = lambda hits, joined, misses: None
+        self, engine: Submits, *, cache_bytes: int, observe: Callable[[int, int, int], None] = lambda hits, joined, misses: None
     ) -> None:
         """Embed through `engine`.
 

@@ -101,9 +101,9 @@ class Engine:
         observe: Callable[[str, int, int, float], None] = lambda graph, rows, tokens, seconds: None,
     ) -> None:
         """`observe(graph, rows, padded tokens, seconds)` is told of every batch, for metrics."""
-        self._graphs = dict(graphs)
+        self._graphs: dict[str, Runnable] = {}
+        self._costs: dict[str, BatchCost] = {}
         self._budget, self._max_queued, self._observe = max_batch_tokens, max_queued, observe
-        self._costs = {name: BatchCost() for name in graphs}
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
         self._queued_rows = dict.fromkeys(Lane, 0)
@@ -111,8 +111,21 @@ class Engine:
         self._busy_until = 0.0
         self._wake = threading.Condition()
         self._closed = False
+        self.add(graphs)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
+
+    def add(self, graphs: Mapping[str, Runnable]) -> None:
+        """Run these as well, from now on."""
+        with self._wake:
+            self._graphs |= graphs
+            self._costs |= {name: BatchCost() for name in graphs}
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Let go of graphs whose callers are gone; of those that hung up, rows may still be queued: they fail unheard."""
+        with self._wake:
+            for name in names:
+                del self._graphs[name]
 
     @property
     def queued(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -20,10 +20,11 @@ from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
-from openbook_server.knowledge_service import KnowledgeService
+from openbook_server.gate import Gate
+from openbook_server.generation_service import GenerationService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
-from openbook_server.service import Service
+from openbook_server.served import Served
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
 
@@ -40,27 +41,15 @@ Method = Callable[[Parsed[Request], float, Timings], Awaitable[Reply]]
 Context = grpc.aio.ServicerContext
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The services behind the methods, once everything is loaded."""
-
-    openbook: Service
-    knowledge_base: KnowledgeService | None
-
-    @property
-    def knowledge(self) -> KnowledgeService:
-        if self.knowledge_base is None:
-            raise InvalidRequest("request", "this server has no knowledge base; start it as `openbook serve BUNDLE KB`")
-        return self.knowledge_base
-
-
 class Frontend:
     """The methods of openbook.v1 as gRPC sees them."""
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
         self._limit, self._running = REQUESTS_A_ROW * config.max_queued, 0
-        self.served: Served | None = None
+        self.served: Served | None = None  # may be replaced at any time: requests that began go on with the one before
+        self.generations: GenerationService | None = None
+        self.writes = Gate()  # every request that writes is inside
         self.refusal = "the server is starting"  # told to callers while nothing is served
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
@@ -72,14 +61,19 @@ class Frontend:
             "Describe": self._unary("Describe", pb.DescribeRequest, lambda served: served.openbook.describe),
         }
         writes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Upsert": self._unary("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert),
+            "Upsert": self._unary("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert, writes=True),
             "UpsertStream": self._stream("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert),
-            "Delete": self._unary("Delete", kb.DeleteRequest, lambda served: served.knowledge.delete),
+            "Delete": self._unary("Delete", kb.DeleteRequest, lambda served: served.knowledge.delete, writes=True),
             "DeleteStream": self._stream("Delete", kb.DeleteRequest, lambda served: served.knowledge.delete),
             "Get": self._unary("Get", kb.GetRequest, lambda served: served.knowledge.get),
             "List": self._unary("List", kb.ListRequest, lambda served: served.knowledge.list),
             "Describe": self._unary("DescribeKnowledgeBase", kb.DescribeKnowledgeBaseRequest, lambda served: served.knowledge.describe),
             "Snapshot": self._unary("Snapshot", kb.SnapshotRequest, lambda served: served.knowledge.snapshot),
+            "BuildGeneration": self._unary("BuildGeneration", kb.BuildGenerationRequest, lambda _: self._generations.build),
+            "ListGenerations": self._unary("ListGenerations", kb.ListGenerationsRequest, lambda _: self._generations.list),
+            "PublishGeneration": self._unary("PublishGeneration", kb.PublishGenerationRequest, lambda _: self._generations.publish),
+            "RollBackGeneration": self._unary("RollBackGeneration", kb.RollBackGenerationRequest, lambda _: self._generations.roll_back),
+            "RemoveGeneration": self._unary("RemoveGeneration", kb.RemoveGenerationRequest, lambda _: self._generations.remove),
         }
         return (
             grpc.method_handlers_generic_handler(SERVICE, methods),
@@ -87,21 +81,21 @@ class Frontend:
         )
 
     def _unary(
-        self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]]
+        self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]], *, writes: bool = False
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(parsed: Parsed[Request], context: Context[Request, Reply]) -> Reply:
-            return await self._reply(name, method_of, parsed, context)
+            return await self._reply(name, method_of, parsed, context, writes=writes)
 
         return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
 
     def _stream(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """A reply a request, in order; the next request is read when the reply to the one before is out."""
+        """Writes: a reply a request, in order; the next request is read when the reply to the one before is out."""
 
         async def handle(requests: AsyncIterator[Parsed[Request]], context: Context[Request, Reply]) -> AsyncIterator[Reply]:
             async for parsed in requests:
-                yield await self._reply(name, method_of, parsed, context)
+                yield await self._reply(name, method_of, parsed, context, writes=True)
 
         return grpc.stream_stream_rpc_method_handler(handle, **self._serialisers(kind))
 
@@ -117,18 +111,26 @@ class Frontend:
         method_of: Callable[[Served], Method[Request, Reply]],
         parsed: Parsed[Request],
         context: Context[Request, Reply],
+        *,
+        writes: bool,
     ) -> Reply:
         timings, began = Timings(), time.perf_counter()
         status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
         self._running += 1
         try:
             if self.served is None:
-                raise NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
+                raise self._not_serving()
             if self._running > self._limit:
                 raise Overloaded(f"{self._limit} requests are being worked on; try again in 1 s", retry_after_seconds=1.0)
             if parsed.failure is not None:
                 raise parsed.failure
-            reply = await method_of(self.served)(parsed, self._deadline(context), timings)
+            deadline = self._deadline(context)
+            async with self.writes.passed(deadline) if writes else nullcontext():
+                served = self.served  # as it is now: it may have been replaced while the gate was closed
+                if served is None:
+                    raise self._not_serving()
+                with served.request():
+                    reply = await method_of(served)(parsed, deadline, timings)
             status = grpc.StatusCode.OK
         except OpenBookError as error:
             status = error.status
@@ -141,6 +143,17 @@ class Frontend:
             self._running -= 1
             self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
         return reply
+
+    @property
+    def _generations(self) -> GenerationService:
+        if self.generations is None:
+            raise InvalidRequest(
+                "request", "this server has no knowledge base in a folder; an alias in Elasticsearch has `openbook index --new-generation`"
+            )
+        return self.generations
+
+    def _not_serving(self) -> NotServing:
+        return NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
 
     def _deadline(self, context: Context[Request, Reply]) -> float:
         left = context.time_remaining()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from openbook_server.models import model_of
+
 if TYPE_CHECKING:
+    from openbook_server.comparison import Comparison
     from openbook_server.embedder import Embedder
     from openbook_server.engine import Engine
     from openbook_server.knowledge import KnowledgeBase
@@ -44,23 +48,42 @@ class Metrics:
                 self._stages.labels(method, stage).observe(spent / 1000)
 
     def observe_batch(self, graph: str, rows: int, tokens: int, seconds: float) -> None:
+        graph = model_of(graph)
         self._batch_rows.labels(graph).observe(rows)
         self._batch_tokens.labels(graph).inc(tokens)
         self._batch_seconds.labels(graph).inc(seconds)
 
-    def observe_knowledge(self, knowledge_base: KnowledgeBase) -> None:
-        """Report on a knowledge base whenever a scrape asks."""
+    def observe_knowledge(self, live: Callable[[], KnowledgeBase | None]) -> None:
+        """Report on the knowledge base that is live whenever a scrape asks."""
+
+        def read(of: Callable[[KnowledgeBase], float]) -> float:
+            knowledge_base = live()
+            return of(knowledge_base) if knowledge_base is not None else math.nan
 
         def recall(bound: str) -> float:
-            found = knowledge_base.recall
-            return float(getattr(found, bound)) if found is not None else math.nan
+            return read(lambda base: float(getattr(base.recall, bound, math.nan)))
 
         gauge = Gauge("openbook_recall", "Recall@10 of dense searches, 95 % interval", ["bound"], registry=self.registry)
         for bound in ("mean", "low", "high"):
             gauge.labels(bound).set_function(functools.partial(recall, bound))
         samples = Gauge("openbook_recall_samples", "Searches that the recall is of", registry=self.registry)
-        samples.set_function(lambda: float(found.samples) if (found := knowledge_base.recall) else 0.0)
-        Gauge("openbook_ef", "Candidates a dense search keeps", registry=self.registry).set_function(lambda: knowledge_base.ef)
+        samples.set_function(lambda: read(lambda base: base.recall.samples if base.recall else 0.0))
+        Gauge("openbook_ef", "Candidates a dense search keeps", registry=self.registry).set_function(lambda: read(lambda base: base.ef))
+
+    def observe_comparison(self, current: Callable[[], Comparison | None]) -> None:
+        """Report on the comparison with a generation that is being built, while there is one, whenever a scrape asks."""
+        for measure, meaning in (("overlap", "hits that both found"), ("agreement", "same best answers")):
+            title = f"Live pair and the one that follows: {meaning}"
+            gauge = Gauge(f"openbook_shadow_{measure}", f"{title}, 95 % interval", ["bound"], registry=self.registry)
+            samples = Gauge(f"openbook_shadow_{measure}_samples", "Questions that it is of", registry=self.registry)
+
+            def read(field: str, measure: str = measure) -> float:
+                estimate = getattr(current(), measure, None)
+                return float(getattr(estimate, field, 0.0 if field == "samples" else math.nan))
+
+            for bound in ("mean", "low", "high"):
+                gauge.labels(bound).set_function(functools.partial(read, bound))
+            samples.set_function(functools.partial(read, "samples"))
 
     def observe_reading(self, passages: int) -> None:
         self._read.observe(passages)
@@ -69,12 +92,12 @@ class Metrics:
         for result, count in (("hit", hits), ("joined", joined), ("miss", misses)):
             self._cache.labels(result).inc(count)
 
-    def serve(self, engine: Engine, embedder: Embedder, host: str, port: int) -> None:
+    def serve(self, engine: Engine, embedder: Callable[[], Embedder], host: str, port: int) -> None:
         """Answer scrapes on http://host:port/metrics from a thread of its own.
 
         Raises:
             OSError: the port is taken.
         """
         self._queued.set_function(lambda: engine.queued)
-        self._cached.set_function(lambda: embedder.cached_bytes)
+        self._cached.set_function(lambda: embedder().cached_bytes)
         start_http_server(port, addr=host, registry=self.registry)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import Embedder
-from openbook_server.engine import Arrays, Engine, Row
+from openbook_server.engine import Arrays, Row
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, relevance
+from openbook_server.models import Models
 from openbook_server.ranking import RankedAnswer, Reading, Span, is_settled, passage_probabilities, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
@@ -62,20 +63,20 @@ class Pipeline:
         bundle: Bundle,
         encoder: TextEncoder,
         embedder: Embedder,
-        engine: Engine,
+        models: Models,
         knowledge_base: KnowledgeBase | None,
         *,
         observe: Callable[[int], None] = lambda read: None,
     ) -> None:
         """`observe(passages read)` is told of every question answered, for metrics."""
         self._observe = observe
-        self._bundle, self._encoder, self._embedder, self._engine = bundle, encoder, embedder, engine
+        self._bundle, self._encoder, self._embedder, self._models = bundle, encoder, embedder, models
         self._knowledge_base = knowledge_base
         self._searcher = ThreadPoolExecutor(knowledge_base.search_threads if knowledge_base else 1, thread_name_prefix="search")
 
     def check(self, texts: int, deadline: float) -> None:
-        """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Engine.check`."""
-        self._engine.check("embedder", [1] * texts, deadline=deadline)
+        """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Models.check`."""
+        self._models.check("embedder", [1] * texts, deadline=deadline)
 
     async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings) -> NDArray[np.float32]:
         """(rows, dim) unit vectors of tokenised texts."""
@@ -166,7 +167,7 @@ class Pipeline:
                 passages = [(hit.passage.id, hit.passage.text) for hit in found[at][len(readings[at]) : end]]
                 pairs += [(at, pair) for pair in self._encoder.pairs(questions[at], passages, reader.max_tokens)]
             timings.tokenise += timings.lap()
-            outcome = await self._engine.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
+            outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
             timings.read += timings.lap()
             timings.queue += 1000 * outcome.queued_seconds
             for (at, pair), outputs in zip(pairs, outcome.rows, strict=True):

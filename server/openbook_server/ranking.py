@@ -108,7 +108,7 @@ def rank_answers(
     for prior, reading in zip(priors, readings, strict=True):
         for span in reading.spans:
             text = passages[span.passage][span.start : span.end]
-            places.setdefault(_normalise(text), []).append((prior + span.score - total, span))
+            places.setdefault(normalise(text), []).append((prior + span.score - total, span))
     candidates = []
     for found in places.values():
         best = max(found, key=lambda place: place[0])[1]
@@ -146,7 +146,7 @@ def _log_totals(readings: Sequence[Reading], priors: Sequence[float], null_bias:
     return totals
 
 
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
     """Texts that differ in case, spacing or bordering punctuation are one answer."""
     return " ".join(text.casefold().split()).strip(".,;:!?\"'()[]{} ") or text
 

@@ -6,7 +6,7 @@ A text that is bad beside good ones leaves as an ItemError; every other failure 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from openbook import __version__
 from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.bundle import Bundle
+from openbook_server.comparison import Asked, best_answer
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
@@ -48,6 +49,7 @@ class Service:
     ) -> None:
         self._bundle, self._knowledge_base, self._config, self._device = bundle, knowledge_base, config, device
         self._encoder, self._pipeline = encoder, pipeline
+        self.asked: Callable[[Asked], None] | None = None  # is told of every question that was answered
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
         request = parsed.message
@@ -82,10 +84,12 @@ class Service:
         if valid.rows:
             deep = replace(options, top_k=max(options.top_k, rerank)) if options else None
             found = await self._pipeline.search(valid.texts, valid.rows, deep, deadline, timings)
-            if options and rerank:
-                found = [hits[: options.top_k] for hits in await self._pipeline.rerank(valid.texts, found, rerank, deadline, timings)]
+            retrieved, top_k = found, options.top_k if options else 0
+            if rerank:
+                found = await self._pipeline.rerank(valid.texts, found, rerank, deadline, timings)
             for at, hits in zip(valid.kept, found, strict=True):
-                results[at].hits.extend(_hit(hit, omit_text=request.omit_text) for hit in hits)
+                results[at].hits.extend(_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
+            self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)
         return pb.SearchResponse(
             results=results, errors=_item_errors(valid.errors), provenance=self._provenance(), timings=_timings(timings)
         )
@@ -105,6 +109,7 @@ class Service:
             answered = await self._pipeline.answer(valid.texts, valid.rows, options, max_answers, deadline, timings)
             for at, outcome in zip(valid.kept, answered, strict=True):
                 results[at].CopyFrom(_answer_result(outcome, omit_text=request.omit_text))
+            self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered)
         return pb.AnswerResponse(
             results=results, errors=_item_errors(valid.errors), provenance=self._provenance(), timings=_timings(timings)
         )
@@ -139,6 +144,19 @@ class Service:
             reply.knowledge_base.passages = counts.passages
             reply.knowledge_base.documents = counts.documents
         return reply
+
+    def _tell(
+        self,
+        questions: Sequence[str],
+        options: SearchOptions | None,
+        found: Sequence[Sequence[Hit]],
+        answered: Sequence[QuestionAnswered] | None,
+    ) -> None:
+        if self.asked is None or options is None:
+            return
+        for at, (question, hits) in enumerate(zip(questions, found, strict=True)):
+            answer = best_answer(answered[at]) if answered is not None else None
+            self.asked(Asked(question, options, tuple(hit.passage.id for hit in hits), answer, answered is not None))
 
     def _options(self, request: pb.SearchRequest | pb.AnswerRequest) -> SearchOptions | None:
         if self._knowledge_base is None:

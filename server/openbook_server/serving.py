@@ -11,7 +11,8 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +24,20 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import _async as aio_reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from openbook_server.buckets import padded_lengths
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.embedder import Embedder
-from openbook_server.engine import Engine, Row, collate
+from openbook_server.engine import Engine
 from openbook_server.errors import InvalidRequest, OpenBookError
-from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend, Served
-from openbook_server.golden import verify_golden
-from openbook_server.ingest.preparation import FACTS, choose_splitting
-from openbook_server.ingest.writer import Writer
+from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend
+from openbook_server.generation_service import GenerationService
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
-from openbook_server.knowledge_service import KnowledgeService
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.metrics import Metrics
-from openbook_server.pipeline import Pipeline
+from openbook_server.pair import Pair, Shared, load_graphs
 from openbook_server.runtime import Device, Graph, choose_device
-from openbook_server.service import Service
-from openbook_server.tokenization import TextEncoder, load_tokenizer
+from openbook_server.succession import Succession
 
 log = logging.getLogger(__name__)
 
@@ -73,45 +71,50 @@ async def running_server(bundle_folder: Path, knowledge_base: str | Path | None,
     server, readiness, port = await _listen(frontend, config)
     try:
         loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
-        engine = Engine(
-            loaded.graphs, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch
-        )
-        encoder = TextEncoder(load_tokenizer(loaded.bundle.tokenizer_path))
-        embedder = Embedder(engine, cache_bytes=config.cache_mb << 20, observe=metrics.observe_cache)
-        pipeline = Pipeline(loaded.bundle, encoder, embedder, engine, loaded.knowledge_base, observe=metrics.observe_reading)
-        writer = _writer(loaded, engine, config)
-        try:
-            if loaded.knowledge_base is not None:
-                loaded.knowledge_base.watch(share=config.recall_share, target=config.recall_target)
-                metrics.observe_knowledge(loaded.knowledge_base)
-            if config.metrics_port:
-                _serve_metrics(metrics, engine, embedder, config)
-            service = Service(loaded.bundle, loaded.knowledge_base, config=config, device=loaded.device, encoder=encoder, pipeline=pipeline)
-            knowledge = KnowledgeService(loaded.bundle, loaded.knowledge_base, writer, config) if loaded.knowledge_base else None
-            frontend.served = Served(service, knowledge)
-            await _set_readiness(readiness, ready=True)
-            log.info(
-                "serving %s on %s:%d: %s in %s, %s; ready after %.1f s",
-                loaded.bundle.name,
-                config.host,
-                port,
-                loaded.device.name,
-                loaded.device.precision,
-                f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base",
-                time.perf_counter() - began,
-            )
-            yield port
-        finally:
-            frontend.served, frontend.refusal = None, "the server is shutting down"
-            await _set_readiness(readiness, ready=False)
-            await server.stop(config.drain_seconds)
-            await asyncio.to_thread(engine.close)
-            pipeline.close()
-            if writer is not None:
-                await asyncio.to_thread(writer.close)
-                await asyncio.to_thread(_save_index, loaded.knowledge_base)
-            if loaded.knowledge_base is not None:
-                loaded.knowledge_base.close()
+        engine = Engine({}, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch)
+        # Only this machine may write, unless the operator says otherwise: there is no authentication.
+        writable = config.writable or config.host in LOOPBACK
+        with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread:
+            shared = Shared(config, loaded.device, engine, metrics, thread, writable)
+            first = Pair(loaded.bundle, loaded.graphs, loaded.knowledge_base, shared)
+            succession = _succession(first, shared, frontend)
+
+            def live() -> Pair:
+                return succession.live if succession is not None else first
+
+            try:
+                first.watch()
+                if first.knowledge_base is not None:
+                    metrics.observe_knowledge(lambda: live().knowledge_base)
+                if succession is not None:
+                    metrics.observe_comparison(lambda: succession.following.comparison if succession.following is not None else None)
+                if config.metrics_port:
+                    _serve_metrics(metrics, engine, lambda: live().embedder, config)
+                frontend.served = first.served
+                if succession is not None:
+                    await succession.resume()
+                await _set_readiness(readiness, ready=True)
+                log.info(
+                    "serving %s on %s:%d: %s in %s, %s; ready after %.1f s",
+                    loaded.bundle.name,
+                    config.host,
+                    port,
+                    loaded.device.name,
+                    loaded.device.precision,
+                    f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base",
+                    time.perf_counter() - began,
+                )
+                yield port
+            finally:
+                frontend.served, frontend.refusal = None, "the server is shutting down"
+                await _set_readiness(readiness, ready=False)
+                await server.stop(config.drain_seconds)
+                if succession is not None:
+                    await succession.close()
+                await asyncio.to_thread(engine.close)
+                if writable:
+                    await asyncio.get_running_loop().run_in_executor(thread, _save_index, live().knowledge_base)
+                await live().close()
     finally:
         await server.stop(0)
 
@@ -171,32 +174,28 @@ def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) 
     """Open, verify and warm everything; blocking, so that health answers meanwhile."""
     device = choose_device(config.device, config.precision or None, config.threads)
     bundle = load_bundle(bundle_folder)
+    bundle = bundle_to_serve(target, bundle) if target else bundle
     knowledge_base = open_knowledge_base(target, bundle) if target else None
     try:
-        limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
-        graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
-        verify_golden(bundle, graphs, device)
-        for name, limit in limits.items():
-            for length in padded_lengths(limit):
-                half = length // 2
-                graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))
+        if isinstance(knowledge_base, EmbeddedKnowledgeBase):
+            knowledge_base.serve_with(place_of(bundle))
+        return _Loaded(bundle, device, load_graphs(bundle, device, config), knowledge_base)
     except BaseException:
         if knowledge_base is not None:
             knowledge_base.close()
         raise
-    return _Loaded(bundle, device, graphs, knowledge_base)
 
 
-def _writer(loaded: _Loaded, engine: Engine, config: ServerConfig) -> Writer | None:
-    """Only this machine may write, unless the operator says otherwise: there is no authentication."""
-    if loaded.knowledge_base is None or not (config.writable or config.host in LOOPBACK):
+def _succession(first: Pair, shared: Shared, frontend: Frontend) -> Succession | None:
+    """Only a folder's generations follow one another while a server runs."""
+    if not isinstance(first.knowledge_base, EmbeddedKnowledgeBase):
         return None
-    splitting = choose_splitting(loaded.bundle, loaded.knowledge_base.facts(*FACTS))
-    tokenizer = load_tokenizer(loaded.bundle.tokenizer_path)
-    return Writer(loaded.bundle, loaded.knowledge_base, tokenizer, engine, splitting)
+    succession = Succession(first, first.knowledge_base, shared, frontend)
+    frontend.generations = GenerationService(succession, writable=shared.writable)
+    return succession
 
 
-def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Embedder, config: ServerConfig) -> None:
+def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Callable[[], Embedder], config: ServerConfig) -> None:
     try:
         metrics.serve(engine, embedder, config.host, config.metrics_port)
     except OSError as error:

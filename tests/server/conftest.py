@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +107,19 @@ def _indexed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def tiny_knowledge_base(_indexed: Path, tmp_path: Path) -> Path:
     """A copy of its own for each test, for one process at a time may open a knowledge base."""
     return Path(shutil.copytree(_indexed, tmp_path / "kb"))
+
+
+@pytest.fixture
+def index_with(tmp_path: Path) -> Callable[[Path], Path]:
+    """Indexes the three documents with a bundle, directly, and returns the knowledge base's folder."""
+
+    def index(bundle: Path) -> Path:
+        folder = tmp_path / load_bundle(bundle).name
+        folder.mkdir()
+        _index(bundle, str(folder / "kb"), folder)
+        return folder / "kb"
+
+    return index
 
 
 @pytest.fixture

@@ -56,6 +56,31 @@ OUTCOME_ABSENT: Outcome.ValueType  # 5
 """there was nothing to delete"""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
+class _GenerationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GenerationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATION_STATE_UNSPECIFIED: _GenerationState.ValueType  # 0
+    GENERATION_STATE_LIVE: _GenerationState.ValueType  # 1
+    """answers"""
+    GENERATION_STATE_KEPT: _GenerationState.ValueType  # 2
+    """answered before, and was replaced"""
+    GENERATION_STATE_NEW: _GenerationState.ValueType  # 3
+    """never answered"""
+
+class GenerationState(_GenerationState, metaclass=_GenerationStateEnumTypeWrapper): ...
+
+GENERATION_STATE_UNSPECIFIED: GenerationState.ValueType  # 0
+GENERATION_STATE_LIVE: GenerationState.ValueType  # 1
+"""answers"""
+GENERATION_STATE_KEPT: GenerationState.ValueType  # 2
+"""answered before, and was replaced"""
+GENERATION_STATE_NEW: GenerationState.ValueType  # 3
+"""never answered"""
+Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
+
 @_typing.final
 class Document(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -569,3 +594,329 @@ class SnapshotResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotResponse: _TypeAlias = SnapshotResponse  # noqa: Y015
+
+@_typing.final
+class Generation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    EMBEDDER_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    BUNDLE_ID_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    DIM_FIELD_NUMBER: _builtins.int
+    GRAPH_DIMS_FIELD_NUMBER: _builtins.int
+    PASSAGES_FIELD_NUMBER: _builtins.int
+    LACKING_FIELD_NUMBER: _builtins.int
+    VECTOR_BYTES_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_BYTES_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """as in `Provenance.generation`"""
+    state: Global___GenerationState.ValueType
+    previous: _builtins.bool
+    """it was live before the live one: RollBackGeneration publishes it"""
+    embedder_fingerprint: _builtins.str
+    bundle_id: _builtins.str
+    """of the bundle that goes with it; empty = unknown"""
+    bundle: _builtins.str
+    """its folder on the server's machine, when it was seen last"""
+    dim: _builtins.int
+    """of its vectors"""
+    graph_dims: _builtins.int
+    """dimensions asked for in its graph; 0 = as few as the data allow"""
+    passages: _builtins.int
+    """that it has vectors of"""
+    lacking: _builtins.int
+    """that it has no vectors of yet; it is published only when there are none"""
+    vector_bytes: _builtins.int
+    """on the disk; generations of one embedder share them"""
+    snapshot_bytes: _builtins.int
+    following: _builtins.bool
+    """this server builds it, or keeps it up to date, at the moment"""
+    problem: _builtins.str
+    """why it is not built any further"""
+    @_builtins.property
+    def comparison(self) -> Global___Comparison:
+        """with the live one; absent until it lacks nothing"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        state: Global___GenerationState.ValueType = ...,
+        previous: _builtins.bool = ...,
+        embedder_fingerprint: _builtins.str = ...,
+        bundle_id: _builtins.str = ...,
+        bundle: _builtins.str = ...,
+        dim: _builtins.int = ...,
+        graph_dims: _builtins.int = ...,
+        passages: _builtins.int = ...,
+        lacking: _builtins.int = ...,
+        vector_bytes: _builtins.int = ...,
+        snapshot_bytes: _builtins.int = ...,
+        following: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        comparison: Global___Comparison | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "bundle_id", b"bundle_id", "comparison", b"comparison", "dim", b"dim", "embedder_fingerprint", b"embedder_fingerprint", "following", b"following", "graph_dims", b"graph_dims", "lacking", b"lacking", "name", b"name", "passages", b"passages", "previous", b"previous", "problem", b"problem", "snapshot_bytes", b"snapshot_bytes", "state", b"state", "vector_bytes", b"vector_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Generation: _TypeAlias = Generation  # noqa: Y015
+
+@_typing.final
+class Comparison(_message.Message):
+    """A sample of the questions that users asked (`openbook serve --shadow-share`), answered by the live pair and, in the background, by this
+    generation with its bundle. Shares with a 95 % interval; each is absent before its first question. Questions are not kept.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def overlap(self) -> Global___Share:
+        """overlap@k: hits that both found, of the longer list of the two"""
+
+    @_builtins.property
+    def agreement(self) -> Global___Share:
+        """questions with the same best answer, or with none from both; only of questions that were to be answered"""
+
+    def __init__(
+        self,
+        *,
+        overlap: Global___Share | None = ...,
+        agreement: Global___Share | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "overlap", b"overlap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "overlap", b"overlap"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
+
+@_typing.final
+class Share(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    mean: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    samples: _builtins.int
+    def __init__(
+        self,
+        *,
+        mean: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        samples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "mean", b"mean", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class BuildGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    GRAPH_DIMS_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """folder on the server's machine"""
+    graph_dims: _builtins.int
+    """0 = as few as the data allow; by default as the live generation's"""
+    def __init__(
+        self,
+        *,
+        bundle: _builtins.str = ...,
+        graph_dims: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_graph_dims", b"_graph_dims", "graph_dims", b"graph_dims"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_graph_dims", b"_graph_dims", "bundle", b"bundle", "graph_dims", b"graph_dims"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__graph_dims: _TypeAlias = _typing.Literal["graph_dims"]  # noqa: Y015
+    _WhichOneofArgType__graph_dims: _TypeAlias = _typing.Literal["_graph_dims", b"_graph_dims"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__graph_dims) -> _WhichOneofReturnType__graph_dims | None: ...
+
+Global___BuildGenerationRequest: _TypeAlias = BuildGenerationRequest  # noqa: Y015
+
+@_typing.final
+class BuildGenerationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildGenerationResponse: _TypeAlias = BuildGenerationResponse  # noqa: Y015
+
+@_typing.final
+class ListGenerationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsRequest: _TypeAlias = ListGenerationsRequest  # noqa: Y015
+
+@_typing.final
+class ListGenerationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Generation]:
+        """in the order in which they were made"""
+
+    def __init__(
+        self,
+        *,
+        generations: _abc.Iterable[Global___Generation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
+
+@_typing.final
+class PublishGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """empty = the one that is being built"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishGenerationRequest: _TypeAlias = PublishGenerationRequest  # noqa: Y015
+
+@_typing.final
+class PublishGenerationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the generation that is live now"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishGenerationResponse: _TypeAlias = PublishGenerationResponse  # noqa: Y015
+
+@_typing.final
+class RollBackGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackGenerationRequest: _TypeAlias = RollBackGenerationRequest  # noqa: Y015
+
+@_typing.final
+class RollBackGenerationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the generation that is live now"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackGenerationResponse: _TypeAlias = RollBackGenerationResponse  # noqa: Y015
+
+@_typing.final
+class RemoveGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveGenerationRequest: _TypeAlias = RemoveGenerationRequest  # noqa: Y015
+
+@_typing.final
+class RemoveGenerationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveGenerationResponse: _TypeAlias = RemoveGenerationResponse  # noqa: Y015

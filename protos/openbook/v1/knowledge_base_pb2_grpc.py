@@ -74,6 +74,31 @@ class KnowledgeBaseStub:
                 request_serializer=openbook_dot_v1_dot_knowledge__base__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.SnapshotResponse.FromString,
                 _registered_method=True)
+        self.BuildGeneration = channel.unary_unary(
+                '/openbook.v1.KnowledgeBase/BuildGeneration',
+                request_serializer=openbook_dot_v1_dot_knowledge__base__pb2.BuildGenerationRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.BuildGenerationResponse.FromString,
+                _registered_method=True)
+        self.ListGenerations = channel.unary_unary(
+                '/openbook.v1.KnowledgeBase/ListGenerations',
+                request_serializer=openbook_dot_v1_dot_knowledge__base__pb2.ListGenerationsRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.ListGenerationsResponse.FromString,
+                _registered_method=True)
+        self.PublishGeneration = channel.unary_unary(
+                '/openbook.v1.KnowledgeBase/PublishGeneration',
+                request_serializer=openbook_dot_v1_dot_knowledge__base__pb2.PublishGenerationRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.PublishGenerationResponse.FromString,
+                _registered_method=True)
+        self.RollBackGeneration = channel.unary_unary(
+                '/openbook.v1.KnowledgeBase/RollBackGeneration',
+                request_serializer=openbook_dot_v1_dot_knowledge__base__pb2.RollBackGenerationRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.RollBackGenerationResponse.FromString,
+                _registered_method=True)
+        self.RemoveGeneration = channel.unary_unary(
+                '/openbook.v1.KnowledgeBase/RemoveGeneration',
+                request_serializer=openbook_dot_v1_dot_knowledge__base__pb2.RemoveGenerationRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.RemoveGenerationResponse.FromString,
+                _registered_method=True)
 
 
 class KnowledgeBaseServicer:
@@ -135,6 +160,45 @@ class KnowledgeBaseServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BuildGeneration(self, request, context):
+        """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
+        one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+
+        Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGenerations(self, request, context):
+        """Every generation, how far it is built, and what it takes on the disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishGeneration(self, request, context):
+        """Makes a generation live, with its bundle, once it lacks nothing. No request is dropped: those that began end as they began.
+        A deadline that passes, or a caller that hangs up, does not stop it: call again to wait for it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackGeneration(self, request, context):
+        """Publishes the generation that was live before the live one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveGeneration(self, request, context):
+        """Removes a generation for good, and gives its room back to the disk; not the live one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KnowledgeBaseServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +241,31 @@ def add_KnowledgeBaseServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.SnapshotRequest.FromString,
                     response_serializer=openbook_dot_v1_dot_knowledge__base__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'BuildGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.BuildGeneration,
+                    request_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.BuildGenerationRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_knowledge__base__pb2.BuildGenerationResponse.SerializeToString,
+            ),
+            'ListGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGenerations,
+                    request_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.ListGenerationsRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_knowledge__base__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'PublishGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishGeneration,
+                    request_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.PublishGenerationRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_knowledge__base__pb2.PublishGenerationResponse.SerializeToString,
+            ),
+            'RollBackGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackGeneration,
+                    request_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.RollBackGenerationRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_knowledge__base__pb2.RollBackGenerationResponse.SerializeToString,
+            ),
+            'RemoveGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveGeneration,
+                    request_deserializer=openbook_dot_v1_dot_knowledge__base__pb2.RemoveGenerationRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_knowledge__base__pb2.RemoveGenerationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +484,141 @@ class KnowledgeBase:
             '/openbook.v1.KnowledgeBase/Snapshot',
             openbook_dot_v1_dot_knowledge__base__pb2.SnapshotRequest.SerializeToString,
             openbook_dot_v1_dot_knowledge__base__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BuildGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.KnowledgeBase/BuildGeneration',
+            openbook_dot_v1_dot_knowledge__base__pb2.BuildGenerationRequest.SerializeToString,
+            openbook_dot_v1_dot_knowledge__base__pb2.BuildGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.KnowledgeBase/ListGenerations',
+            openbook_dot_v1_dot_knowledge__base__pb2.ListGenerationsRequest.SerializeToString,
+            openbook_dot_v1_dot_knowledge__base__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.KnowledgeBase/PublishGeneration',
+            openbook_dot_v1_dot_knowledge__base__pb2.PublishGenerationRequest.SerializeToString,
+            openbook_dot_v1_dot_knowledge__base__pb2.PublishGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.KnowledgeBase/RollBackGeneration',
+            openbook_dot_v1_dot_knowledge__base__pb2.RollBackGenerationRequest.SerializeToString,
+            openbook_dot_v1_dot_knowledge__base__pb2.RollBackGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.KnowledgeBase/RemoveGeneration',
+            openbook_dot_v1_dot_knowledge__base__pb2.RemoveGenerationRequest.SerializeToString,
+            openbook_dot_v1_dot_knowledge__base__pb2.RemoveGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,22 @@ class KnowledgeBaseStub:
     """How much there is, and in which state."""
     Snapshot: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.SnapshotRequest, _knowledge_base_pb2.SnapshotResponse]
     """Saves the index, so that the next start need not build it. Nothing depends on it: the documents are durable without."""
+    BuildGeneration: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.BuildGenerationRequest, _knowledge_base_pb2.BuildGenerationResponse]
+    """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
+    one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+
+    Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
+    """
+    ListGenerations: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.ListGenerationsRequest, _knowledge_base_pb2.ListGenerationsResponse]
+    """Every generation, how far it is built, and what it takes on the disk."""
+    PublishGeneration: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.PublishGenerationRequest, _knowledge_base_pb2.PublishGenerationResponse]
+    """Makes a generation live, with its bundle, once it lacks nothing. No request is dropped: those that began end as they began.
+    A deadline that passes, or a caller that hangs up, does not stop it: call again to wait for it again.
+    """
+    RollBackGeneration: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.RollBackGenerationRequest, _knowledge_base_pb2.RollBackGenerationResponse]
+    """Publishes the generation that was live before the live one."""
+    RemoveGeneration: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.RemoveGenerationRequest, _knowledge_base_pb2.RemoveGenerationResponse]
+    """Removes a generation for good, and gives its room back to the disk; not the live one."""
 
 @_typing.type_check_only
 class KnowledgeBaseAsyncStub(KnowledgeBaseStub):
@@ -74,6 +90,22 @@ class KnowledgeBaseAsyncStub(KnowledgeBaseStub):
     """How much there is, and in which state."""
     Snapshot: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.SnapshotRequest, _knowledge_base_pb2.SnapshotResponse]  # type: ignore[assignment]
     """Saves the index, so that the next start need not build it. Nothing depends on it: the documents are durable without."""
+    BuildGeneration: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.BuildGenerationRequest, _knowledge_base_pb2.BuildGenerationResponse]  # type: ignore[assignment]
+    """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
+    one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+
+    Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
+    """
+    ListGenerations: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.ListGenerationsRequest, _knowledge_base_pb2.ListGenerationsResponse]  # type: ignore[assignment]
+    """Every generation, how far it is built, and what it takes on the disk."""
+    PublishGeneration: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.PublishGenerationRequest, _knowledge_base_pb2.PublishGenerationResponse]  # type: ignore[assignment]
+    """Makes a generation live, with its bundle, once it lacks nothing. No request is dropped: those that began end as they began.
+    A deadline that passes, or a caller that hangs up, does not stop it: call again to wait for it again.
+    """
+    RollBackGeneration: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.RollBackGenerationRequest, _knowledge_base_pb2.RollBackGenerationResponse]  # type: ignore[assignment]
+    """Publishes the generation that was live before the live one."""
+    RemoveGeneration: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.RemoveGenerationRequest, _knowledge_base_pb2.RemoveGenerationResponse]  # type: ignore[assignment]
+    """Removes a generation for good, and gives its room back to the disk; not the live one."""
 
 class KnowledgeBaseServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -139,5 +171,51 @@ class KnowledgeBaseServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_knowledge_base_pb2.SnapshotResponse, _abc.Awaitable[_knowledge_base_pb2.SnapshotResponse]]:
         """Saves the index, so that the next start need not build it. Nothing depends on it: the documents are durable without."""
+
+    @_abc_1.abstractmethod
+    def BuildGeneration(
+        self,
+        request: _knowledge_base_pb2.BuildGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_knowledge_base_pb2.BuildGenerationResponse, _abc.Awaitable[_knowledge_base_pb2.BuildGenerationResponse]]:
+        """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
+        one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+
+        Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListGenerations(
+        self,
+        request: _knowledge_base_pb2.ListGenerationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_knowledge_base_pb2.ListGenerationsResponse, _abc.Awaitable[_knowledge_base_pb2.ListGenerationsResponse]]:
+        """Every generation, how far it is built, and what it takes on the disk."""
+
+    @_abc_1.abstractmethod
+    def PublishGeneration(
+        self,
+        request: _knowledge_base_pb2.PublishGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_knowledge_base_pb2.PublishGenerationResponse, _abc.Awaitable[_knowledge_base_pb2.PublishGenerationResponse]]:
+        """Makes a generation live, with its bundle, once it lacks nothing. No request is dropped: those that began end as they began.
+        A deadline that passes, or a caller that hangs up, does not stop it: call again to wait for it again.
+        """
+
+    @_abc_1.abstractmethod
+    def RollBackGeneration(
+        self,
+        request: _knowledge_base_pb2.RollBackGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_knowledge_base_pb2.RollBackGenerationResponse, _abc.Awaitable[_knowledge_base_pb2.RollBackGenerationResponse]]:
+        """Publishes the generation that was live before the live one."""
+
+    @_abc_1.abstractmethod
+    def RemoveGeneration(
+        self,
+        request: _knowledge_base_pb2.RemoveGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_knowledge_base_pb2.RemoveGenerationResponse, _abc.Awaitable[_knowledge_base_pb2.RemoveGenerationResponse]]:
+        """Removes a generation for good, and gives its room back to the disk; not the live one."""
 
 def add_KnowledgeBaseServicer_to_server(servicer: KnowledgeBaseServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

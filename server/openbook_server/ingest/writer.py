@@ -17,10 +17,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from openbook_server.bundle import Bundle
-from openbook_server.engine import Engine, Lane
+from openbook_server.engine import Lane
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.preparation import Prepared, Splitting, prepare
 from openbook_server.knowledge import Document, KnowledgeBase
+from openbook_server.models import Models
 
 ROWS_AT_ONCE = 256  # passages in the engine's queue for one write
 
@@ -30,11 +31,20 @@ _T = TypeVar("_T")
 class Writer:
     """Writes to one knowledge base from the event loop."""
 
-    def __init__(self, bundle: Bundle, knowledge_base: KnowledgeBase, tokenizer: Tokenizer, engine: Engine, splitting: Splitting) -> None:
-        self._knowledge_base, self._tokenizer, self._engine, self._splitting = knowledge_base, tokenizer, engine, splitting
+    def __init__(
+        self,
+        bundle: Bundle,
+        knowledge_base: KnowledgeBase,
+        tokenizer: Tokenizer,
+        models: Models,
+        splitting: Splitting,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        """`thread` is the one that writes to this knowledge base, whichever of its generations; the caller closes it."""
+        self._knowledge_base, self._tokenizer, self._models, self._splitting = knowledge_base, tokenizer, models, splitting
         self._encode = PassageEncoder(tokenizer, bundle.embedder.max_tokens)
         self._dim = bundle.embedder.dim
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._thread = thread
 
     async def upsert(self, documents: Sequence[Document], deadline: float) -> Prepared:
         """Store documents whose ids differ; returns what of them was stored.
@@ -43,7 +53,7 @@ class Writer:
             deadline: time.monotonic() seconds by which the passages must be embedded.
 
         Raises:
-            Overloaded, DeadlineExceeded, InferenceFailed, NotServing: see `Engine.submit`; nothing is stored.
+            Overloaded, DeadlineExceeded, InferenceFailed, NotServing: see `Models.submit`; nothing is stored.
             KnowledgeBaseDamaged: the disk is full or the folder cannot be written; nothing is stored.
         """
         prepared = await self._run(lambda: prepare(documents, self._knowledge_base, self._tokenizer, self._splitting))
@@ -53,7 +63,7 @@ class Writer:
         for at in range(0, len(prepared.passages), ROWS_AT_ONCE):
             part = prepared.passages[at : at + ROWS_AT_ONCE]
             rows = await self._run(lambda part=part: self._encode(part))  # type: ignore[misc]
-            outcome = await self._engine.submit("embedder", rows, deadline=deadline, lane=Lane.BACKGROUND)
+            outcome = await self._models.submit("embedder", rows, deadline=deadline, lane=Lane.BACKGROUND)
             vectors[at : at + len(part)] = [row["sentence_embedding"] for row in outcome.rows]
         # From here on a caller that hangs up changes nothing: the write happens whole.
         await asyncio.shield(
@@ -78,7 +88,3 @@ class Writer:
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def close(self) -> None:
-        """Finish what is being stored."""
-        self._thread.shutdown()

@@ -27,7 +27,7 @@ from openbook_server.knowledge.records import Counts, Document, Hit, Passage, Se
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
-from openbook_server.knowledge.watch import Recall, RecallWatch
+from openbook_server.knowledge.watch import Estimate, RecallWatch
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class EmbeddedKnowledgeBase:
             self._watch = RecallWatch(self._index, share=share, target=target)
 
     @property
-    def recall(self) -> Recall | None:
+    def recall(self) -> Estimate | None:
         return self._watch.recall() if self._watch is not None else None
 
     @property

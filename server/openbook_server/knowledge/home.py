@@ -50,7 +50,11 @@ class Home:
     def leave(self, resident: Resident) -> None:
         self._residents = [other for other in self._residents if other is not resident]
         if not self._residents:
-            self._handle.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._handle.close()
 
     def forget(self, numbers: list[int]) -> None:
         """Tell the index of words and every resident."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
-from openbook_server.knowledge.watch import Recall
+from openbook_server.knowledge.watch import Estimate
 
 
 class KnowledgeBase(Protocol):
@@ -47,7 +47,7 @@ class KnowledgeBase(Protocol):
         """Candidates that a dense search keeps, unless it names a number."""
 
     @property
-    def recall(self) -> Recall | None:
+    def recall(self) -> Estimate | None:
         """What the watch found; None where it has found nothing yet, or there is none."""
 
     def size_bytes(self) -> int:

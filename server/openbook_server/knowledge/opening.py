@@ -82,17 +82,34 @@ def bundle_to_serve(target: str | Path, named: Bundle) -> Bundle:
         live.bundle.folder,
         named.folder,
     )
+    return recorded_bundle(live.name, live.bundle, f"openbook serve BUNDLE {target}")
+
+
+def recorded_bundle(generation: str, place: BundlePlace, way_out: str) -> Bundle:
+    """The bundle that goes with a generation.
+
+    Raises:
+        BundleInvalid: it is not where it was, or is another one by now; the message names the command that mends it.
+    """
     try:
-        bundle = load_bundle(Path(live.bundle.folder))
-        problem = "" if bundle.id == live.bundle.id else f"there is another one by now, {bundle.id[:12]}"
+        bundle = load_bundle(Path(place.folder)) if place.id else None
+        problem = "" if bundle is not None and bundle.id == place.id else "there is another one by now"
     except BundleInvalid as error:
-        problem = str(error)
-    if problem:
-        raise BundleInvalid(
-            f"{target}: generation {live.name} is live and goes with bundle {live.bundle.id[:12]}, which was in {live.bundle.folder}: "
-            f"{problem}; name its folder: openbook serve BUNDLE {target}"
-        )
+        bundle, problem = None, str(error)
+    if bundle is None or problem:
+        where = f"bundle {place.id[:12]}, which was in {place.folder}: {problem}" if place.id else "a bundle that nobody recorded"
+        raise BundleInvalid(f"generation {generation} goes with {where}; name its folder: {way_out}")
     return bundle
+
+
+def open_generation(folder: Path, name: str) -> tuple[EmbeddedKnowledgeBase, Bundle]:
+    """A generation of a folder that no process has open, live or not, and the bundle that goes with it."""
+    store = Store(folder, read_only=True)
+    [generation] = [known for known in store.generations.all() if known.name == name]
+    store.close()
+    bundle = recorded_bundle(name, generation.bundle, f"openbook index BUNDLE {folder} --new-generation")
+    fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
+    return EmbeddedKnowledgeBase(folder, fingerprint=fingerprint, dim=dim, name=name), bundle
 
 
 def _peek(target: str | Path) -> Store | None:

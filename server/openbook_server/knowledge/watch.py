@@ -42,8 +42,8 @@ class Watched(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
-    """Mean recall@10 of dense search with a 95 % interval (Wilson 1927, a search counted as one trial: on the safe side)."""
+class Estimate:
+    """A mean of shares with a 95 % interval (Wilson 1927, a share counted as one trial: on the safe side)."""
 
     mean: float
     low: float
@@ -51,12 +51,12 @@ class Recall:
     samples: int
 
 
-def interval(shares: Sequence[float]) -> Recall:
-    """The estimate from each sampled search's share of true neighbours found; at least one."""
+def interval(shares: Sequence[float]) -> Estimate:
+    """The estimate from some shares, at least one; recall is the mean of each sampled search's share of true neighbours found."""
     n, mean = len(shares), sum(shares) / len(shares)
     centre, spread = mean + _Z**2 / (2 * n), _Z * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
     scale = 1 + _Z**2 / n
-    return Recall(mean, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale), n)
+    return Estimate(mean, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale), n)
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class RecallWatch:
                 self._waiting.append(_Search(np.array(vector), frozenset(list(row)[:NEAREST]), horizon))
                 self._wake.set()
 
-    def recall(self) -> Recall | None:
+    def recall(self) -> Estimate | None:
         """The present estimate; None before the first sample."""
         shares = list(self._shares)
         return interval(shares) if shares else None

@@ -1,0 +1,165 @@
+"""`openbook generations`: which generations a knowledge base has; build one, make it live, take it back, remove it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openbook.asking import FAILED
+
+if TYPE_CHECKING:
+    from openbook.client import Client
+    from openbook.v1 import knowledge_base_pb2 as kb
+
+_STATES = {1: "live", 2: "kept", 3: "new"}  # of GenerationState
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "A generation is an embedder with the parameters of its index, and the bundle that goes with it. Of a running server they are "
+        "built and changed while it answers; of a folder that no process has open, by this command."
+    )
+    parser.epilog = (
+        "example: openbook generations list kb/\n"
+        "         openbook generations build new-bundle/ localhost:50051     in the background, from the passages that are stored\n"
+        "         openbook generations publish localhost:50051               waits until it lacks nothing, then it answers\n"
+        "         openbook generations rollback localhost:50051              the one before answers again\n"
+        "         openbook generations remove localhost:50051 1-0a1b2c3d4e5f gives its room back to the disk\n"
+        "A folder's are built by `openbook index BUNDLE KB --new-generation`, which publishes as well.\n"
+        "exit status: 0; 1 it could not be done; 2 wrong usage"
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
+    for name, meaning in (
+        ("list", "every generation, how far it is built, and what it takes on the disk"),
+        ("build", "begin to build the generation of a bundle, or go on with it"),
+        ("publish", "make a generation live once it lacks nothing; by default the one that is being built"),
+        ("rollback", "make live again what was live before"),
+        ("remove", "remove a generation for good"),
+    ):
+        action = actions.add_parser(name, help=meaning, description=meaning)
+        if name == "build":
+            action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
+            action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
+        target = "HOST:PORT" if name == "build" else "KB|HOST:PORT"
+        action.add_argument("target", metavar=target, help="a server, or the folder of a knowledge base that no process has open")
+        if name == "remove":
+            action.add_argument("name", metavar="NAME", help="as `list` shows it")
+        if name == "publish":
+            action.add_argument("name", nargs="?", default="", metavar="NAME", help="as `list` shows it")
+        action.add_argument(
+            "--timeout", type=float, default=600.0, metavar="SECONDS", help="to wait for a server (default: 600); it goes on without us"
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from openbook.client import Client
+    from openbook.errors import ClientError
+
+    from openbook_server.errors import OpenBookError
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        if Path(arguments.target).exists() or ":" not in arguments.target or "://" in arguments.target:
+            return _of_folder(arguments)
+        with Client(arguments.target, timeout_seconds=arguments.timeout) as client:
+            return _of_server(client, arguments)
+    except (OpenBookError, ClientError, OSError) as error:
+        print(f"openbook generations: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _of_server(client: Client, arguments: argparse.Namespace) -> int:
+    if arguments.action == "list":
+        for generation in client.generations():
+            print(f"{generation.name}  {_line(generation)}")
+    elif arguments.action == "build":
+        name = client.build_generation(str(arguments.bundle.resolve()), graph_dims=arguments.graph_dims)
+        print(f"{name} is being built; `openbook generations publish {arguments.target}` waits for it and makes it live")
+    elif arguments.action == "remove":
+        client.remove_generation(arguments.name)
+        print(f"{arguments.name} is removed")
+    else:
+        name = client.publish_generation(arguments.name) if arguments.action == "publish" else client.roll_back_generation()
+        print(f"{name} is live")
+    return 0
+
+
+def _line(generation: kb.Generation) -> str:
+    parts = [_STATES.get(generation.state, "unknown") + (", live before" if generation.previous else "")]
+    parts.append(f"{generation.passages} passages" + (f", lacks {generation.lacking}" if generation.lacking else ""))
+    parts.append(f"embedder {generation.embedder_fingerprint[:12]}, {generation.dim} dimensions")
+    parts.append(f"{(generation.vector_bytes + generation.snapshot_bytes) / 1e6:.1f} MB of vectors and snapshots")
+    parts.append(f"bundle {generation.bundle_id[:12]} in {generation.bundle}" if generation.bundle_id else "bundle unknown")
+    for name, share in (("overlap@k", generation.comparison.overlap), ("same answer", generation.comparison.agreement)):
+        if share.samples:
+            parts.append(f"{name} {share.mean:.3f} ({share.low:.3f} to {share.high:.3f}) of {share.samples} questions")
+    if generation.following:
+        parts.append("being built or kept up to date")
+    if generation.problem:
+        parts.append(f"not built any further: {generation.problem}")
+    return "; ".join(parts)
+
+
+def _of_folder(arguments: argparse.Namespace) -> int:
+    from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged
+    from openbook_server.knowledge.home import Home
+    from openbook_server.knowledge.inventory import describe_generations, remove_generation
+    from openbook_server.knowledge.store import FILE, Store
+
+    folder = Path(arguments.target)
+    if "://" in arguments.target:
+        raise InvalidRequest("KB", "an alias in Elasticsearch has `openbook index BUNDLE ADDRESS SOURCES... --new-generation` instead")
+    if not (folder / FILE).is_file():
+        raise KnowledgeBaseDamaged(f"{folder} is no knowledge base, it has no {FILE}")
+    if arguments.action == "build":
+        raise InvalidRequest("KB", f"no server; a folder's are built by: openbook index {arguments.bundle} {folder} --new-generation")
+    if arguments.action == "list":
+        store = Store(folder, read_only=True)
+        for state in describe_generations(folder, store):
+            print(f"{state.name}  {state}")
+        store.close()
+        return 0
+    home = Home(folder)  # no process may have it open
+    try:
+        store = Store(folder)
+        try:
+            if arguments.action == "remove":
+                remove_generation(folder, store, arguments.name)
+                print(f"{arguments.name} is removed")
+                return 0
+            states = describe_generations(folder, store)
+        finally:
+            store.close()
+    finally:
+        home.close()
+    wanted = [state for state in states if (state.name == arguments.name if arguments.action == "publish" else state.previous)]
+    if not wanted:
+        raise InvalidRequest("NAME", f"none of {', '.join(state.name for state in states)}; see `openbook generations list {folder}`")
+    return _publish(folder, wanted[0].name)
+
+
+def _publish(folder: Path, name: str) -> int:
+    """Bring it up to date with the bundle that goes with it, and make it the live one."""
+    from openbook_server.ingest.embed import PassageEmbedder
+    from openbook_server.knowledge.opening import open_generation
+    from openbook_server.runtime import Graph, choose_device
+    from openbook_server.tokenization import load_tokenizer
+
+    knowledge_base, bundle = open_generation(folder, name)
+    try:
+        device = choose_device()
+        graph = Graph(bundle.graph_path("embedder", device.precision), device)
+        limits = bundle.embedder
+        tokenizer = load_tokenizer(bundle.tokenizer_path)
+        embed = PassageEmbedder(tokenizer, graph, dim=limits.dim, max_tokens=limits.max_tokens, whole=True)
+        knowledge_base.build(embed, lambda filled, passages: None, lambda: False)
+        knowledge_base.optimise()
+        knowledge_base.snapshot()
+        knowledge_base.publish()
+    finally:
+        knowledge_base.close()
+    print(f"{name} is live; serve it with {bundle.folder}")
+    return 0

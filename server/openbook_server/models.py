@@ -1,0 +1,38 @@
+"""The graphs of one bundle in an engine that may hold those of several: they share its device, its queue and its lanes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from openbook_server.engine import Engine, Lane, Outcome, Row, Runnable
+
+_numbers = itertools.count(1)
+
+
+class Models:
+    """Runs the rows of one bundle, by the names its graphs have there: embedder, reader."""
+
+    def __init__(self, engine: Engine, graphs: Mapping[str, Runnable], *, lane: Lane = Lane.FOREGROUND) -> None:
+        """`lane` is the most urgent one that rows get, whatever is asked for; it may be changed at any time."""
+        number = next(_numbers)
+        self._engine, self.lane = engine, lane
+        self._names = {model: f"{model}@{number}" for model in graphs}
+        engine.add({self._names[model]: graph for model, graph in graphs.items()})
+
+    async def submit(self, model: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
+        """As `Engine.submit`."""
+        return await self._engine.submit(self._names[model], rows, deadline=deadline, lane=max(lane, self.lane))
+
+    def check(self, model: str, lengths: Sequence[int], *, deadline: float) -> None:
+        """As `Engine.check`."""
+        self._engine.check(self._names[model], lengths, deadline=deadline)
+
+    def close(self) -> None:
+        """Take the graphs out of the engine; nobody may wait for rows of theirs."""
+        self._engine.remove(self._names.values())
+
+
+def model_of(graph: str) -> str:
+    """Which of a bundle's models an engine's graph is."""
+    return graph.partition("@")[0]

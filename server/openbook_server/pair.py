@@ -1,0 +1,144 @@
+"""A bundle and the generation that its embedder built: what a request is served by, from beginning to end.
+
+A server has one pair live, and may have a second one that takes its place later: both share the engine, whose queue lets
+questions go first, and the thread that writes to their knowledge base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from openbook_server.buckets import padded_lengths
+from openbook_server.bundle import Bundle
+from openbook_server.comparison import Comparison
+from openbook_server.config import ServerConfig
+from openbook_server.embedder import Embedder
+from openbook_server.engine import Engine, Lane, Row, collate
+from openbook_server.golden import verify_golden
+from openbook_server.ingest.preparation import FACTS, choose_splitting
+from openbook_server.ingest.writer import Writer
+from openbook_server.knowledge import KnowledgeBase
+from openbook_server.knowledge_service import KnowledgeService
+from openbook_server.metrics import Metrics
+from openbook_server.models import Models
+from openbook_server.pipeline import Pipeline
+from openbook_server.runtime import Device, Graph
+from openbook_server.served import Served
+from openbook_server.service import Service
+from openbook_server.tokenization import TextEncoder, load_tokenizer
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all pairs of a server have in common."""
+
+    config: ServerConfig
+    device: Device
+    engine: Engine
+    metrics: Metrics
+    thread: ThreadPoolExecutor  # the one that writes to the knowledge base
+    writable: bool
+
+    async def in_writer(self, work: Callable[[], _T]) -> _T:
+        """Do something in the thread that writes."""
+        return await to_the_end(asyncio.get_running_loop().run_in_executor(self.thread, work))
+
+
+async def to_the_end(work: Awaitable[_T]) -> _T:
+    """What cannot be stopped half-way is waited for, even by whom is told to stop."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+
+
+def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[str, Graph]:
+    """A bundle's graphs, verified and warm; blocking.
+
+    Raises:
+        BundleInvalid: one does not load, or computes something else than at export.
+    """
+    limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
+    graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
+    verify_golden(bundle, graphs, device)
+    for name, limit in limits.items():
+        for length in padded_lengths(limit):
+            half = length // 2
+            graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))
+    return graphs
+
+
+class Pair:
+    """Everything that is open of a bundle and, where there is one, of a generation."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: dict[str, Graph],
+        knowledge_base: KnowledgeBase | None,
+        shared: Shared,
+        *,
+        lane: Lane = Lane.FOREGROUND,
+    ) -> None:
+        """`lane` is the most urgent one that its work gets; see `go_live`."""
+        self.bundle, self.knowledge_base = bundle, knowledge_base
+        self.models = Models(shared.engine, graphs, lane=lane)
+        self.tokenizer = load_tokenizer(bundle.tokenizer_path)
+        self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
+        config = self._config = shared.config
+        self._metrics = shared.metrics
+        self.embedder = Embedder(self.models, cache_bytes=config.cache_mb << 20, observe=self._observe_cache)
+        self.pipeline = Pipeline(bundle, self.encoder, self.embedder, self.models, knowledge_base, observe=self._observe_reading)
+        service = Service(bundle, knowledge_base, config=config, device=shared.device, encoder=self.encoder, pipeline=self.pipeline)
+        knowledge = None
+        if knowledge_base is not None:
+            writer = None
+            if shared.writable:
+                splitting = choose_splitting(bundle, knowledge_base.facts(*FACTS))
+                writer = Writer(bundle, knowledge_base, self.tokenizer, self.models, splitting, shared.thread)
+            knowledge = KnowledgeService(bundle, knowledge_base, writer, config)
+        self.served = Served(service, knowledge)
+
+    def go_live(self) -> None:
+        """From now on its work is what people wait for."""
+        self.models.lane = Lane.FOREGROUND
+        self.watch()
+
+    def watch(self) -> None:
+        """See `KnowledgeBase.watch`."""
+        if self.knowledge_base is not None:
+            self.knowledge_base.watch(share=self._config.recall_share, target=self._config.recall_target)
+
+    @contextmanager
+    def compared(self, comparison: Comparison) -> Iterator[None]:
+        """Within, what it is asked is offered for comparison."""
+        self.served.openbook.asked = comparison.offer
+        try:
+            yield
+        finally:
+            self.served.openbook.asked = None
+
+    def _observe_cache(self, hits: int, joined: int, misses: int) -> None:
+        if self.models.lane is Lane.FOREGROUND:  # metrics are of what people asked
+            self._metrics.observe_cache(hits, joined, misses)
+
+    def _observe_reading(self, passages: int) -> None:
+        if self.models.lane is Lane.FOREGROUND:
+            self._metrics.observe_reading(passages)
+
+    async def close(self) -> None:
+        """Let go of everything once the requests that it serves are done."""
+        await self.served.finished()
+        self.models.close()
+        await asyncio.to_thread(self.pipeline.close)
+        if self.knowledge_base is not None:
+            await asyncio.to_thread(self.knowledge_base.close)

@@ -1,0 +1,212 @@
+"""Which pair of bundle and generation a server answers with, and which one follows it.
+
+    build     a second pair is opened beside the live one; the passages that its generation lacks are embedded in the background
+              lane, and so is what is written meanwhile
+    publish   writes wait, what is still lacking is embedded, the generation goes live in the store, and new requests get the new
+              pair; those that began with the old one end with it, and then it is closed
+    rollback  publishes the generation that was live before, which is brought up to date first in the same way
+
+The store is the truth about which generation is live: a server that dies at any point comes up with the pair before or the new
+one. One change is made at a time, and a caller that hangs up stops none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.errors import GenerationNotReady, InvalidRequest, NotServing, OpenBookError
+from openbook_server.following import Following
+from openbook_server.gate import Gate
+from openbook_server.ingest.preparation import FACTS, check_stored_passages
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.inventory import GenerationState
+from openbook_server.knowledge.opening import recorded_bundle
+from openbook_server.pair import Pair, Shared, to_the_end
+from openbook_server.served import Served
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class Front(Protocol):
+    """Where requests come in."""
+
+    served: Served | None  # what new requests get; None = the server is shutting down
+    writes: Gate  # every request that writes is inside
+
+
+class Succession:
+    """Of the pairs of one server whose knowledge base is in a folder."""
+
+    def __init__(self, live: Pair, knowledge_base: EmbeddedKnowledgeBase, shared: Shared, front: Front) -> None:
+        self.live, self._knowledge_base = live, knowledge_base
+        self._shared, self._front = shared, front
+        self.following: Following | None = None
+        self._change = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._retiring: dict[str, asyncio.Task[None]] = {}
+
+    async def states(self) -> list[GenerationState]:
+        return await asyncio.to_thread(self._knowledge_base.generation_states)
+
+    async def build(self, folder: Path, graph_dims: int | None) -> str:
+        """Begin, or go on, to build the generation of a bundle; returns its name once it is open.
+
+        Raises:
+            BundleInvalid, PassageTooLong: the bundle cannot take the place of the live one.
+            InvalidRequest: `graph_dims` is out of range, or the live generation is the one that is asked for.
+            GenerationNotReady: another one is being built.
+        """
+        return await self._uncancelled(lambda: self._build(folder, graph_dims))
+
+    async def publish(self, name: str) -> str:
+        """Make a generation the live one, when it lacks nothing; returns its name when new requests get it.
+
+        Args:
+            name: "" = the one that is being built.
+
+        Raises:
+            InvalidRequest: there is no such generation.
+            BundleInvalid: the bundle that goes with it is not where it was.
+            GenerationNotReady: it cannot be built to the end.
+        """
+        return await self._uncancelled(lambda: self._publish(name))
+
+    async def roll_back(self) -> str:
+        """Publish the generation that was live before the live one. Raises as `publish`."""
+        return await self._uncancelled(self._roll_back)
+
+    async def remove(self, name: str) -> None:
+        """Remove a generation for good. Raises InvalidRequest: there is none of that name, or it is live."""
+        await self._uncancelled(lambda: self._remove(name))
+
+    async def resume(self) -> None:
+        """Go on building what a server or a command before was building, where its bundle is still there."""
+        begun = [state for state in await self.states() if state.state == "new" and state.bundle.id]
+        if begun and self._shared.writable:
+            try:
+                await self._reopen(begun[-1])
+            except OpenBookError as error:
+                log.warning("generation %s is not built any further: %s", begun[-1].name, error)
+
+    async def _reopen(self, state: GenerationState) -> Following:
+        """Begin to bring a generation that there is up to date, with the bundle that goes with it."""
+        way_out = "openbook generations build BUNDLE HOST:PORT"
+        bundle = await asyncio.to_thread(recorded_bundle, state.name, state.bundle, way_out)
+        return self._begin(bundle, name=state.name, graph_dims=state.graph_dims)
+
+    async def close(self) -> None:
+        """Stop building; what was built stays."""
+        for task in [*self._changes, *self._retiring.values()]:
+            task.cancel()
+        await asyncio.gather(*self._changes, *self._retiring.values(), return_exceptions=True)
+        await self._stop_following()
+
+    async def _uncancelled(self, change: Callable[[], Awaitable[_T]]) -> _T:
+        """One change after another; each goes on to its end whether or not its caller waits for it."""
+
+        async def alone() -> _T:
+            async with self._change:
+                return await change()
+
+        task = asyncio.ensure_future(alone())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _build(self, folder: Path, graph_dims: int | None) -> str:
+        bundle = await asyncio.to_thread(load_bundle, folder)
+        if graph_dims is not None and not 0 <= graph_dims <= bundle.embedder.dim:
+            raise InvalidRequest("graph_dims", f"{graph_dims} is outside 0 to {bundle.embedder.dim}, the embedder's dimensions")
+        check_stored_passages(bundle, await asyncio.to_thread(self._knowledge_base.facts, *FACTS))
+        before = self.following
+        if before is not None and not before.problem and before.bundle.id != bundle.id:
+            raise GenerationNotReady(f"generation {before.name} is being built; publish or remove it first")
+        await self._stop_following()
+        following = self._begin(bundle, graph_dims=graph_dims)
+        await following.opened.wait()
+        following.check()
+        return following.name
+
+    async def _publish(self, name: str) -> str:
+        following = self.following
+        if name == self._knowledge_base.generation:
+            return name
+        if name:
+            following = following if following is not None and following.name == name and not following.problem else None
+        elif following is None:
+            raise InvalidRequest("name", "no generation is being built")
+        if following is None:
+            states = {state.name: state for state in await self.states()}
+            if name not in states:
+                raise InvalidRequest("name", f"{name!r} is none of {', '.join(states)}")
+            await self._stop_following()
+            following = await self._reopen(states[name])
+        await following.complete.wait()
+        following.check()
+        await self._swap(following)
+        return following.name
+
+    async def _roll_back(self) -> str:
+        previous = await asyncio.to_thread(self._knowledge_base.previous_generation)
+        if previous is None:
+            raise InvalidRequest("name", "no generation was live before this one, or it was removed")
+        return await self._publish(previous)
+
+    async def _remove(self, name: str) -> None:
+        if self.following is not None and self.following.name == name:
+            await self._stop_following()
+        if name in self._retiring:
+            await self._retiring[name]
+        await self._shared.in_writer(lambda: self._knowledge_base.remove_generation(name))
+
+    def _begin(self, bundle: Bundle, *, graph_dims: int | None, name: str | None = None) -> Following:
+        self.following = Following(bundle, self.live, self._knowledge_base, self._shared, graph_dims=graph_dims, name=name)
+        return self.following
+
+    async def _stop_following(self) -> None:
+        following, self.following = self.following, None
+        if following is not None:
+            await following.stop()
+            if following.pair is not None:
+                await following.pair.close()
+
+    async def _swap(self, following: Following) -> None:
+        pair, knowledge_base = following.pair, following.knowledge_base
+        assert pair is not None  # noqa: S101
+        assert knowledge_base is not None  # noqa: S101
+        await following.stop()
+        began = time.monotonic()
+        async with self._front.writes.closed():
+            await following.fill()
+            if self._front.served is None:
+                raise NotServing("the server is shutting down", retry_after_seconds=1.0)
+            await self._shared.in_writer(knowledge_base.publish)  # from here on a server that starts comes up with the new pair
+            pair.go_live()
+            self._front.served = pair.served
+            old, self.live, self._knowledge_base, self.following = self.live, pair, knowledge_base, None
+        log.info("generation %s is live; writes waited for %.3f s", knowledge_base.generation, time.monotonic() - began)
+        self._retire(old)
+
+    def _retire(self, old: Pair) -> None:
+        assert old.knowledge_base is not None  # noqa: S101
+        name = old.knowledge_base.generation
+        task = self._retiring[name] = asyncio.ensure_future(self._close(old))
+        task.add_done_callback(lambda _: self._retiring.pop(name, None))
+
+    async def _close(self, old: Pair) -> None:
+        """Once its requests are done: save its index for the way back, and let go of it."""
+        assert old.knowledge_base is not None  # noqa: S101
+        await old.served.finished()
+        try:
+            await self._shared.in_writer(old.knowledge_base.snapshot)
+        except (OpenBookError, OSError) as error:
+            log.warning("%s", error)
+        await to_the_end(old.close())

@@ -1,0 +1,88 @@
+"""Shadow comparison: what overlap and agreement mean, that figures are those of an exact comparison, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
+from openbook.v1 import openbook_pb2 as pb
+from openbook_server.comparison import overlap
+from openbook_server.config import ServerConfig
+from openbook_server.serving import running_server
+
+CONFIG = ServerConfig(port=0, device="cpu", threads=1, drain_seconds=1.0, shadow_share=1.0)
+QUESTIONS = ["what is red ?", "who is king ?", "the green book", "river", "one two three"]
+WAIT = 120  # seconds, on a busy machine
+
+
+def test_overlap_is_what_both_found_of_the_longer_list() -> None:
+    assert overlap(["a", "b", "c", "d"], ["d", "x", "a", "y"]) == 0.5
+    assert overlap(["a", "b", "c", "d"], ["a"]) == 0.25
+    assert overlap(["a"], []) == 0
+    assert overlap([], []) == 1
+
+
+async def test_figures_are_those_of_both_pairs_and_no_question_is_kept(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    requests = [pb.AnswerRequest(questions=[question], mode=pb.SEARCH_MODE_DENSE, top_k=2, max_answers=1) for question in QUESTIONS]
+    async with running_server(tiny_bundle, tiny_knowledge_base, CONFIG) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        openbook: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        knowledge: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+
+        async def following() -> kb.Generation:
+            return (await knowledge.ListGenerations(kb.ListGenerationsRequest())).generations[-1]
+
+        await knowledge.BuildGeneration(kb.BuildGenerationRequest(bundle=str(tuned_bundle)), timeout=WAIT)
+        async with asyncio.timeout(WAIT):
+            while not (await following()).HasField("comparison"):
+                await asyncio.sleep(0.02)
+        assert not (await following()).comparison.HasField("overlap")  # nothing was asked yet
+        old = [(await openbook.Answer(request)).results[0] for request in requests]
+        search = pb.SearchRequest(questions=QUESTIONS[:1], mode=pb.SEARCH_MODE_DENSE, top_k=2)
+        await openbook.Search(search)
+        async with asyncio.timeout(WAIT):
+            while (compared := (await following()).comparison).overlap.samples < len(QUESTIONS) + 1:
+                await asyncio.sleep(0.02)
+        assert compared.agreement.samples == len(QUESTIONS)
+        await knowledge.PublishGeneration(kb.PublishGenerationRequest(), timeout=WAIT)
+        new = [(await openbook.Answer(request)).results[0] for request in requests]
+    overlaps = [
+        overlap([hit.passage_id for hit in one.hits], [hit.passage_id for hit in other.hits]) for one, other in zip(old, new, strict=True)
+    ]
+    agreements = [best(one) == best(other) for one, other in zip(old, new, strict=True)]
+    assert compared.overlap.mean == pytest.approx((sum(overlaps) + overlaps[0]) / (len(overlaps) + 1))
+    assert compared.agreement.mean == pytest.approx(sum(agreements) / len(agreements))
+    assert compared.overlap.low < compared.overlap.mean <= compared.overlap.high
+    assert not any(question in message for message in caplog.messages for question in QUESTIONS)
+    assert not any(
+        question.encode() in data for data in await asyncio.to_thread(contents, tiny_knowledge_base) for question in QUESTIONS[:2]
+    )
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in folder.iterdir()]
+
+
+def best(result: pb.AnswerResult) -> str | None:
+    if not result.answers or result.answers[0].probability < result.no_answer_probability:
+        return None
+    return " ".join(result.answers[0].text.casefold().split())
+
+
+async def test_without_a_share_nothing_is_compared(tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path) -> None:
+    config = dataclasses.replace(CONFIG, shadow_share=0.0)
+    async with running_server(tiny_bundle, tiny_knowledge_base, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        openbook: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        knowledge: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        await knowledge.BuildGeneration(kb.BuildGenerationRequest(bundle=str(tuned_bundle)), timeout=WAIT)
+        await openbook.Answer(pb.AnswerRequest(questions=QUESTIONS))
+        generations = (await knowledge.ListGenerations(kb.ListGenerationsRequest())).generations
+        assert not generations[-1].comparison.HasField("overlap")

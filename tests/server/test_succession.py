@@ -1,0 +1,371 @@
+"""A real server whose pair of bundle and generation is replaced while it answers and stores."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from grpc_status import rpc_status
+from openbook import cli
+from openbook.client import Client, Document
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
+from openbook.v1 import openbook_pb2 as pb
+from openbook_server import serving
+from openbook_server.bundle import load_bundle
+from openbook_server.config import ServerConfig
+from openbook_server.errors import BundleInvalid
+from openbook_server.knowledge.home import Home
+from openbook_server.serving import running_server
+
+CONFIG = ServerConfig(port=0, device="cpu", threads=1, drain_seconds=1.0)
+QUESTIONS = ["what is red ?", "who is king ?", "the green book of the river"]
+WAIT = 120  # seconds, on a busy machine
+
+
+class Caller:
+    """Both services of one server."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.openbook: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        self.knowledge: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+
+    async def answers(self, questions: list[str] = QUESTIONS) -> pb.AnswerResponse:
+        return await self.openbook.Answer(pb.AnswerRequest(questions=questions, top_k=5))
+
+    async def build(self, bundle: Path, **options: int) -> str:
+        return (await self.knowledge.BuildGeneration(kb.BuildGenerationRequest(bundle=str(bundle), **options), timeout=WAIT)).name  # type: ignore[arg-type]
+
+    async def publish(self, name: str = "") -> str:
+        return (await self.knowledge.PublishGeneration(kb.PublishGenerationRequest(name=name), timeout=WAIT)).name
+
+    async def roll_back(self) -> str:
+        return (await self.knowledge.RollBackGeneration(kb.RollBackGenerationRequest(), timeout=WAIT)).name
+
+    async def generations(self) -> list[tuple[int, int, int]]:
+        """(state, passages, lacking) of each."""
+        reply = await self.knowledge.ListGenerations(kb.ListGenerationsRequest())
+        return [(generation.state, generation.passages, generation.lacking) for generation in reply.generations]
+
+    async def upsert(self, **texts: str) -> None:
+        documents = [kb.Document(id=id_, text=text) for id_, text in texts.items()]
+        reply = await self.knowledge.Upsert(kb.UpsertRequest(documents=documents), timeout=WAIT)
+        assert not any(result.HasField("error") for result in reply.results)
+
+
+class Running:
+    """`running_server` with a caller."""
+
+    def __init__(self, bundle: Path, knowledge_base: Path, config: ServerConfig = CONFIG) -> None:
+        self._server = running_server(bundle, knowledge_base, config)
+
+    async def __aenter__(self) -> Caller:
+        port = await self._server.__aenter__()
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        return Caller(self._channel)
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._channel.close()
+        await self._server.__aexit__(*error)
+
+
+def told(reply: pb.AnswerResponse) -> list[object]:
+    """All of a reply but its timings and where it comes from."""
+    return [
+        (
+            [(hit.passage_id, round(hit.score, 4)) for hit in result.hits],
+            [(answer.text, round(answer.probability, 4)) for answer in result.answers],
+        )
+        for result in reply.results
+    ]
+
+
+async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str, str]:
+    """(status, reason, message) of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    info = ErrorInfo()
+    rpc_status.from_call(raised.value).details[0].Unpack(info)
+    return raised.value.code(), info.reason, str(raised.value.details())
+
+
+LIVE, KEPT, NEW = kb.GENERATION_STATE_LIVE, kb.GENERATION_STATE_KEPT, kb.GENERATION_STATE_NEW
+
+
+@pytest.fixture
+async def caller(tiny_bundle: Path, tiny_knowledge_base: Path) -> AsyncIterator[Caller]:
+    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+        yield caller
+
+
+async def test_the_new_pair_answers_as_one_that_was_indexed_directly_and_so_does_the_old_one_after_a_rollback(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, index_with: Callable[[Path], Path]
+) -> None:
+    documents = {f"n{number}": f"the {word} book of the river was by {word}" for number, word in enumerate("one two three city".split())}
+    direct = {}
+    for bundle in (tiny_bundle, tuned_bundle):
+        async with Running(bundle, index_with(bundle)) as caller:
+            await caller.upsert(**documents)
+            direct[bundle] = told(await caller.answers())
+    assert direct[tiny_bundle] != direct[tuned_bundle]
+    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+        name = await caller.build(tuned_bundle)
+        await caller.upsert(**documents)
+        assert told(await caller.answers()) == direct[tiny_bundle]
+        assert await caller.publish() == name
+        reply = await caller.answers()
+        assert (told(reply), reply.provenance.generation) == (direct[tuned_bundle], name)
+        assert reply.provenance.bundle_id == load_bundle(tuned_bundle).id
+        assert await caller.generations() == [(KEPT, 7, 0), (LIVE, 7, 0)]
+        await caller.upsert(later="the yak was red")
+        assert await caller.generations() == [(KEPT, 7, 1), (LIVE, 8, 0)]
+        await caller.knowledge.Delete(kb.DeleteRequest(ids=["later"]))
+    for named in (tiny_bundle, tuned_bundle):  # a start comes up with the pair that is live, whichever the command line is from
+        async with Running(named, tiny_knowledge_base) as caller:
+            reply = await caller.answers()
+            assert (told(reply), reply.provenance.bundle_id) == (direct[tuned_bundle], load_bundle(tuned_bundle).id)
+            if named == tuned_bundle:
+                await caller.upsert(later="the yak was red")
+                await caller.roll_back()
+                assert await caller.generations() == [(LIVE, 8, 0), (KEPT, 8, 0)]
+                await caller.knowledge.Delete(kb.DeleteRequest(ids=["later"]))
+                assert told(await caller.answers()) == direct[tiny_bundle]
+    async with Running(tuned_bundle, tiny_knowledge_base) as caller:
+        assert (await caller.answers()).provenance.bundle_id == load_bundle(tiny_bundle).id
+        assert told(await caller.answers()) == direct[tiny_bundle]
+
+
+async def test_no_question_fails_or_is_answered_by_a_mixture_while_pairs_are_swapped_and_documents_written(
+    tiny_bundle: Path, tuned_bundle: Path, caller: Caller
+) -> None:
+    ids = {load_bundle(bundle).id for bundle in (tiny_bundle, tuned_bundle)}
+    expected: dict[tuple[str, str], object] = {}
+    seen: list[str] = []
+    stopped = False
+
+    async def ask() -> None:
+        while not stopped:
+            # Dense, and among the old passages: a score then depends on the question's vector and the passage's, and on nothing written.
+            request = pb.AnswerRequest(questions=QUESTIONS, filter=OLD_ONES, mode=pb.SEARCH_MODE_DENSE)
+            reply = await caller.openbook.Answer(request)
+            pair = reply.provenance.bundle_id, reply.provenance.generation
+            assert told(reply) == expected.setdefault(pair, told(reply))
+            seen.append(reply.provenance.bundle_id)
+
+    async def write() -> list[str]:
+        written: list[str] = []
+        while not stopped:
+            written.append(f"w{len(written)}")
+            await caller.upsert(**{written[-1]: f"zebra {written[-1]}"})
+            if len(written) > 5:
+                await caller.knowledge.Delete(kb.DeleteRequest(ids=[written[-5]]))
+                written[-5] = ""
+        return written
+
+    askers, writer = [asyncio.create_task(ask()) for _ in range(6)], asyncio.create_task(write())
+    name = await caller.build(tuned_bundle)
+    await caller.publish(name)
+    for _ in range(3):
+        await caller.roll_back()
+    stopped = True
+    await asyncio.gather(*askers)
+    written = [id_ for id_ in await writer if id_]
+    assert len(expected) == 2
+    assert {bundle for bundle, _ in expected} == ids
+    assert len({generation for _, generation in expected}) == 2
+    changes = sum(one != other for one, other in itertools.pairwise(seen))
+    assert changes >= 4
+    for mode in (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_DENSE):
+        reply = await caller.openbook.Search(pb.SearchRequest(questions=["zebra"], mode=mode, top_k=100))
+        found = {hit.document_id for hit in reply.results[0].hits} - {"d0", "d1", "d2"}
+        assert found == set(written)
+
+
+OLD_ONES = pb.Filter(one_of=pb.Filter.OneOf(key="shelf", values=["two"]))
+
+
+async def test_publishing_and_removing_refuse_what_makes_no_sense(
+    caller: Caller, tiny_bundle: Path, tuned_bundle: Path, tmp_path: Path
+) -> None:
+    service = caller.knowledge
+    invalid, unready = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
+    assert (await refusal(caller.publish()))[0] is invalid
+    assert (await refusal(caller.publish("7-x")))[0] is invalid
+    assert (await refusal(caller.roll_back()))[0] is invalid
+    assert (await refusal(caller.build(tmp_path)))[1] == "BUNDLE_INVALID"
+    assert (await refusal(caller.build(Path())))[0] in {invalid, unready}
+    assert (await refusal(caller.build(tuned_bundle, graph_dims=1_000)))[0] is invalid
+    status, reason, message = await refusal(caller.build(tiny_bundle))
+    assert (status, reason) == (unready, "GENERATION_NOT_READY")
+    assert "is live" in message
+    live = (await service.ListGenerations(kb.ListGenerationsRequest())).generations[0]
+    assert (await refusal(service.RemoveGeneration(kb.RemoveGenerationRequest(name=live.name))))[0] is invalid
+    name = await caller.build(tuned_bundle)
+    assert await caller.build(tuned_bundle) == name  # the same again goes on
+    assert len(await caller.generations()) == 2
+    await service.RemoveGeneration(kb.RemoveGenerationRequest(name=name))  # while it is being built
+    assert [state for state, *_ in await caller.generations()] == [LIVE]
+    await caller.publish(await caller.build(tuned_bundle))
+    await service.RemoveGeneration(kb.RemoveGenerationRequest(name=live.name))
+    assert [state for state, *_ in await caller.generations()] == [LIVE]
+    assert (await refusal(caller.roll_back()))[0] is invalid
+    assert told(await caller.answers())
+
+
+async def test_generations_of_one_embedder_with_other_parameters_are_swapped_without_embedding(caller: Caller, tiny_bundle: Path) -> None:
+    before = await caller.answers()
+    name = await caller.build(tiny_bundle, graph_dims=8)
+    assert await caller.publish() == name
+    after = await caller.answers()
+    assert told(after) == told(before)
+    assert (after.provenance.bundle_id, after.provenance.generation) == (before.provenance.bundle_id, name)
+
+
+async def test_changes_are_refused_where_writes_are(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "LOOPBACK", ())  # as if the server listened on an address that others reach
+    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+        assert await caller.generations() == [(LIVE, 3, 0)]
+        for call in (
+            caller.build(tuned_bundle),
+            caller.publish(),
+            caller.roll_back(),
+            caller.knowledge.RemoveGeneration(kb.RemoveGenerationRequest(name="x")),
+        ):
+            assert (await refusal(call))[1] == "READ_ONLY"
+
+
+async def test_a_server_without_a_folder_says_so(tiny_bundle: Path) -> None:
+    async with running_server(tiny_bundle, None, CONFIG) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        assert "in a folder" in (await refusal(Caller(channel).publish()))[2]
+
+
+async def test_a_bundle_that_moved_away_is_named_with_the_way_out(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path
+) -> None:
+    moving = Path(shutil.copytree(tuned_bundle, tmp_path / "moving"))
+    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+        await caller.publish(await caller.build(moving))
+    await asyncio.to_thread(moving.rename, tmp_path / "moved")
+    with pytest.raises(BundleInvalid, match="moving"):
+        await Running(tiny_bundle, tiny_knowledge_base).__aenter__()
+    async with Running(tmp_path / "moved", tiny_knowledge_base) as caller:  # from here on it is known where it is
+        await caller.roll_back()
+        await caller.roll_back()
+        assert (await caller.answers()).provenance.bundle_id == load_bundle(tuned_bundle).id
+
+
+async def test_building_goes_on_after_a_start(tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path) -> None:
+    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+        name = await caller.build(tuned_bundle)
+        await caller.upsert(**{f"n{number}": f"the king {number}" for number in range(9)})
+    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+        assert await caller.publish() == name
+        assert await caller.generations() == [(KEPT, 12, 0), (LIVE, 12, 0)]
+
+
+def serve(bundle: Path, knowledge_base: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, "-m", "openbook.cli", "serve", str(bundle), str(knowledge_base), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"serving .* on (127\.0\.0\.1:\d+)", line):
+            return process, found.group(1)
+    raise AssertionError("the server did not start")
+
+
+def test_a_server_killed_while_it_builds_or_publishes_comes_up_with_one_pair_and_the_command_goes_on(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = {load_bundle(bundle).id: embedder for bundle, embedder in ((tiny_bundle, "old"), (tuned_bundle, "new"))}
+    rng = random.Random(0)
+    stored: list[str] = []
+    for turn in range(3):
+        process, address = serve(tiny_bundle, tiny_knowledge_base)
+        try:
+            with Client(address, timeout_seconds=WAIT) as client:
+                documents = [Document(id=f"n{turn}-{number}", text=f"a yak {turn} {number} was in the city") for number in range(20)]
+                stored += [written.id for written in client.upsert(documents)]
+                client.build_generation(str(tuned_bundle))
+                publishing = threading.Thread(
+                    target=lambda address=address: cli.main(["generations", "publish", address, "--timeout", "3"])
+                )
+                publishing.start()
+                time.sleep(rng.random() * 0.6)
+                process.kill()
+                publishing.join()
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
+        process, address = serve(tiny_bundle, tiny_knowledge_base)
+        try:
+            with Client(address, timeout_seconds=WAIT) as client:
+                [result] = client.answer(["who is king ?"])
+                assert not isinstance(result, Exception)
+                live = [generation for generation in client.generations() if generation.state == LIVE]
+                assert [(generation.name, generation.bundle_id, generation.lacking) for generation in live] == [
+                    (result.generation, result.bundle_id, 0)
+                ]
+                assert result.bundle_id in ids
+                [found] = client.search(["yak"], mode="dense", top_k=100)
+                assert not isinstance(found, Exception)
+                assert {*stored} <= {hit.document_id for hit in found.hits}
+                if ids[result.bundle_id] == "new":
+                    assert cli.main(["generations", "rollback", address]) == 0
+                else:
+                    assert cli.main(["generations", "publish", address, client.generations()[-1].name]) == 0
+                    assert cli.main(["generations", "rollback", address]) == 0
+                assert cli.main(["generations", "list", address]) == 0
+                assert "live before" in capsys.readouterr().out
+                assert cli.main(["generations", "remove", address, client.generations()[-1].name]) == 0
+                assert len(client.generations()) == 1
+        finally:
+            process.terminate()
+            process.wait()
+            process.stderr.close()  # type: ignore[union-attr]
+
+
+def test_the_command_changes_a_folder_that_no_process_has_open(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny_knowledge_base)
+    assert cli.main(["index", str(tiny_bundle), folder, "--new-generation"]) == 0  # live already; but from now on its bundle is known
+    assert cli.main(["index", str(tuned_bundle), folder, "--new-generation"]) == 0
+    assert cli.main(["generations", "list", folder]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[1] == "-"]
+    assert len(names) == 2
+    for action, message in (
+        (["remove", folder, names[1]], "is live"),
+        (["publish", folder, "9-x"], "none of"),
+        (["build", "b", folder], "--new"),
+    ):
+        assert cli.main(["generations", *action]) == 1
+        assert message in capsys.readouterr().err
+    for live in (names[0], names[1]):
+        assert cli.main(["generations", "rollback", folder]) == 0
+        assert f"{live} is live" in capsys.readouterr().out
+    assert cli.main(["generations", "publish", folder, names[0]]) == 0
+    assert cli.main(["generations", "remove", folder, names[1]]) == 0
+    assert cli.main(["generations", "rollback", folder]) == 1
+    held = Home(tiny_knowledge_base)
+    assert cli.main(["generations", "rollback", folder]) == 1
+    assert "open in another process" in capsys.readouterr().err
+    held.close()

@@ -33,7 +33,7 @@ def test_every_subcommand_has_a_manual_with_an_example_and_its_exit_status(capsy
 
 def test_the_first_page_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--help")
-    assert all(f"\n    {name} " in out for name in cli.SUBCOMMANDS)
+    assert {*cli.SUBCOMMANDS} <= {line.split()[0] for line in out.splitlines() if line.startswith("    ")}
 
 
 @pytest.mark.parametrize(

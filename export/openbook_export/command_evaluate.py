@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from openbook_export.command_evaluate_text import add_language_model, language_model
+from openbook_export.command_evaluate_text import add_generator, add_language_model, generator, language_model
 
 _DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/*.tsv), or a SQuAD-shaped .json or .jsonl file"
 _CHECKPOINT = "package:NAME, a folder (transformers or sentence-transformers), or a hub id"
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("retriever", "a checkpoint's embedder on a corpus, without a server", _add_retriever, _retriever),
         ("reader", "a checkpoint's reader on passages that are given, without a server", _add_reader, _reader),
         ("language-model", "a language model's perplexity, with retrieval and kNN-LM beside it alone", add_language_model, language_model),
+        ("generator", "answers that a generator writes, beside its closed-book self", add_generator, generator),
     ):
         target = targets.add_parser(name, help=meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
         add(target)

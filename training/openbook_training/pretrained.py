@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint
@@ -37,14 +37,21 @@ def load_model(kind: Any, checkpoint: Checkpoint, *, dropout: float, **settings:
         return kind.from_pretrained(
             checkpoint.folder,
             attn_implementation="eager",
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=0.0,
+            **_dropout(checkpoint, dropout),
             dtype=torch.float32,
             use_safetensors=True,
             **settings,
         )
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _dropout(checkpoint: Checkpoint, share: float) -> dict[str, float]:
+    """The checkpoint's own names of its dropouts: of hidden states `share`, of attention none."""
+    names = AutoConfig.from_pretrained(checkpoint.folder).to_dict()
+    hidden = {name: share for name in ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout", "dropout_rate") if name in names}
+    attention = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
+    return hidden | {name: 0.0 for name in attention if name in names}
 
 
 def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1) -> Any:

@@ -67,6 +67,18 @@ def build_rows(rows: Iterable[Row], build: Callable[[Row], T]) -> tuple[list[T],
     return built, problems
 
 
+def column_text(row: Row, column: str) -> str:
+    """The text in a column, without the white space around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    text = row.values.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"no text in column {column!r}")
+    return text.strip()
+
+
 def report_left_out(console: Console, source: str, used: int, problems: Sequence[str]) -> None:
     """Say which rows were left out and why: the first ones each, the others as a number.
 

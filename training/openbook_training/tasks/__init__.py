@@ -34,5 +34,7 @@ OBJECTIVES = {
     "retriever": Objective("openbook_training.tasks.retriever", "Retriever", "the embedder, on questions with their passages"),
     "classifier": Objective("openbook_training.tasks.classifier", "Classifier", "labels of texts, from labelled neighbours and the model"),
     "verification": Objective("openbook_training.tasks.verification", "Verification", "claims that evidence supports or refutes"),
+    "causal_lm": Objective("openbook_training.tasks.causal_lm", "CausalLm", "a GPT-2 that reads retrieved passages before its text"),
+    "generator": Objective("openbook_training.tasks.generator", "Generator", "answers written from retrieved passages (fusion-in-decoder)"),
     "vocab_head": Objective("openbook_training.tasks.vocab_head", "VocabHead", "words that a text is about, from its pooled vector"),
 }

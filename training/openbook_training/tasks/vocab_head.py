@@ -29,7 +29,7 @@ from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, 
 from openbook_training.loop import length_grouped
 from openbook_training.objectives import bag_of_words_loss
 from openbook_training.pretrained import best_device, load_backbone
-from openbook_training.rows import Row, build_rows, read_rows, report_left_out
+from openbook_training.rows import build_rows, column_text, read_rows, report_left_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,14 +188,7 @@ class VocabHeadTask:
 
 def _load(source: str, column: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(place, text) of every usable row, and what is wrong with the others."""
-
-    def build(row: Row) -> tuple[str, str]:
-        text = row.values.get(column)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"no text in column {column!r}")
-        return row.place, text.strip()
-
-    return build_rows(read_rows(source), build)
+    return build_rows(read_rows(source), lambda row: (row.place, column_text(row, column)))
 
 
 def _log_frequencies(texts: Sequence[Text], vocabulary: int) -> Tensor:

@@ -1,0 +1,199 @@
+"""Fusion-in-decoder (Izacard & Grave 2021): the encoder reads the question beside each passage alone, the decoder attends to all at once.
+
+    (question, passage k) -> encoder -> H_k (L, d);  decoder: p(y_t | y_<t, [H_1 .. H_K])
+
+One wrapper serves BERT2BERT (Rothe et al. 2020: two copies of an encoder checkpoint, the second with new cross-attention and a vocabulary
+head tied to its embeddings) and every encoder-decoder of transformers, such as T5 and BART. A folder is a transformers checkpoint with
+one file more, generator.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
+from openbook_training.errors import CheckpointNotFound
+from openbook_training.heads import RowEncoder
+from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model
+
+SETTINGS = "generator.json"
+BATCH_QUESTIONS = 16  # answered at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorSettings:
+    """How questions are read and answers written."""
+
+    passages: int = 5  # retrieved for a question
+    max_tokens: int = 192  # question, passage and special tokens; the rest of a longer passage is cut
+    max_answer_tokens: int = 24  # the end included
+    beams: int = 1  # 1 = greedy
+    embedder: str = DEFAULT_CHECKPOINT  # that finds passages, untouched
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A batch of questions, each read beside its own passages; one without any is read alone."""
+
+    ids: Tensor  # (pairs, L), padded on the right
+    mask: Tensor  # (pairs, L)
+    owner: Tensor  # (pairs,) which question
+    slot: Tensor  # (pairs,) which of its passages, from 0
+
+
+class FusionInDecoder(nn.Module):
+    """An encoder-decoder whose encoder reads pairs and whose decoder reads all pairs of a question."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def fused(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(questions, K * L, d) states of all pairs of each question, and their (questions, K * L) mask."""
+        states = self.network.get_encoder()(input_ids=inputs.ids, attention_mask=inputs.mask).last_hidden_state
+        questions, most = int(inputs.owner.max()) + 1, int(inputs.slot.max()) + 1
+        together = states.new_zeros((questions, most, *states.shape[1:]))
+        together = together.index_put((inputs.owner, inputs.slot), states)
+        mask = inputs.mask.new_zeros((questions, most, inputs.mask.shape[1]))
+        mask = mask.index_put((inputs.owner, inputs.slot), inputs.mask)
+        return together.flatten(1, 2), mask.flatten(1, 2)
+
+    def forward(self, inputs: Inputs, answers: Tensor) -> Tensor:
+        """(questions, T) tokens, the first of which begins the answer, to (questions, T, vocabulary) float32 logits of the next."""
+        states, mask = self.fused(inputs)
+        output = self.network(
+            encoder_outputs=BaseModelOutput(cast(torch.FloatTensor, states)),
+            attention_mask=mask,
+            decoder_input_ids=answers,
+            use_cache=False,
+        )
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def write(self, inputs: Inputs, *, beams: int, max_answer_tokens: int) -> list[list[int]]:
+        """The most probable answers by beam search, one beam being greedy; token ids."""
+        states, mask = self.fused(inputs)
+        found = self.network.generate(
+            encoder_outputs=BaseModelOutput(cast(torch.FloatTensor, states)),
+            attention_mask=mask,
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=max_answer_tokens,
+        )
+        return [[int(token) for token in row] for row in found]
+
+
+class AnswerEncoder:
+    """Questions, passages and answers as token ids, by the tokenizer's own templates."""
+
+    def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, max_answer_tokens: int) -> None:
+        self.tokenizer = fast_tokenizer(checkpoint)
+        self._pairs = RowEncoder(checkpoint, max_tokens=max_tokens)
+        self.pad: int = self._pairs.pad
+        self.start = self._first_of("cls_token", "bos_token", "pad_token")
+        self.end = self._first_of("eos_token", "sep_token")
+        self._max_answer_tokens = max_answer_tokens
+
+    def _first_of(self, *names: str) -> int:
+        found = [number for name in names if (number := getattr(self.tokenizer, f"{name}_id")) is not None]
+        if not found:
+            raise CheckpointNotFound(f"the tokenizer of the generator has no {' and no '.join(names)} to begin or end an answer with")
+        return int(found[0])
+
+    def inputs(self, questions: Sequence[tuple[str, Sequence[str]]], device: torch.device) -> Inputs:
+        """Of (question, passages)."""
+        pairs = [(row, slot, text, passage) for row, (text, beside) in enumerate(questions) for slot, passage in enumerate(beside or [""])]
+        batch = self._pairs.batch(self._pairs.rows([(text, passage) for _, _, text, passage in pairs]), device)
+        owner, slot = (torch.tensor([pair[at] for pair in pairs], device=device) for at in (0, 1))
+        return Inputs(batch["input_ids"], batch["attention_mask"], owner, slot)
+
+    def answer(self, text: str) -> list[int]:
+        """An answer's tokens, the last of which ends it; what is over the limit is cut."""
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return [*ids[: self._max_answer_tokens - 1], self.end]
+
+    def text(self, ids: Sequence[int], passages: Sequence[str]) -> str:
+        """An answer's characters: a passage's where its tokens stand in one, for WordPiece cannot tell "3.5" from "3. 5"."""
+        special = set(self.tokenizer.all_special_ids)
+        wanted = [token for token in ids if token not in special]
+        for passage in passages if wanted else []:
+            encoding = self.tokenizer.backend_tokenizer.encode(passage, add_special_tokens=False)
+            for at in range(len(encoding.ids) - len(wanted) + 1):
+                if encoding.ids[at : at + len(wanted)] == wanted:
+                    return passage[encoding.offsets[at][0] : encoding.offsets[at + len(wanted) - 1][1]].strip()
+        return str(self.tokenizer.decode(wanted)).strip()
+
+
+def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: float) -> FusionInDecoder:
+    """T5 or BART as it is; of an encoder checkpoint two copies, the decoder's cross-attention and the head's transform of random weights.
+
+    Raises:
+        CheckpointNotFound: it is neither.
+    """
+    try:
+        if AutoConfig.from_pretrained(checkpoint.folder).is_encoder_decoder:
+            whole = load_model(AutoModelForSeq2SeqLM, checkpoint, dropout=dropout)
+            encoder.start = int(whole.config.decoder_start_token_id)  # BART begins with the token that ends a text
+            whole.generation_config.forced_bos_token_id = None  # what follows is learned from answers alone
+            return FusionInDecoder(whole)
+        reader = load_backbone(checkpoint, dropout=dropout)
+        writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, is_decoder=True, add_cross_attention=True)
+        network: Any = EncoderDecoderModel(encoder=reader, decoder=writer)
+    except (ValueError, TypeError, OSError, AttributeError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} becomes no encoder with a decoder: {reason}") from error
+    for config in (network.config, network.generation_config):
+        config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = encoder.start, encoder.end, encoder.pad
+    return FusionInDecoder(network)
+
+
+def save_generator(model: FusionInDecoder, encoder: AnswerEncoder, settings: GeneratorSettings, folder: Path) -> None:
+    """Write the folder that `load_generator` reads."""
+    model.network.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    stated = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GeneratorSettings)}
+    (folder / SETTINGS).write_text(json.dumps(stated, indent=2) + "\n")
+
+
+def load_generator(name: str) -> tuple[FusionInDecoder, AnswerEncoder, GeneratorSettings]:
+    """The folder that `openbook train generator` wrote.
+
+    Raises:
+        CheckpointNotFound: it is none, or damaged.
+    """
+    checkpoint = resolve_checkpoint(name)
+    try:
+        settings = GeneratorSettings(**json.loads((checkpoint.folder / SETTINGS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointNotFound(
+            f"{name}: {SETTINGS} cannot be read ({error}); `openbook train generator` leaves one in <output>/best"
+        ) from error
+    encoder = AnswerEncoder(checkpoint, max_tokens=settings.max_tokens, max_answer_tokens=settings.max_answer_tokens)
+    return build_generator(checkpoint, encoder, dropout=0.0).eval(), encoder, settings
+
+
+@torch.inference_mode()
+def answer_all(
+    model: FusionInDecoder,
+    encoder: AnswerEncoder,
+    questions: Sequence[tuple[str, Sequence[str]]],
+    settings: GeneratorSettings,
+    device: torch.device,
+) -> list[str]:
+    """The answer written for each (question, passages)."""
+    texts: list[str] = []
+    for at in range(0, len(questions), BATCH_QUESTIONS):
+        part = questions[at : at + BATCH_QUESTIONS]
+        written = model.write(encoder.inputs(part, device), beams=settings.beams, max_answer_tokens=settings.max_answer_tokens)
+        texts += [encoder.text(ids, beside) for ids, (_, beside) in zip(written, part, strict=True)]
+    return texts

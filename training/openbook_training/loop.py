@@ -61,6 +61,24 @@ class Task(Protocol[Example]):
         """Write what a user deploys."""
 
 
+class Staged:
+    """A base for tasks that change between the steps of a run: layers thaw, an index is made anew. Others need none of this."""
+
+    def before_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Called before each step; `model` is the one in training, `step` of `total` have been taken."""
+
+    def observed(self) -> dict[str, float]:
+        """Called after each step: what the task measured in it, for metrics.jsonl; names hold a "/", and each group is a plot."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to remember for `restore`: plain values and tensors."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Called once, before the first step of a resumed run."""
+
+
 class Stopped(Exception):
     """The user asked the run to stop; a checkpoint was saved."""
 
@@ -68,6 +86,7 @@ class Stopped(Exception):
 class Loop(Generic[Example]):
     def __init__(self, task: Task[Example], config: LoopConfig, folder: Path, console: Console) -> None:
         self._task, self._config, self._folder, self._console = task, config, folder, console
+        self._staged = task if isinstance(task, Staged) else Staged()
         self._file = folder / "checkpoint.pt"
         if config.precision not in {"bf16", "fp32"}:
             raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
@@ -128,11 +147,12 @@ class Loop(Generic[Example]):
         examples = 0
         for batch in self._task.batches(epoch)[self._step - first : total - first]:
             row = {"epoch": epoch, "learning_rate": self._rate(total)}
+            self._staged.before_step(self.accelerator.unwrap_model(self._model), self._step, total)
             loss = self._take_step(batch, total)
             before, ended = ended, time.monotonic()
             examples += len(batch)
             row |= {"step": self._step, "loss": loss, "examples_per_second": len(batch) / (ended - before), "memory_mb": memory_mb()}
-            self._record.step(row)
+            self._record.step(row | self._staged.observed())
             update(self._step, f"loss {loss:.3f}, {examples / (ended - began):.1f} examples/s, {row['memory_mb']:,.0f} MB")
             if self._stopping.is_set():
                 self._checkpoint()
@@ -213,6 +233,7 @@ class Loop(Generic[Example]):
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
+            "task": self._staged.state(),
         }
         aside = self._file.with_suffix(".new")
         with aside.open("wb") as stream:
@@ -232,6 +253,7 @@ class Loop(Generic[Example]):
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._step, self._evaluated, self._best = state["step"], state["evaluated"], state["best"]
         torch.set_rng_state(state["torch_rng"].cpu())
+        self._staged.restore(state.get("task", {}))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

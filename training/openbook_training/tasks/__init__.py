@@ -34,5 +34,6 @@ OBJECTIVES = {
     "retriever": Objective("openbook_training.tasks.retriever", "Retriever", "the embedder, on questions with their passages"),
     "classifier": Objective("openbook_training.tasks.classifier", "Classifier", "labels of texts, from labelled neighbours and the model"),
     "verification": Objective("openbook_training.tasks.verification", "Verification", "claims that evidence supports or refutes"),
+    "masked_lm": Objective("openbook_training.tasks.masked_lm", "MaskedLm", "a language model, on words hidden in passages"),
     "vocab_head": Objective("openbook_training.tasks.vocab_head", "VocabHead", "words that a text is about, from its pooled vector"),
 }

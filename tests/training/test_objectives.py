@@ -11,6 +11,7 @@ from openbook_training.objectives import (
     bag_of_words_loss,
     label_loss,
     marginal_label_log_probabilities,
+    masked_token_loss,
     matryoshka_loss,
     multi_passage_span_loss,
     neighbour_prior,
@@ -153,3 +154,13 @@ def test_the_bag_of_words_loss_is_a_mean_over_texts_of_a_mean_over_their_tokens(
     tokens = torch.tensor([token for bag in bags for token in bag])
     loss = bag_of_words_loss(torch.log_softmax(torch.tensor(logits), dim=1), texts, tokens)
     assert float(loss) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_masked_token_loss_is_a_mean_over_texts_of_a_mean_over_their_hidden_tokens() -> None:
+    values = np.log(np.random.default_rng(4).random(6))
+    texts = [0, 2, 0, 1, 2, 2]
+    expected = 0.0
+    for text in range(3):
+        own = [value for value, owner in zip(values, texts, strict=True) if owner == text]
+        expected -= sum(own) / len(own) / 3
+    assert float(masked_token_loss(torch.tensor(values), torch.tensor(texts), 3)) == pytest.approx(expected, rel=1e-9)

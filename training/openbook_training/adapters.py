@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.errors import CheckpointNotFound
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
@@ -28,6 +30,44 @@ def add_adapter(model: nn.Module, backbone: nn.Module, *, rank: int, alpha: int,
     targets = sorted({".".join(name.split(".")[-2:]) for name, module in backbone.named_modules() if isinstance(module, nn.Linear)})
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=list(heads) or None)
     return get_peft_model(model, settings)
+
+
+def load_adapter(model: nn.Module, folder: str) -> PeftModel:
+    """`model` with the low-rank updates in `folder`, to be trained further.
+
+    Raises:
+        CheckpointNotFound: there are none, or not of such a model.
+    """
+    if not (Path(folder) / SETTINGS).is_file():
+        raise CheckpointNotFound(f"initial_adapter {folder!r}: no {SETTINGS} in it")
+    settings = PeftConfig.from_pretrained(folder)
+    settings.task_type = None  # as in add_adapter; adapters of older runs name one
+    try:
+        return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointNotFound(f"initial_adapter {folder!r} does not load ({reason}); copy the whole folder that was written") from error
+
+
+def stated_settings(folder: Path, file: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the JSON `file` beside an adapter states, among it the digest of the checkpoint that it belongs to.
+
+    Raises:
+        CheckpointNotFound: the file is missing or damaged, or the adapter was trained on another checkpoint.
+    """
+    try:
+        settings = json.loads((folder / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFound(f"{folder}: {file} cannot be read ({error}); `openbook train` leaves one in <output>/best") from error
+    if not isinstance(settings, dict):
+        raise CheckpointNotFound(f"{folder}: {file} holds no JSON object")
+    wanted, actual = settings.get("base_digest"), checkpoint.digest()
+    if wanted != actual:
+        raise CheckpointNotFound(
+            f"{folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint {checkpoint.name!r} has "
+            f"{actual}; use the checkpoint it was trained on, or train again"
+        )
+    return settings
 
 
 def save_adapter(model: PeftModel, folder: Path, checkpoint: Checkpoint) -> None:

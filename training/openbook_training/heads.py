@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openbook_training.adapters import add_adapter, save_adapter
+from openbook_training.adapters import add_adapter, save_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.objectives import marginal_label_log_probabilities, neighbour_prior
@@ -142,13 +142,7 @@ def load_head_model(checkpoint: Checkpoint, folder: Path) -> tuple[HeadModel, di
     Raises:
         CheckpointNotFound: the folder is incomplete, damaged, or was trained on another checkpoint.
     """
-    settings = _read_settings(folder)
-    wanted, actual = settings.get("base_digest"), checkpoint.digest()
-    if wanted != actual:
-        raise CheckpointNotFound(
-            f"{folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint {checkpoint.name!r} has "
-            f"{actual}; use the checkpoint it was trained on, or train again"
-        )
+    settings = stated_settings(folder, TASK, checkpoint)
     try:
         backbone = load_backbone(checkpoint)
         adapted = PeftModel.from_pretrained(backbone, str(folder))  # freezes the backbone, token embeddings included
@@ -169,13 +163,3 @@ def _head(settings: dict[str, Any], backbone: Any) -> nn.Module:
     if "labels" in settings:
         return LabelHead(backbone.config.hidden_size, len(settings["labels"]), temperature=float(settings["temperature"]))
     return VocabHead(backbone.embeddings.word_embeddings.weight, tied=bool(settings["tied"]))
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / TASK).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFound(f"{folder}: {TASK} cannot be read ({error}); `openbook train` leaves one in <output>/best") from error
-    if not isinstance(settings, dict):
-        raise CheckpointNotFound(f"{folder}: {TASK} holds no JSON object")
-    return settings

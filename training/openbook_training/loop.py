@@ -61,6 +61,13 @@ class Task(Protocol[Example]):
         """Write what a user deploys."""
 
 
+class Staged:
+    """A base for tasks that change between the steps of a run, as where layers thaw."""
+
+    def before_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Called before each step; `model` is the one in training, `step` of `total` have been taken."""
+
+
 class Stopped(Exception):
     """The user asked the run to stop; a checkpoint was saved."""
 
@@ -68,6 +75,7 @@ class Stopped(Exception):
 class Loop(Generic[Example]):
     def __init__(self, task: Task[Example], config: LoopConfig, folder: Path, console: Console) -> None:
         self._task, self._config, self._folder, self._console = task, config, folder, console
+        self._staged = task if isinstance(task, Staged) else Staged()
         self._file = folder / "checkpoint.pt"
         if config.precision not in {"bf16", "fp32"}:
             raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
@@ -128,6 +136,7 @@ class Loop(Generic[Example]):
         examples = 0
         for batch in self._task.batches(epoch)[self._step - first : total - first]:
             row = {"epoch": epoch, "learning_rate": self._rate(total)}
+            self._staged.before_step(self.accelerator.unwrap_model(self._model), self._step, total)
             loss = self._take_step(batch, total)
             before, ended = ended, time.monotonic()
             examples += len(batch)

@@ -146,6 +146,20 @@ def label_loss(log_probabilities: Tensor, gold: Tensor) -> Tensor:
     return -log_probabilities.gather(1, gold[:, None]).mean()
 
 
+def masked_token_loss(log_probabilities: Tensor, texts: Tensor, count: int) -> Tensor:
+    """Mean over texts of -1/|Y| sum over j of log p(y_j | x_masked), Y the hidden tokens of a text (Devlin et al. 2019, section 3.1).
+
+    A mean within each text before the one over texts, so that splitting a batch changes no gradient.
+
+    Args:
+        log_probabilities: (targets,) of the hidden tokens.
+        texts: (targets,) which text each target belongs to, in [0, count); every text has one at least.
+        count: how many texts there are.
+    """
+    sizes = torch.bincount(texts, minlength=count)
+    return -(log_probabilities / sizes[texts]).sum() / count
+
+
 def bag_of_words_loss(log_probabilities: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
     """Mean over texts of the mean of -log p(token | text) over the text's bag of tokens.
 
@@ -156,6 +170,4 @@ def bag_of_words_loss(log_probabilities: Tensor, texts: Tensor, tokens: Tensor) 
         texts: (targets,) which text each target belongs to, in [0, texts); every text has one at least.
         tokens: (targets,) token ids.
     """
-    losses = -log_probabilities[texts, tokens]
-    counts = torch.bincount(texts, minlength=len(log_probabilities))
-    return (losses / counts[texts]).sum() / len(log_probabilities)
+    return masked_token_loss(log_probabilities[texts, tokens], texts, len(log_probabilities))

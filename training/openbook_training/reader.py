@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
-from openbook_training.adapters import add_adapter
+from openbook_training.adapters import add_adapter, load_adapter
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
-from openbook_training.errors import CheckpointNotFound, InvalidConfig
+from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
 from openbook_training.pretrained import fast_tokenizer, load_model
 
@@ -79,11 +78,7 @@ def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, ada
     model = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
     read_in_one_segment(model)
     if adapter:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise CheckpointNotFound(f"initial_adapter {adapter!r}: no adapter_config.json in it")
-        settings = PeftConfig.from_pretrained(adapter)
-        settings.task_type = None  # as in add_adapter; adapters of older runs name one
-        return PeftModel.from_pretrained(model, adapter, config=settings, is_trainable=True)
+        return load_adapter(model, adapter)
     return add_adapter(model, model.base_model, rank=lora_rank, alpha=lora_alpha, heads=["qa_outputs"])
 
 

@@ -27,6 +27,7 @@ from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model
 from openbook_training.loop import length_grouped
+from openbook_training.masking import Text, Word, log_frequencies, words_of
 from openbook_training.objectives import bag_of_words_loss
 from openbook_training.pretrained import best_device, load_backbone
 from openbook_training.rows import build_rows, column_text, read_rows, report_left_out
@@ -51,18 +52,6 @@ class VocabHeadConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-Word = tuple[tuple[int, ...], list[int]]  # its pieces, and where they stand in a text's ids
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text as token ids, and where its content words stand in them."""
-
-    place: str
-    ids: list[int]
-    words: list[list[int]]  # positions of each content word's pieces
-
-
 class VocabHeadTask:
     """Gives the loop its batches, loss and metrics."""
 
@@ -76,6 +65,7 @@ class VocabHeadTask:
         self.encoder = RowEncoder(self.checkpoint, max_tokens=config.max_tokens)
         if self.encoder.mask is None:
             raise InvalidConfig(f"checkpoint {config.checkpoint!r}: its tokenizer has no [MASK] token")
+        self._mask = self.encoder.mask
         rows, problems = _load(config.train, config.text_column)
         encoded = self._encode(rows)
         occurrences = Counter(pieces for _, words in encoded for pieces in {pieces for pieces, _ in words})
@@ -94,26 +84,13 @@ class VocabHeadTask:
         self._device = best_device()
         backbone = load_backbone(self.checkpoint)
         head = VocabHead(backbone.embeddings.word_embeddings.weight, tied=config.tied)
-        self.unigram = _log_frequencies(self.train, len(head.output.bias))
+        self.unigram = log_frequencies(self.train, len(head.output.bias))
         with torch.no_grad():
             head.output.bias.copy_(self.unigram)
         self.model: nn.Module = build_head_model(self.checkpoint, head, backbone, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
 
     def _encode(self, rows: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[Word]]]:
-        """Of each text its ids and its words."""
-        encoded = []
-        for encoding in self.encoder.tokenizer.encode_batch([text for _, text in rows]):
-            places: dict[int, list[int]] = {}
-            for at, word in enumerate(encoding.word_ids):
-                if word is not None:
-                    places.setdefault(word, []).append(at)
-            words = [(tuple(encoding.ids[at] for at in positions), positions) for positions in places.values()]
-            encoded.append((encoding.ids, [word for word in words if self._is_word(word[0])]))
-        return encoded
-
-    def _is_word(self, pieces: Sequence[int]) -> bool:
-        spelling = [self.encoder.tokenizer.id_to_token(piece) for piece in pieces]
-        return not self.encoder.special.intersection(pieces) and any(c.isalnum() for piece in spelling for c in piece)
+        return words_of(self.encoder, [text for _, text in rows])
 
     def _texts(self, rows: Sequence[tuple[str, str]], encoded: Sequence[tuple[list[int], list[Word]]], problems: list[str]) -> list[Text]:
         texts = []
@@ -135,11 +112,7 @@ class VocabHeadTask:
 
     def masked(self, text: Text, rng: random.Random) -> tuple[TokenRow, list[int]]:
         """The text with some content words masked, and their pieces."""
-        count = max(1, round(self._config.masked_share * len(text.words)))
-        hidden = sorted(at for word in rng.sample(text.words, count) for at in word)
-        ids = list(text.ids)
-        for at in hidden:
-            ids[at] = self.encoder.mask
+        ids, hidden = text.hide(self._config.masked_share, self._mask, rng)
         return (ids, [0] * len(ids)), [text.ids[at] for at in hidden]
 
     def loss(self, model: nn.Module, batch: list[Text], rng: random.Random) -> Tensor:
@@ -189,12 +162,3 @@ class VocabHeadTask:
 def _load(source: str, column: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(place, text) of every usable row, and what is wrong with the others."""
     return build_rows(read_rows(source), lambda row: (row.place, column_text(row, column)))
-
-
-def _log_frequencies(texts: Sequence[Text], vocabulary: int) -> Tensor:
-    """(vocabulary,) log share of every piece among the pieces of content words, one added to each count."""
-    counts = torch.ones(vocabulary)
-    for text in texts:
-        for word in text.words:
-            counts.index_add_(0, torch.tensor([text.ids[at] for at in word]), torch.ones(len(word)))
-    return torch.log(counts / counts.sum())

@@ -1,0 +1,63 @@
+"""The mean of adapters, against merged weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from openbook_training.average import average
+from openbook_training.checkpoint import resolve_checkpoint
+from openbook_training.errors import InvalidData
+from openbook_training.reader import build_reader
+from openbook_training.span_task import SpanConfig, SpanTask
+from torch import Tensor
+
+
+def adapter(checkpoint: Path, folder: Path, seed: int, rank: int) -> Path:
+    """An adapter of random weights."""
+    task = SpanTask(SpanConfig(checkpoint=str(checkpoint), lora_rank=rank, lora_alpha=2 * rank))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    folder.mkdir()
+    task.save(task.model, folder)
+    return folder
+
+
+def merged(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
+    model = build_reader(resolve_checkpoint(str(checkpoint)), lora_rank=1, lora_alpha=1, adapter=str(folder)).merge_and_unload()
+    return {name: weight.float() for name, weight in model.named_parameters()}
+
+
+def test_the_mean_adds_to_each_weight_the_mean_of_what_the_adapters_add(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folders = [adapter(tiny_checkpoint, tmp_path / str(seed), seed, rank) for seed, rank in ((1, 2), (2, 3))]
+    lost = average(folders, tmp_path / "mean", rank=5)
+    assert lost < 1e-6
+    one, other, mean = (merged(tiny_checkpoint, folder) for folder in (*folders, tmp_path / "mean"))
+    for name, weight in mean.items():
+        assert torch.allclose(weight, (one[name] + other[name]) / 2, atol=2e-3), name
+    assert any(not torch.allclose(one[name], other[name], atol=2e-2) for name in mean)
+    assert json.loads((tmp_path / "mean" / "reader.json").read_text())["one_segment"] is True
+
+
+def test_cutting_the_rank_says_what_it_lost(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folders = [adapter(tiny_checkpoint, tmp_path / str(seed), seed, 4) for seed in (1, 2)]
+    assert 0.05 < average(folders, tmp_path / "mean", rank=2) < 1
+
+
+def test_only_adapters_of_one_kind_are_averaged_and_nothing_is_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one = adapter(tiny_checkpoint, tmp_path / "1", 1, 2)
+    with pytest.raises(InvalidData, match="holds no adapter"):
+        average([one, tmp_path], tmp_path / "mean", rank=2)
+    other = adapter(tiny_checkpoint, tmp_path / "2", 2, 2)
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "another"}))
+    with pytest.raises(InvalidData, match="different checkpoints"):
+        average([one, other], tmp_path / "mean", rank=2)
+    with pytest.raises(InvalidData, match="exists"):
+        average([one, one], one, rank=2)
+    assert not (tmp_path / "mean").exists()

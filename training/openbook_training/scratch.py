@@ -1,0 +1,83 @@
+"""A checkpoint from nothing but texts: a WordPiece tokenizer trained on them, and a BERT of random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.errors import InvalidConfig
+
+POSITIONS = 512  # longest text it can learn to read, special tokens included
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_MADE_OF = "scratch.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScratchConfig:
+    """The table [scratch]: the model that begins with random weights."""
+
+    layers: int = 0  # 0 = none: begin with the weights of `checkpoint`
+    hidden: int = 256  # of a token's state, and of a text's vector
+    heads: int = 4  # of attention; divides `hidden`
+    vocabulary: int = 8192  # word pieces at most
+
+
+def make_checkpoint(folder: Path, texts: Sequence[str], config: ScratchConfig, seed: int) -> Checkpoint:
+    """The checkpoint of these texts and settings in `folder`; made only where it is not there already, so that a run can be resumed.
+
+    Raises:
+        InvalidConfig: `config` describes no model.
+    """
+    if min(config.hidden, config.heads) < 1 or config.hidden % config.heads:
+        raise InvalidConfig(f"scratch: hidden {config.hidden} should be a multiple of heads {config.heads}, both above 0")
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    made_of = json.dumps({**asdict(config), "seed": seed, "texts": digest})
+    stated = folder / _MADE_OF
+    if not stated.is_file() or stated.read_text() != made_of:
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        tokenizer = _train_tokenizer(texts, config.vocabulary)
+        tokenizer.save_pretrained(aside)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = BertModel(
+                BertConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=config.hidden,
+                    num_hidden_layers=config.layers,
+                    num_attention_heads=config.heads,
+                    intermediate_size=4 * config.hidden,
+                    max_position_embeddings=POSITIONS,
+                ),
+                add_pooling_layer=False,
+            )
+        model.save_pretrained(aside)
+        (aside / _MADE_OF).write_text(made_of)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    return resolve_checkpoint(str(folder))
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 (a token of a text)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=_SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **names)

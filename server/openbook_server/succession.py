@@ -103,8 +103,8 @@ class Succession:
         return self._begin(bundle, name=state.name, graph_dims=state.graph_dims)
 
     async def close(self) -> None:
-        """Stop building; what was built stays."""
-        for task in [*self._changes, *self._retiring.values()]:
+        """Stop building; what was built stays. Pairs that are being retired are closed to the end: they hold the folder's lock too."""
+        for task in self._changes:
             task.cancel()
         await asyncio.gather(*self._changes, *self._retiring.values(), return_exceptions=True)
         await self._stop_following()

@@ -15,7 +15,7 @@ QUESTIONS = (
     "What does math.gcd return?",
     "What does the textwrap.dedent function remove?",
     "What is the default value of the start parameter of enumerate?",
-    "What is raised when division by zero occurs?",
+    "Which exception is raised when division by zero occurs?",
 )
 
 

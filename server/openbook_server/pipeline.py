@@ -21,7 +21,7 @@ from openbook_server.embedder import Embedder
 from openbook_server.engine import Arrays, Row
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, relevance
 from openbook_server.models import Models
-from openbook_server.ranking import RankedAnswer, Reading, Span, is_settled, passage_probabilities, rank_answers
+from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, passage_probabilities, rank_answers
 from openbook_server.tokenization import Pair, TextEncoder
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
@@ -120,14 +120,11 @@ class Pipeline:
         readings = await self._read(questions, found, deadline, timings, settle=True)
         answered = []
         for hits, read in zip(found, readings, strict=True):
-            ranked, read = self._posterior(hits, read)
-            answers, nothing = rank_answers(
-                [hit.passage.text for hit in ranked[: len(read)]],
-                read,
-                self._priors(ranked[: len(read)]),
-                null_bias=self._reader.null_bias,
-                max_answers=max_answers,
-            )
+            first = hits[: len(read)]
+            texts = [hit.passage.text for hit in first]
+            answers, nothing = rank_answers(texts, read, self._priors(first), null_bias=self._reader.null_bias, max_answers=max_answers)
+            ranked, order = self._posterior(hits, read)
+            answers = [replace(answer, best=replace(answer.best, passage=order.index(answer.best.passage))) for answer in answers]
             self._observe(len(read))
             answered.append(QuestionAnswered(ranked, len(read), answers, nothing))
         timings.rank += timings.lap()
@@ -142,14 +139,12 @@ class Pipeline:
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._reader.prior_weight * relevance(hit) for hit in hits]
 
-    def _posterior(self, hits: list[Hit], readings: list[Reading]) -> tuple[list[Hit], list[Reading]]:
-        """Hits and their readings in the order of what was read; the hits that were not read follow as they were."""
+    def _posterior(self, hits: list[Hit], readings: list[Reading]) -> tuple[list[Hit], list[int]]:
+        """Hits in the order of what was read in them, then those that were not read as they were; and which rows the first are of."""
         read = len(readings)
         probabilities = passage_probabilities(readings, self._priors(hits[:read]), null_bias=self._reader.null_bias)
         order = sorted(range(read), key=lambda at: -probabilities[at])  # stable: ties stay in retrieval's order
-        ranked = [replace(hits[at], answer_probability=probabilities[at]) for at in order]
-        moved = [replace(readings[at], spans=[replace(span, passage=row) for span in readings[at].spans]) for row, at in enumerate(order)]
-        return ranked + hits[read:], moved
+        return [replace(hits[at], answer_probability=probabilities[at]) for at in order] + hits[read:], order
 
     async def _read(
         self, questions: Sequence[str], found: Sequence[Sequence[Hit]], deadline: float, timings: Timings, *, settle: bool
@@ -157,8 +152,6 @@ class Pipeline:
         """What the reader makes of each question's hits: of all, or, with `settle`, of the first until they settle the answer."""
         reader = self._reader
         settling = reader.settling if settle else None
-        texts = [[hit.passage.text for hit in hits] for hits in found]
-        priors = [self._priors(hits) for hits in found]
         readings: list[list[Reading]] = [[] for _ in found]
         unsettled = [at for at, hits in enumerate(found) if hits]
         for end in (*READ_FIRST, None) if settling else (None,):
@@ -173,14 +166,14 @@ class Pipeline:
             for (at, pair), outputs in zip(pairs, outcome.rows, strict=True):
                 readings[at].append(reading_of(pair, outputs, len(readings[at])))
             if settling:
-                unsettled = [
-                    at
-                    for at in unsettled
-                    if not is_settled(texts[at], readings[at], priors[at], null_bias=reader.null_bias, settling=settling)
-                ]
+                unsettled = [at for at in unsettled if not self._is_settled(found[at], readings[at], settling)]
             if not unsettled:
                 break
         return readings
+
+    def _is_settled(self, hits: Sequence[Hit], readings: Sequence[Reading], settling: Settling) -> bool:
+        texts = [hit.passage.text for hit in hits]
+        return is_settled(texts, readings, self._priors(hits), null_bias=self._reader.null_bias, settling=settling)
 
     def close(self) -> None:
         self._searcher.shutdown()

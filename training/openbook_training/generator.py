@@ -9,7 +9,6 @@ one file more, generator.json.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.heads import RowEncoder
-from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model
+from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model, save_whole
 
 SETTINGS = "generator.json"
 BATCH_QUESTIONS = 16  # answered at once
@@ -159,10 +158,7 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
 
 def save_generator(model: FusionInDecoder, encoder: AnswerEncoder, settings: GeneratorSettings, folder: Path) -> None:
     """Write the folder that `load_generator` reads."""
-    model.network.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
-    stated = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GeneratorSettings)}
-    (folder / SETTINGS).write_text(json.dumps(stated, indent=2) + "\n")
+    save_whole(model.network, encoder.tokenizer, settings, GeneratorSettings, folder / SETTINGS)
 
 
 def load_generator(name: str) -> tuple[FusionInDecoder, AnswerEncoder, GeneratorSettings]:

@@ -8,7 +8,6 @@ folder is a transformers checkpoint with one file more, language_model.json, tha
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve
 from openbook_training.chunks import length_chunks
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.negatives import ranked
-from openbook_training.pretrained import fast_tokenizer, load_model
+from openbook_training.pretrained import fast_tokenizer, load_model, save_whole
 from openbook_training.progress import progress
 from openbook_training.streams import RUN, Stretch, holds
 
@@ -208,10 +207,7 @@ def check_reading(settings: ReadingConfig, model: LanguageModel, prompts: Prompt
 
 def save_language_model(model: LanguageModel, prompts: Prompts, settings: ReadingConfig, folder: Path) -> None:
     """Write the folder that `load_language_model` reads."""
-    model.network.save_pretrained(folder)
-    prompts.tokenizer.save_pretrained(folder)
-    stated = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingConfig)}
-    (folder / SETTINGS).write_text(json.dumps(stated, indent=2) + "\n")
+    save_whole(model.network, prompts.tokenizer, settings, ReadingConfig, folder / SETTINGS)
 
 
 def load_language_model(name: str) -> tuple[LanguageModel, Prompts, ReadingConfig]:

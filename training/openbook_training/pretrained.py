@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,3 +65,11 @@ def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1) -> Any:
 def best_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_whole(network: Any, tokenizer: Any, settings: Any, kind: type[Any], file: Path) -> None:
+    """A transformers checkpoint in the file's folder, and in the file the fields of `kind`: the settings of a run have more."""
+    network.save_pretrained(file.parent)
+    tokenizer.save_pretrained(file.parent)
+    stated = {field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)}
+    file.write_text(json.dumps(stated, indent=2) + "\n")

@@ -144,7 +144,7 @@ class EmbeddedKnowledgeBase:
         self._home.forget(removed)
         if added:
             self._index.add(added, vectors)
-            self._words.add(added, [f"{passage.title}\n{passage.text}" for passage in passages])
+            self._words.add(added, [passage.searched_text for passage in passages])
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         removed = self._store.delete(ids)

@@ -1,4 +1,4 @@
-"""The words of a question that are looked for: shared by every backend."""
+"""Which words of a question are looked for, and in what."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _STOP_WORDS = frozenset(
     "our she should so than that the their them then there these they this to was we were what when where which while who "
     "whom whose why will with would you your".split()
 )
+
+
+def searched_text(title: str, text: str) -> str:
+    """Of a passage, what words are looked for in."""
+    return f"{title}\n{text}"
 
 
 def words(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from openbook_server.knowledge.filters import Filter
+from openbook_server.knowledge.lexical import searched_text
 
 SearchMode = Literal["hybrid", "dense", "lexical"]
 Fusion = Literal["weighted", "reciprocal_rank"]
@@ -47,6 +48,11 @@ class Passage:
     title: str = ""
     source: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def searched_text(self) -> str:
+        """What words are looked for in."""
+        return searched_text(self.title, self.text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

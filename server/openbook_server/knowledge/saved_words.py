@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import tantivy
 
-from openbook_server.knowledge.snapshots import digest, publish
+from openbook_server.bundle import file_digest
+from openbook_server.knowledge.snapshots import publish
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def _problem(folder: Path, note: Mapping[str, Any]) -> str | None:
         return "its note names no rows"
     for name, sha256 in note["files"].items():
         file = folder / Path(name).name
-        if not file.is_file() or digest(file) != sha256:
+        if not file.is_file() or file_digest(file) != sha256:
             return f"{name} is missing or damaged"
     return None
 
@@ -157,4 +158,4 @@ def save(folder: Path, base: SavedWords | None, texts: Iterable[tuple[int, str]]
 def _digest_of(file: Path, known: Mapping[str, str]) -> str:
     """Tantivy's own files are named by a number of 32 digits that is never used twice, and do not change."""
     unchanging = len(file.stem) == 32
-    return known[file.name] if unchanging and file.name in known else digest(file)
+    return known[file.name] if unchanging and file.name in known else file_digest(file)

@@ -7,7 +7,6 @@ is a torn snapshot. A damaged graph can crash hnswlib, so nothing is loaded befo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from openbook_server.bundle import file_digest
 from openbook_server.knowledge.graph import Graph
 from openbook_server.knowledge.projection import Projection
 from openbook_server.knowledge.vectors import VectorIndex
@@ -50,12 +50,12 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
         if aside.stat().st_size <= graph.width * 4 * rows:  # save_index does not report a full disk
             raise OSError(f"{aside} was written only in part; is the disk full?")
         header = {"generation": generation, "sequence": sequence, "dim": index.dim, "rows": rows}
-        header |= {"bytes": aside.stat().st_size, "sha256": digest(aside)}
+        header |= {"bytes": aside.stat().st_size, "sha256": file_digest(aside)}
         publish(aside, file)
         if graph.projection is not None:
             with aside.open("wb") as stream:
                 np.save(stream, graph.projection.matrix)
-            header["projection"] = {"sha256": digest(aside), "lost": graph.projection.lost}
+            header["projection"] = {"sha256": file_digest(aside), "lost": graph.projection.lost}
             publish(aside, file.with_suffix(".npy"))
         aside.write_text(json.dumps(header))
         publish(aside, file.with_suffix(".json"))
@@ -106,11 +106,11 @@ def _problem(file: Path, header: dict[str, Any], generation: str, dim: int, sequ
         return "the graph is missing"
     if file.stat().st_size != header["bytes"]:
         return f"{file.stat().st_size} bytes, expected {header['bytes']}"
-    if digest(file) != header["sha256"]:
+    if file_digest(file) != header["sha256"]:
         return "its sha256 does not match"
     if "projection" in header:
         matrix = file.with_suffix(".npy")
-        if not matrix.is_file() or digest(matrix) != header["projection"]["sha256"]:
+        if not matrix.is_file() or file_digest(matrix) != header["projection"]["sha256"]:
             return "its projection is missing or damaged"
     return None
 
@@ -127,12 +127,6 @@ def publish(aside: Path, file: Path) -> None:
     _sync(aside)
     aside.replace(file)
     _sync(file.parent)
-
-
-def digest(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -18,6 +18,7 @@ from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge import filters, generations
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.generations import BundlePlace, Generation, Generations, marks
+from openbook_server.knowledge.lexical import searched_text
 from openbook_server.knowledge.records import Counts, Document, Passage
 
 log = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ class Store:
         """What words are looked for in: title and text of those passages that are stored."""
         with self._database.read() as connection:
             rows = connection.execute(f"SELECT number, title, text FROM passages WHERE number IN ({marks(numbers)})", numbers)  # noqa: S608
-            return {number: f"{title}\n{text}" for number, title, text in rows}
+            return {number: searched_text(title, text) for number, title, text in rows}
 
     def matching(self, condition: filters.Filter) -> frozenset[int]:
         """Numbers of the passages whose documents match; remembered until the next write."""

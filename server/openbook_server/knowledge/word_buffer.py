@@ -28,9 +28,6 @@ class WordBuffer:
     def __contains__(self, row: int) -> bool:
         return row in self._rows
 
-    def rows(self) -> list[int]:
-        return sorted(self._rows)
-
     def add(self, row: int, stems: Sequence[str]) -> None:
         self._rows[row] = Counter(stems)
         self.stems += len(stems)

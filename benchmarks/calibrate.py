@@ -23,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from openbook_server.buckets import batches_by_length, padded_length
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.engine import Arrays, Row, collate
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
@@ -48,8 +47,8 @@ def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
     """A graph's outputs row by row, in the order of the rows."""
     outputs: list[Arrays] = [{}] * len(rows)
     lengths = [len(row.ids) for row in rows]
-    for batch in batches_by_length(lengths, 2_048):
-        result = graph.run(collate([rows[at] for at in batch], padded_length(lengths[batch[0]])))
+    for batch in graph.buckets.batches(lengths, 2_048):
+        result = graph.run(collate([rows[at] for at in batch], graph.buckets.padded_length(lengths[batch[0]])))
         for place, at in enumerate(batch):
             outputs[at] = {name: values[place] for name, values in result.items()}
     return outputs

@@ -1,8 +1,8 @@
 """Checkpoint in, bundle out: trace, fuse, convert, compare, describe.
 
-    checkpoint -> PyTorch fp32 -> <model>.raw.onnx -> fused fp32 -> fp16 (-> int8)
-                       |                                |        |       |
-                       +------ expected outputs --------+-- parity gate -+   -> manifest.json, golden.npz
+    checkpoint -> PyTorch fp32 -> <model>.raw.onnx -> fused -> fp32 (padding-free), fp16 (, int8)
+                       |                                     |                     |      |
+                       +---------- expected outputs ---------+----- parity gate ---+------+   -> manifest.json, golden.npz
 
 The bundle folder appears when the last gate is passed, or not at all. On one machine the same checkpoint, options and
 versions give the same bytes, and so the same bundle id.
@@ -36,6 +36,7 @@ from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
 from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
 from openbook_export.staging import staged
+from openbook_export.unpad import unpad
 
 _RECORDED = ("openbook", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 _LICENSE = re.compile(r"\A---\n(?:(?!---).*\n)*?license:\s*(\S+)\s*$", re.MULTILINE)  # a key of the card's front matter
@@ -69,6 +70,7 @@ class _Exported:
     graph: TaskGraph
     inputs: Arrays
     facts: dict[str, Any]  # what the manifest states of it beside graphs and measurements
+    padding_free: bool = False  # fp32, which processors run; worth it for texts of all lengths, not for pairs that are long
     expected: Arrays = field(init=False)
     files: dict[str, str] = field(default_factory=dict)  # precision -> file name
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # precision -> fused nodes, parity, quality
@@ -119,7 +121,7 @@ def _embedder(embedder: EmbedderModel, checkpoint: Checkpoint, tokenizer: Tokeni
     facts: dict[str, Any] = {"dim": int(graph.config.hidden_size), "max_tokens": embedder.max_tokens, "pooling": checkpoint.pooling}
     if embedder.dims:
         facts["matryoshka_dims"] = list(embedder.dims)
-    return _Exported("embedder", graph.eval(), text_inputs(tokenizer, embedder.max_tokens), facts)
+    return _Exported("embedder", graph.eval(), text_inputs(tokenizer, embedder.max_tokens), facts, padding_free=True)
 
 
 def _reader(reader: ReaderModel, tokenizer: Tokenizer, sep_id: int, options: ExportOptions) -> _Exported:
@@ -145,12 +147,17 @@ def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callabl
         raise ExportFailed(f"the {model.name} does not export to ONNX ({type(error).__name__}: {error})") from error
     gc.collect()  # the tracer leaves cycles that hold a copy of the weights
     model.files = {precision: f"{model.name}.{precision}.onnx" for precision in ("fp32", "fp16", *(("int8",) if int8 else ()))}
-    fused = folder / model.files["fp32"]
+    fused = folder / f"{model.name}.fused.onnx"
     fuse(raw, fused, model.graph.config)
     raw.unlink()
     to_float16(fused, folder / model.files["fp16"])
     if int8:
         to_int8(fused, folder / model.files["int8"])
+    if model.padding_free:
+        unpad(fused, folder / model.files["fp32"])
+        fused.unlink()
+    else:
+        fused.rename(folder / model.files["fp32"])
     for precision, name in model.files.items():
         parity = check_parity(folder / name, precision, model.inputs, model.expected)
         model.measured[precision] = {"fused": fused_nodes(folder / name), "parity": parity}

@@ -17,6 +17,7 @@ from onnxruntime.transformers.optimizer import optimize_model
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import HEADS
+from openbook_export.unpad import PREFIX
 
 PRODUCER = "openbook"
 
@@ -41,11 +42,11 @@ def fuse(raw: Path, fused: Path, config: Any) -> None:
 
 
 def fused_nodes(file: Path) -> dict[str, int]:
-    """How many nodes of each kind that onnxruntime added to ONNX, and layer normalisations, there are in `file`."""
+    """How many nodes of each kind that onnxruntime added to ONNX, layer normalisations and padding-free attentions there are in `file`."""
     nodes = onnx.load(file, load_external_data=False).graph.node
-    return dict(
-        sorted(Counter(node.op_type for node in nodes if node.domain == "com.microsoft" or node.op_type == "LayerNormalization").items())
-    )
+    counts = Counter(node.op_type for node in nodes if node.domain == "com.microsoft" or node.op_type == "LayerNormalization")
+    counts["PaddingFreeAttention"] = sum(node.op_type == "Softmax" and node.name.startswith(PREFIX) for node in nodes)
+    return dict(sorted((+counts).items()))
 
 
 def _require_fused(counts: dict[str, int], config: Any) -> None:

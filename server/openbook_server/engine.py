@@ -31,7 +31,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.buckets import padded_length
+from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 
@@ -42,6 +42,9 @@ Arrays = Mapping[str, NDArray[np.generic]]
 
 class Runnable(Protocol):
     """An onnxruntime graph, as far as the engine cares."""
+
+    @property
+    def buckets(self) -> Buckets: ...
 
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> Arrays: ...
 
@@ -149,8 +152,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
-        lengths = [padded_length(len(row.ids)) for row in rows]
         with self._wake:
+            lengths = self._padded(graph, (len(row.ids) for row in rows))
             self._admit(graph, lengths, deadline, lane, now)
             for number, length in enumerate(lengths):
                 heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
@@ -169,7 +172,10 @@ class Engine:
             Overloaded, DeadlineExceeded, NotServing: as `submit`.
         """
         with self._wake:
-            self._admit(graph, [padded_length(length) for length in lengths], deadline, Lane.FOREGROUND, time.monotonic())
+            self._admit(graph, self._padded(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic())
+
+    def _padded(self, graph: str, lengths: Iterable[int]) -> list[int]:
+        return [self._graphs[graph].buckets.padded_length(length) for length in lengths]
 
     def _admit(self, graph: str, lengths: Sequence[int], deadline: float, lane: Lane, now: float) -> None:
         if self._closed:

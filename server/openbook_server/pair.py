@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from openbook_server.buckets import padded_lengths
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
@@ -71,7 +70,7 @@ def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[st
     graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
     verify_golden(bundle, graphs, device)
     for name, limit in limits.items():
-        for length in padded_lengths(limit):
+        for length in graphs[name].buckets.padded_lengths(limit):
             half = length // 2
             graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))
     return graphs

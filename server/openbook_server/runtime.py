@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.buckets import PADDED, PADDING_FREE, Buckets
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
 
 DISTRIBUTIONS = {"onnxruntime": "server", "onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}  # -> our extra
@@ -27,6 +28,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "openvino": "OpenVINOExecutionProvid
 # What each device runs, its default first. int8 stays on the CPU: on CUDA it is slower than fp32.
 PRECISIONS = {"cuda": ("fp16", "fp32"), "openvino": ("bf16", "fp32"), "cpu": ("fp32", "fp16", "int8")}
 BOUND_SHAPES = 32  # (batch, length) pairs that a graph keeps device buffers for, a few hundred kB each
+
+PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -137,6 +140,8 @@ class Graph:
             raise DeviceUnavailable(f"{wanted} did not start, only {', '.join(running)}; are its libraries installed? or use --device cpu")
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+        padding_free = PADDING_FREE_KEY in self._session.get_modelmeta().custom_metadata_map
+        self.buckets: Buckets = PADDING_FREE if padding_free else PADDED  # what rows are padded to
         self._memory = device.memory
         self._bound: OrderedDict[tuple[int, ...], _Buffers] = OrderedDict()
         self._lock = threading.Lock()

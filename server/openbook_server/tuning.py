@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from openbook_server.buckets import padded_length
 from openbook_server.bundle import Bundle
 from openbook_server.engine import Engine, Row, Runnable, collate
 from openbook_server.runtime import Graph, choose_device
@@ -168,7 +167,8 @@ def _graphs(bundle: Bundle, device: str, precision: str | None, threads: int, wo
     for name, tokens in (("embedder", workload.question_tokens), ("reader", workload.pair_tokens)):
         if tokens:
             graphs[name] = Graph(bundle.graph_path(name, chosen.precision), chosen, threads)
-            for length in sorted({padded_length(tokens) for tokens in range(tokens[0], tokens[1] + 1)}):
+            buckets = graphs[name].buckets
+            for length in sorted({buckets.padded_length(count) for count in range(tokens[0], tokens[1] + 1)}):
                 graphs[name].run(collate([Row([1] * length)], length))
     return graphs
 

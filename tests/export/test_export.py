@@ -154,7 +154,7 @@ def test_the_tokenizer_neither_pads_nor_truncates(bundle: Bundle) -> None:
 
 def test_the_manifest_says_what_was_fused_and_how_far_every_graph_is_from_pytorch(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    assert manifest["embedder"]["measured"]["fp32"]["fused"]["Attention"] == 2
+    assert manifest["embedder"]["measured"]["fp32"]["fused"]["PaddingFreeAttention"] == 2
     assert manifest["embedder"]["measured"]["fp32"]["parity"]["cosine"] >= 0.9999
     assert manifest["embedder"]["measured"]["fp32"]["parity"]["batch_invariant"] is True
     assert manifest["reader"]["measured"]["fp16"]["parity"]["difference"] <= 0.1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from openbook_server.buckets import PADDED
 from openbook_server.costs import BatchCost
 from openbook_server.engine import Engine, Row
 from openbook_server.errors import DeadlineExceeded, Overloaded
@@ -105,6 +106,8 @@ class Clock:
 
 
 class TimedGraph:
+    buckets = PADDED
+
     def __init__(self, clock: Clock, law: Law) -> None:
         self._clock, self._law = clock, law
 

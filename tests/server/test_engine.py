@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from openbook_server.buckets import PADDED
 from openbook_server.engine import Engine, Lane, Outcome, Row, collate
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 
@@ -18,6 +19,8 @@ POISON = 666
 
 class GatedGraph:
     """Echoes the sum of each row's ids; each run waits until the test lets it go."""
+
+    buckets = PADDED
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

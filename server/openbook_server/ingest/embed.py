@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from openbook_server.buckets import batches_by_length, padded_length
 from openbook_server.engine import Row, Runnable, collate
 from openbook_server.errors import PassageTooLong
 from openbook_server.knowledge import Passage
@@ -61,7 +60,8 @@ class PassageEmbedder:
         rows = self._encode(passages)
         vectors = np.empty((len(rows), self._dim), np.float32)
         lengths = [len(row.ids) for row in rows]
-        for batch in batches_by_length(lengths, self._budget):
-            inputs = collate([rows[at] for at in batch], padded_length(lengths[batch[0]]))
+        buckets = self._graph.buckets
+        for batch in buckets.batches(lengths, self._budget):
+            inputs = collate([rows[at] for at in batch], buckets.padded_length(lengths[batch[0]]))
             vectors[batch] = self._graph.run(inputs)["sentence_embedding"]
         return vectors

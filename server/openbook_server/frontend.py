@@ -10,10 +10,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
-import grpc.aio
 from google.protobuf.message import Message
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
@@ -24,6 +23,7 @@ from openbook_server.gate import Gate
 from openbook_server.generation_service import GenerationService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
+from openbook_server.rpc import Call
 from openbook_server.served import Served
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
@@ -38,7 +38,6 @@ REQUESTS_A_ROW = 2  # requests at once, in rows that may wait: beyond it they wo
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
 Method = Callable[[Parsed[Request], float, Timings], Awaitable[Reply]]
-Context = grpc.aio.ServicerContext
 
 
 class Frontend:
@@ -83,7 +82,7 @@ class Frontend:
     def _unary(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]], *, writes: bool = False
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        async def handle(parsed: Parsed[Request], context: Context[Request, Reply]) -> Reply:
+        async def handle(parsed: Parsed[Request], context: Call) -> Reply:
             return await self._reply(name, method_of, parsed, context, writes=writes)
 
         return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
@@ -93,7 +92,7 @@ class Frontend:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Writes: a reply a request, in order; the next request is read when the reply to the one before is out."""
 
-        async def handle(requests: AsyncIterator[Parsed[Request]], context: Context[Request, Reply]) -> AsyncIterator[Reply]:
+        async def handle(requests: AsyncIterator[Parsed[Request]], context: Call) -> AsyncIterator[Reply]:
             async for parsed in requests:
                 yield await self._reply(name, method_of, parsed, context, writes=True)
 
@@ -110,7 +109,7 @@ class Frontend:
         name: str,
         method_of: Callable[[Served], Method[Request, Reply]],
         parsed: Parsed[Request],
-        context: Context[Request, Reply],
+        context: Call,
         *,
         writes: bool,
     ) -> Reply:
@@ -134,11 +133,11 @@ class Frontend:
             status = grpc.StatusCode.OK
         except OpenBookError as error:
             status = error.status
-            await _abort(context, error)
+            await context.abort_with_status(grpc_status(error))
         except Exception as error:  # a defect of ours: logged whole, reported without internals
             log.exception("%s failed", name)
             status = grpc.StatusCode.INTERNAL
-            await _abort(context, InferenceFailed(f"internal error: {type(error).__name__}"))
+            await context.abort_with_status(grpc_status(InferenceFailed(f"internal error: {type(error).__name__}")))
         finally:
             self._running -= 1
             self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
@@ -155,13 +154,7 @@ class Frontend:
     def _not_serving(self) -> NotServing:
         return NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
 
-    def _deadline(self, context: Context[Request, Reply]) -> float:
+    def _deadline(self, context: Call) -> float:
         left = context.time_remaining()
         allowed = self._config.default_deadline_seconds if left is None else min(left, self._config.max_deadline_seconds)
         return time.monotonic() + allowed
-
-
-async def _abort(context: Any, error: OpenBookError) -> NoReturn:
-    """End the call with the error's status; grpc's type stubs do not know `abort_with_status` of the asyncio context."""
-    await context.abort_with_status(grpc_status(error))
-    raise AssertionError("abort_with_status raises")

@@ -11,16 +11,16 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
-import grpc.aio
 from grpc_health.v1 import _async as aio_health
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import _async as aio_reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -36,6 +36,7 @@ from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.metrics import Metrics
 from openbook_server.pair import Pair, Shared, load_graphs
+from openbook_server.rpc import RpcServer
 from openbook_server.runtime import Device, Graph, choose_device
 from openbook_server.succession import Succession
 
@@ -134,40 +135,47 @@ async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, c
     log.info("stopped")
 
 
-async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[grpc.aio.Server, aio_health.HealthServicer, int]:
+async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[RpcServer, aio_health.HealthServicer, int]:
     limit = config.max_message_bytes * _HARD_LIMIT
-    server = grpc.aio.server(
+    readiness = aio_health.HealthServicer()
+    await readiness.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+    await _set_readiness(readiness, ready=False)
+    server = RpcServer(
+        [*frontend.handlers(), _health_handler(readiness), *_reflection_handlers()],
         options=[
             ("grpc.so_reuseport", 0),  # two servers on one port would share its callers in silence
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
         ],
-        maximum_concurrent_rpcs=_HARD_LIMIT * REQUESTS_A_ROW * config.max_queued,
+        max_calls=_HARD_LIMIT * REQUESTS_A_ROW * config.max_queued,
     )
-    readiness = aio_health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
-    await readiness.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
-    await _set_readiness(readiness, ready=False)
-    _enable_reflection(server)
-    server.add_generic_rpc_handlers(frontend.handlers())
     try:
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
-    except RuntimeError as error:
+        port = server.listen(f"{config.host}:{config.port}")
+    except OSError as error:
         raise InvalidRequest("--port", f"cannot listen on {config.host}:{config.port}; is it in use? choose another --port") from error
-    await server.start()
+    server.start()
     return server, readiness, port
 
 
-def _enable_reflection(server: grpc.aio.Server) -> None:
+def _health_handler(readiness: aio_health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
+    request, reply = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Check": grpc.unary_unary_rpc_method_handler(readiness.Check, request_deserializer=request, response_serializer=reply),
+        "Watch": grpc.unary_stream_rpc_method_handler(readiness.Watch, request_deserializer=request, response_serializer=reply),
+    }
+    return grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)
+
+
+def _reflection_handlers() -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
     """As v1alpha, which grpcio brings, and as v1, whose messages are the same on the wire; newer tools ask for that first."""
     names = (SERVICE, KNOWLEDGE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
     method = grpc.stream_stream_rpc_method_handler(
         aio_reflection.ReflectionServicer(service_names=names).ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method}),))
+    for service in (reflection.SERVICE_NAME, REFLECTION_V1):
+        yield grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": method})
 
 
 def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) -> _Loaded:

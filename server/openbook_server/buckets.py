@@ -18,8 +18,10 @@ class Buckets:
 
     def padded_length(self, tokens: int) -> int:
         """The smallest bucket that holds `tokens` (at least 1)."""
-        step = next((step for limit, step in self.steps if tokens <= limit), self.last_step)
-        return -(-tokens // step) * step
+        for limit, step in self.steps:
+            if tokens <= limit:
+                return -(-tokens // step) * step
+        return -(-tokens // self.last_step) * self.last_step
 
     def padded_lengths(self, max_tokens: int) -> list[int]:
         """Every bucket that rows of 1 to `max_tokens` fall into, shortest first."""

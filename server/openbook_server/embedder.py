@@ -31,6 +31,7 @@ from openbook_server.errors import DeadlineExceeded, InferenceFailed
 Vector = NDArray[np.float32]
 
 GRAPH = "embedder"
+OUTPUT = "sentence_embedding"
 ENTRY_BYTES = 300  # of Python's objects around a key and its vector; measured
 _SLACK = 0.1  # of the time a caller has left: by so much may a computation that it joins be due after the caller itself
 
@@ -88,7 +89,7 @@ class Embedder:
         """
         if not self._capacity:
             outcome = await self._engine.submit(GRAPH, rows, deadline=deadline)
-            return Embedded(np.stack([_vector(row) for row in outcome.rows]), outcome.queued_seconds)
+            return Embedded(np.array([row[OUTPUT] for row in outcome.rows], np.float32), outcome.queued_seconds)
         keys = [_key(row) for row in rows]
         missing = dict(zip(keys, rows, strict=True))
         repeated, queued_seconds = len(rows) - len(missing), 0.0
@@ -170,7 +171,7 @@ def _key(row: Row) -> bytes:
 
 def _vector(outputs: Arrays) -> Vector:
     """A vector that owns its memory: the engine's is a view that would keep its whole batch alive."""
-    return np.array(outputs["sentence_embedding"], np.float32)
+    return np.array(outputs[OUTPUT], np.float32)
 
 
 def _size(key: bytes, vector: Vector) -> int:

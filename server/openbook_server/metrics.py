@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from openbook_server.knowledge import KnowledgeBase
     from openbook_server.pipeline import Timings
 
+_Family = TypeVar("_Family", Counter, Histogram)
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _READ = (0, 1, 3, 5, 10, 20, 50, 100)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -28,6 +30,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._children: dict[tuple[object, ...], Counter | Histogram] = {}
         self._requests = Counter("openbook_requests", "Requests by outcome", ["method", "status"], registry=self.registry)
         self._latency = Histogram("openbook_request_seconds", "Whole request", ["method"], buckets=_SECONDS, registry=self.registry)
         self._stages = Histogram("openbook_stage_seconds", "One stage", ["method", "stage"], buckets=_SECONDS, registry=self.registry)
@@ -40,12 +43,20 @@ class Metrics:
         self._queued = Gauge("openbook_queued_rows", "Rows waiting for the device", registry=self.registry)
 
     def observe_request(self, method: str, status: str, seconds: float, timings: Timings) -> None:
-        self._requests.labels(method, status).inc()
-        self._latency.labels(method).observe(seconds)
+        self._child(self._requests, method, status).inc()
+        self._child(self._latency, method).observe(seconds)
         for stage in ("tokenise", "embed", "search", "read", "rank", "queue"):
             spent = getattr(timings, stage)
             if spent:
-                self._stages.labels(method, stage).observe(spent / 1000)
+                self._child(self._stages, method, stage).observe(spent / 1000)
+
+    def _child(self, family: _Family, *labels: str) -> _Family:
+        """`family.labels(...)`, looked up once: it validates and locks at every call."""
+        key = (family, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = family.labels(*labels)
+        return cast(_Family, child)
 
     def observe_batch(self, graph: str, rows: int, tokens: int, seconds: float) -> None:
         graph = model_of(graph)

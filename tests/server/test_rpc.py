@@ -1,0 +1,209 @@
+"""The gRPC server by itself, spoken to by grpcio's own clients."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+from openbook_server.rpc import Call, RpcServer
+
+LIMIT = 4
+
+
+class Echo:
+    """Methods of every kind, on bytes."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.left: float | None = None
+
+    async def echo(self, request: bytes, call: Call) -> bytes:
+        self.left = call.time_remaining()
+        if request == b"abort":
+            await call.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now", (("reason", "test"),))
+        if request == b"fail":
+            raise ValueError("secret")
+        if request == b"hang":
+            self.entered.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+        if request == b"slow":
+            self.entered.set()
+            await asyncio.sleep(0.3)
+        return request
+
+    async def count(self, request: bytes, call: Call) -> AsyncIterator[bytes]:
+        try:
+            for number in range(int(request)):
+                yield b"%d" % number
+        finally:
+            self.cancelled.set()
+
+    async def each(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield request.upper()
+
+    async def join(self, requests: AsyncIterator[bytes], call: Call) -> bytes:
+        return b" ".join([request async for request in requests])
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        kinds = {"request_deserializer": bytes, "response_serializer": bytes}
+        methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Echo": grpc.unary_unary_rpc_method_handler(self.echo, **kinds),
+            "Count": grpc.unary_stream_rpc_method_handler(self.count, **kinds),
+            "Each": grpc.stream_stream_rpc_method_handler(self.each, **kinds),
+            "Join": grpc.stream_unary_rpc_method_handler(self.join, **kinds),
+        }
+        return grpc.method_handlers_generic_handler("test.Echo", methods)
+
+
+@pytest.fixture
+async def service() -> Echo:
+    return Echo()
+
+
+@pytest.fixture
+async def server(service: Echo) -> AsyncIterator[tuple[RpcServer, int]]:
+    server = RpcServer([service.handler()], options=[("grpc.max_receive_message_length", 1_000)], max_calls=LIMIT)
+    port = server.listen("127.0.0.1:0")
+    server.start()
+    yield server, port
+    await server.stop(0)
+
+
+@pytest.fixture
+async def channel(server: tuple[RpcServer, int]) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server[1]}") as channel:
+        yield channel
+
+
+async def test_calls_of_every_kind(channel: grpc.aio.Channel) -> None:
+    assert await channel.unary_unary("/test.Echo/Echo")(b"hello") == b"hello"
+    assert [reply async for reply in channel.unary_stream("/test.Echo/Count")(b"500")] == [b"%d" % number for number in range(500)]
+    assert [reply async for reply in channel.stream_stream("/test.Echo/Each")(iter([b"a", b"b"]))] == [b"A", b"B"]
+    assert await channel.stream_unary("/test.Echo/Join")(iter([b"a", b"b", b"c"])) == b"a b c"
+
+
+async def test_many_calls_at_once_each_get_their_own_reply(server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:
+    method, gate = channel.unary_unary("/test.Echo/Echo"), asyncio.Semaphore(LIMIT)
+
+    async def call(number: int) -> bytes:
+        async with gate:
+            return await method(b"%d" % number, timeout=30)
+
+    assert await asyncio.gather(*(call(number) for number in range(1_000))) == [b"%d" % number for number in range(1_000)]
+    assert not server[0].calls
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "details"),
+    [
+        (b"abort", grpc.StatusCode.FAILED_PRECONDITION, "not now"),
+        (b"fail", grpc.StatusCode.INTERNAL, "internal error: ValueError"),
+        (b"x" * 2_000, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+    ],
+)
+async def test_a_failure_is_a_status_without_internals(
+    channel: grpc.aio.Channel, request_: bytes, code: grpc.StatusCode, details: str | None
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await channel.unary_unary("/test.Echo/Echo")(request_)
+    assert raised.value.code() is code
+    assert details is None or raised.value.details() == details
+    assert await channel.unary_unary("/test.Echo/Echo")(b"next") == b"next"
+
+
+async def test_trailing_metadata_of_an_abort_arrives(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await channel.unary_unary("/test.Echo/Echo")(b"abort")
+    assert ("reason", "test") in list(raised.value.trailing_metadata())
+
+
+async def test_an_unknown_method_is_refused(channel: grpc.aio.Channel) -> None:
+    for path in ("/test.Echo/Nothing", "/nothing"):
+        with pytest.raises(grpc.aio.AioRpcError, match="no such method") as raised:
+            await channel.unary_unary(path)(b"")
+        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_handlers_see_the_deadline(service: Echo, channel: grpc.aio.Channel) -> None:
+    await channel.unary_unary("/test.Echo/Echo")(b"", timeout=60)
+    assert service.left is not None
+    assert 0 < service.left <= 60
+    await channel.unary_unary("/test.Echo/Echo")(b"")
+    assert service.left is None
+
+
+async def test_a_call_that_is_given_up_is_cancelled(service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="Deadline"):
+        await channel.unary_unary("/test.Echo/Echo")(b"hang", timeout=0.2)
+    await asyncio.wait_for(service.cancelled.wait(), 30)
+    service.entered.clear()
+    service.cancelled.clear()
+    call = channel.unary_unary("/test.Echo/Echo")(b"hang")
+    await service.entered.wait()
+    call.cancel()
+    await asyncio.wait_for(service.cancelled.wait(), 30)
+    await until_idle(server[0])
+
+
+async def test_a_reader_that_hangs_up_ends_the_stream(service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:
+    call = channel.unary_stream("/test.Echo/Count")(b"1000000000")
+    async for _ in call:
+        break
+    call.cancel()
+    await asyncio.wait_for(service.cancelled.wait(), 30)
+    await until_idle(server[0])
+
+
+async def test_more_calls_than_the_limit_are_refused_and_the_others_go_on(service: Echo, channel: grpc.aio.Channel) -> None:
+    method = channel.unary_unary("/test.Echo/Echo")
+    running = [asyncio.ensure_future(method(b"slow")) for _ in range(LIMIT)]
+    await service.entered.wait()
+    results = await asyncio.gather(*running, *(method(b"slow") for _ in range(2 * LIMIT)), return_exceptions=True)
+    refused = [error for error in results if isinstance(error, grpc.aio.AioRpcError)]
+    assert results[:LIMIT] == [b"slow"] * LIMIT
+    assert refused
+    assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+async def test_stopping_lets_calls_finish_within_the_grace(service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:
+    call = channel.unary_unary("/test.Echo/Echo")(b"slow")
+    await service.entered.wait()
+    _, reply = await asyncio.gather(server[0].stop(30), call)
+    assert reply == b"slow"
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await channel.unary_unary("/test.Echo/Echo")(b"late", timeout=5)
+    assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+async def test_stopping_cancels_after_the_grace(service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:
+    call = channel.unary_unary("/test.Echo/Echo")(b"hang")
+    await service.entered.wait()
+    began = time.monotonic()
+    await server[0].stop(0.1)
+    assert time.monotonic() - began < 20
+    assert service.cancelled.is_set()
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        await call
+    assert not server[0].calls
+
+
+async def test_a_port_in_use_is_refused(server: tuple[RpcServer, int]) -> None:
+    second = RpcServer([], options=[("grpc.so_reuseport", 0)], max_calls=1)
+    with pytest.raises(OSError, match="cannot listen on"):
+        second.listen(f"127.0.0.1:{server[1]}")
+
+
+async def until_idle(server: RpcServer) -> None:
+    async with asyncio.timeout(30):
+        while server.calls:
+            await asyncio.sleep(0.01)

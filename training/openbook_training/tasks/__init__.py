@@ -32,6 +32,9 @@ OBJECTIVES = {
     "reader": Objective("openbook_training.tasks.reader", "Reader", "spans of retrieved passages that answer a question"),
     "recurring_spans": Objective("openbook_training.tasks.recurring_spans", "RecurringSpans", "the reader, on unlabelled passages"),
     "retriever": Objective("openbook_training.tasks.retriever", "Retriever", "the embedder, on questions with their passages"),
+    "inverse_cloze": Objective(
+        "openbook_training.tasks.inverse_cloze", "InverseCloze", "the embedder, on sentences of unlabelled passages"
+    ),
     "classifier": Objective("openbook_training.tasks.classifier", "Classifier", "labels of texts, from labelled neighbours and the model"),
     "verification": Objective("openbook_training.tasks.verification", "Verification", "claims that evidence supports or refutes"),
     "causal_lm": Objective("openbook_training.tasks.causal_lm", "CausalLm", "a GPT-2 that reads retrieved passages before its text"),

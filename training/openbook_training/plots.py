@@ -15,7 +15,7 @@ _COLUMNS = 2
 _INK, _FAINT = "#333333", "#c8ccd0"
 # Okabe & Ito's colours, which people who see few colours tell apart too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
-_UNITS = {"perplexity": "perplexity", "retrieval_utility": "nats"}  # of groups that are no percentages
+_UNITS = {"perplexity": "perplexity", "retrieval_utility": "nats", "masked_token_loss": "nats a token"}  # of groups that are no percentages
 _NO_METRIC = frozenset({"step", "epoch", "score"})  # "score" repeats one of the others
 
 

@@ -33,11 +33,12 @@ def build_retriever(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, 
     return add_adapter(model, model, rank=lora_rank, alpha=lora_alpha)
 
 
-def save_retriever(model: PeftModel, folder: Path, checkpoint: Checkpoint, dims: Sequence[int]) -> None:
+def save_retriever(model: PeftModel, folder: Path, checkpoint: Checkpoint, dims: Sequence[int], *, queries_only: bool = False) -> None:
     """Write the folder that `openbook export --embedder` takes: the adapter, and in retriever.json what it belongs to.
 
     Args:
         dims: the lengths to which its vectors may be cut.
+        queries_only: it was trained to find passages that another embedder has embedded, and must embed none itself.
     """
     save_adapter(model, folder, checkpoint)
     settings = {
@@ -45,5 +46,6 @@ def save_retriever(model: PeftModel, folder: Path, checkpoint: Checkpoint, dims:
         "base_digest": checkpoint.digest(),
         "dims": list(dims),
         "max_tokens": checkpoint.max_tokens,
+        **({"queries_only": True} if queries_only else {}),
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

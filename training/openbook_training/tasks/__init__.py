@@ -40,5 +40,6 @@ OBJECTIVES = {
     "causal_lm": Objective("openbook_training.tasks.causal_lm", "CausalLm", "a GPT-2 that reads retrieved passages before its text"),
     "generator": Objective("openbook_training.tasks.generator", "Generator", "answers written from retrieved passages (fusion-in-decoder)"),
     "masked_lm": Objective("openbook_training.tasks.masked_lm", "MaskedLm", "a language model, on words hidden in passages"),
+    "realm": Objective("openbook_training.tasks.realm", "Realm", "a language model and its retriever as one, on hidden salient spans"),
     "vocab_head": Objective("openbook_training.tasks.vocab_head", "VocabHead", "words that a text is about, from its pooled vector"),
 }

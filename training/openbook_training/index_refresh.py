@@ -1,13 +1,13 @@
 """How an index of passages keeps up with a retriever in training: which vectors propose passages, and when they are made anew.
 
     none        the index of the run's beginning proposes throughout; p(z|x) is computed with d(z) as it is now all the same
-                ("stale", the ablation of Guu et al. 2020, section 4.5)
+                (a stale index, the ablation of Guu et al. 2020, table 2, at its extreme)
     query_side  d(z) stays as it was at the beginning, in p(z|x) too: only q(x) learns (Lewis et al. 2020; Izacard et al. 2022, section 2.4)
     rerank      the index of the beginning proposes more than are read; the best of them by d(z) as it is now are read
                 (Izacard et al. 2022, section 2.4)
     full        the index is made anew in the run, on a schedule or when it has drifted (Guu et al. 2020, section 3.3)
 
-Guu et al. make the new index while training goes on; here training waits for it, and the two machines' worth of work share one.
+Guu et al. make the new index on other machines while training goes on; here training waits for it.
 """
 
 from __future__ import annotations

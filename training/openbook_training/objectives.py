@@ -189,7 +189,7 @@ def marginal_token_loss(prior: Tensor, given: Tensor, texts: Tensor) -> Tensor:
 def marginal_sequence_loss(prior: Tensor, given: Tensor, texts: Tensor) -> Tensor:
     """Mean over texts x of -log sum over z of p(z|x) prod over j of p(y_j|x, z): one passage explains all hidden tokens of a text.
 
-    REALM's own objective (Guu et al. 2020, equations 1 and section 3.2). Arguments as for `marginal_token_loss`.
+    REALM's own objective (Guu et al. 2020, equation 1 and section 3.2). Arguments as for `marginal_token_loss`.
     """
     return -torch.logsumexp(prior + sequence_log_probabilities(given, texts, len(prior)), dim=1).mean()
 
@@ -202,7 +202,8 @@ def sequence_log_probabilities(given: Tensor, texts: Tensor, count: int) -> Tens
 def retrieval_utility(prior: Tensor, given: Tensor, texts: Tensor) -> Tensor:
     """(texts,) mean of log p(y|x, z) - log p(y|x, null) over the retrieved z of a text, weighted by p(z|x), in nats.
 
-    Guu et al. 2020, section 5 ("retrieval utility"). Arguments as for `marginal_token_loss`; NaN for a text that has no passage.
+    The retrieval utility of Guu et al. 2020, averaged over what was retrieved; NaN for a text that has no passage. Arguments as for
+    `marginal_token_loss`.
     """
     whole = sequence_log_probabilities(given, texts, len(prior))
     weights = torch.softmax(prior[:, :-1], dim=1)

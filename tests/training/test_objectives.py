@@ -232,3 +232,15 @@ def test_a_text_without_passages_has_the_losses_of_reading_it_alone_and_finite_g
     for value in (given, null):
         assert value.grad is not None
         assert torch.isfinite(value.grad).all()
+
+
+def test_a_passage_gains_by_how_much_more_probable_it_makes_the_sequence_than_all_do_on_average() -> None:
+    """Guu et al. 2020, section 3.3: the gradient of log p(y|x) in s(x, z) is (p(y|x, z) / p(y|x) - 1) p(z|x)."""
+    rng = np.random.default_rng(6)
+    scores, given = torch.tensor(rng.uniform(-1, 1, (1, 3)), requires_grad=True), rng.random((2, 4))
+    prior = neighbour_prior(scores, torch.tensor(0.2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    marginal_sequence_loss(prior, torch.tensor(np.log(given)), torch.tensor([0, 0])).backward()
+    weights, whole = prior[0].detach().exp().numpy(), given.prod(axis=0)
+    expected = [(whole[z] / (weights @ whole) - 1) * weights[z] for z in range(3)]
+    assert scores.grad is not None
+    assert -scores.grad[0].numpy() == pytest.approx(np.array(expected), rel=1e-9)

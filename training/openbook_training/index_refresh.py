@@ -23,7 +23,7 @@ from rich.console import Console
 
 from openbook_training.errors import InvalidConfig
 from openbook_training.negatives import ranked
-from openbook_training.passage_index import PassageIndex, index_file, load_index, weights_digest
+from openbook_training.passage_index import Allowed, PassageIndex, index_file, load_index, weights_digest
 from openbook_training.progress import progress
 from openbook_training.realm import Realm
 from openbook_training.squad import spread
@@ -133,7 +133,7 @@ class IndexKeeper:
         self._saved = str(state["embedder"])
         self._index = load_index(self._folder, self._saved, self._passages)
 
-    def propose(self, model: Realm, queries: np.ndarray, allowed: Callable[[int, int], bool]) -> list[list[int]]:
+    def propose(self, model: Realm, queries: np.ndarray, allowed: Allowed) -> list[list[int]]:
         """Of each of the (texts, d) queries the passages to read, best first."""
         if self._config.refresh != "rerank":
             return self.index.search(queries, self._k, allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from openbook_training.heads import RowEncoder
 from openbook_training.inverse_cloze import SHORTEST, folded
@@ -52,8 +53,8 @@ def _is_long(text: str, spans: Sequence[tuple[int, int]]) -> bool:
     return len(text.split()) >= SHORTEST + longest
 
 
-def _positions(encoding: object, span: tuple[int, int]) -> list[int]:
+def _positions(encoding: Any, span: tuple[int, int]) -> list[int]:
     """Tokens of a span, all or none: none where the sentence was cut within it."""
-    offsets: list[tuple[int, int]] = encoding.offsets  # type: ignore[attr-defined]
+    offsets: list[tuple[int, int]] = encoding.offsets
     places = [at for at, (start, end) in enumerate(offsets) if start < end and start < span[1] and end > span[0]]
     return places if places and offsets[places[-1]][1] >= span[1] else []

@@ -20,6 +20,7 @@ from torch import nn
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import ranked
 
+Allowed = Callable[[int, int], bool]  # whether a query, by its number, may see a passage, by its row
 MARGIN = 8  # passages looked at beyond those wanted, for those that a text may not see
 
 
@@ -31,12 +32,8 @@ class PassageIndex:
     embedder: str  # digest of the weights that made them
     passages: str  # digest of the texts
 
-    def search(self, queries: np.ndarray, k: int, allowed: Callable[[int, int], bool]) -> list[list[int]]:
-        """Of each of the (queries, d) the k best rows of `vectors`, best first; fewer where too many are not allowed.
-
-        Args:
-            allowed: whether a query, by its number, may see a passage, by its row.
-        """
+    def search(self, queries: np.ndarray, k: int, allowed: Allowed) -> list[list[int]]:
+        """Of each of the (queries, d) the k best rows of `vectors`, best first; fewer where too many are not allowed."""
         found = enumerate(ranked(queries, self.vectors, k + MARGIN))
         return [[z for z in best if allowed(query, z)][:k] for query, best in found]
 

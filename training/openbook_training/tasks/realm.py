@@ -34,7 +34,7 @@ from openbook_training.masked_language_model import build_masked_lm
 from openbook_training.masked_sentences import MaskableSentence, maskable_sentences
 from openbook_training.masking import log_frequencies
 from openbook_training.objectives import marginal_sequence_loss, marginal_token_loss, retrieval_utility
-from openbook_training.passage_index import texts_digest
+from openbook_training.passage_index import Allowed, texts_digest
 from openbook_training.pretrained import best_device
 from openbook_training.realm import Masked, PassageRows, Propose, Reading, Realm, takes_pairs_as_bert
 from openbook_training.retrieval import load_unlabelled
@@ -197,7 +197,7 @@ class RealmTask(Staged):
         ids, hidden = sentence.text.hide(0.0, self._mask, rng)  # one span
         return Masked(ids, hidden, [sentence.text.ids[at] for at in hidden])
 
-    def _allowed(self, sentences: Sequence[MaskableSentence]) -> Any:
+    def _allowed(self, sentences: Sequence[MaskableSentence]) -> Allowed:
         """No text sees a passage that holds it: its own, or a copy."""
         return lambda number, z: sentences[number].folded not in self._folded[z]
 

@@ -106,6 +106,11 @@ def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> Embedde
     if folder is None:
         return EmbedderModel(model=base, max_tokens=checkpoint.max_tokens)
     settings = _adapter_settings(checkpoint, folder, _RETRIEVER)
+    if settings.get("queries_only"):
+        raise CheckpointUnsupported(
+            f"--embedder {folder} was trained for questions alone, against passages of another embedder's vectors, and a bundle has one "
+            'embedder for both; train with refresh = "full", "rerank" or "none"'
+        )
     try:
         max_tokens, dims = int(settings["max_tokens"]), tuple(int(dim) for dim in settings["dims"])
     except (KeyError, TypeError, ValueError) as error:

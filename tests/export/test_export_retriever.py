@@ -114,3 +114,10 @@ def test_training_puts_titles_before_passages_as_the_server_does(tiny_checkpoint
     for limit in (128, 40):
         [served] = PassageEncoder(tokenizer, limit)([passage])
         assert encoder.rows([encoder.passage_text(title, passage.text)], limit) == [served.ids]
+
+
+def test_an_adapter_that_embeds_questions_alone_is_refused(trained: PeftModel, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    save_retriever(trained, tmp_path / "best", checkpoint, [32], queries_only=True)
+    with pytest.raises(CheckpointUnsupported, match="for questions alone"):
+        load_embedder(checkpoint, tmp_path / "best")

@@ -11,11 +11,14 @@ from openbook_training.objectives import (
     bag_of_words_loss,
     label_loss,
     marginal_label_log_probabilities,
+    marginal_sequence_loss,
+    marginal_token_loss,
     masked_token_loss,
     matryoshka_loss,
     multi_passage_span_loss,
     neighbour_prior,
     null_scores,
+    retrieval_utility,
     span_scores,
 )
 
@@ -164,3 +167,80 @@ def test_the_masked_token_loss_is_a_mean_over_texts_of_a_mean_over_their_hidden_
         own = [value for value, owner in zip(values, texts, strict=True) if owner == text]
         expected -= sum(own) / len(own) / 3
     assert float(masked_token_loss(torch.tensor(values), torch.tensor(texts), 3)) == pytest.approx(expected, rel=1e-9)
+
+
+def retrieved() -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """p(z|x) of three texts with two passages and the null passage (the last one has a single passage), and p(y_j|x, z)."""
+    rng = np.random.default_rng(5)
+    prior = rng.random((3, 3))
+    prior[2, 1] = 0.0
+    return prior / prior.sum(axis=1, keepdims=True), rng.random((6, 3)), [0, 2, 0, 1, 2, 2]
+
+
+def logs(prior: np.ndarray, given: np.ndarray, texts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.tensor(np.log(np.maximum(prior, 1e-300))), torch.tensor(np.log(given)), torch.tensor(texts)
+
+
+def test_a_token_is_summed_over_the_passages_for_itself() -> None:
+    prior, given, texts = retrieved()
+    expected = 0.0
+    for x in range(3):
+        own = [j for j in range(6) if texts[j] == x]
+        for j in own:
+            expected -= np.log(sum(prior[x, z] * given[j, z] for z in range(3))) / len(own) / 3
+    assert float(marginal_token_loss(*logs(prior, given, texts))) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_sequence_is_explained_by_one_passage_at_a_time() -> None:
+    prior, given, texts = retrieved()
+    expected = 0.0
+    for x in range(3):
+        explained = 0.0
+        for z in range(3):
+            product = 1.0
+            for j in range(6):
+                product *= given[j, z] if texts[j] == x else 1.0
+            explained += prior[x, z] * product
+        expected -= np.log(explained) / 3
+    loss = marginal_sequence_loss(*logs(prior, given, texts))
+    assert float(loss) == pytest.approx(expected, rel=1e-9)
+    assert float(loss) != pytest.approx(float(marginal_token_loss(*logs(prior, given, texts))), rel=1e-2)
+
+
+def test_retrieval_utility_is_what_passages_add_to_the_log_probability_of_the_whole_sequence() -> None:
+    prior, given, texts = retrieved()
+    prior[1] = [0.0, 0.0, 1.0]  # read alone
+    utility = retrieval_utility(
+        torch.tensor(np.where(prior > 0, np.log(np.maximum(prior, 1e-300)), NEGATIVE)), *logs(prior, given, texts)[1:]
+    )
+    for x in (0, 2):
+        whole = [sum(np.log(given[j, z]) for j in range(6) if texts[j] == x) for z in range(3)]
+        expected = sum(prior[x, z] * (whole[z] - whole[2]) for z in range(2)) / prior[x, :2].sum()
+        assert float(utility[x]) == pytest.approx(expected, rel=1e-9)
+    assert np.isnan(float(utility[1]))
+
+
+def test_a_text_without_passages_has_the_losses_of_reading_it_alone_and_finite_gradients() -> None:
+    given, null = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    prior = neighbour_prior(torch.full((2, 3), NEGATIVE, dtype=torch.float64), null, torch.tensor(0.05, dtype=torch.float64))
+    texts = torch.tensor([0, 0, 1])
+    token, sequence = marginal_token_loss(prior, given, texts), marginal_sequence_loss(prior, given, texts)
+    alone = given.detach().numpy()[:, -1]
+    assert token.item() == pytest.approx(-((alone[0] + alone[1]) / 2 + alone[2]) / 2)
+    assert sequence.item() == pytest.approx(-(alone[0] + alone[1] + alone[2]) / 2)
+    (token + sequence).backward()
+    for value in (given, null):
+        assert value.grad is not None
+        assert torch.isfinite(value.grad).all()
+
+
+def test_a_passage_gains_by_how_much_more_probable_it_makes_the_sequence_than_all_do_on_average() -> None:
+    """Guu et al. 2020, section 3.3: the gradient of log p(y|x) in s(x, z) is (p(y|x, z) / p(y|x) - 1) p(z|x)."""
+    rng = np.random.default_rng(6)
+    scores, given = torch.tensor(rng.uniform(-1, 1, (1, 3)), requires_grad=True), rng.random((2, 4))
+    prior = neighbour_prior(scores, torch.tensor(0.2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    marginal_sequence_loss(prior, torch.tensor(np.log(given)), torch.tensor([0, 0])).backward()
+    weights, whole = prior[0].detach().exp().numpy(), given.prod(axis=0)
+    expected = [(whole[z] / (weights @ whole) - 1) * weights[z] for z in range(3)]
+    assert scores.grad is not None
+    assert -scores.grad[0].numpy() == pytest.approx(np.array(expected), rel=1e-9)

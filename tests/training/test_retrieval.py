@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from openbook_training.beir import Passage
 from openbook_training.errors import InvalidData
-from openbook_training.retrieval import Asked, RetrievalSet, hold_out_passages, load_retrieval
+from openbook_training.retrieval import Asked, RetrievalSet, hold_out_passages, load_retrieval, load_unlabelled
 from rich.console import Console
 
 
@@ -99,3 +99,20 @@ def test_held_out_questions_share_no_gold_passage_with_training(count: int) -> N
     assert not {row for q in train for row in q.gold} & {row for q in held for row in q.gold}
     assert sorted(question.id for question in train + held) == sorted(question.id for question in questions)
     assert len(held) >= min(count, 60)
+
+
+def test_unlabelled_data_bring_the_questions_that_they_carry(tmp_path: Path) -> None:
+    labelled = load_unlabelled(str(beir(tmp_path / "asked", CORPUS, QUERIES, "q\ta\t2\n")), console())
+    assert [question.id for question in labelled.questions] == ["q"]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "corpus.jsonl").write_text("\n".join(map(json.dumps, CORPUS)))
+    assert load_unlabelled(str(tmp_path / "corpus"), console()) == RetrievalSet(labelled.passages, [])
+    rows = [{"id": n, "question": f"who {n}?", "context": "the red king", "title": "Old_kings", "answers": ["king"]} for n in range(2)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = load_unlabelled(str(tmp_path / "asked.jsonl"), console())
+    assert asked.passages == [Passage(id="0", text="the red king", title="Old kings")]
+    assert [question.gold for question in asked.questions] == [{0: 1.0}] * 2
+    (tmp_path / "texts.txt").write_text("one\ntwo\none\n")
+    assert load_unlabelled(str(tmp_path / "texts.txt"), console()) == RetrievalSet(
+        [Passage(id="0", text="one"), Passage(id="1", text="two")], []
+    )

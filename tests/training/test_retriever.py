@@ -152,7 +152,7 @@ def test_a_batch_holds_every_passage_once_and_masks_the_other_gold_passages(
         seen.update(questions=questions, passages=passages, gold=gold, masked=masked)
         return questions.sum()
 
-    monkeypatch.setattr("openbook_training.tasks.retriever.matryoshka_loss", spy)
+    monkeypatch.setattr("openbook_training.contrastive.matryoshka_loss", spy)
     for batch in task.batches(0):
         task.loss(task.model, batch, random.Random(0))
         used = {row for example in batch for row in (example.gold, *example.negatives)}

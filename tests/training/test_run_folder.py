@@ -112,6 +112,15 @@ def test_a_plot_has_a_panel_for_each_group_of_metrics(tmp_path: Path, steps: int
     assert heights[0] == heights[1] < heights[2]  # two panels a line: three, four, six
 
 
+def test_what_a_task_observes_in_its_steps_gets_a_panel_beside_the_evaluations(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"step": n, "epoch": 0, "loss": 1 / n, "learning_rate": 0.1} for n in range(1, 5)]
+    heights = []
+    for observed in ({}, {"drift/cosine": 99.0, "retrieval_utility/mean": 0.5}):
+        plot([*(row | observed for row in rows), {"step": 4, "epoch": 0, "perplexity/held_out": 500.0}], tmp_path / "plots.png")
+        heights.append(matplotlib.image.imread(tmp_path / "plots.png").shape[0])
+    assert heights[0] < heights[1]  # two panels a line: three, then five
+
+
 def test_metrics_are_said_a_group_a_line() -> None:
     assert metric_lines({"f1": 50.0, "dim8/f1": 1.25, "em": 2.0, "dim8/em": 3.0}) == ["f1 50.00  em 2.00", "dim8:  f1 1.25  em 3.00"]
 

@@ -62,10 +62,21 @@ class Task(Protocol[Example]):
 
 
 class Staged:
-    """A base for tasks that change between the steps of a run, as where layers thaw."""
+    """A base for tasks that change between the steps of a run: layers thaw, an index is made anew. Others need none of this."""
 
     def before_step(self, model: nn.Module, step: int, total: int) -> None:
         """Called before each step; `model` is the one in training, `step` of `total` have been taken."""
+
+    def observed(self) -> dict[str, float]:
+        """Called after each step: what the task measured in it, for metrics.jsonl; names hold a "/", and each group is a plot."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to remember for `restore`: plain values and tensors."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Called once, before the first step of a resumed run."""
 
 
 class Stopped(Exception):
@@ -141,7 +152,7 @@ class Loop(Generic[Example]):
             before, ended = ended, time.monotonic()
             examples += len(batch)
             row |= {"step": self._step, "loss": loss, "examples_per_second": len(batch) / (ended - before), "memory_mb": memory_mb()}
-            self._record.step(row)
+            self._record.step(row | self._staged.observed())
             update(self._step, f"loss {loss:.3f}, {examples / (ended - began):.1f} examples/s, {row['memory_mb']:,.0f} MB")
             if self._stopping.is_set():
                 self._checkpoint()
@@ -222,6 +233,7 @@ class Loop(Generic[Example]):
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
+            "task": self._staged.state(),
         }
         aside = self._file.with_suffix(".new")
         with aside.open("wb") as stream:
@@ -241,6 +253,7 @@ class Loop(Generic[Example]):
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._step, self._evaluated, self._best = state["step"], state["evaluated"], state["best"]
         torch.set_rng_state(state["torch_rng"].cpu())
+        self._staged.restore(state.get("task", {}))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

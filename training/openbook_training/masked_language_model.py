@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from openbook_training.adapters import add_adapter, load_adapter, save_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound
-from openbook_training.heads import HEAD, VocabHead
+from openbook_training.heads import HEAD, TASK, VocabHead
 from openbook_training.pretrained import load_backbone
 
 SETTINGS, WHOLE = "masked_lm.json", "checkpoint"
@@ -70,7 +70,8 @@ def build_masked_lm(
 
     Args:
         lora_rank: of the updates that are trained; 0 trains all weights of the backbone.
-        folder: `<output>/best` of a masked_lm run on this checkpoint, or on what became this checkpoint.
+        folder: `<output>/best` of a masked_lm run on this checkpoint, or on what became this checkpoint; or of a vocab_head run whose
+            head is tied, which is of the same shape.
         frequencies: (vocabulary,) log-probabilities that a new head begins at.
 
     Raises:
@@ -82,7 +83,7 @@ def build_masked_lm(
         with torch.no_grad():
             head.output.bias.copy_(frequencies)
     if folder:
-        stated_settings(Path(folder), SETTINGS, checkpoint)
+        stated_settings(Path(folder), TASK if (Path(folder) / TASK).is_file() else SETTINGS, checkpoint)
         try:
             missing, unexpected = head.load_state_dict(load_file(Path(folder) / HEAD), strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:

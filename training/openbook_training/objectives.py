@@ -171,3 +171,41 @@ def bag_of_words_loss(log_probabilities: Tensor, texts: Tensor, tokens: Tensor) 
         tokens: (targets,) token ids.
     """
     return masked_token_loss(log_probabilities[texts, tokens], texts, len(log_probabilities))
+
+
+def marginal_token_loss(prior: Tensor, given: Tensor, texts: Tensor) -> Tensor:
+    """Mean over texts x of -1/|Y| sum over j of log sum over z of p(z|x) p(y_j|x, z): each hidden token may lean on another passage.
+
+    The latent passage is summed out token by token, as in RAG-Token (Lewis et al. 2020, section 2.1).
+
+    Args:
+        prior: (texts, k + 1) log p(z|x) from `neighbour_prior`, the null passage last.
+        given: (targets, k + 1) log p(y_j|x, z) of the hidden tokens; anything where the prior is nothing.
+        texts: (targets,) which text each target belongs to, in [0, texts); every text has one at least.
+    """
+    return masked_token_loss(torch.logsumexp(prior[texts] + given, dim=1), texts, len(prior))
+
+
+def marginal_sequence_loss(prior: Tensor, given: Tensor, texts: Tensor) -> Tensor:
+    """Mean over texts x of -log sum over z of p(z|x) prod over j of p(y_j|x, z): one passage explains all hidden tokens of a text.
+
+    REALM's own objective (Guu et al. 2020, equation 1 and section 3.2). Arguments as for `marginal_token_loss`.
+    """
+    return -torch.logsumexp(prior + sequence_log_probabilities(given, texts, len(prior)), dim=1).mean()
+
+
+def sequence_log_probabilities(given: Tensor, texts: Tensor, count: int) -> Tensor:
+    """(texts, k + 1) log p(y|x, z) = sum over j of log p(y_j|x, z), of (targets, k + 1) `given` and (targets,) `texts`."""
+    return given.new_zeros((count, given.shape[1])).index_add(0, texts, given)
+
+
+def retrieval_utility(prior: Tensor, given: Tensor, texts: Tensor) -> Tensor:
+    """(texts,) mean of log p(y|x, z) - log p(y|x, null) over the retrieved z of a text, weighted by p(z|x), in nats.
+
+    The retrieval utility of Guu et al. 2020, averaged over what was retrieved; NaN for a text that has no passage. Arguments as for
+    `marginal_token_loss`.
+    """
+    whole = sequence_log_probabilities(given, texts, len(prior))
+    weights = torch.softmax(prior[:, :-1], dim=1)
+    utility = (weights * (whole[:, :-1] - whole[:, -1:])).sum(dim=1)
+    return utility.masked_fill((prior[:, :-1] < NEGATIVE / 2).all(dim=1), torch.nan)

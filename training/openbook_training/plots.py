@@ -15,13 +15,15 @@ _COLUMNS = 2
 _INK, _FAINT = "#333333", "#c8ccd0"
 # Okabe & Ito's colours, which people who see few colours tell apart too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+_UNITS = {"perplexity": "perplexity", "retrieval_utility": "nats", "masked_token_loss": "nats a token"}  # of groups that are no percentages
 _NO_METRIC = frozenset({"step", "epoch", "score"})  # "score" repeats one of the others
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Write a PNG of a run's metrics.
 
-    Metrics of one panel share the part of their name before "/"; those without one share the panel "evaluation".
+    Metrics of one panel share the part of their name before "/"; those without one share the panel "evaluation". Of the steps'
+    metrics those with a "/" have panels too.
 
     Args:
         rows: of metrics.jsonl, in the order of their steps, each once.
@@ -29,7 +31,8 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "loss" not in row]
     groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in evaluations for name in row if name not in _NO_METRIC):
+    observed = [name for row in steps for name in row if "/" in name]
+    for name in dict.fromkeys([*observed, *(name for row in evaluations for name in row if name not in _NO_METRIC)]):
         groups.setdefault(name.rpartition("/")[0] or "evaluation", []).append(name)
     panels = 2 + len(groups)
     lines = math.ceil(panels / _COLUMNS)
@@ -40,7 +43,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     axes[1].plot([row["step"] for row in steps], [row["learning_rate"] for row in steps], color=_COLOURS[0], linewidth=1.5)
     axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     for panel, (group, names) in zip(axes[2:], groups.items(), strict=True):
-        _evaluations(panel, group, names, evaluations)
+        _metrics(panel, group, names, rows)
     last = max((row["step"] for row in rows), default=1)
     for panel in axes:
         panel.set_xlim(0, max(last, 1) * 1.02)
@@ -61,8 +64,9 @@ def _loss(panel: Axes, steps: Sequence[dict[str, Any]]) -> None:
     panel.legend(frameon=False, fontsize=8)
 
 
-def _evaluations(panel: Axes, group: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    _style(panel, group, "percent" if all(0 <= row[name] <= 100 for row in rows for name in names if name in row) else "value")
+def _metrics(panel: Axes, group: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    percent = all(0 <= row[name] <= 100 for row in rows for name in names if name in row)
+    _style(panel, group.replace("_", " "), _UNITS.get(group) or ("percent" if percent else "value"))
     for number, name in enumerate(names):
         found = [row for row in rows if name in row]
         panel.plot(
@@ -71,7 +75,7 @@ def _evaluations(panel: Axes, group: str, names: Sequence[str], rows: Sequence[d
             color=_COLOURS[number % len(_COLOURS)],
             linestyle=("-", "--", ":")[number // len(_COLOURS) % 3],
             linewidth=1.5,
-            marker="o",
+            marker="o" if len(found) < 40 else "",
             markersize=4,
             label=name.rpartition("/")[2].replace("_", " "),
         )

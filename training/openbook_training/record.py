@@ -1,8 +1,8 @@
 """What a run leaves to be looked at: metrics.jsonl, TensorBoard scalars and, after each evaluation, plots.
 
 metrics.jsonl is the truth, one JSON object a line: of a step {"step", "epoch", "loss", "learning_rate", "examples_per_second",
-"memory_mb"}, of an evaluation {"step", "epoch"} and its metrics. Steps that a killed run had taken after its last
-checkpoint are taken again when it is resumed; the later line counts.
+"memory_mb"} and what the task observed in it, of an evaluation {"step", "epoch"} and its metrics. Steps that a killed run had
+taken after its last checkpoint are taken again when it is resumed; the later line counts.
 """
 
 from __future__ import annotations

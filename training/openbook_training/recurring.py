@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from openbook_training.sentences import sentence_spans
+
 LONGEST = 10  # words of a span, as in the paper
 _WORD = re.compile(r"[^\W_]+(?:[\-.,][^\W_]+)*")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
 # Words that carry little meaning by themselves: a span of them alone is no answer, and none begins or ends with one.
 FUNCTION_WORDS = frozenset(
     "a about above after again against all also although am among an and another any are around as at be became because become been"
@@ -51,7 +52,7 @@ def clozes(passage: str, mask: str) -> list[Cloze]:
     Args:
         mask: what stands in a question for the span.
     """
-    sentences = list(_sentences(passage))
+    sentences = list(sentence_spans(passage))
     words = [
         _Word(match[0].casefold(), start + match.start(), start + match.end(), number)
         for number, (start, end) in enumerate(sentences)
@@ -71,16 +72,6 @@ def clozes(passage: str, mask: str) -> list[Cloze]:
             question += passage[at:end].rstrip()
             made.append(Cloze(question, (passage[:start] + passage[end:]).strip(), tuple(dict.fromkeys(rest))))
     return made
-
-
-def _sentences(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each, the white space behind it included."""
-    start = 0
-    for match in _SENTENCE_END.finditer(text):
-        yield start, match.end()
-        start = match.end()
-    if start < len(text):
-        yield start, len(text)
 
 
 def _recurring(words: list[_Word]) -> Iterator[list[tuple[int, int]]]:

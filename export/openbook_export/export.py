@@ -37,6 +37,7 @@ from openbook_export.parity import check_parity, expected_outputs, pair_inputs, 
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
 from openbook_export.staging import staged
 from openbook_export.unpad import unpad
+from openbook_export.writers import Writer, export_writer, load_writer
 
 _RECORDED = ("openbook", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 _LICENSE = re.compile(r"\A---\n(?:(?!---).*\n)*?license:\s*(\S+)\s*$", re.MULTILINE)  # a key of the card's front matter
@@ -51,6 +52,8 @@ class ExportOptions:
     embedder: Path | None = None  # adapter that `openbook train retriever` wrote; None = the checkpoint as it is
     reader: Path | None = None  # adapter or question-answering checkpoint; None = a bundle that only embeds
     heads: Mapping[str, Path] = field(default_factory=dict)  # what else was trained on the checkpoint, by the name it gets in the bundle
+    generator: Path | None = None  # what `openbook train generator` wrote
+    language_model: Path | None = None  # what `openbook train causal_lm` wrote
     int8: bool = False  # also write int8 graphs; faster on a CPU without bf16, and less exact
     name: str = ""  # "" = the checkpoint's
     license: str = ""  # "" = what the model cards of the checkpoint, the reader and the heads state
@@ -103,14 +106,20 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         for name, head in heads.items():
             inputs = (pair_inputs if head.facts["pair"] else text_inputs)(tokenizer, head.facts["max_tokens"])
             models.append(_Exported(name, head.graph.eval(), inputs, head.facts))
-        adapters = {"embedder": options.embedder, "reader": options.reader, **options.heads}
+        writing = {"generator": options.generator, "language_model": options.language_model}
+        writers = [load_writer(name, trained) for name, trained in writing.items() if trained]
+        adapters = {"embedder": options.embedder, "reader": options.reader, **options.heads, **writing}
         report(" and ".join([f"loaded {options.checkpoint}", *(f"{name} {trained}" for name, trained in adapters.items() if trained)]))
         for model in models:
             _export_model(model, folder, int8=options.int8, report=report)
         if questions and reader is not None:
             _measure_quality(models[1], reader, checkpoint, questions, folder, options.quality_budget, report)
-        write_golden(folder / GOLDEN, {model.name: (model.inputs, model.expected) for model in models})
-        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, models, folder))
+        for writer in writers:
+            export_writer(writer, folder, report)
+        golden = {model.name: (model.inputs, model.expected) for model in models}
+        golden |= {name: part.golden() for writer in writers for name, part in writer.parts.items()}
+        write_golden(folder / GOLDEN, golden)
+        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, models, writers, folder))
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
@@ -190,15 +199,17 @@ def _manifest(
     reader: ReaderModel | None,
     heads: Mapping[str, Head],
     models: list[_Exported],
+    writers: list[Writer],
     folder: Path,
 ) -> dict[str, Any]:
     source = {"checkpoint": _public_name(checkpoint.name), "digest": checkpoint.digest()}
     adapters = {"embedder_digest": embedder.digest} if embedder.digest else {}
     adapters |= {"reader_digest": reader.digest} if reader else {}
+    adapters |= {f"{writer.name}_digest": writer.digest for writer in writers}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": options.name or source["checkpoint"].removeprefix("package:"),
-        "license": options.license or _stated_license(checkpoint.folder, options.embedder, options.reader, *options.heads.values()),
+        "license": options.license or _stated_license(checkpoint.folder, *_trained(options)),
         "source": source | adapters,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
         "tasks": ["embed", "answer"] if reader else ["embed"],
@@ -214,8 +225,15 @@ def _manifest(
             "graphs": model.files,
             "measured": model.measured,
         }
+    for writer in writers:
+        parts = {name: {"graphs": part.files, "measured": part.measured} for name, part in writer.parts.items()}
+        manifest[writer.name] = writer.facts | parts
     manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
     return manifest | {"id": bundle_id(manifest)}
+
+
+def _trained(options: ExportOptions) -> list[Path | None]:
+    return [options.embedder, options.reader, *options.heads.values(), options.generator, options.language_model]
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -160,12 +160,12 @@ def write_onnx(graph: TaskGraph, file: Path) -> None:
     class _Config(BertOnnxConfig):  # type: ignore[misc]  # optimum has no types
         outputs = graph.outputs
 
-    with _quiet_tracing():
+    with quiet_tracing():
         export(graph, _Config(graph.config), file, opset=OPSET)
 
 
 @contextlib.contextmanager
-def _quiet_tracing() -> Iterator[None]:
+def quiet_tracing() -> Iterator[None]:
     """Silence what every TorchScript export of a BERT says; parity with PyTorch at other shapes is measured afterwards."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export", DeprecationWarning)

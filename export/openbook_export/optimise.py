@@ -41,10 +41,36 @@ def fuse(raw: Path, fused: Path, config: Any) -> None:
     _require_fused(fused_nodes(fused), config)
 
 
+def fuse_writer(raw: Path, fused: Path, *, heads: tuple[int, int], norms: int, attention: int) -> None:
+    """Fuse what can be fused in the encoder or decoder of a model that writes.
+
+    Args:
+        heads: attention heads and hidden size.
+        norms: normalisations that it has.
+        attention: attention nodes that must be fused.
+
+    Raises:
+        ExportFailed: fewer were fused.
+    """
+    options = FusionOptions("bert")
+    options.use_raw_attention_mask(True)
+    with _quiet_optimiser():
+        model = optimize_model(str(raw), "bert", *heads, optimization_options=options, opt_level=0)
+    _drop_names_of_this_machine(model.model)
+    model.save_model_to_file(str(fused))
+    counts = fused_nodes(fused)
+    normal = sum(count for kind, count in counts.items() if kind.endswith("LayerNormalization"))
+    if normal != norms or counts.get("Attention", 0) != attention:
+        raise ExportFailed(
+            f"onnxruntime's optimiser fused {normal} of {norms} normalisations and {counts.get('Attention', 0)} of {attention} attention "
+            f"nodes of {fused.name}. The pinned versions of requirements/all.txt fuse all of them"
+        )
+
+
 def fused_nodes(file: Path) -> dict[str, int]:
     """How many nodes of each kind that onnxruntime added to ONNX, layer normalisations and padding-free attentions there are in `file`."""
     nodes = onnx.load(file, load_external_data=False).graph.node
-    counts = Counter(node.op_type for node in nodes if node.domain == "com.microsoft" or node.op_type == "LayerNormalization")
+    counts = Counter(node.op_type for node in nodes if node.domain == "com.microsoft" or node.op_type.endswith("LayerNormalization"))
     counts["PaddingFreeAttention"] = sum(node.op_type == "Softmax" and node.name.startswith(PREFIX) for node in nodes)
     return dict(sorted((+counts).items()))
 

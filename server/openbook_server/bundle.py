@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from openbook_server.errors import BundleInvalid
 from openbook_server.ranking import Settling
+from openbook_server.writers import RESERVED, WRITERS, WriterInfo
 
 FORMAT = 1  # raised whenever an older server would misread a bundle
 MANIFEST, TOKENIZER, GOLDEN = "manifest.json", "tokenizer.json", "golden.npz"
@@ -78,6 +79,7 @@ class Bundle:
     embedder: EmbedderInfo
     reader: ReaderInfo | None
     heads: Mapping[str, HeadInfo]  # of other tasks, by name
+    writers: Mapping[str, WriterInfo]  # models that write text: "generator", "language_model", or none
     manifest: Mapping[str, Any]
 
     @property
@@ -88,7 +90,9 @@ class Bundle:
     def graphs(self) -> dict[str, Mapping[str, str]]:
         """By model name: precision -> file name."""
         reader = {"reader": self.reader.graphs} if self.reader else {}
-        return {"embedder": self.embedder.graphs} | reader | {name: head.graphs for name, head in self.heads.items()}
+        heads = {name: head.graphs for name, head in self.heads.items()}
+        written = {model: graphs for writer in self.writers.values() for model, graphs in writer.graphs.items()}
+        return {"embedder": self.embedder.graphs} | reader | heads | written
 
     def graph_path(self, model: str, precision: str) -> Path:
         """The file of a model's graph for a precision of the runtime; bf16 runs the fp32 file.
@@ -98,7 +102,7 @@ class Bundle:
         """
         graphs = self.graphs.get(model)
         if graphs is None:
-            option = "--reader" if model == "reader" else "--task"
+            option = next((f"--{kind.replace('_', '-')}" for kind in ("reader", *WRITERS) if model.startswith(kind)), "--task")
             raise _invalid(self.folder, f"it has no {model}, only {', '.join(self.graphs)}", f"`openbook export {option}` adds one")
         stored = "fp32" if precision == "bf16" else precision
         if stored not in graphs:
@@ -129,7 +133,8 @@ def load_bundle(folder: Path) -> Bundle:
     manifest = _read_manifest(folder)
     bundle = _parse(folder, manifest)
     files = _get(manifest, "files", dict, folder)
-    for name in (TOKENIZER, GOLDEN, *(file for graphs in bundle.graphs.values() for file in graphs.values())):
+    tokenizers = [writer.tokenizer for writer in bundle.writers.values()]
+    for name in (TOKENIZER, GOLDEN, *tokenizers, *(file for graphs in bundle.graphs.values() for file in graphs.values())):
         if name not in files:
             raise _invalid(folder, f"{MANIFEST} lists no digest for {name}")
     for name, listed in files.items():
@@ -223,6 +228,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         ),
         reader=reader,
         heads=_heads(manifest, folder),
+        writers={name: _writer(_get(manifest, name, dict, folder), models, folder) for name, models in WRITERS.items() if name in manifest},
         manifest=manifest,
     )
 
@@ -231,7 +237,7 @@ def _heads(manifest: dict[str, Any], folder: Path) -> dict[str, HeadInfo]:
     tables = _get(manifest, "heads", dict, folder) if "heads" in manifest else {}
     heads = {}
     for name in tables:
-        if name in ("embedder", "reader"):
+        if name in RESERVED:
             raise _invalid(folder, f'{MANIFEST} key "heads" names one {name!r}, which is a model of its own')
         table = _get(tables, name, dict, folder)
         labels = _get(table, "labels", list, folder)
@@ -245,6 +251,18 @@ def _heads(manifest: dict[str, Any], folder: Path) -> dict[str, HeadInfo]:
             graphs=_graphs(table, folder),
         )
     return heads
+
+
+def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> WriterInfo:
+    parts = {model: _get(table, model, dict, folder) for model in models}
+    return WriterInfo(
+        architecture=_get(table, "architecture", str, folder),
+        max_tokens=_positive(table, "max_tokens", folder),
+        start_token=_get(table, "start_token", int, folder),
+        end_token=_get(table, "end_token", int, folder),
+        tokenizer=_get(table, "tokenizer", str, folder),
+        graphs={model: _graphs(part, folder) for model, part in parts.items()},
+    )
 
 
 def _get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:

@@ -79,6 +79,10 @@ def _bundle(folder: Path) -> dict[str, Any]:
         classes = f"{len(head.labels)} labels" if head.labels else "the vocabulary"
         unit = "a pair" if head.pair else "a text"
         facts[name] = f"{head.objective}, {classes}, {head.max_tokens} tokens {unit}, graphs {', '.join(head.graphs)}"
+    for name, writer in bundle.writers.items():
+        unit = "a question and passage" if name == "generator" else "read and written"
+        precisions = ", ".join(next(iter(writer.graphs.values())))
+        facts[name] = f"{writer.architecture}, {writer.max_tokens} tokens {unit}, {len(writer.graphs)} graphs in {precisions}"
     return facts
 
 

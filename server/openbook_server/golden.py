@@ -22,7 +22,7 @@ class Tolerance:
     """How far a graph may be from PyTorch fp32."""
 
     cosine: float  # at least, for every vector
-    difference: float  # at most, in nats, for every span score, null score and normaliser
+    difference: float  # at most, in nats, for every logit, span score, null score and normaliser
     distance: float  # at most, between 0 and 1, for every distribution
 
     def allows(self, measured: Mapping[str, float]) -> bool:
@@ -82,14 +82,20 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
     """How far a graph's outputs are from what they should be.
 
     Returns:
-        "cosine" (the lowest) where the output is a vector, "difference" (the largest, in nats) where it is spans, "distance"
-        (the largest) where it is a distribution.
+        "cosine" (the lowest) where the output is a vector or what an encoder leaves for a decoder, "difference" (the largest, in nats)
+        where it is spans or logits, "distance" (the largest) where it is a distribution.
 
     Raises:
         KeyError: an output is missing.
     """
     if "sentence_embedding" in expected:
         return {"cosine": lowest_cosine(expected["sentence_embedding"], actual["sentence_embedding"])}
+    if "logits" in expected:
+        difference = float(np.abs(expected["logits"].astype(np.float64) - actual["logits"].astype(np.float64)).max())
+        return {"difference": difference if np.isfinite(difference) else float("inf")}
+    if left := sorted(name for name in expected if name.startswith("present.")):
+        one, other = (np.concatenate([of[name].reshape(len(of[name]), -1) for name in left], axis=1) for of in (expected, actual))
+        return {"cosine": lowest_cosine(*(of / np.linalg.norm(of, axis=1, keepdims=True) for of in (one, other)))}
     if "probability" in expected:
         return {"distance": largest_distance(expected["probability"], actual["probability"])}
     return {"difference": largest_difference(expected, actual)}

@@ -85,12 +85,12 @@ class Prompts:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise CheckpointNotFound("the tokenizer of the language model has neither a bos nor an eos token to begin a text with")
-        self._start = int(start)
+        self.start = int(start)
 
     def row(self, stretch: Stretch, passages: Sequence[Sequence[int]]) -> list[int]:
         """Token ids whose last ones are the stretch; `passages` come best first and are put best last."""
         read = [token for passage in reversed(passages) for token in (*passage, *self.newline)]
-        return [self._start, *read, *stretch.before, *stretch.tokens]
+        return [self.start, *read, *stretch.before, *stretch.tokens]
 
     def queries(self, stretches: Sequence[Stretch], query_tokens: int) -> list[str]:
         """The text just before each stretch; "" at the beginning of a stream."""

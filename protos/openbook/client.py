@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 
 from openbook import __version__, messages, results
+from openbook.calls import AsyncCalling, Call, Calling, GenerationMethods, T
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import AnswerOptions, RankedSearchOptions
 from openbook.results import AnswerResult, Document, SearchResult, Written
@@ -43,7 +44,7 @@ def default_address() -> str:
     return os.environ.get("OPENBOOK_SERVER", "localhost:50051")
 
 
-class Client:
+class Client(GenerationMethods, Calling):
     """A connection to one server; safe to share between threads. Use as a context manager, or call `close`."""
 
     def __init__(self, address: str | None = None, *, timeout_seconds: float = 30.0) -> None:
@@ -89,31 +90,13 @@ class Client:
         replies = [self._call(self._knowledge_base.Delete, kb.DeleteRequest(ids=part)) for part in messages.parts(ids, "ids")]
         return [results.written(result) for reply in replies for result in reply.results]
 
-    def generations(self) -> list[kb.Generation]:
-        """Every generation of the server's knowledge base, in the order in which they were made."""
-        return list(self._call(self._knowledge_base.ListGenerations, kb.ListGenerationsRequest()).generations)
-
-    def build_generation(self, bundle: str, *, graph_dims: int | None = None) -> str:
-        """Begin to build the generation of a bundle, a folder on the server's machine; returns its name."""
-        request = kb.BuildGenerationRequest(bundle=bundle, graph_dims=graph_dims)
-        return str(self._call(self._knowledge_base.BuildGeneration, request).name)
-
-    def publish_generation(self, name: str = "") -> str:
-        """Make a generation live once it lacks nothing, by default the one that is being built; returns its name."""
-        return str(self._call(self._knowledge_base.PublishGeneration, kb.PublishGenerationRequest(name=name)).name)
-
-    def roll_back_generation(self) -> str:
-        """Make live again what was live before; returns its name."""
-        return str(self._call(self._knowledge_base.RollBackGeneration, kb.RollBackGenerationRequest()).name)
-
-    def remove_generation(self, name: str) -> None:
-        """Remove a generation for good; not the live one."""
-        self._call(self._knowledge_base.RemoveGeneration, kb.RemoveGenerationRequest(name=name))
-
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
         reply: pb.DescribeResponse = self._call(self._stub.Describe, pb.DescribeRequest())
         return reply
+
+    def _make(self, call: Call[T]) -> T:
+        return call.result(self._call(getattr(self._knowledge_base, call.method), call.request))
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         attempts = Attempts(self.address, self._timeout)
@@ -133,7 +116,7 @@ class Client:
         self.close()
 
 
-class AsyncClient:
+class AsyncClient(GenerationMethods, AsyncCalling):
     """`Client` for asyncio; messages of one call are in flight together."""
 
     def __init__(self, address: str | None = None, *, timeout_seconds: float = 30.0) -> None:
@@ -174,6 +157,9 @@ class AsyncClient:
         """As `Client.describe`."""
         reply: pb.DescribeResponse = await self._call(self._stub.Describe, pb.DescribeRequest())
         return reply
+
+    async def _make(self, call: Call[T]) -> T:
+        return call.result(await self._call(getattr(self._knowledge_base, call.method), call.request))
 
     async def _calls(self, method: Callable[..., Awaitable[Any]], requests: Sequence[object]) -> list[Any]:
         return list(await asyncio.gather(*(self._call(method, request) for request in requests)))

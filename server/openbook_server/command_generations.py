@@ -93,14 +93,22 @@ def _line(generation: kb.Generation) -> str:
     parts.append(f"embedder {generation.embedder_fingerprint[:12]}, {generation.dim} dimensions")
     parts.append(f"{(generation.vector_bytes + generation.snapshot_bytes) / 1e6:.1f} MB of vectors and snapshots")
     parts.append(f"bundle {generation.bundle_id[:12]} in {generation.bundle}" if generation.bundle_id else "bundle unknown")
-    for name, share in (("overlap@k", generation.comparison.overlap), ("same answer", generation.comparison.agreement)):
-        if share.samples:
-            parts.append(f"{name} {share.mean:.3f} ({share.low:.3f} to {share.high:.3f}) of {share.samples} questions")
+    parts += comparison_lines(generation.comparison)
     if generation.following:
         parts.append("being built or kept up to date")
     if generation.problem:
         parts.append(f"not built any further: {generation.problem}")
     return "; ".join(parts)
+
+
+def comparison_lines(comparison: kb.Comparison) -> list[str]:
+    """What there is to say of the live pair and another one; nothing before the first question."""
+    shares = (("overlap@k", comparison.overlap), ("same answer", comparison.agreement))
+    return [
+        f"{name} {share.mean:.3f} ({share.low:.3f} to {share.high:.3f}) of {share.samples} questions"
+        for name, share in shares
+        if share.samples
+    ]
 
 
 def _of_folder(arguments: argparse.Namespace) -> int:

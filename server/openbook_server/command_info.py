@@ -113,10 +113,13 @@ def _knowledge_base(folder: Path) -> dict[str, Any]:
 def _server(address: str) -> dict[str, Any]:
     from openbook.client import Client
 
+    from openbook_server.command_generations import comparison_lines
+
     with Client(address, timeout_seconds=10) as client:
         reply = client.describe()
+        knowledge = client.describe_knowledge_base() if reply.HasField("knowledge_base") else None
     limits = reply.limits
-    return {
+    facts = {
         "kind": f"server, openbook {reply.version}",
         "bundle": f"{reply.bundle.name} {reply.bundle.id}",
         "licence": reply.bundle.license,
@@ -130,3 +133,7 @@ def _server(address: str) -> dict[str, Any]:
         "limits": f"{limits.max_texts} texts a request, {limits.max_text_tokens} tokens a text, {limits.max_question_tokens} a question, "
         f"top_k {limits.max_top_k}, {limits.max_message_bytes} bytes a message",
     }
+    if knowledge is not None and knowledge.HasField("comparison"):
+        compared = "; ".join(comparison_lines(knowledge.comparison)) or "no question yet"
+        facts["the generation that follows"] = f"lacks nothing; {compared}"
+    return facts

@@ -8,7 +8,7 @@ from openbook.v1 import knowledge_base_pb2 as kb
 
 from openbook_server.errors import InvalidRequest, ReadOnly
 from openbook_server.knowledge.inventory import GenerationState
-from openbook_server.knowledge.watch import Estimate
+from openbook_server.knowledge_service import comparison_message
 from openbook_server.pipeline import Timings
 from openbook_server.succession import Succession
 from openbook_server.wire import Parsed
@@ -72,11 +72,5 @@ class GenerationService:
             snapshot_bytes=state.snapshot_bytes,
             following=following is not None and not following.problem,
             problem=following.problem if following is not None else "",
-            comparison=kb.Comparison(overlap=_share(comparison.overlap), agreement=_share(comparison.agreement)) if comparison else None,
+            comparison=comparison_message(comparison),
         )
-
-
-def _share(estimate: Estimate | None) -> kb.Share | None:
-    if estimate is None:
-        return None
-    return kb.Share(mean=estimate.mean, low=estimate.low, high=estimate.high, samples=estimate.samples)

@@ -13,10 +13,12 @@ from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.bundle import Bundle
+from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, ReadOnly
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.knowledge.watch import Estimate
 from openbook_server.pipeline import Timings
 from openbook_server.validation import bounded
 from openbook_server.wire import Parsed
@@ -31,6 +33,7 @@ class KnowledgeService:
 
     def __init__(self, bundle: Bundle, knowledge_base: KnowledgeBase, writer: Writer | None, config: ServerConfig) -> None:
         self._bundle, self._knowledge_base, self._writer, self._config = bundle, knowledge_base, writer, config
+        self.comparison: Comparison | None = None  # with the generation that may take this one's place
 
     async def upsert(self, parsed: Parsed[kb.UpsertRequest], deadline: float, timings: Timings) -> kb.UpsertResponse:
         writer, documents = self._writable(), parsed.message.documents
@@ -109,6 +112,7 @@ class KnowledgeService:
                 graph_dims=self._knowledge_base.graph_width,
                 ef=self._knowledge_base.ef,
                 recall=kb.Recall(mean=recall.mean, low=recall.low, high=recall.high, samples=recall.samples) if recall else None,
+                comparison=comparison_message(self.comparison),
             )
 
         return await asyncio.to_thread(look)
@@ -157,6 +161,16 @@ class KnowledgeService:
             except InvalidRequest as error:
                 errors[at] = error
         return errors
+
+
+def comparison_message(comparison: Comparison | None) -> kb.Comparison | None:
+    return kb.Comparison(overlap=_share(comparison.overlap), agreement=_share(comparison.agreement)) if comparison is not None else None
+
+
+def _share(estimate: Estimate | None) -> kb.Share | None:
+    if estimate is None:
+        return None
+    return kb.Share(mean=estimate.mean, low=estimate.low, high=estimate.high, samples=estimate.samples)
 
 
 def _check_id(field: str, id_: str) -> None:

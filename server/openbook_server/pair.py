@@ -119,12 +119,12 @@ class Pair:
 
     @contextmanager
     def compared(self, comparison: Comparison) -> Iterator[None]:
-        """Within, what it is asked is offered for comparison."""
-        self.served.openbook.asked = comparison.offer
+        """Within, what it is asked is offered for comparison, and who asks is told how that goes."""
+        self.served.openbook.asked, self.served.knowledge.comparison = comparison.offer, comparison
         try:
             yield
         finally:
-            self.served.openbook.asked = None
+            self.served.openbook.asked = self.served.knowledge.comparison = None
 
     def _observe_cache(self, hits: int, joined: int, misses: int) -> None:
         if self.models.lane is Lane.FOREGROUND:  # metrics are of what people asked

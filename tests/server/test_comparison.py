@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+from openbook import cli
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
@@ -29,7 +30,11 @@ def test_overlap_is_what_both_found_of_the_longer_list() -> None:
 
 
 async def test_figures_are_those_of_both_pairs_and_no_question_is_kept(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, caplog: pytest.LogCaptureFixture
+    tiny_bundle: Path,
+    tuned_bundle: Path,
+    tiny_knowledge_base: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     requests = [pb.AnswerRequest(questions=[question], mode=pb.SEARCH_MODE_DENSE, top_k=2, max_answers=1) for question in QUESTIONS]
@@ -52,7 +57,11 @@ async def test_figures_are_those_of_both_pairs_and_no_question_is_kept(
             while (compared := (await following()).comparison).overlap.samples < len(QUESTIONS) + 1:
                 await asyncio.sleep(0.02)
         assert compared.agreement.samples == len(QUESTIONS)
+        assert (await knowledge.Describe(kb.DescribeKnowledgeBaseRequest())).comparison == compared
+        assert await asyncio.to_thread(cli.main, ["info", f"127.0.0.1:{port}"]) == 0
+        assert f"overlap@k {compared.overlap.mean:.3f}" in capsys.readouterr().out
         await knowledge.PublishGeneration(kb.PublishGenerationRequest(), timeout=WAIT)
+        assert not (await knowledge.Describe(kb.DescribeKnowledgeBaseRequest())).HasField("comparison")  # the one before is closed
         new = [(await openbook.Answer(request)).results[0] for request in requests]
     overlaps = [
         overlap([hit.passage_id for hit in one.hits], [hit.passage_id for hit in other.hits]) for one, other in zip(old, new, strict=True)

@@ -292,6 +292,18 @@ def test_a_knowledge_base_whose_shards_are_on_no_node_is_red_until_they_are(
     knowledge_base.close()
 
 
+def test_the_graph_holds_bytes_and_scores_are_those_of_the_float32_vectors(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    write(knowledge_base, "old", 300, "a")
+    [mapping] = client.indices.get_mapping(index=alias).body.values()
+    assert mapping["mappings"]["properties"]["vector"]["index_options"]["type"] == "int8_hnsw"
+    question, stored = unit(1, seed=1), unit(300)
+    [hits] = knowledge_base.search([""], question, SearchOptions(top_k=20, mode="dense"))
+    expected = np.sort(stored @ question[0])[::-1][:20]
+    assert [hit.score for hit in hits] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
 def test_info_tells_what_there_is_without_a_bundle(target: str, knowledge_base: ElasticsearchKnowledgeBase) -> None:
     write(knowledge_base, "old", 2, "a")
     facts = describe(target)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from openbook.v1 import openbook_pb2 as openbook_dot_v1_dot_openbook__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n openbook/v1/knowledge_base.proto\x12\x0bopenbook.v1\x1a\x1aopenbook/v1/openbook.proto\"\xab\x01\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x35\n\x08metadata\x18\x05 \x03(\x0b\x32#.openbook.v1.Document.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"y\n\x0bWriteResult\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x07outcome\x18\x02 \x01(\x0e\x32\x14.openbook.v1.Outcome\x12\x10\n\x08passages\x18\x03 \x01(\r\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x16.openbook.v1.ItemError\"9\n\rUpsertRequest\x12(\n\tdocuments\x18\x01 \x03(\x0b\x32\x15.openbook.v1.Document\"M\n\x0eUpsertResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.openbook.v1.WriteResult\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\x1c\n\rDeleteRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\"M\n\x0e\x44\x65leteResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.openbook.v1.WriteResult\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\x19\n\nGetRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\"=\n\x0bGetResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.openbook.v1.StoredDocument\"\xd7\x01\n\x0eStoredDocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12;\n\x08metadata\x18\x04 \x03(\x0b\x32).openbook.v1.StoredDocument.MetadataEntry\x12,\n\x08passages\x18\x05 \x03(\x0b\x32\x1a.openbook.v1.StoredPassage\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"A\n\rStoredPassage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x64ocument_start\x18\x03 \x01(\r\"G\n\x0bListRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"W\n\x0cListResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.openbook.v1.ListedDocument\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x0eListedDocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08passages\x18\x03 \x01(\r\"\x1e\n\x1c\x44\x65scribeKnowledgeBaseRequest\"\x86\x02\n\x1d\x44\x65scribeKnowledgeBaseResponse\x12\x12\n\ngeneration\x18\x01 \x01(\t\x12\x1c\n\x14\x65mbedder_fingerprint\x18\x02 \x01(\t\x12\x11\n\tdocuments\x18\x03 \x01(\x04\x12\x10\n\x08passages\x18\x04 \x01(\x04\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x16\n\x0egraph_passages\x18\x06 \x01(\x04\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x10\n\x08writable\x18\x08 \x01(\x08\x12\x12\n\ngraph_dims\x18\t \x01(\r\x12\n\n\x02\x65\x66\x18\n \x01(\r\x12#\n\x06recall\x18\x0b \x01(\x0b\x32\x13.openbook.v1.Recall\"B\n\x06Recall\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12\x0f\n\x07samples\x18\x04 \x01(\r\"\x11\n\x0fSnapshotRequest\"<\n\x10SnapshotResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0egraph_passages\x18\x02 \x01(\x04\"\xdd\x02\n\nGeneration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.openbook.v1.GenerationState\x12\x10\n\x08previous\x18\x03 \x01(\x08\x12\x1c\n\x14\x65mbedder_fingerprint\x18\x04 \x01(\t\x12\x11\n\tbundle_id\x18\x05 \x01(\t\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x0b\n\x03\x64im\x18\x07 \x01(\r\x12\x12\n\ngraph_dims\x18\x08 \x01(\r\x12\x10\n\x08passages\x18\t \x01(\x04\x12\x0f\n\x07lacking\x18\n \x01(\x04\x12\x14\n\x0cvector_bytes\x18\x0b \x01(\x04\x12\x16\n\x0esnapshot_bytes\x18\x0c \x01(\x04\x12\x11\n\tfollowing\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12+\n\ncomparison\x18\x0f \x01(\x0b\x32\x17.openbook.v1.Comparison\"X\n\nComparison\x12#\n\x07overlap\x18\x01 \x01(\x0b\x32\x12.openbook.v1.Share\x12%\n\tagreement\x18\x02 \x01(\x0b\x32\x12.openbook.v1.Share\"A\n\x05Share\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12\x0f\n\x07samples\x18\x04 \x01(\r\"P\n\x16\x42uildGenerationRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x17\n\ngraph_dims\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_graph_dims\"\'\n\x17\x42uildGenerationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16ListGenerationsRequest\"G\n\x17ListGenerationsResponse\x12,\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x17.openbook.v1.Generation\"(\n\x18PublishGenerationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\x19PublishGenerationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1b\n\x19RollBackGenerationRequest\"*\n\x1aRollBackGenerationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"\'\n\x17RemoveGenerationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18RemoveGenerationResponse*\x8d\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_CREATED\x10\x01\x12\x14\n\x10OUTCOME_REPLACED\x10\x02\x12\x15\n\x11OUTCOME_UNCHANGED\x10\x03\x12\x13\n\x0fOUTCOME_DELETED\x10\x04\x12\x12\n\x0eOUTCOME_ABSENT\x10\x05*\x83\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15GENERATION_STATE_LIVE\x10\x01\x12\x19\n\x15GENERATION_STATE_KEPT\x10\x02\x12\x18\n\x14GENERATION_STATE_NEW\x10\x03\x32\xba\x08\n\rKnowledgeBase\x12\x41\n\x06Upsert\x12\x1a.openbook.v1.UpsertRequest\x1a\x1b.openbook.v1.UpsertResponse\x12K\n\x0cUpsertStream\x12\x1a.openbook.v1.UpsertRequest\x1a\x1b.openbook.v1.UpsertResponse(\x01\x30\x01\x12\x41\n\x06\x44\x65lete\x12\x1a.openbook.v1.DeleteRequest\x1a\x1b.openbook.v1.DeleteResponse\x12K\n\x0c\x44\x65leteStream\x12\x1a.openbook.v1.DeleteRequest\x1a\x1b.openbook.v1.DeleteResponse(\x01\x30\x01\x12\x38\n\x03Get\x12\x17.openbook.v1.GetRequest\x1a\x18.openbook.v1.GetResponse\x12;\n\x04List\x12\x18.openbook.v1.ListRequest\x1a\x19.openbook.v1.ListResponse\x12\x61\n\x08\x44\x65scribe\x12).openbook.v1.DescribeKnowledgeBaseRequest\x1a*.openbook.v1.DescribeKnowledgeBaseResponse\x12G\n\x08Snapshot\x12\x1c.openbook.v1.SnapshotRequest\x1a\x1d.openbook.v1.SnapshotResponse\x12\\\n\x0f\x42uildGeneration\x12#.openbook.v1.BuildGenerationRequest\x1a$.openbook.v1.BuildGenerationResponse\x12\\\n\x0fListGenerations\x12#.openbook.v1.ListGenerationsRequest\x1a$.openbook.v1.ListGenerationsResponse\x12\x62\n\x11PublishGeneration\x12%.openbook.v1.PublishGenerationRequest\x1a&.openbook.v1.PublishGenerationResponse\x12\x65\n\x12RollBackGeneration\x12&.openbook.v1.RollBackGenerationRequest\x1a\'.openbook.v1.RollBackGenerationResponse\x12_\n\x10RemoveGeneration\x12$.openbook.v1.RemoveGenerationRequest\x1a%.openbook.v1.RemoveGenerationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n openbook/v1/knowledge_base.proto\x12\x0bopenbook.v1\x1a\x1aopenbook/v1/openbook.proto\"\xab\x01\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x35\n\x08metadata\x18\x05 \x03(\x0b\x32#.openbook.v1.Document.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"y\n\x0bWriteResult\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x07outcome\x18\x02 \x01(\x0e\x32\x14.openbook.v1.Outcome\x12\x10\n\x08passages\x18\x03 \x01(\r\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x16.openbook.v1.ItemError\"9\n\rUpsertRequest\x12(\n\tdocuments\x18\x01 \x03(\x0b\x32\x15.openbook.v1.Document\"M\n\x0eUpsertResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.openbook.v1.WriteResult\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\x1c\n\rDeleteRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\"M\n\x0e\x44\x65leteResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.openbook.v1.WriteResult\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\x19\n\nGetRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\"=\n\x0bGetResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.openbook.v1.StoredDocument\"\xd7\x01\n\x0eStoredDocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12;\n\x08metadata\x18\x04 \x03(\x0b\x32).openbook.v1.StoredDocument.MetadataEntry\x12,\n\x08passages\x18\x05 \x03(\x0b\x32\x1a.openbook.v1.StoredPassage\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"A\n\rStoredPassage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x64ocument_start\x18\x03 \x01(\r\"G\n\x0bListRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"W\n\x0cListResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.openbook.v1.ListedDocument\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x0eListedDocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08passages\x18\x03 \x01(\r\"\x1e\n\x1c\x44\x65scribeKnowledgeBaseRequest\"\xb3\x02\n\x1d\x44\x65scribeKnowledgeBaseResponse\x12\x12\n\ngeneration\x18\x01 \x01(\t\x12\x1c\n\x14\x65mbedder_fingerprint\x18\x02 \x01(\t\x12\x11\n\tdocuments\x18\x03 \x01(\x04\x12\x10\n\x08passages\x18\x04 \x01(\x04\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x16\n\x0egraph_passages\x18\x06 \x01(\x04\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x10\n\x08writable\x18\x08 \x01(\x08\x12\x12\n\ngraph_dims\x18\t \x01(\r\x12\n\n\x02\x65\x66\x18\n \x01(\r\x12#\n\x06recall\x18\x0b \x01(\x0b\x32\x13.openbook.v1.Recall\x12+\n\ncomparison\x18\x0c \x01(\x0b\x32\x17.openbook.v1.Comparison\"B\n\x06Recall\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12\x0f\n\x07samples\x18\x04 \x01(\r\"\x11\n\x0fSnapshotRequest\"<\n\x10SnapshotResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0egraph_passages\x18\x02 \x01(\x04\"\xdd\x02\n\nGeneration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.openbook.v1.GenerationState\x12\x10\n\x08previous\x18\x03 \x01(\x08\x12\x1c\n\x14\x65mbedder_fingerprint\x18\x04 \x01(\t\x12\x11\n\tbundle_id\x18\x05 \x01(\t\x12\x0e\n\x06\x62undle\x18\x06 \x01(\t\x12\x0b\n\x03\x64im\x18\x07 \x01(\r\x12\x12\n\ngraph_dims\x18\x08 \x01(\r\x12\x10\n\x08passages\x18\t \x01(\x04\x12\x0f\n\x07lacking\x18\n \x01(\x04\x12\x14\n\x0cvector_bytes\x18\x0b \x01(\x04\x12\x16\n\x0esnapshot_bytes\x18\x0c \x01(\x04\x12\x11\n\tfollowing\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12+\n\ncomparison\x18\x0f \x01(\x0b\x32\x17.openbook.v1.Comparison\"X\n\nComparison\x12#\n\x07overlap\x18\x01 \x01(\x0b\x32\x12.openbook.v1.Share\x12%\n\tagreement\x18\x02 \x01(\x0b\x32\x12.openbook.v1.Share\"A\n\x05Share\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12\x0f\n\x07samples\x18\x04 \x01(\r\"P\n\x16\x42uildGenerationRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x17\n\ngraph_dims\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_graph_dims\"\'\n\x17\x42uildGenerationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16ListGenerationsRequest\"G\n\x17ListGenerationsResponse\x12,\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x17.openbook.v1.Generation\"(\n\x18PublishGenerationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\x19PublishGenerationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1b\n\x19RollBackGenerationRequest\"*\n\x1aRollBackGenerationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"\'\n\x17RemoveGenerationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18RemoveGenerationResponse*\x8d\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_CREATED\x10\x01\x12\x14\n\x10OUTCOME_REPLACED\x10\x02\x12\x15\n\x11OUTCOME_UNCHANGED\x10\x03\x12\x13\n\x0fOUTCOME_DELETED\x10\x04\x12\x12\n\x0eOUTCOME_ABSENT\x10\x05*\x83\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15GENERATION_STATE_LIVE\x10\x01\x12\x19\n\x15GENERATION_STATE_KEPT\x10\x02\x12\x18\n\x14GENERATION_STATE_NEW\x10\x03\x32\xba\x08\n\rKnowledgeBase\x12\x41\n\x06Upsert\x12\x1a.openbook.v1.UpsertRequest\x1a\x1b.openbook.v1.UpsertResponse\x12K\n\x0cUpsertStream\x12\x1a.openbook.v1.UpsertRequest\x1a\x1b.openbook.v1.UpsertResponse(\x01\x30\x01\x12\x41\n\x06\x44\x65lete\x12\x1a.openbook.v1.DeleteRequest\x1a\x1b.openbook.v1.DeleteResponse\x12K\n\x0c\x44\x65leteStream\x12\x1a.openbook.v1.DeleteRequest\x1a\x1b.openbook.v1.DeleteResponse(\x01\x30\x01\x12\x38\n\x03Get\x12\x17.openbook.v1.GetRequest\x1a\x18.openbook.v1.GetResponse\x12;\n\x04List\x12\x18.openbook.v1.ListRequest\x1a\x19.openbook.v1.ListResponse\x12\x61\n\x08\x44\x65scribe\x12).openbook.v1.DescribeKnowledgeBaseRequest\x1a*.openbook.v1.DescribeKnowledgeBaseResponse\x12G\n\x08Snapshot\x12\x1c.openbook.v1.SnapshotRequest\x1a\x1d.openbook.v1.SnapshotResponse\x12\\\n\x0f\x42uildGeneration\x12#.openbook.v1.BuildGenerationRequest\x1a$.openbook.v1.BuildGenerationResponse\x12\\\n\x0fListGenerations\x12#.openbook.v1.ListGenerationsRequest\x1a$.openbook.v1.ListGenerationsResponse\x12\x62\n\x11PublishGeneration\x12%.openbook.v1.PublishGenerationRequest\x1a&.openbook.v1.PublishGenerationResponse\x12\x65\n\x12RollBackGeneration\x12&.openbook.v1.RollBackGenerationRequest\x1a\'.openbook.v1.RollBackGenerationResponse\x12_\n\x10RemoveGeneration\x12$.openbook.v1.RemoveGenerationRequest\x1a%.openbook.v1.RemoveGenerationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOCUMENT_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_STOREDDOCUMENT_METADATAENTRY']._loaded_options = None
   _globals['_STOREDDOCUMENT_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_OUTCOME']._serialized_start=2627
-  _globals['_OUTCOME']._serialized_end=2768
-  _globals['_GENERATIONSTATE']._serialized_start=2771
-  _globals['_GENERATIONSTATE']._serialized_end=2902
+  _globals['_OUTCOME']._serialized_start=2672
+  _globals['_OUTCOME']._serialized_end=2813
+  _globals['_GENERATIONSTATE']._serialized_start=2816
+  _globals['_GENERATIONSTATE']._serialized_end=2947
   _globals['_DOCUMENT']._serialized_start=78
   _globals['_DOCUMENT']._serialized_end=249
   _globals['_DOCUMENT_METADATAENTRY']._serialized_start=202
@@ -73,39 +73,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEKNOWLEDGEBASEREQUEST']._serialized_start=1222
   _globals['_DESCRIBEKNOWLEDGEBASEREQUEST']._serialized_end=1252
   _globals['_DESCRIBEKNOWLEDGEBASERESPONSE']._serialized_start=1255
-  _globals['_DESCRIBEKNOWLEDGEBASERESPONSE']._serialized_end=1517
-  _globals['_RECALL']._serialized_start=1519
-  _globals['_RECALL']._serialized_end=1585
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1587
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1604
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=1606
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=1666
-  _globals['_GENERATION']._serialized_start=1669
-  _globals['_GENERATION']._serialized_end=2018
-  _globals['_COMPARISON']._serialized_start=2020
-  _globals['_COMPARISON']._serialized_end=2108
-  _globals['_SHARE']._serialized_start=2110
-  _globals['_SHARE']._serialized_end=2175
-  _globals['_BUILDGENERATIONREQUEST']._serialized_start=2177
-  _globals['_BUILDGENERATIONREQUEST']._serialized_end=2257
-  _globals['_BUILDGENERATIONRESPONSE']._serialized_start=2259
-  _globals['_BUILDGENERATIONRESPONSE']._serialized_end=2298
-  _globals['_LISTGENERATIONSREQUEST']._serialized_start=2300
-  _globals['_LISTGENERATIONSREQUEST']._serialized_end=2324
-  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=2326
-  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=2397
-  _globals['_PUBLISHGENERATIONREQUEST']._serialized_start=2399
-  _globals['_PUBLISHGENERATIONREQUEST']._serialized_end=2439
-  _globals['_PUBLISHGENERATIONRESPONSE']._serialized_start=2441
-  _globals['_PUBLISHGENERATIONRESPONSE']._serialized_end=2482
-  _globals['_ROLLBACKGENERATIONREQUEST']._serialized_start=2484
-  _globals['_ROLLBACKGENERATIONREQUEST']._serialized_end=2511
-  _globals['_ROLLBACKGENERATIONRESPONSE']._serialized_start=2513
-  _globals['_ROLLBACKGENERATIONRESPONSE']._serialized_end=2555
-  _globals['_REMOVEGENERATIONREQUEST']._serialized_start=2557
-  _globals['_REMOVEGENERATIONREQUEST']._serialized_end=2596
-  _globals['_REMOVEGENERATIONRESPONSE']._serialized_start=2598
-  _globals['_REMOVEGENERATIONRESPONSE']._serialized_end=2624
-  _globals['_KNOWLEDGEBASE']._serialized_start=2905
-  _globals['_KNOWLEDGEBASE']._serialized_end=3987
+  _globals['_DESCRIBEKNOWLEDGEBASERESPONSE']._serialized_end=1562
+  _globals['_RECALL']._serialized_start=1564
+  _globals['_RECALL']._serialized_end=1630
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1632
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1649
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=1651
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=1711
+  _globals['_GENERATION']._serialized_start=1714
+  _globals['_GENERATION']._serialized_end=2063
+  _globals['_COMPARISON']._serialized_start=2065
+  _globals['_COMPARISON']._serialized_end=2153
+  _globals['_SHARE']._serialized_start=2155
+  _globals['_SHARE']._serialized_end=2220
+  _globals['_BUILDGENERATIONREQUEST']._serialized_start=2222
+  _globals['_BUILDGENERATIONREQUEST']._serialized_end=2302
+  _globals['_BUILDGENERATIONRESPONSE']._serialized_start=2304
+  _globals['_BUILDGENERATIONRESPONSE']._serialized_end=2343
+  _globals['_LISTGENERATIONSREQUEST']._serialized_start=2345
+  _globals['_LISTGENERATIONSREQUEST']._serialized_end=2369
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=2371
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=2442
+  _globals['_PUBLISHGENERATIONREQUEST']._serialized_start=2444
+  _globals['_PUBLISHGENERATIONREQUEST']._serialized_end=2484
+  _globals['_PUBLISHGENERATIONRESPONSE']._serialized_start=2486
+  _globals['_PUBLISHGENERATIONRESPONSE']._serialized_end=2527
+  _globals['_ROLLBACKGENERATIONREQUEST']._serialized_start=2529
+  _globals['_ROLLBACKGENERATIONREQUEST']._serialized_end=2556
+  _globals['_ROLLBACKGENERATIONRESPONSE']._serialized_start=2558
+  _globals['_ROLLBACKGENERATIONRESPONSE']._serialized_end=2600
+  _globals['_REMOVEGENERATIONREQUEST']._serialized_start=2602
+  _globals['_REMOVEGENERATIONREQUEST']._serialized_end=2641
+  _globals['_REMOVEGENERATIONRESPONSE']._serialized_start=2643
+  _globals['_REMOVEGENERATIONRESPONSE']._serialized_end=2669
+  _globals['_KNOWLEDGEBASE']._serialized_start=2950
+  _globals['_KNOWLEDGEBASE']._serialized_end=4032
 # @@protoc_insertion_point(module_scope)

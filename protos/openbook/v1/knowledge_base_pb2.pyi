@@ -483,6 +483,7 @@ class DescribeKnowledgeBaseResponse(_message.Message):
     GRAPH_DIMS_FIELD_NUMBER: _builtins.int
     EF_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
     generation: _builtins.str
     embedder_fingerprint: _builtins.str
     documents: _builtins.int
@@ -503,6 +504,10 @@ class DescribeKnowledgeBaseResponse(_message.Message):
     def recall(self) -> Global___Recall:
         """of the dense searches that were made; absent until some were looked at"""
 
+    @_builtins.property
+    def comparison(self) -> Global___Comparison:
+        """with the generation that may take this one's place; absent where none is complete"""
+
     def __init__(
         self,
         *,
@@ -517,10 +522,11 @@ class DescribeKnowledgeBaseResponse(_message.Message):
         graph_dims: _builtins.int = ...,
         ef: _builtins.int = ...,
         recall: Global___Recall | None = ...,
+        comparison: Global___Comparison | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["recall", b"recall"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "recall", b"recall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "documents", b"documents", "ef", b"ef", "embedder_fingerprint", b"embedder_fingerprint", "generation", b"generation", "graph_dims", b"graph_dims", "graph_passages", b"graph_passages", "passages", b"passages", "recall", b"recall", "sequence", b"sequence", "writable", b"writable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "comparison", b"comparison", "documents", b"documents", "ef", b"ef", "embedder_fingerprint", b"embedder_fingerprint", "generation", b"generation", "graph_dims", b"graph_dims", "graph_passages", b"graph_passages", "passages", b"passages", "recall", b"recall", "sequence", b"sequence", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

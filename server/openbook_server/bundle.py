@@ -12,6 +12,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ MANIFEST, TOKENIZER, GOLDEN = "manifest.json", "tokenizer.json", "golden.npz"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a plain name: no folder, no "..", nothing hidden
 _AGAIN = "write it again with `openbook export`"
 _COPY = f"copy the bundle again, or {_AGAIN}"
+_DIGESTS_AT_ONCE = 4
 _T = TypeVar("_T")
 
 
@@ -137,8 +139,8 @@ def load_bundle(folder: Path) -> Bundle:
     for name in (TOKENIZER, GOLDEN, *tokenizers, *(file for graphs in bundle.graphs.values() for file in graphs.values())):
         if name not in files:
             raise _invalid(folder, f"{MANIFEST} lists no digest for {name}")
-    for name, listed in files.items():
-        _check_file(folder, name, listed)
+    with ThreadPoolExecutor(_DIGESTS_AT_ONCE) as threads:  # reading and hashing let the interpreter go
+        list(threads.map(lambda item: _check_file(folder, *item), files.items()))
     stated, actual = bundle.embedder.fingerprint, embedder_fingerprint(manifest)
     if stated != actual:
         raise _invalid(folder, f"{MANIFEST} gives the embedder's fingerprint as {stated}, its files say {actual}")

@@ -121,7 +121,8 @@ def _index(arguments: argparse.Namespace) -> int:
                 knowledge_base.optimise()
                 knowledge_base.snapshot()
                 knowledge_base.publish()  # before anything is stored with it: what is stored must be in the live one
-            _run_with_progress(indexing, sources, stopping)
+            if not stopping():  # into a generation that is not built yet nothing can be stored
+                _run_with_progress(indexing, sources, stopping)
             stopped = stopping()
         knowledge_base.optimise()
         knowledge_base.snapshot()

@@ -61,7 +61,7 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
 
 
 def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[str, Graph]:
-    """A bundle's graphs, verified and warm; blocking.
+    """A bundle's graphs, verified, and warm where the first batch of a length would be slow; blocking.
 
     Raises:
         BundleInvalid: one does not load, or computes something else than at export.
@@ -69,7 +69,7 @@ def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[st
     limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
     graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
     verify_golden(bundle, graphs, device)
-    for name, limit in limits.items():
+    for name, limit in limits.items() if device.prepares_lengths else ():
         for length in graphs[name].buckets.padded_lengths(limit):
             half = length // 2
             graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))

@@ -42,6 +42,7 @@ class Device:
     precision: str  # fp32, bf16, fp16 or int8
     providers: list[tuple[str, dict[str, str]]]  # as onnxruntime takes them, the one that must run first
     memory: str = ""  # onnxruntime's name of the memory that inputs and outputs are preallocated in; "" = none are
+    prepares_lengths: bool = False  # the first batch of a padded length takes longer than the next: kernels are made or chosen for it
 
 
 def require_onnxruntime() -> ModuleType:
@@ -97,11 +98,11 @@ def build_device(name: str, precision: str, threads: int = 0) -> Device:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         options = {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}  # it wants its JSON as a string
-        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu])
+        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu], prepares_lengths=True)
     if name == "cuda":
         # Growing by what is asked for, not by doubling, leaves memory to others; TF32 would make fp32 a third precision.
         options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu], memory="cuda")
+        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu], memory="cuda", prepares_lengths=True)
     return Device(name=name, precision=precision, providers=[cpu])
 
 

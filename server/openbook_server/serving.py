@@ -1,8 +1,8 @@
 """Life of a server process: listen, load, verify, warm up, serve, drain.
 
 The port opens first, health says NOT_SERVING and every method UNAVAILABLE; health says SERVING only after every digest
-and golden vector matched and every padding bucket ran once. SIGTERM and SIGINT drain: health turns, new requests are
-refused with a time to come back, those in flight finish.
+and golden vector matched and, on a device that prepares itself for each length, every padding bucket ran once. SIGTERM and
+SIGINT drain: health turns, new requests are refused with a time to come back, those in flight finish.
 """
 
 from __future__ import annotations
@@ -183,15 +183,18 @@ def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) 
     device = choose_device(config.device, config.precision or None, config.threads)
     bundle = load_bundle(bundle_folder)
     bundle = bundle_to_serve(target, bundle) if target else bundle
-    knowledge_base = open_knowledge_base(target, bundle) if target else None
-    try:
-        if isinstance(knowledge_base, EmbeddedKnowledgeBase):
-            knowledge_base.serve_with(place_of(bundle))
-        return _Loaded(bundle, device, load_graphs(bundle, device, config), knowledge_base)
-    except BaseException:
-        if knowledge_base is not None:
-            knowledge_base.close()
-        raise
+    with ThreadPoolExecutor(1, thread_name_prefix="open") as beside:  # each takes about as long as the other
+        opening = beside.submit(open_knowledge_base, target, bundle) if target else None
+        try:
+            graphs = load_graphs(bundle, device, config)
+            knowledge_base = opening.result() if opening else None
+            if isinstance(knowledge_base, EmbeddedKnowledgeBase):
+                knowledge_base.serve_with(place_of(bundle))
+            return _Loaded(bundle, device, graphs, knowledge_base)
+        except BaseException:
+            if opening is not None and opening.exception() is None:
+                opening.result().close()
+            raise
 
 
 def _succession(first: Pair, shared: Shared, frontend: Frontend) -> Succession | None:

@@ -8,12 +8,14 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from openbook import cli
+from openbook_server import command_index
 from openbook_server.bundle import load_bundle
 from openbook_server.errors import FingerprintMismatch, InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
 from openbook_server.ingest.embed import PassageEncoder
@@ -381,6 +383,24 @@ def test_the_command_builds_and_publishes_and_says_what_is_wrong(
     assert states(tiny_knowledge_base) == [("kept", 3, 1), ("live", 4, 0)]
     assert cli.main(["index", str(tiny_bundle), str(tiny_knowledge_base), "--new-generation"]) == 0
     assert states(tiny_knowledge_base)[0] == ("live", 4, 0)
+
+
+def test_a_build_that_is_stopped_stores_no_sources_and_the_same_command_goes_on(
+    tuned_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def stopped_at_once() -> Iterator[Callable[[], bool]]:
+        yield lambda: True
+
+    (tmp_path / "more.txt").write_text("a king was by the river")
+    command = ["index", str(tuned_bundle), str(tiny_knowledge_base), str(tmp_path / "more.txt"), "--new-generation"]
+    with monkeypatch.context() as patched:
+        patched.setattr(command_index, "_stop_on_signal", stopped_at_once)
+        assert cli.main(command) == command_index.STOPPED
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert [state for state, *_ in states(tiny_knowledge_base)] == ["live", "new"]
+    assert cli.main(command) == 0
+    assert states(tiny_knowledge_base) == [("kept", 3, 1), ("live", 4, 0)]
 
 
 def test_passages_that_another_bundle_cannot_read_whole_are_refused_before_anything_is_made(

@@ -32,7 +32,7 @@ class Wrong:
     """A graph whose floats are off."""
 
     def __init__(self, graph: Graph, change: float) -> None:
-        self._graph, self._change = graph, change
+        self._graph, self._change, self.buckets = graph, change, graph.buckets
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = self._graph.run(inputs)

@@ -131,7 +131,7 @@ class Connection:
                     status, problem = answer["status"], answer.get("error")
                     if status == _CONFLICT:
                         results[at] = None
-                    elif problem is None or status == 404:  # deleting what is not there
+                    elif problem is None:  # also where what was to be deleted is not there
                         results[at] = answer
                     else:
                         failed = _Failed(status, problem.get("type", ""), problem.get("reason", ""))

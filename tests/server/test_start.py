@@ -1,0 +1,69 @@
+"""What a start does before it serves: what is needed, side by side, and nothing stays open of a start that failed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from openbook_server import serving
+from openbook_server.buckets import PADDED, PADDING_FREE
+from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.config import ServerConfig
+from openbook_server.errors import BundleInvalid, FingerprintMismatch
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.pair import load_graphs
+from openbook_server.runtime import Graph, build_device
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return load_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+def test_every_length_is_run_once_only_where_the_device_prepares_itself_for_each(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, prepares: bool
+) -> None:
+    run, shapes = Graph.run, []
+
+    def noted(graph: Graph, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes.append(inputs["input_ids"].shape)
+        return run(graph, inputs)  # type: ignore[arg-type]  # a dict is a mapping
+
+    monkeypatch.setattr(Graph, "run", noted)
+    load_graphs(bundle, dataclasses.replace(build_device("cpu", "fp32", 1), prepares_lengths=prepares), ServerConfig(threads=1))
+    golden = bundle.golden()
+    assert bundle.reader is not None
+    checked = sum(len(golden[f"{model}/input_ids"]) for model in ("embedder", "reader"))
+    warmed = len(PADDING_FREE.padded_lengths(bundle.embedder.max_tokens)) + len(PADDED.padded_lengths(bundle.reader.max_tokens))
+    rows = sum(rows for rows, _ in shapes)
+    assert rows == checked + (warmed if prepares else 0)
+
+
+def start(bundle: Path, folder: Path) -> None:
+    async def begin() -> None:
+        async with serving.running_server(bundle, folder, ServerConfig(port=0, device="cpu", threads=1)):
+            raise AssertionError("it must not serve")
+
+    asyncio.run(begin())
+
+
+def test_a_start_whose_graphs_fail_lets_go_of_the_knowledge_base(
+    tiny_bundle: Path, bundle: Bundle, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise BundleInvalid("its golden vectors do not match")
+
+    monkeypatch.setattr(serving, "load_graphs", fail)
+    with pytest.raises(BundleInvalid, match="golden"):
+        start(tiny_bundle, tiny_knowledge_base)
+    EmbeddedKnowledgeBase(tiny_knowledge_base, fingerprint=bundle.embedder.fingerprint, dim=bundle.embedder.dim).close()
+
+
+def test_a_start_whose_knowledge_base_fails_says_so(tiny_bundle: Path, bundle: Bundle, tmp_path: Path) -> None:
+    EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="0" * 64, dim=bundle.embedder.dim, create=True).close()
+    with pytest.raises(FingerprintMismatch, match="000000000000"):
+        start(tiny_bundle, tmp_path / "kb")

@@ -1,48 +1,59 @@
-"""A server of its own on this machine, and load on it from another process: what the benchmarks share."""
+"""A server of its own on this machine, and load on it from other processes: what the benchmarks share."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import os
 import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import Literal
 
 import grpc
 import grpc.aio
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 
-MAX_REQUESTS = 200_000  # of one phase
+MAX_REQUESTS = 200_000  # of one phase and client process
 WARM_UP_SECONDS = 1.0
+SETTLE_SECONDS = 0.2  # between asking the client processes to begin and the moment at which all of them do
+SATURATED = 0.9  # of a core: a client process that uses more may be what limits the rate
+SAMPLES = 100  # of the server's memory, at most, in a phase
+SAMPLE_SECONDS = 0.5  # between two of them, at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One phase of Embed calls."""
+    """One phase of calls."""
 
-    texts_a_message: int
     seconds: float
+    texts_a_message: int = 1
     concurrency: int = 0  # closed loop: callers, each with one call at a time
     rate: float = 0.0  # open loop: messages a second, arriving at random (Poisson)
     deadline_seconds: float = 30.0
+    method: Literal["Embed", "Answer"] = "Embed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Driven:
     """What a phase came to, warm-up left out."""
 
-    milliseconds: dict[str, list[float]]  # of each call, sorted, by status
+    milliseconds: Mapping[str, Sequence[float]]  # of each call, sorted, by status; in open loop from when it was due
     sent: int  # calls begun
     seconds: float
+    client_cpu: float  # CPU seconds a second of the busiest client process: near 1, the client may be what limits
+    server_cpu_seconds: float = 0.0
+    memory_mb: Sequence[tuple[float, float]] = ()  # (seconds since the phase began, resident memory of the server)
+    probe: Driven | None = None  # what a client that is not busy itself saw meanwhile
 
     def count(self, status: str) -> int:
         return len(self.milliseconds.get(status, ()))
@@ -52,16 +63,77 @@ class Driven:
         return sum(map(len, self.milliseconds.values()))
 
 
-def drive(address: str, texts: Sequence[str], load: Load) -> Driven:
-    """Run one phase; meant for a process of its own, so that the client does not hold up whoever measures."""
-    return asyncio.run(_drive(address, texts, load))
+@dataclass(frozen=True)
+class Server:
+    """One that answers."""
+
+    address: str
+    pid: int
+    startup_seconds: float  # from starting its process until it said SERVING
 
 
-def drive_and_account(pool: Pool, address: str, pid: int, texts: Sequence[str], load: Load) -> tuple[Driven, float]:
-    """Run one phase in the pool's process; also the CPU seconds that the server `pid` used in it, warm-up left out."""
-    before = cpu_seconds(pid)
-    driven = pool.apply(drive, (address, texts, load))
-    return driven, load.seconds / (load.seconds + WARM_UP_SECONDS) * (cpu_seconds(pid) - before)
+class Clients:
+    """Processes that send load, so that neither they nor whoever measures hold up each other; a context manager."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes
+        self._pool: Pool = multiprocessing.get_context("spawn").Pool(processes + 1)  # one for the probe
+
+    def __enter__(self) -> Clients:
+        self._pool.map(_ready, range(self.processes + 1), chunksize=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+    def drive(self, server: Server, texts: Sequence[str], load: Load, *, probe: Load | None = None) -> Driven:
+        """Run one phase, shared out over the processes, and look at the server meanwhile; `probe` is sent by one process more."""
+        start = time.perf_counter() + SETTLE_SECONDS  # the same clock in every process
+        loads = shared_out(load, self.processes)
+        parts = [(server.address, texts, part, start, seed) for seed, part in enumerate([*loads, *([probe] if probe else [])])]
+        waiting = self._pool.starmap_async(_run, parts, chunksize=1)
+        began = start + WARM_UP_SECONDS
+        time.sleep(max(0.0, began - time.perf_counter()))
+        before, memory = cpu_seconds(server.pid), []
+        pause = max(SAMPLE_SECONDS, load.seconds / SAMPLES)
+        while (left := began + load.seconds - time.perf_counter()) > 0:
+            memory.append((time.perf_counter() - began, memory_mb(server.pid)))
+            time.sleep(min(pause, left))
+        used = cpu_seconds(server.pid) - before
+        driven = waiting.get()
+        seen = driven.pop() if probe else None
+        return replace(merged(driven), server_cpu_seconds=used, memory_mb=memory, probe=seen)
+
+
+def shared_out(load: Load, processes: int) -> list[Load]:
+    """As many equal parts: independent Poisson arrivals add up to Poisson arrivals. Fewer where there are fewer callers."""
+    if load.rate:
+        return [replace(load, rate=load.rate / processes)] * processes
+    counts = [load.concurrency // processes + (at < load.concurrency % processes) for at in range(processes)]
+    return [replace(load, concurrency=count) for count in counts if count]
+
+
+def merged(parts: Sequence[Driven]) -> Driven:
+    """What several client processes came to together."""
+    statuses = sorted({status for part in parts for status in part.milliseconds})
+    return Driven(
+        milliseconds={status: sorted(ms for part in parts for ms in part.milliseconds.get(status, ())) for status in statuses},
+        sent=sum(part.sent for part in parts),
+        seconds=parts[0].seconds,
+        client_cpu=max(part.client_cpu for part in parts),
+    )
+
+
+def warn_if_saturated(driven: Driven) -> None:
+    if driven.client_cpu > SATURATED:
+        print(f"  the busiest client process used {driven.client_cpu:.2f} of a core: it may be the limit, raise --clients")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the server is started."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,63 +141,91 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("texts", type=Path, help="JSON lines with `text` or `question`")
     parser.add_argument("--limit", type=int, default=1024, help="texts used (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0)
+    add_server_arguments(parser)
 
 
-async def _drive(address: str, texts: Sequence[str], load: Load) -> Driven:
-    rng = random.Random(1)
+def _ready(_: int) -> None:
+    """Keeps a new process until the others are there too, so that each has imported what it needs."""
+    time.sleep(SETTLE_SECONDS)
+
+
+def _run(address: str, texts: Sequence[str], load: Load, start: float, seed: int) -> Driven:
+    return asyncio.run(_drive(address, texts, load, start, seed))
+
+
+async def _drive(address: str, texts: Sequence[str], load: Load, start: float, seed: int) -> Driven:
+    rng = random.Random(seed)
     milliseconds: dict[str, list[float]] = {}
     sent = 0
+    began = start + WARM_UP_SECONDS
+    ends = began + load.seconds
+    used: list[float] = []
+    loop = asyncio.get_running_loop()
     async with grpc.aio.insecure_channel(address) as channel:
         stub = openbook_pb2_grpc.OpenBookStub(channel)
-        began = time.perf_counter() + WARM_UP_SECONDS
-        ends = began + load.seconds
 
-        async def call() -> None:
+        async def call(due: float) -> None:
             nonlocal sent
-            start = time.perf_counter()
-            sent += began <= start <= ends
+            sent += began <= due <= ends
+            chosen = rng.choices(texts, k=load.texts_a_message)
             try:
-                await stub.Embed(pb.EmbedRequest(texts=rng.choices(texts, k=load.texts_a_message)), timeout=load.deadline_seconds)
+                if load.method == "Embed":
+                    await stub.Embed(pb.EmbedRequest(texts=chosen), timeout=load.deadline_seconds)
+                else:
+                    await stub.Answer(pb.AnswerRequest(questions=chosen), timeout=load.deadline_seconds)
                 status = "OK"
             except grpc.aio.AioRpcError as error:
                 status = error.code().name
             now = time.perf_counter()
             if began <= now <= ends:  # by its end, so that as many are counted as were finished
-                milliseconds.setdefault(status, []).append(1000 * (now - start))
+                milliseconds.setdefault(status, []).append(1000 * (now - due))
 
         async def caller() -> None:
-            while time.perf_counter() < ends and sent < MAX_REQUESTS:
-                await call()
+            while (now := time.perf_counter()) < ends and sent < MAX_REQUESTS:
+                await call(now)
 
+        await asyncio.sleep(max(0.0, start - time.perf_counter()))
+        for at in (began, ends):
+            loop.call_later(at - time.perf_counter(), lambda: used.append(time.process_time()))
         if load.concurrency:
             await asyncio.gather(*(caller() for _ in range(load.concurrency)))
         else:
-            due, tasks = time.perf_counter(), []
-            while due < ends and len(tasks) < MAX_REQUESTS:
+            due, tasks = time.perf_counter(), set[asyncio.Task[None]]()
+            while due < ends and sent < MAX_REQUESTS:
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                tasks.append(asyncio.create_task(call()))
+                task = asyncio.create_task(call(due))  # a client that is late counts as waiting: what was due is what a user feels
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
                 due += rng.expovariate(load.rate)
             await asyncio.gather(*tasks)
-    return Driven({status: sorted(values) for status, values in milliseconds.items()}, sent, load.seconds)
+        await asyncio.sleep(max(0.0, ends - time.perf_counter()) + 0.01)
+    return Driven(
+        milliseconds={status: sorted(values) for status, values in milliseconds.items()},
+        sent=sent,
+        seconds=load.seconds,
+        client_cpu=(used[1] - used[0]) / load.seconds,
+    )
 
 
 @contextmanager
-def started_server(bundle: Path, device: str, threads: int, knowledge_base: Path | None = None) -> Iterator[tuple[str, int]]:
-    """A server on a free port; yields its address and process id."""
+def started_server(
+    bundle: Path, device: str, threads: int, knowledge_base: Path | None = None, python: str = sys.executable
+) -> Iterator[Server]:
+    """A server on a free port of this machine, run by `python`."""
     folders = [str(folder) for folder in (bundle, knowledge_base) if folder is not None]
     options = ["--port", "0", "--device", device, "--threads", str(threads), "--cache-mb", "0"]  # texts repeat here: compute each time
-    command = [sys.executable, "-m", "openbook.cli", "serve", *folders, *options]
+    command = [python, "-m", "openbook.cli", "serve", *folders, *options]
+    began, said = time.perf_counter(), []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if found := re.search(r"serving .* on (127\.0\.0\.1:\d+)", line):
+        if found := re.search(r"serving .* on (127\.0\.0\.1:\d+)", line):  # written once health says SERVING
             break
+        said.append(line)
     else:
-        raise SystemExit("the server did not start")
+        raise SystemExit(f"the server did not start: {''.join(said[-5:])}")
     try:
-        yield found.group(1), process.pid
+        yield Server(found.group(1), process.pid, time.perf_counter() - began)
     finally:
         process.terminate()
         process.wait()

@@ -13,7 +13,6 @@ dense and hybrid search, on one thread. Warm-up is left out. The last line is JS
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import tempfile
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from openbook_server.knowledge import Document, Passage, SearchOptions
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.records import SearchMode
+from report import add_results_arguments, publish
 
 CHUNK = 1_000  # documents a write
 CLUSTER = 100  # passages of one subject
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 100_000], help="sizes (default: 10000 100000)")
     parser.add_argument("--dim", type=int, default=384, help="of the vectors (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=200, help="searches of each kind (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     if not all(1 <= size <= MAX_PASSAGES for size in arguments.passages) or arguments.queries <= WARM_UP:
         parser.error(f"--passages takes 1 to {MAX_PASSAGES}, --queries more than {WARM_UP}")
@@ -121,7 +122,7 @@ def main() -> None:
     for size in arguments.passages:
         sizes.append(measure(size, arguments.dim, arguments.queries))
         print(", ".join(f"{name} {value:,.4g}" for name, value in sizes[-1].items()))
-    print(json.dumps({"sizes": sizes, "cores": os.cpu_count(), "python": platform.python_version()}))
+    publish({"sizes": sizes, "cores": os.cpu_count(), "python": platform.python_version()}, arguments, "growth")
 
 
 if __name__ == "__main__":

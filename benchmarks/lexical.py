@@ -11,7 +11,6 @@ best ten are among the engine's. FTS5 commits after each thousand passages. The 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sqlite3
@@ -26,6 +25,7 @@ from driver import percentile
 from growth import CHUNK, PASSAGE_WORDS, QUESTION_WORDS, WARM_UP, texts
 from openbook_server.knowledge.lexical import question_words
 from openbook_server.knowledge.words import WordIndex
+from report import add_results_arguments, publish
 
 DEPTH = 100  # candidates a question, as in hybrid search
 COMPARED = 10
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--queries", type=int, default=200, help="(default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     if arguments.passages < 1 or arguments.queries <= WARM_UP:
         parser.error(f"--passages takes 1 or more, --queries more than {WARM_UP}")
@@ -98,7 +99,11 @@ def main() -> None:
         common = [len(best & set(found[:COMPARED])) / max(1, len(best)) for best, found in zip(reference, engine.pop("found"), strict=True)]
         engine["overlap_at_10"] = float(np.mean(common))
         print(f"{name}: " + ", ".join(f"{what} {value:,.4g}" for what, value in engine.items()))
-    print(json.dumps({"passages": arguments.passages, "engines": engines, "cores": os.cpu_count(), "python": platform.python_version()}))
+    publish(
+        {"passages": arguments.passages, "engines": engines, "cores": os.cpu_count(), "python": platform.python_version()},
+        arguments,
+        "lexical",
+    )
 
 
 if __name__ == "__main__":

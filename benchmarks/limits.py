@@ -8,13 +8,13 @@ Embedding runs over real texts in perfect length buckets (no padding). Warm-up i
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, perfect_batches, raw_embedding_rate, raw_search_rate, tokenizer_rate
+from report import add_results_arguments, publish
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="a measurement (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=20_000, help="vectors in the hnswlib index (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device(arguments.device, None, arguments.threads)
@@ -45,7 +46,7 @@ def main() -> None:
     print(f"onnxruntime, perfect buckets: {result['raw_embedding_texts_per_second']:.0f} texts/s of {tokens / len(texts):.1f} tokens")
     print(f"tokenizers: {result['tokenizer_texts_per_second']:.0f} texts/s")
     print(f"hnswlib: {result['hnswlib']}")
-    print(json.dumps(result))
+    publish(result, arguments, "limits")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/load.py BUNDLE TEXTS.jsonl [--device cpu] [--rounds 3] [--seconds 5]
 
-Starts a server on a free port of this machine and drives it from another process, in closed loop (32 texts a message;
+Starts a server on a free port of this machine and drives it from processes of their own, in closed loop (32 texts a message;
 single texts at concurrency 64) and in open loop (single texts, Poisson arrivals at a share of the measured capacity).
 Each round measures raw onnxruntime (perfect length buckets, same texts, same threads) and then the server, so that a
 noisy machine disturbs both; reported are medians over rounds, and the ratio served / raw round by round. The client is
@@ -13,17 +13,16 @@ warm-up is left out. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from driver import Load, add_arguments, drive_and_account, percentile, started_server
+from driver import Clients, Load, Server, add_arguments, percentile, started_server, warn_if_saturated
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, perfect_batches, raw_embedding_rate
+from report import add_results_arguments, publish
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,20 @@ class Outcome:
     p95_ms: float
     p99_ms: float
     statuses: dict[str, int]
+    client_cpu: float
     server_cpu_ms_a_text: float
 
 
-def measure(pool: multiprocessing.pool.Pool, address: str, pid: int, texts: Sequence[str], load: Load) -> Outcome:
-    driven, cpu = drive_and_account(pool, address, pid, texts, load)
+def measure(clients: Clients, server: Server, texts: Sequence[str], load: Load) -> Outcome:
+    driven = clients.drive(server, texts, load)
+    warn_if_saturated(driven)
     took = sorted(ms for part in driven.milliseconds.values() for ms in part)
     return Outcome(
         load.texts_a_message * driven.count("OK") / load.seconds,
         *(percentile(took, at) for at in (50, 95, 99)),
         {status: len(part) for status, part in driven.milliseconds.items()},
-        1000 * cpu / max(1, load.texts_a_message * driven.calls),
+        driven.client_cpu,
+        1000 * driven.server_cpu_seconds / max(1, load.texts_a_message * driven.calls),
     )
 
 
@@ -52,6 +54,8 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="a phase (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=1, help="processes that send (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device(arguments.device, None, arguments.threads)
@@ -64,17 +68,14 @@ def main() -> None:
     }
     raw: list[float] = []
     served: dict[str, list[Outcome]] = {name: [] for name in closed}
-    with (
-        started_server(arguments.bundle, arguments.device, arguments.threads) as (address, pid),
-        multiprocessing.get_context("spawn").Pool(1) as pool,
-    ):
+    with started_server(arguments.bundle, arguments.device, arguments.threads) as server, Clients(arguments.clients) as clients:
         for _ in range(arguments.rounds):
             for name, load in closed.items():
                 raw.append(raw_embedding_rate(graph, batches, arguments.seconds))
-                served[name].append(measure(pool, address, pid, texts, load))
+                served[name].append(measure(clients, server, texts, load))
         capacity = statistics.median(outcome.texts_per_second for outcome in served["unary, concurrency 64"])
         opened = {
-            share: measure(pool, address, pid, texts, Load(texts_a_message=1, rate=share * capacity, seconds=arguments.seconds))
+            share: measure(clients, server, texts, Load(texts_a_message=1, rate=share * capacity, seconds=arguments.seconds))
             for share in (0.5, 0.8, 2.0)
         }
     report: dict[str, object] = {
@@ -95,7 +96,7 @@ def main() -> None:
             f"open loop at {share:.1f} of capacity: {outcome.texts_per_second:.0f} texts/s; "
             f"p50 {outcome.p50_ms:.1f} p95 {outcome.p95_ms:.1f} p99 {outcome.p99_ms:.1f} ms; {outcome.statuses}"
         )
-    print(json.dumps(report))
+    publish(report, arguments, "load")
 
 
 if __name__ == "__main__":

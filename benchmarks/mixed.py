@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import shutil
 import statistics
@@ -21,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from driver import percentile, started_server
+from driver import add_server_arguments, percentile, started_server
 from openbook.client import Client, Document
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from raw import load_texts, machine
+from report import add_results_arguments, publish
 
 SENTENCES = 20  # of a document made of questions: about two passages
 MAX_DOCUMENTS = 100_000
@@ -66,10 +66,10 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("knowledge_base", type=Path)
     parser.add_argument("questions", type=Path, help="JSON lines with `text` or `question`")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0)
+    add_server_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="a phase (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     texts = load_texts(arguments.questions, 1024)
     rounds: list[dict[str, float]] = []
@@ -77,8 +77,8 @@ def main() -> None:
         copy = shutil.copytree(arguments.knowledge_base, Path(folder) / "kb")
         context = multiprocessing.get_context("spawn")
         with (
-            started_server(arguments.bundle, arguments.device, arguments.threads, copy) as (address, _),
-            Client(address, timeout_seconds=120) as client,
+            started_server(arguments.bundle, arguments.device, arguments.threads, copy) as server,
+            Client(server.address, timeout_seconds=120) as client,
             context.Manager() as manager,
             context.Pool(1) as pool,
         ):
@@ -86,7 +86,7 @@ def main() -> None:
             for number in range(arguments.rounds):
                 alone = latencies(client, texts, arguments.seconds)
                 stop = manager.Event()
-                bulk = pool.apply_async(ingest, (address, texts, str(number), stop))
+                bulk = pool.apply_async(ingest, (server.address, texts, str(number), stop))
                 time.sleep(1.0)  # until the load is there
                 beside, began = latencies(client, texts, arguments.seconds), time.perf_counter()
                 stop.set()
@@ -103,7 +103,7 @@ def main() -> None:
         print(f"Answer {load}: p50 {medians[f'{name}_p50_ms']:.0f} p95 {medians[f'{name}_p95_ms']:.0f} ms")
     print(f"ratio: p50 {medians['ratio_p50']:.2f} p95 {medians['ratio_p95']:.2f}")
     bundle, device = load_bundle(arguments.bundle), choose_device(arguments.device, None, arguments.threads)
-    print(json.dumps({"rounds": rounds, **medians, "machine": machine(bundle, f"{device.name} {device.precision}")}))
+    publish({"rounds": rounds, **medians, "machine": machine(bundle, f"{device.name} {device.precision}")}, arguments, "mixed")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,40 @@
 """What happens when too much is asked? Embed at one, two and ten times what the server can do.
 
-    python benchmarks/overload.py BUNDLE TEXTS.jsonl [--device cpu] [--factors 0.5 1 2 10] [--seconds 8] [--plot FILE.png]
+    python benchmarks/overload.py BUNDLE TEXTS.jsonl [--device cpu] [--factors 0.5 1 2 10] [--seconds 8] [--minutes 10] [--plot FILE.png]
 
 Capacity is measured first, in closed loop; then messages arrive at random (Poisson) at multiples of it, whether or not those before
-were answered, from a process of its own, and each call has a deadline. Reported per factor: goodput (texts answered within their
-deadline, as a share of capacity), what became of the other calls, how soon refusals came, the server's CPU time a text, and its memory.
-A client on the same cores takes part of them, so goodput falls somewhat with the factor whatever the server does; `offered`
-is what it really sent. The CPU time of a refusal is what is left of the largest factor's after its answers are paid for
-at the smallest factor's price. Bounded in time and number of requests; warm-up is left out. The last line is JSON.
+were answered, from processes of their own, and each call has a deadline. Reported per factor: goodput (texts answered within their
+deadline, as a share of capacity), what became of the other calls, how soon refusals came, the server's CPU time a call, and its memory.
+How soon refusals came is seen by a client of its own that sends a few calls a second, for those who flood a server wait for
+themselves. With `--minutes` the largest factor then goes on for so long, minute by minute: memory must not grow
+from the first minute to the last. Clients on the same cores take part of them, so goodput falls somewhat with the factor whatever
+the server does; `offered` is what they really sent, `client_cpu` what the busiest of them used (near 1: it may be the limit; raise
+`--clients`). The CPU time of a refusal is what is left of the largest factor's after its answers are paid for at the smallest
+factor's price. Bounded in time and number of requests; warm-up is left out. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from driver import Driven, Load, add_arguments, drive, drive_and_account, memory_mb, percentile, started_server
+from driver import Clients, Driven, Load, add_arguments, memory_mb, percentile, started_server, warn_if_saturated
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from raw import load_texts, machine
+from report import add_results_arguments, publish
 
 REFUSED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 SETTLE_SECONDS = 2.0  # before memory is looked at again
+MINUTE = 60.0
+PROBE_RATE = 20.0  # calls a second of the client that is not busy itself
 
 
-def summary(driven: Driven, cpu: float, load: Load, capacity: float) -> dict[str, object]:
-    """One phase in numbers; `cpu` the server's seconds, `capacity` in texts a second."""
-    refusals = driven.milliseconds.get(REFUSED[0], [])
+def summary(driven: Driven, load: Load, capacity: float) -> dict[str, object]:
+    """One phase in numbers; `capacity` in texts a second."""
+    refusals = driven.probe.milliseconds.get(REFUSED[0], []) if driven.probe else []
     answers = driven.milliseconds.get("OK", [])
     goodput = load.texts_a_message * len(answers) / driven.seconds
     return {
@@ -38,14 +42,24 @@ def summary(driven: Driven, cpu: float, load: Load, capacity: float) -> dict[str
         "goodput_texts_per_second": goodput,
         "goodput_to_capacity": goodput / capacity,
         "calls": {status: len(part) for status, part in driven.milliseconds.items()},
-        "server_cpu_ms_a_call": 1000 * cpu / max(1, driven.calls),
+        "server_cpu_ms_a_call": 1000 * driven.server_cpu_seconds / max(1, driven.calls),
+        "client_cpu": driven.client_cpu,
+        "memory_peak_mb": max((mb for _, mb in driven.memory_mb), default=float("nan")),
         **{
             f"{name}_p{at}_ms": percentile(took, at)
             for name, took in (("answer", answers), ("refusal", refusals))
             if took
-            for at in (50, 99)
+            for at in (50, 95, 99)
         },
     }
+
+
+def described(phase: dict[str, object]) -> str:
+    took = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in phase.items() if "_p" in name and name.endswith("_ms"))
+    return (
+        f"goodput {phase['goodput_to_capacity']:.2f} of capacity; {took}; {phase['server_cpu_ms_a_call']:.2f} ms CPU a call; "
+        f"{phase['memory_peak_mb']:.0f} MB; {phase['calls']}"
+    )
 
 
 def refusal_cost(phases: Sequence[dict[str, object]]) -> float | None:
@@ -86,52 +100,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0, 10.0], help="of capacity (default: 0.5 1 2 10)")
-    parser.add_argument("--texts-a-message", type=int, default=4, help="so that one client can send enough (default: %(default)s)")
+    parser.add_argument("--texts-a-message", type=int, default=4, help="so that few clients can send enough (default: %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=1_000.0, help="of each call (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="a phase (default: %(default)s)")
+    parser.add_argument("--minutes", type=int, default=0, help="that the largest factor goes on for in the end (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=2, help="processes that send (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw goodput against offered load")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle, texts = load_bundle(arguments.bundle), load_texts(arguments.texts, arguments.limit)
     device = choose_device(arguments.device, None, arguments.threads)
-    size, seconds = arguments.texts_a_message, arguments.seconds
+    size, deadline = arguments.texts_a_message, arguments.deadline_ms / 1000
+    factors = sorted(arguments.factors)
     phases: list[dict[str, object]] = []
-    with (
-        started_server(arguments.bundle, arguments.device, arguments.threads) as (address, pid),
-        multiprocessing.get_context("spawn").Pool(1) as pool,
-    ):
-        closed = pool.apply(drive, (address, texts, Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=seconds)))
+    with started_server(arguments.bundle, arguments.device, arguments.threads) as server, Clients(arguments.clients) as clients:
+        closed = clients.drive(server, texts, Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=arguments.seconds))
         capacity = size * closed.count("OK") / closed.seconds
-        memory = {"before_mb": memory_mb(pid)}
+        before = memory_mb(server.pid)
         print(f"capacity: {capacity:.0f} texts/s, {size} a message")
-        for factor in sorted(arguments.factors):
-            load = Load(texts_a_message=size, rate=factor * capacity / size, seconds=seconds, deadline_seconds=arguments.deadline_ms / 1000)
-            phase = {"factor": factor, **summary(*drive_and_account(pool, address, pid, texts, load), load, capacity)}
-            phases.append(phase)
-            took = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in phase.items() if name.endswith("_ms"))
-            print(
-                f"{factor:g} x capacity: goodput {phase['goodput_to_capacity']:.2f} of capacity; {took}; "
-                f"{phase['server_cpu_ms_a_call']:.2f} ms CPU a call; {phase['calls']}"
-            )
+
+        def flood(factor: float, seconds: float) -> Driven:
+            load = Load(texts_a_message=size, rate=factor * capacity / size, seconds=seconds, deadline_seconds=deadline)
+            probe = Load(texts_a_message=size, rate=PROBE_RATE, seconds=seconds, deadline_seconds=deadline)
+            driven = clients.drive(server, texts, load, probe=probe)
+            phases.append({"factor": factor, "seconds": seconds, **summary(driven, load, capacity)})
+            print(f"{factor:g} x capacity, {seconds:g} s: {described(phases[-1])}")
+            warn_if_saturated(driven)
+            return driven
+
+        for factor in factors:
+            flood(factor, arguments.seconds)
+        refusal = refusal_cost(phases)
+        measured = len(phases)
+        minutes = [flood(factors[-1], MINUTE) for _ in range(arguments.minutes)]
         time.sleep(SETTLE_SECONDS)
-        memory |= {"after_mb": memory_mb(pid), "peak_mb": memory_mb(pid, "VmHWM")}
-    refusal = refusal_cost(phases)
+        memory: dict[str, object] = {"before_mb": before, "after_mb": memory_mb(server.pid), "peak_mb": memory_mb(server.pid, "VmHWM")}
     cost = "none was refused" if refusal is None else f"a refusal costs {refusal:.2f} ms of CPU time"
-    print(f"{cost}; memory {memory['before_mb']:.0f} -> {memory['after_mb']:.0f} MB, peak {memory['peak_mb']:.0f}")
+    print(f"{cost}; memory {before:.0f} -> {memory['after_mb']:.0f} MB, peak {memory['peak_mb']:.0f}")
+    if minutes:
+        memory["each_minute_mb"] = [max(mb for _, mb in minute.memory_mb) for minute in minutes]
+        print(f"the most in each minute at {factors[-1]:g} x capacity: {', '.join(f'{mb:.0f}' for mb in memory['each_minute_mb'])} MB")  # type: ignore[attr-defined]
     if arguments.plot:
-        plot(arguments.plot, phases, capacity)
-    print(
-        json.dumps(
-            {
-                "capacity_texts_per_second": capacity,
-                "texts_a_message": size,
-                "deadline_ms": arguments.deadline_ms,
-                "phases": phases,
-                "refusal_cpu_ms": refusal,
-                "memory": memory,
-                "machine": machine(bundle, f"{device.name} {device.precision}"),
-            }
-        )
-    )
+        plot(arguments.plot, phases[:measured], capacity)
+    report = {
+        "capacity_texts_per_second": capacity,
+        "texts_a_message": size,
+        "deadline_ms": arguments.deadline_ms,
+        "phases": phases[:measured],
+        "minutes": phases[measured:],
+        "refusal_cpu_ms": refusal,
+        "memory": memory,
+        "machine": machine(bundle, f"{device.name} {device.precision}"),
+    }
+    publish(report, arguments, "overload")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ which are on disk whatever the index. Warm-up is left out. The last line is JSON
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from openbook_server.runtime import Graph as Model
 from openbook_server.runtime import choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, perfect_batches
+from report import add_results_arguments, publish
 
 NEAREST = 10
 PROPOSED = 100  # by the scans, as by a graph of few dimensions
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("questions", type=Path, help="JSON lines with `text` or `question`")
     parser.add_argument("--questions", dest="count", type=int, default=500, help="of them (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="a measurement of speed (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device, dim = choose_device("auto"), bundle.embedder.dim
@@ -124,7 +125,11 @@ def main() -> None:
         whole = next(iter(rows.values()))["bytes_a_passage"]
         row = rows[name]
         print(f"{name:<36}{size:>16.0f}{size / whole:>10.2f}{row['recall_at_10']:>11.4f}{row['searches_per_second']:>12.0f}")
-    print(json.dumps({"passages": len(vectors), "questions": len(queries), "settings": rows, "machine": machine(bundle, device.name)}))
+    publish(
+        {"passages": len(vectors), "questions": len(queries), "settings": rows, "machine": machine(bundle, device.name)},
+        arguments,
+        "storage",
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Where a benchmark's numbers go: its last line, and a file of results that several runs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+
+def add_results_arguments(parser: argparse.ArgumentParser) -> None:
+    """For `publish`."""
+    parser.add_argument("--results", type=Path, metavar="FILE.json", help="also write the last line into this file, beside what is there")
+    parser.add_argument("--key", help="under this name in it (default: the benchmark's)")
+
+
+def publish(report: dict[str, Any], arguments: argparse.Namespace, name: str) -> None:
+    """Print a report as one line of JSON, and put it into the file of results where one was asked for.
+
+    Numbers that are not finite become null: JSON has no others.
+    """
+    clean = finite(report)
+    if arguments.results is not None:
+        file: Path = arguments.results
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known |= {"date": time.strftime("%Y-%m-%d"), arguments.key or name: clean}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    print(json.dumps(clean, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The same with None in place of NaN and infinities, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

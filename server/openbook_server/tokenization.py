@@ -6,17 +6,19 @@ tokens written out in a text ("[SEP]") are text.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from openbook_server.engine import Row
+from openbook_server.packed import pack, unpack_ids, unpack_offsets
 
-PASSAGE_CACHE = 20_000  # encodings kept, about 5 kB each
+PASSAGE_CACHE = 100_000  # passages whose tokens are kept, about 850 bytes each
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
@@ -29,24 +31,62 @@ def load_tokenizer(file: Path) -> Tokenizer:
 
 
 @dataclass(frozen=True, slots=True)
+class _Before:
+    """Of a row, what stands before its passage."""
+
+    ids: array[int]
+    types: array[int]
+
+
+@dataclass(slots=True)
 class Pair:
     """A question beside a passage, and how to get from tokens back to the passage's characters."""
 
     row: Row
-    offsets: Sequence[tuple[int, int]]  # per token of the row; characters of the passage for its tokens
+    first: int  # the passage's first token in the row
+    packed: bytes  # the passage's tokens, those included that were cut
+    _offsets: tuple[list[int], list[int]] | None = field(default=None, init=False, compare=False, repr=False)  # once asked for
 
     def characters(self, first: int, last: int) -> tuple[int, int]:
-        """(start, end) in the passage of tokens first to last, both inclusive."""
-        return self.offsets[first][0], self.offsets[last][1]
+        """(start, end) in the passage of the row's tokens first to last, both inclusive and both the passage's."""
+        if self._offsets is None:
+            self._offsets = unpack_offsets(self.packed)
+        starts, ends = self._offsets
+        return starts[first - self.first], ends[last - self.first]
+
+
+class _Frame:
+    """The tokenizer's template of a pair, read off an example: special tokens and segments around any question and passage."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        example = tokenizer.encode("a", "a")
+        ids, types, sides = array("q", example.ids), array("B", example.type_ids), example.sequence_ids  # None = a special token
+        question, passage = sides.index(0), sides.index(1)
+        asked, read = sides.count(0), sides.count(1)
+        self._head, self._middle, self._tail = slice(question), slice(question + asked, passage), slice(passage + read, None)
+        self._ids, self._types = ids, types
+        self._question_type, self._passage_type = types[question : question + 1], types[passage : passage + 1]
+
+    def before(self, question: Sequence[int]) -> _Before:
+        """What stands before the passage."""
+        ids, types = self._ids, self._types
+        return _Before(
+            ids[self._head] + array("q", question) + ids[self._middle],
+            types[self._head] + self._question_type * len(question) + types[self._middle],
+        )
+
+    def row(self, before: _Before, passage: array[int]) -> Row:
+        return Row(before.ids + passage + self._ids[self._tail], before.types + self._passage_type * len(passage) + self._types[self._tail])
 
 
 class TextEncoder:
-    """Tokenises for both models; passages are remembered, for the good ones are read again and again."""
+    """Tokenises for both models; passages are remembered, packed, for the good ones are read again and again."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._passages: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._passages: OrderedDict[bytes, bytes] = OrderedDict()  # by digest of the text, packed
         self.special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
+        self._frame = _Frame(tokenizer)
 
     def texts(self, texts: Sequence[str]) -> list[Row]:
         """One row a text, special tokens included."""
@@ -58,20 +98,24 @@ class TextEncoder:
 
     def pairs(self, question: str, passages: Sequence[tuple[str, str]], max_tokens: int) -> list[Pair]:
         """The question beside each (passage id, text), a passage cut to what fits in `max_tokens`."""
-        asked = self._tokenizer.encode(question, add_special_tokens=False)
-        room = max_tokens - len(asked.ids) - self._tokenizer.num_special_tokens_to_add(is_pair=True)
-        new = [key for key in passages if key not in self._passages]
-        for key, encoding in zip(new, self._tokenizer.encode_batch([text for _, text in new], add_special_tokens=False), strict=True):
-            self._passages[key] = encoding
-        pairs = []
-        for key in passages:
+        asked = self._tokenizer.encode(question, add_special_tokens=False).ids
+        room = max_tokens - len(asked) - self._tokenizer.num_special_tokens_to_add(is_pair=True)
+        before = self._frame.before(asked)
+        return [
+            Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed)
+            for packed in self._packed([text for _, text in passages])
+        ]
+
+    def _packed(self, texts: Sequence[str]) -> list[bytes]:
+        """The tokens of passages, packed; the ones read last are remembered."""
+        keys = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._passages}
+        encodings = self._tokenizer.encode_batch(list(new.values()), add_special_tokens=False)
+        for key, encoding in zip(new, encodings, strict=True):
+            self._passages[key] = pack(encoding.ids, encoding.offsets)
+        for key in keys:
             self._passages.move_to_end(key)
-            passage = self._passages[key]
-            if len(passage.ids) > room:
-                passage = self._tokenizer.encode(key[1], add_special_tokens=False)
-                passage.truncate(room)
-            both = self._tokenizer.post_process(asked, passage, add_special_tokens=True)
-            pairs.append(Pair(Row(both.ids, both.type_ids), both.offsets))
+        found = [self._passages[key] for key in keys]
         while len(self._passages) > PASSAGE_CACHE:
             self._passages.popitem(last=False)
-        return pairs
+        return found

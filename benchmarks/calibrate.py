@@ -24,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from openbook_server.bundle import Bundle, load_bundle
-from openbook_server.engine import Arrays, Row, collate
+from openbook_server.engine import Arrays
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST, reading_of
 from openbook_server.ranking import Reading, Settling, is_settled, log_weight, rank_answers
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from driver import add_arguments
 from openbook_server.buckets import PADDING_FREE, Buckets
 from openbook_server.bundle import load_bundle
-from openbook_server.engine import Row, collate
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine

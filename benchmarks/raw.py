@@ -13,7 +13,7 @@ from pathlib import Path
 import hnswlib
 import numpy as np
 from openbook_server.bundle import Bundle
-from openbook_server.engine import Row, collate
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph
 from openbook_server.tokenization import TextEncoder
 

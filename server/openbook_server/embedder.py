@@ -25,8 +25,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.engine import Arrays, Outcome, Row
+from openbook_server.engine import Arrays, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed
+from openbook_server.rows import Row
 
 Vector = NDArray[np.float32]
 

@@ -8,7 +8,7 @@ Promises
 - Earliest deadline first, the foreground lane before the background lane. A row whose caller hung up or whose deadline
   passed is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
-  answer never waits long for them.
+  answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s.
 - Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
 
 It knows nothing of texts, questions or gRPC: rows of token ids in, rows of arrays out.
@@ -23,7 +23,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from openbook_server.rows import Row, collate
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +59,8 @@ class Lane(IntEnum):
 
 
 _SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
+PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
 _CAUTION = 1.25  # waits turn out longer at times, and a result that comes too late took the place of one in time
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One text, or one (question, passage) pair, ready for a graph."""
-
-    ids: Sequence[int]
-    types: Sequence[int] | None = None  # segment of each token; None = all zero
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +107,7 @@ class Engine:
         self._queued_rows = dict.fromkeys(Lane, 0)
         self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
         self._busy_until = 0.0
+        self._attended, self._background_until = 0, 0.0
         self._wake = threading.Condition()
         self._closed = False
         self.add(graphs)
@@ -161,6 +157,18 @@ class Engine:
             self._queued_rows[lane] += len(rows)
             self._wake.notify()
         return Outcome(await job.done, job.started - job.submitted)
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """Within, somebody waits who needs the device more than once: background work keeps out of the way in between."""
+        with self._wake:
+            self._attended += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._attended -= 1
+                self._wake.notify()
 
     def check(self, graph: str, lengths: Sequence[int], *, deadline: float) -> None:
         """Refuse rows that are yet to come, before work is spent on them, where `submit` would refuse them now.
@@ -218,14 +226,20 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not self.queued and not self._closed:
-                    self._wake.wait()
+                while not self._closed and (not self.queued or self._pause()):
+                    self._wake.wait(self._pause() if self.queued else None)
                 if not self.queued:
                     return
                 graph, length, batch, dropped = self._take()
             _tell(dropped)
             if batch:
                 self._run(graph, length, batch)
+
+    def _pause(self) -> float:
+        """Seconds that background work still keeps out of the way."""
+        if self._queued_rows[Lane.FOREGROUND] or not self._attended:
+            return 0.0
+        return max(0.0, self._background_until + PATIENCE - time.monotonic())
 
     def _take(self) -> tuple[str, int, list[tuple[int, Job]], list[Job]]:
         """The group whose head is most urgent gives rows until the token budget is full; dead rows are dropped."""
@@ -267,6 +281,8 @@ class Engine:
             _tell([failed])
             return
         seconds = time.monotonic() - began
+        if batch[0][1].lane is Lane.BACKGROUND:
+            self._background_until = began + seconds
         self._costs[graph].learn(len(batch), length, seconds)
         self._observe(graph, len(batch), len(batch) * length, seconds)
         finished = []
@@ -276,19 +292,6 @@ class Engine:
             if not job.missing:
                 finished.append(job)
         _tell(finished)
-
-
-def collate(rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
-    """Rows as the (rows, length) int64 arrays that a graph takes, zero-padded on the right."""
-    ids = np.zeros((len(rows), length), np.int64)
-    mask = np.zeros((len(rows), length), np.int64)
-    types = np.zeros((len(rows), length), np.int64)
-    for at, row in enumerate(rows):
-        ids[at, : len(row.ids)] = row.ids
-        mask[at, : len(row.ids)] = 1
-        if row.types is not None:
-            types[at, : len(row.types)] = row.types
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
 def _tell(jobs: Iterable[Job]) -> None:

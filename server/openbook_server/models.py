@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-from openbook_server.engine import Engine, Lane, Outcome, Row, Runnable
+from openbook_server.engine import Engine, Lane, Outcome, Runnable
+from openbook_server.rows import Row
 
 _numbers = itertools.count(1)
 
@@ -23,6 +25,10 @@ class Models:
     async def submit(self, model: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
         """As `Engine.submit`."""
         return await self._engine.submit(self._names[model], rows, deadline=deadline, lane=max(lane, self.lane))
+
+    def attended(self) -> AbstractContextManager[None]:
+        """As `Engine.attended`, where rows of the foreground are run."""
+        return self._engine.attended() if self.lane is Lane.FOREGROUND else nullcontext()
 
     def check(self, model: str, lengths: Sequence[int], *, deadline: float) -> None:
         """As `Engine.check`."""

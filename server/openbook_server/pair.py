@@ -17,7 +17,7 @@ from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.embedder import Embedder
-from openbook_server.engine import Engine, Lane, Row, collate
+from openbook_server.engine import Engine, Lane
 from openbook_server.golden import verify_golden
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
@@ -26,6 +26,7 @@ from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.models import Models
 from openbook_server.pipeline import Pipeline
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Device, Graph
 from openbook_server.served import Served
 from openbook_server.service import Service

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import Embedder
-from openbook_server.engine import Arrays, Row
+from openbook_server.engine import Arrays
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, relevance
 from openbook_server.models import Models
 from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, passage_probabilities, rank_answers
+from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
@@ -116,8 +117,9 @@ class Pipeline:
         timings: Timings,
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question until its answer is settled, and rank what was read."""
-        found = await self.search(questions, rows, options, deadline, timings)
-        readings = await self._read(questions, found, deadline, timings, settle=True)
+        with self._models.attended():
+            found = await self.search(questions, rows, options, deadline, timings)
+            readings = await self._read(questions, found, deadline, timings, settle=True)
         answered = []
         for hits, read in zip(found, readings, strict=True):
             first = hits[: len(read)]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from openbook_server.engine import Row
 from openbook_server.packed import pack, unpack_ids, unpack_offsets
+from openbook_server.rows import Row
 
 PASSAGE_CACHE = 100_000  # passages whose tokens are kept, about 850 bytes each
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from openbook_server.bundle import Bundle
-from openbook_server.engine import Engine, Row, Runnable, collate
+from openbook_server.engine import Engine, Runnable
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, choose_device
 
 TOP_K = 5

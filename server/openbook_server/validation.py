@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openbook_server.config import ServerConfig
-from openbook_server.engine import Row
 from openbook_server.errors import InvalidRequest
+from openbook_server.rows import Row
 from openbook_server.tokenization import TextEncoder
 
 

@@ -11,7 +11,7 @@ from onnx import helper
 from openbook_export.errors import ExportFailed
 from openbook_export.unpad import unpad
 from openbook_server.buckets import PADDED, PADDING_FREE
-from openbook_server.engine import Row, collate
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, build_device
 
 LENGTHS = (3, 16, 9, 5, 12)

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from openbook_server.buckets import PADDED
 from openbook_server.costs import BatchCost
-from openbook_server.engine import Engine, Row
+from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, Overloaded
+from openbook_server.rows import Row
 
 BUDGET = 2_048
 LENGTHS = (4, 8, 12, 20, 32, 64, 128, 200, 384)

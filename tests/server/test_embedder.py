@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from openbook_server.buckets import PADDED
 from openbook_server.embedder import ENTRY_BYTES, Embedded, Embedder
-from openbook_server.engine import Engine, Row
+from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, Overloaded
+from openbook_server.rows import Row
 
 DIM, POISON = 4, 666
 ENTRY = 3 * 4 + DIM * 4 + ENTRY_BYTES  # bytes of a row of three tokens

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from openbook_server.buckets import PADDED
-from openbook_server.engine import Engine, Lane, Outcome, Row, collate
+from openbook_server.engine import Engine, Lane, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from openbook_server.rows import Row, collate
 
 POISON = 666
 
@@ -218,6 +219,45 @@ async def test_background_rows_wait_for_whoever_came_later_and_never_count_again
     background = [first for batch in graph.batches[1:] for first in batch if first >= 10]
     assert background == [10 + n for n in range(10)]
     assert all(len(batch) <= 2 for batch in graph.batches[2:])  # an eighth of 64 tokens, in rows of 4
+
+
+async def test_background_rows_keep_out_of_the_way_of_whoever_needs_the_device_again(
+    engine: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openbook_server.engine.PATIENCE", 3_600.0)
+    graph.let(100)
+    await engine.submit("embedder", [row(1)], deadline=soon(), lane=Lane.BACKGROUND)
+    with engine.attended():
+        bulk = asyncio.create_task(engine.submit("embedder", [row(2, 8)], deadline=soon(), lane=Lane.BACKGROUND))
+        for first in (3, 4):  # one need after the other, with nothing queued between them
+            await asyncio.sleep(0.05)
+            await engine.submit("embedder", [row(first)], deadline=soon())
+        assert graph.batches == [[1], [3], [4]]
+    await bulk
+    assert graph.batches[-1] == [2]
+
+
+async def test_background_rows_are_run_now_and_then_whoever_waits(
+    engine: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openbook_server.engine.PATIENCE", 0.01)
+    graph.let(100)
+    with engine.attended():
+        for first in range(3):
+            await engine.submit("embedder", [row(first)], deadline=soon(), lane=Lane.BACKGROUND)
+    assert graph.batches == [[0], [1], [2]]
+
+
+async def test_an_engine_that_is_closed_finishes_background_rows_at_once(graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_server.engine.PATIENCE", 3_600.0)
+    engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
+    graph.let(100)
+    await engine.submit("embedder", [row(1)], deadline=soon(), lane=Lane.BACKGROUND)
+    with engine.attended():
+        bulk = asyncio.create_task(engine.submit("embedder", [row(2)], deadline=soon(), lane=Lane.BACKGROUND))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(engine.close)
+    await bulk
 
 
 async def test_background_rows_fill_at_most_half_of_the_queue(engine: Engine, graph: GatedGraph) -> None:

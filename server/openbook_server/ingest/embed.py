@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from openbook_server.engine import Row, Runnable, collate
+from openbook_server.engine import Runnable
 from openbook_server.errors import PassageTooLong
 from openbook_server.knowledge import Passage
+from openbook_server.rows import Row, collate
 
 TITLE_TOKENS = 32  # of a title that stand before its passage; the rest is cut
 SEPARATOR = "\n"

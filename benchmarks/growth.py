@@ -4,31 +4,35 @@
 
 Passages are synthetic: unit vectors in clusters of about a hundred, as texts on one subject are, and sixty words drawn by the
 law of Zipf and Mandelbrot, the commonest standing in a fifth of all passages (stop words are not searched for). They are
-written through `KnowledgeBase.replace_documents`, as `openbook index` does it, then the folder is closed and opened again.
-Measured at each size: passages written a second (SQLite, full-text index, HNSW graph), seconds to open with the saved graph,
-bytes a passage on disk and in memory, recall@10 of dense search against comparing every vector, and p50 and p99 of a single
-dense and hybrid search, on one thread. Warm-up is left out. The last line is JSON.
+written through `KnowledgeBase.replace_documents`, as `openbook index` does it, then the folder is closed, and opened again by another
+process. Measured at each size: passages written a second (SQLite, words, HNSW graph), seconds to save graph and words and to
+open with them, bytes a passage on disk and in memory (of that process, the indexes and what it keeps), the dimensions that the
+graph holds, recall@10 of dense search against comparing every vector, and p50 and p99 of a single dense and hybrid
+search, on one thread. Warm-up is left out. A million passages of 384 dimensions take some 10 GB of memory here: the vectors are
+made beforehand. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from driver import memory_mb, percentile
 from numpy.typing import NDArray
-from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge import Document, Hit, Passage, SearchOptions
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.records import SearchMode
 from report import add_results_arguments, publish
 
 CHUNK = 1_000  # documents a write
+ROWS_AT_ONCE = 50_000  # of vectors made or compared
 CLUSTER = 100  # passages of one subject
 SPREAD = 0.6  # of a passage around its subject's centre, whose length is 1 a dimension
 VOCABULARY, SHIFT = 20_000, 50  # words known; the n-th most frequent one comes in proportion to 1 / (n + SHIFT)
@@ -39,10 +43,29 @@ MAX_PASSAGES = 2_000_000
 FINGERPRINT = "0" * 64
 
 
-def unit_vectors(rows: int, centres: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float32]:
-    """(rows, dim) unit vectors around centres drawn at random."""
-    drawn = centres[rng.integers(len(centres), size=rows)] + SPREAD * rng.normal(size=(rows, centres.shape[1]))
-    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+def unit_vectors(rows: int, centres: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """(rows, dim) unit vectors around centres drawn at random; made part by part, for a million of them are 1.5 GB."""
+    vectors = np.empty((rows, centres.shape[1]), np.float32)
+    for at in range(0, rows, ROWS_AT_ONCE):
+        part = vectors[at : at + ROWS_AT_ONCE]
+        rng.standard_normal(out=part, dtype=np.float32)
+        part *= SPREAD
+        part += centres[rng.integers(len(centres), size=len(part))]
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    return vectors
+
+
+def nearest(queries: NDArray[np.float32], vectors: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """(queries, k) rows of the largest inner products, in no order, by comparing all, part by part."""
+    scores = np.empty((len(queries), 0), np.float32)
+    rows = np.empty((len(queries), 0), np.int64)
+    for at in range(0, len(vectors), ROWS_AT_ONCE):
+        found = queries @ vectors[at : at + ROWS_AT_ONCE].T
+        scores = np.concatenate([scores, found], axis=1)
+        rows = np.concatenate([rows, np.broadcast_to(np.arange(at, at + found.shape[1]), found.shape)], axis=1)
+        best = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
+        scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+    return rows
 
 
 def texts(rows: int, words: int, rng: np.random.Generator) -> list[str]:
@@ -52,61 +75,92 @@ def texts(rows: int, words: int, rng: np.random.Generator) -> list[str]:
     return [" ".join(f"w{word}" for word in row) for row in drawn.tolist()]
 
 
-def chunks(passages: int, vectors: NDArray[np.float32], rng: np.random.Generator) -> Iterator[tuple[list[Document], NDArray[np.float32]]]:
-    for at in range(0, passages, CHUNK):
+def write(folder: Path, vectors: NDArray[np.float32], rng: np.random.Generator) -> dict[str, float]:
+    """A new knowledge base of these passages; seconds of writing and of saving. Passage `d7#0` has the vector of row 7."""
+    knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=vectors.shape[1], create=True)
+    writing = 0.0
+    for at in range(0, len(vectors), CHUNK):
         part = vectors[at : at + CHUNK]
-        yield [Document(id=f"d{at + n}", text=text) for n, text in enumerate(texts(len(part), PASSAGE_WORDS, rng))], part
+        documents = [Document(id=f"d{at + n}", text=text) for n, text in enumerate(texts(len(part), PASSAGE_WORDS, rng))]
+        rows = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document in documents]
+        began = time.perf_counter()
+        knowledge_base.replace_documents([(document, document.id) for document in documents], rows, part)
+        writing += time.perf_counter() - began
+    began = time.perf_counter()
+    knowledge_base.snapshot()
+    saving = time.perf_counter() - began
+    knowledge_base.close()
+    return {"write_seconds": writing, "written_per_second": len(vectors) / writing, "save_seconds": saving}
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def row_numbers(hits: Sequence[Hit]) -> list[int]:
+    """Rows of the vectors that `write` was given."""
+    return [int(hit.passage.document_id[1:]) for hit in hits]
+
+
+def look(folder: Path, questions: Sequence[str], asked: NDArray[np.float32], exact: NDArray[np.int64]) -> dict[str, float]:
+    """Open what `write` left and search it; meant for a process of its own, whose memory is that of the knowledge base."""
+    before = memory_mb(os.getpid())
+    began = time.perf_counter()
+    knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=asked.shape[1])
+    result: dict[str, float] = {"open_seconds": time.perf_counter() - began}
+    found = 0
+    modes: tuple[SearchMode, ...] = ("dense", "hybrid")
+    for mode in modes:
+        took = []
+        for number, question in enumerate(questions):
+            began = time.perf_counter()
+            [hits] = knowledge_base.search([question], asked[number : number + 1], SearchOptions(top_k=DEPTH, mode=mode))
+            took.append(1000 * (time.perf_counter() - began))
+            if mode == "dense":
+                found += len(set(row_numbers(hits)) & set(exact[number].tolist()))
+        took = sorted(took[WARM_UP:])
+        result |= {f"{mode}_p{share}_ms": percentile(took, share) for share in (50, 99)}
+    result |= {
+        "recall_at_10": found / exact.size,
+        "graph_passages": knowledge_base.graph_rows,
+        "graph_dims": knowledge_base.graph_width,
+        "memory_bytes_a_passage": (memory_mb(os.getpid()) - before) * (1 << 20) / knowledge_base.counts().passages,
+    }
+    knowledge_base.close()
+    return result
 
 
 def measure(passages: int, dim: int, queries: int) -> dict[str, float]:
     """Everything about one size, in a folder of its own."""
     rng = np.random.default_rng(0)
-    vectors = unit_vectors(passages + queries, rng.normal(size=(max(1, passages // CLUSTER), dim)), rng)
+    centres = rng.standard_normal((max(1, passages // CLUSTER), dim), dtype=np.float32)
+    vectors = unit_vectors(passages + queries, centres, rng)
     stored, asked = vectors[:passages], vectors[passages:]
     questions = texts(queries, QUESTION_WORDS, rng)
-    exact = np.argsort(-(asked @ stored.T), axis=1)[:, :DEPTH]
+    exact = nearest(asked, stored, DEPTH)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "kb"
-        knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=dim, create=True)
-        began = time.perf_counter()
-        for documents, part in chunks(passages, stored, rng):
-            rows = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document in documents]
-            knowledge_base.replace_documents([(document, document.id) for document in documents], rows, part)
-        knowledge_base.snapshot()
-        written = time.perf_counter() - began
-        knowledge_base.close()
-        on_disk = folder_bytes(folder)
-        before = memory_mb(os.getpid())
-        began = time.perf_counter()
-        knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=dim)
-        opened = time.perf_counter() - began
-        result = {
-            "passages": passages,
-            "written_per_second": passages / written,
-            "open_seconds": opened,
-            "disk_bytes_a_passage": on_disk / passages,
-            "memory_bytes_a_passage": (memory_mb(os.getpid()) - before) * (1 << 20) / passages,
-            "graph_passages": knowledge_base.graph_rows,
-        }
-        found = 0
-        modes: tuple[SearchMode, ...] = ("dense", "hybrid")
-        for mode in modes:
-            took = []
-            for number in range(queries):
-                began = time.perf_counter()
-                one = slice(number, number + 1)
-                [hits] = knowledge_base.search(questions[one], asked[one], SearchOptions(top_k=DEPTH, mode=mode))
-                took.append(1000 * (time.perf_counter() - began))
-                if mode == "dense":
-                    found += len({int(hit.passage.document_id[1:]) for hit in hits} & set(exact[number].tolist()))
-            took = sorted(took[WARM_UP:])
-            result |= {f"{mode}_p{share}_ms": percentile(took, share) for share in (50, 99)}
-        knowledge_base.close()
-    return result | {"recall_at_10": found / (queries * DEPTH)}
+        result = {"passages": passages, **write(folder, stored, rng)}
+        result["disk_bytes_a_passage"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / passages
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return result | pool.apply(look, (folder, questions, asked.copy(), exact))
+
+
+def print_table(sizes: Sequence[dict[str, float]]) -> None:
+    columns = {
+        "passages": ("passages", ",.0f"),
+        "written_per_second": ("written/s", ",.0f"),
+        "write_seconds": ("write s", ".1f"),
+        "save_seconds": ("save s", ".1f"),
+        "open_seconds": ("open s", ".1f"),
+        "disk_bytes_a_passage": ("disk B", ",.0f"),
+        "memory_bytes_a_passage": ("memory B", ",.0f"),
+        "graph_dims": ("graph dims", ".0f"),
+        "recall_at_10": ("recall@10", ".4f"),
+        "dense_p50_ms": ("dense p50", ".2f"),
+        "dense_p99_ms": ("p99 ms", ".2f"),
+        "hybrid_p50_ms": ("hybrid p50", ".2f"),
+        "hybrid_p99_ms": ("p99 ms", ".2f"),
+    }
+    print("".join(f"{title:>12}" for title, _ in columns.values()))
+    for row in sizes:
+        print("".join(f"{format(row[key], form):>12}" for key, (_, form) in columns.items()))
 
 
 def main() -> None:
@@ -121,7 +175,8 @@ def main() -> None:
     sizes = []
     for size in arguments.passages:
         sizes.append(measure(size, arguments.dim, arguments.queries))
-        print(", ".join(f"{name} {value:,.4g}" for name, value in sizes[-1].items()))
+        print(f"{size:,} passages done", flush=True)
+    print_table(sizes)
     publish({"sizes": sizes, "cores": os.cpu_count(), "python": platform.python_version()}, arguments, "growth")
 
 

@@ -29,6 +29,14 @@ from report import add_results_arguments, publish
 
 DEPTH = 100  # candidates a question, as in hybrid search
 COMPARED = 10
+COLUMNS = {  # of the table
+    "written_per_second": "written/s",
+    "disk_bytes_a_passage": "bytes a passage",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "questions_per_second": "questions/s",
+    "overlap_at_10": "overlap@10",
+}
 Search = Callable[[str], list[int]]
 
 
@@ -76,6 +84,7 @@ def measure(build: Callable[[Path, Sequence[str]], Search], passages: Sequence[s
         return {
             "written_per_second": len(passages) / written,
             "disk_bytes_a_passage": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / len(passages),
+            "questions_per_second": 1000 * len(took) / sum(took),
             "p50_ms": percentile(took, 50),
             "p99_ms": percentile(took, 99),
             "found": found,
@@ -95,10 +104,12 @@ def main() -> None:
     questions = texts(arguments.queries, QUESTION_WORDS, rng)
     engines = {"fts5": measure(fts5, passages, questions), "tantivy": measure(tantivy, passages, questions)}
     reference = [set(found[:COMPARED]) for found in engines["fts5"]["found"]]
-    for name, engine in engines.items():
+    for engine in engines.values():
         common = [len(best & set(found[:COMPARED])) / max(1, len(best)) for best, found in zip(reference, engine.pop("found"), strict=True)]
         engine["overlap_at_10"] = float(np.mean(common))
-        print(f"{name}: " + ", ".join(f"{what} {value:,.4g}" for what, value in engine.items()))
+    print(f"{'':<10}" + "".join(f"{title:>20}" for title in COLUMNS.values()))
+    for name, engine in engines.items():
+        print(f"{name:<10}" + "".join(f"{engine[key]:>20,.2f}" for key in COLUMNS))
     publish(
         {"passages": arguments.passages, "engines": engines, "cores": os.cpu_count(), "python": platform.python_version()},
         arguments,

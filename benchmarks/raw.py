@@ -27,8 +27,12 @@ def load_texts(file: Path, limit: int) -> list[str]:
 
 
 def perfect_batches(encoder: TextEncoder, texts: Sequence[str], max_tokens: int) -> list[dict[str, np.ndarray]]:
+    """`row_batches` of texts, cut where they are too long."""
+    return row_batches([row if len(row.ids) <= max_tokens else encoder.cut(row, max_tokens) for row in encoder.texts(texts)])
+
+
+def row_batches(rows: Sequence[Row]) -> list[dict[str, np.ndarray]]:
     """Inputs grouped by exact length, up to 32 rows each: no padding at all, the best any scheduler could do."""
-    rows = [row if len(row.ids) <= max_tokens else encoder.cut(row, max_tokens) for row in encoder.texts(texts)]
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(len(row.ids), []).append(row)
@@ -40,12 +44,12 @@ def perfect_batches(encoder: TextEncoder, texts: Sequence[str], max_tokens: int)
 def raw_embedding_rate(graph: Graph, batches: Sequence[dict[str, np.ndarray]], seconds: float) -> float:
     """Texts a second of onnxruntime alone, over whole passes until `seconds` are over."""
     texts = sum(len(batch["input_ids"]) for batch in batches)
+    return texts * passes_per_second(lambda: run_all(graph, batches), seconds)
 
-    def one_pass() -> None:
-        for batch in batches:
-            graph.run(batch)
 
-    return texts * passes_per_second(one_pass, seconds)
+def run_all(graph: Graph, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    for batch in batches:
+        graph.run(batch)
 
 
 def raw_search_rate(rows: int, dim: int, k: int, ef: int, seconds: float) -> dict[str, float]:

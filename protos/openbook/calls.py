@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, overload
@@ -23,18 +24,20 @@ class Call(Generic[T]):
     result: Callable[[Any], T]  # of the reply
 
 
-class Calling:
+class Calling(ABC):
     """A client whose methods return results."""
 
+    @abstractmethod
     def _make(self, call: Call[T]) -> T:
-        raise NotImplementedError
+        """The result of a call."""
 
 
-class AsyncCalling:
+class AsyncCalling(ABC):
     """A client whose methods return what is awaited for results."""
 
+    @abstractmethod
     async def _make(self, call: Call[T]) -> T:
-        raise NotImplementedError
+        """The result of a call."""
 
 
 class Method(Generic[P, T]):

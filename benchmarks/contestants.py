@@ -75,7 +75,7 @@ PEERS = {
         vector=lambda body, _: base64.b64decode(json.loads(body)["data"][0]["embedding"]),
     ),
     "pytriton": HttpPeer(
-        packages="nvidia-pytriton sentence-transformers",
+        packages="nvidia-pytriton sentence-transformers",  # its interpreter's libpython must be where the loader finds it: the system's is
         command=lambda python, _, port: [python, str(FOLDER / "pytriton_server.py"), str(port)],
         path="/v2/models/embedder/infer",
         body=_triton_body,

@@ -28,6 +28,7 @@ from report import add_results_arguments, publish
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)
 CALLERS = 64  # of the closed loop that measures capacity
 PERCENTILES = (50, 95, 99)
+MARKS = [digit * 10.0**power for power in range(-3, 7) for digit in (1, 2, 5)]  # of the axis of milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def plot(file: Path, curves: Mapping[str, Mapping[str, object]], subtitle: str) 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure, panels = pyplot.subplots(2, 2, figsize=(9, 7))
     for axes, (name, curve) in zip(panels.flat, curves.items(), strict=True):
@@ -101,10 +102,14 @@ def plot(file: Path, curves: Mapping[str, Mapping[str, object]], subtitle: str) 
         axes.set_xlabel("answered a second")
         axes.set_ylabel("milliseconds")
         axes.set_yscale("log")
+        finite = [value for one in points for value in (one.p50_ms, one.p99_ms) if value > 0]
+        least, most = min(finite, default=1.0), max(finite, default=1.0)
+        axes.set_ylim(max(mark for mark in MARKS if mark <= least), min(mark for mark in MARKS if mark > most))
+        axes.yaxis.set_major_locator(FixedLocator(MARKS))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""))
         axes.set_xlim(0)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
     panels.flat[0].legend(fontsize=9)
     figure.suptitle(f"One text a message, Poisson arrivals; {subtitle}", fontsize=12)
     figure.tight_layout()

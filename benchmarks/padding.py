@@ -9,7 +9,6 @@ turn; prints the median µs a token of each. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine
+from report import add_results_arguments, publish
 
 EXACT = Buckets((), 1)  # a batch a length
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number of texts (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device(arguments.device, None, arguments.threads)
@@ -59,7 +60,7 @@ def main() -> None:
         lengths = sorted(len(row.ids) for row in rows)
         spread = f"{count} texts of {lengths[0]} to {lengths[-1]} tokens"
         print(f"{spread}, µs a token: {medians['together']:.0f} sharing batches, {medians['apart']:.0f} apart")
-    print(json.dumps(report))
+    publish(report, arguments, "padding")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from openbook_server.knowledge.graph import EF, EF_CONSTRUCTION, M
 from openbook_server.knowledge.store import Store
 from openbook_server.runtime import Graph, build_device
 from openbook_server.tokenization import load_tokenizer
+from report import add_results_arguments, publish
 
 K = 10
 AT_ONCE = 500  # vectors of one bulk request
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("questions_file", type=Path, help="jsonl with `text` or `question`")
     parser.add_argument("host", help="HOST:PORT of Elasticsearch")
     parser.add_argument("--questions", type=int, default=300)
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     passages = stored_vectors(arguments.kb)
     questions = question_vectors(arguments.bundle, arguments.questions_file, arguments.questions)
@@ -57,7 +59,7 @@ def main() -> None:
             results[name] = measure(client, options, passages, questions, exact)
     facts = {"elasticsearch": version, "machine": platform.machine(), "bundle": load_bundle(arguments.bundle).id}
     sizes = {"passages": len(passages), "dim": passages.shape[1], "questions": len(questions), "candidates": EF}
-    print(json.dumps(facts | sizes | {"graphs": results}))
+    publish(facts | sizes | {"graphs": results}, arguments, "quantised")
 
 
 def stored_vectors(folder: Path) -> Vectors:

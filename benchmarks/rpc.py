@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import statistics
 import time
@@ -20,6 +19,7 @@ import grpc
 import grpc.aio
 from driver import cpu_seconds
 from openbook_server.rpc import RpcServer
+from report import add_results_arguments, publish
 
 REPLY = bytes(1_600)
 METHOD = "/echo.Echo/Echo"
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="a phase (default: %(default)s)")
+    add_results_arguments(parser)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     measured: dict[tuple[int, str], list[tuple[float, float]]] = {}
@@ -90,7 +91,7 @@ def main() -> None:
         server, client = (statistics.median(values) for values in zip(*costs, strict=True))
         report[f"{kind}, {calls} at a time"] = {"server_us": server, "client_us": client}
         print(f"{kind}, {calls} calls at a time: server {server:.0f} µs, client {client:.0f} µs")
-    print(json.dumps(report))
+    publish(report, arguments, "rpc")
 
 
 if __name__ == "__main__":

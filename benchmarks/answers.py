@@ -27,7 +27,7 @@ from openbook.results import AnswerResult
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.bundle import load_bundle
-from openbook_server.engine import Row
+from openbook_server.rows import Row
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, passes_per_second, perfect_batches, row_batches, run_all

@@ -40,7 +40,7 @@ DEADLINE_SECONDS = 300.0
 def pairs_read(encoder: TextEncoder, questions: Sequence[str], answered: Sequence[AnswerResult], max_tokens: int) -> Iterator[Row]:
     """What the reader was given for these answers."""
     for question, result in zip(questions, answered, strict=True):
-        passages = [(hit.passage_id, hit.text) for hit in result.hits[: result.passages_read]]
+        passages = [hit.text for hit in result.hits[: result.passages_read]]
         yield from (pair.row for pair in encoder.pairs(question, passages, max_tokens))
 
 

@@ -28,7 +28,7 @@ from openbook_server.engine import Arrays
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST, reading_of
 from openbook_server.ranking import Reading, Settling, is_settled, log_weight, rank_answers
-from openbook_server.rows import Row, collate
+from openbook_server.rows import Row, collated
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions
@@ -47,9 +47,8 @@ Read = tuple[Question, Sequence[Hit], list[Reading]]  # a question, its passages
 def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
     """A graph's outputs row by row, in the order of the rows."""
     outputs: list[Arrays] = [{}] * len(rows)
-    lengths = [len(row.ids) for row in rows]
-    for batch in graph.buckets.batches(lengths, 2_048):
-        result = graph.run(collate([rows[at] for at in batch], graph.buckets.padded_length(lengths[batch[0]])))
+    for batch, inputs in collated(rows, graph.buckets, 2_048):
+        result = graph.run(inputs)
         for place, at in enumerate(batch):
             outputs[at] = {name: values[place] for name, values in result.items()}
     return outputs
@@ -73,7 +72,7 @@ def read(
     """What the reader makes of each question's hits."""
     assert bundle.reader is not None
     pairs = [
-        encoder.pairs(question.text, [(hit.passage.id, hit.passage.text) for hit in hits], bundle.reader.max_tokens)
+        encoder.pairs(question.text, [hit.passage.text for hit in hits], bundle.reader.max_tokens)
         for question, hits in zip(questions, found, strict=True)
     ]
     outputs = iter(run_rows(graph, [pair.row for group in pairs for pair in group]))

@@ -31,14 +31,7 @@ def fuse(raw: Path, fused: Path, config: Any) -> None:
     Raises:
         ExportFailed: fewer were fused than the model has: a graph several times too slow must not pass for an optimised one.
     """
-    options = FusionOptions("bert")
-    options.use_raw_attention_mask(True)  # the default keeps a row's length only, and so assumes right padding
-    with _quiet_optimiser():
-        # Level 0: onnxruntime's own passes run at load, for the machine that loads it.
-        model = optimize_model(str(raw), "bert", config.num_attention_heads, config.hidden_size, optimization_options=options, opt_level=0)
-    _drop_names_of_this_machine(model.model)
-    model.save_model_to_file(str(fused))
-    _require_fused(fused_nodes(fused), config)
+    _require_fused(_optimise(raw, fused, config.num_attention_heads, config.hidden_size), config)
 
 
 def fuse_writer(raw: Path, fused: Path, *, heads: tuple[int, int], norms: int, attention: int) -> None:
@@ -52,19 +45,25 @@ def fuse_writer(raw: Path, fused: Path, *, heads: tuple[int, int], norms: int, a
     Raises:
         ExportFailed: fewer were fused.
     """
-    options = FusionOptions("bert")
-    options.use_raw_attention_mask(True)
-    with _quiet_optimiser():
-        model = optimize_model(str(raw), "bert", *heads, optimization_options=options, opt_level=0)
-    _drop_names_of_this_machine(model.model)
-    model.save_model_to_file(str(fused))
-    counts = fused_nodes(fused)
+    counts = _optimise(raw, fused, *heads)
     normal = sum(count for kind, count in counts.items() if kind.endswith("LayerNormalization"))
     if normal != norms or counts.get("Attention", 0) != attention:
         raise ExportFailed(
             f"onnxruntime's optimiser fused {normal} of {norms} normalisations and {counts.get('Attention', 0)} of {attention} attention "
             f"nodes of {fused.name}. The pinned versions of requirements/all.txt fuse all of them"
         )
+
+
+def _optimise(raw: Path, fused: Path, heads: int, hidden_size: int) -> dict[str, int]:
+    """Write what onnxruntime's optimiser makes of `raw`; returns what it fused."""
+    options = FusionOptions("bert")
+    options.use_raw_attention_mask(True)  # the default keeps a row's length only, and so assumes right padding
+    with _quiet_optimiser():
+        # Level 0: onnxruntime's own passes run at load, for the machine that loads it.
+        model = optimize_model(str(raw), "bert", heads, hidden_size, optimization_options=options, opt_level=0)
+    _drop_names_of_this_machine(model.model)
+    model.save_model_to_file(str(fused))
+    return fused_nodes(fused)
 
 
 def fused_nodes(file: Path) -> dict[str, int]:

@@ -159,7 +159,7 @@ class Pipeline:
         for end in (*READ_FIRST, None) if settling else (None,):
             pairs: list[tuple[int, Pair]] = []
             for at in unsettled:
-                passages = [(hit.passage.id, hit.passage.text) for hit in found[at][len(readings[at]) : end]]
+                passages = [hit.passage.text for hit in found[at][len(readings[at]) : end]]
                 pairs += [(at, pair) for pair in self._encoder.pairs(questions[at], passages, reader.max_tokens)]
             timings.tokenise += timings.lap()
             outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)

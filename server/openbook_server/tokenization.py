@@ -96,15 +96,12 @@ class TextEncoder:
         """The row's first tokens and its closing special token, `max_tokens` in all."""
         return Row([*row.ids[: max_tokens - 1], row.ids[-1]])
 
-    def pairs(self, question: str, passages: Sequence[tuple[str, str]], max_tokens: int) -> list[Pair]:
-        """The question beside each (passage id, text), a passage cut to what fits in `max_tokens`."""
+    def pairs(self, question: str, passages: Sequence[str], max_tokens: int) -> list[Pair]:
+        """The question beside each passage, which is cut to what fits in `max_tokens`."""
         asked = self._tokenizer.encode(question, add_special_tokens=False).ids
         room = max_tokens - len(asked) - self._tokenizer.num_special_tokens_to_add(is_pair=True)
         before = self._frame.before(asked)
-        return [
-            Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed)
-            for packed in self._packed([text for _, text in passages])
-        ]
+        return [Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed) for packed in self._packed(passages)]
 
     def _packed(self, texts: Sequence[str]) -> list[bytes]:
         """The tokens of passages, packed; the ones read last are remembered."""

@@ -56,7 +56,7 @@ def expected(tokenizer: Tokenizer, question: str, text: str) -> tuple[list[int],
 
 
 def check(tokenizer: Tokenizer, encoder: TextEncoder, question: str, texts: Sequence[str]) -> None:
-    pairs = encoder.pairs(question, [(str(at), text) for at, text in enumerate(texts)], MOST)
+    pairs = encoder.pairs(question, texts, MOST)
     for text, pair in zip(texts, pairs, strict=True):
         ids, types, offsets, first = expected(tokenizer, question, text)
         assert pair.row.types is not None

@@ -23,7 +23,7 @@ def test_a_text_is_encoded_alone_as_it_is_among_others(encoder: TextEncoder) -> 
 
 def test_a_pair_has_the_question_first_and_offsets_of_the_passage(encoder: TextEncoder) -> None:
     passage = "the red city, the blue river"
-    [pair] = encoder.pairs("what red ?", [("p1", passage)], 64)
+    [pair] = encoder.pairs("what red ?", [passage], 64)
     assert pair.row.types is not None
     first = pair.row.types.index(1)
     last = len(pair.row.ids) - 2  # before the closing [SEP]
@@ -32,15 +32,15 @@ def test_a_pair_has_the_question_first_and_offsets_of_the_passage(encoder: TextE
 
 
 def test_a_passage_too_long_for_the_question_beside_it_is_cut_to_fit(encoder: TextEncoder) -> None:
-    [long, short] = encoder.pairs("what red ?", [("p1", "red " * 200), ("p2", "red")], 32)
+    [long, short] = encoder.pairs("what red ?", ["red " * 200, "red"], 32)
     assert len(long.row.ids) == 32
     assert long.row.ids[-1] == short.row.ids[-1]
 
 
 def test_a_remembered_passage_gives_the_same_pair_beside_another_question(encoder: TextEncoder, tiny_checkpoint: Path) -> None:
-    encoder.pairs("what blue ?", [("p1", "the red city")], 64)
+    encoder.pairs("what blue ?", ["the red city"], 64)
     fresh = TextEncoder(load_tokenizer(tiny_checkpoint / "tokenizer.json"))
-    assert encoder.pairs("what red ?", [("p1", "the red city")], 64) == fresh.pairs("what red ?", [("p1", "the red city")], 64)
+    assert encoder.pairs("what red ?", ["the red city"], 64) == fresh.pairs("what red ?", ["the red city"], 64)
 
 
 def test_special_tokens_written_in_a_text_are_text(encoder: TextEncoder) -> None:

@@ -47,22 +47,22 @@ def depth(options: SearchOptions) -> int:
 
 def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> list[Hit]:
     """The best `options.top_k` hits, best first, ties by key; with diversity, in the order in which they were chosen."""
-    scores = _scores(candidates, options)
-    pool = sorted(scores, key=lambda key: (-scores[key], key))[
-        : max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options)
-    ]
+    scores, dense, lexical = _scores(candidates, options), candidates.dense, candidates.lexical
+    pool = sorted(scores, key=lambda key: (-scores[key], key))
+    pool = pool[: max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options)]
     passages = candidates.passages(pool)
     hits = {
-        key: Hit(passage=passages[key], score=scores[key], dense_score=candidates.dense.get(key), lexical_score=candidates.lexical.get(key))
+        key: Hit(passage=passages[key], score=scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key))
         for key in pool
         if key in passages  # deleted since it was found
     }
+    order = list(hits)
     if options.mode == "hybrid" and options.fusion == "weighted":
         bonuses = overlaps(question, [hit.passage.text for hit in hits.values()])
         hits = {
             key: replace(hit, score=hit.score + bonus, overlap_score=bonus) for (key, hit), bonus in zip(hits.items(), bonuses, strict=True)
         }
-    order = sorted(hits, key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
+        order.sort(key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
     if options.min_score is not None:
         order = [key for key in order if hits[key].score >= options.min_score]
     if options.diversity:

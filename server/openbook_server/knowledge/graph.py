@@ -83,7 +83,7 @@ class Graph:
                 labels, distances = self._index.knn_query(queries, k=k)
             except RuntimeError:  # fewer than k rows reached
                 continue
-            return [dict(zip(a.tolist(), (1 - b).tolist(), strict=True)) for a, b in zip(labels, distances, strict=True)]
+            return [dict(zip(*row, strict=True)) for row in zip(labels.tolist(), (1 - distances).tolist(), strict=True)]
         return self._nearest(queries, sorted(self.live), k)
 
     def among(self, queries: Vectors, labels: Sequence[int], k: int) -> list[dict[int, float]]:

@@ -19,6 +19,7 @@ from openbook_server.knowledge import filters, generations
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.generations import BundlePlace, Generation, Generations, marks
 from openbook_server.knowledge.lexical import searched_text
+from openbook_server.knowledge.recent import RecentPassages
 from openbook_server.knowledge.records import Counts, Document, Passage
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Store:
         self.path = folder / FILE
         self._database = Database(self.path, read_only=read_only, checked=checked)
         self.generations = Generations(self._database)
+        self.recent = RecentPassages(self.passages)
         self._matched: dict[filters.Filter, tuple[int, frozenset[int]]] = {}
         version = int(self.meta("format") or FORMAT)
         if version > FORMAT:
@@ -152,12 +154,15 @@ class Store:
 
     def passages(self, numbers: Sequence[int]) -> dict[int, Passage]:
         """Those of the passages that are stored, by number."""
-        with self._database.read() as connection:
-            rows = connection.execute(_PASSAGE.format(marks=marks(numbers)), numbers).fetchall()
-        return {
-            number: Passage(id=id_, document_id=document, text=text, start=start, title=title, source=source, metadata=json.loads(metadata))
-            for number, id_, document, text, start, title, source, metadata in rows
-        }
+        found = {}
+        for at in range(0, len(numbers), _ROWS_AT_ONCE):
+            part = numbers[at : at + _ROWS_AT_ONCE]
+            with self._database.read() as connection:
+                rows = connection.execute(_PASSAGE.format(marks=marks(part)), part).fetchall()
+            for number, id_, document, text, start, title, source, metadata in rows:
+                facts = {} if metadata == "{}" else json.loads(metadata)
+                found[number] = Passage(id=id_, document_id=document, text=text, start=start, title=title, source=source, metadata=facts)
+        return found
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
         """The passages, in order, of those documents that are stored and have any."""
@@ -165,9 +170,8 @@ class Store:
             query = f"SELECT p.number FROM passages p JOIN documents d ON d.number = p.document WHERE d.id IN ({marks(ids)})"  # noqa: S608
             numbers = [number for (number,) in connection.execute(query, ids)]
         found: dict[str, list[Passage]] = {}
-        for at in range(0, len(numbers), _ROWS_AT_ONCE):
-            for _, passage in sorted(self.passages(numbers[at : at + _ROWS_AT_ONCE]).items()):
-                found.setdefault(passage.document_id, []).append(passage)
+        for _, passage in sorted(self.passages(numbers).items()):
+            found.setdefault(passage.document_id, []).append(passage)
         return found
 
     def page(self, after: int, size: int) -> list[tuple[int, str, str, int]]:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from openbook_server.knowledge import SearchOptions
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.graph import EF_CONSTRUCTION, M
+from openbook_server.knowledge.records import Hit
 from raw import passes_per_second
 from report import add_results_arguments, publish
 
@@ -88,10 +89,10 @@ def main() -> None:
         write(folder, stored, rng)
         knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=arguments.dim)
 
-        def search(part: slice) -> list[list[int]]:
-            return [row_numbers(hits) for hits in knowledge_base.search(questions[part], asked[part], OPTIONS)]
+        def search(part: slice) -> list[list[Hit]]:
+            return knowledge_base.search(questions[part], asked[part], OPTIONS)
 
-        own_recall = recall(search(slice(0, QUERIES)), exact)
+        own_recall = recall([row_numbers(hits) for hits in search(slice(0, QUERIES))], exact)
         ef, raw_recall = smallest_ef(index, asked, exact, own_recall)
         graph_dims = knowledge_base.graph_width
 

@@ -146,7 +146,7 @@ class Pipeline:
         read = len(readings)
         probabilities = passage_probabilities(readings, self._priors(hits[:read]), null_bias=self._reader.null_bias)
         order = sorted(range(read), key=lambda at: -probabilities[at])  # stable: ties stay in retrieval's order
-        return [replace(hits[at], answer_probability=probabilities[at]) for at in order] + hits[read:], order
+        return [hits[at]._replace(answer_probability=probabilities[at]) for at in order] + hits[read:], order
 
     async def _read(
         self, questions: Sequence[str], found: Sequence[Sequence[Hit]], deadline: float, timings: Timings, *, settle: bool

@@ -210,15 +210,15 @@ class EmbeddedKnowledgeBase:
             nearest = self._index.search(vectors, wanted, ef=options.ef, allowed=allowed)
             if watch is not None:
                 watch.offer(vectors, nearest, horizon)
-        if options.mode == "dense":  # all at once is a third cheaper than a question at a time
-            self._store.recent(list({number: None for row in nearest for number in row}))
+        recent = self._store.recent
+        load = recent.batch(number for row in nearest for number in row) if options.mode == "dense" else recent
         found = []
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
             words = self._words.search(question, wanted, allowed) if options.mode != "dense" else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
                 stored = self._index.vectors([number for number in words if number not in dense])
                 dense = dense | {number: float(np.dot(row, vectors[at])) for number, row in stored.items()}
-            found.append(rank(question, Candidates(dense, words, self._store.recent, self._index.vectors), options))
+            found.append(rank(question, Candidates(dense, words, load, self._index.vectors), options))
         return found
 
     def watch(self, *, share: float, target: float) -> None:

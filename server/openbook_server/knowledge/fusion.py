@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -36,7 +36,7 @@ class Candidates(Generic[Key]):
 
     dense: Mapping[Key, float]  # cosine; in hybrid mode of every candidate, also of those that only the words found
     lexical: Mapping[Key, float]  # BM25 of those that share a word with the question
-    passages: Callable[[Sequence[Key]], Mapping[Key, Passage]]  # loads those that are still stored
+    passages: Callable[[Sequence[Key]], Mapping[Key, Passage]]  # loads those that are still stored, and maybe others
     vectors: Callable[[Sequence[Key]], Mapping[Key, NDArray[np.float32]]]  # loads unit vectors of those
 
 
@@ -52,7 +52,7 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     pool = pool[: max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options)]
     passages = candidates.passages(pool)
     hits = {
-        key: Hit(passage=passages[key], score=scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key))
+        key: Hit(passages[key], scores[key], dense.get(key), lexical.get(key))
         for key in pool
         if key in passages  # deleted since it was found
     }
@@ -60,7 +60,7 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     if options.mode == "hybrid" and options.fusion == "weighted":
         bonuses = overlaps(question, [hit.passage.text for hit in hits.values()])
         hits = {
-            key: replace(hit, score=hit.score + bonus, overlap_score=bonus) for (key, hit), bonus in zip(hits.items(), bonuses, strict=True)
+            key: hit._replace(score=hit.score + bonus, overlap_score=bonus) for (key, hit), bonus in zip(hits.items(), bonuses, strict=True)
         }
         order.sort(key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
     if options.min_score is not None:

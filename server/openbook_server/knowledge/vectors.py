@@ -121,7 +121,7 @@ class VectorIndex:
                     self._scan = None
 
     def search(self, queries: Vectors, k: int, *, ef: int | None = None, allowed: frozenset[int] | None = None) -> list[dict[int, float]]:
-        """For each query label -> inner product of the k nearest rows, best first, ties by label.
+        """For each query label -> inner product of the k nearest rows, best first.
 
         Args:
             queries: (batch, dim) unit vectors.
@@ -135,6 +135,8 @@ class VectorIndex:
             graph = self._graph
             proposed: list[dict[int, float]] = [{} for _ in queries] if graph is None else graph.candidates(queries, k, ef or self.ef)
             labels, vectors = self._buffer()
+        if graph is not None and graph.projection is None and not len(labels):
+            return proposed
         found = proposed if graph is None or graph.projection is None else self._rescored(queries, proposed)
         _add_nearest(found, queries, labels, vectors, k)
         return [_best(row, k) for row in found]

@@ -23,8 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, load_bundle
-from openbook_server.engine import Arrays
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST, reading_of
 from openbook_server.ranking import Reading, Settling, is_settled, log_weight, rank_answers

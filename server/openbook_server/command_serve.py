@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = _config(arguments)
         # The engine's thread needs the interpreter for moments only, but at once: the device idles until it has it.
         sys.setswitchinterval(SWITCH_SECONDS)
+        # A request's texts take tens of microseconds each; handing them to other threads waits for a processor that inference has.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from openbook_server.serving import serve_until_stopped
 
         asyncio.run(serve_until_stopped(arguments.bundle, arguments.knowledge_base, config))

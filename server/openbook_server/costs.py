@@ -6,13 +6,18 @@ short row is almost all `a`, on a processor a full batch almost all `b`: seconds
 
 Fitted by least squares of the relative error, old batches counting less and less. A batch that was held up by something
 else on the machine weighs little there, because its relative error is measured against its own long time: the law is that of
-the undisturbed machine. What disturbs it is a factor on top, the mean of observed over fitted, for waits are sums.
+the undisturbed machine. What disturbs it is a factor on top, the mean of observed over fitted, for waits are sums. It is of the latest
+work, not of the latest batches, for under load a batch may hold a hundred times what it holds else.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+
 _MEMORY = 0.98  # of a batch's weight is left after the next one: about the last fifty count
 _SWEEPS = 3  # of coordinate descent a batch; it starts from the last fit, so few are enough
+_LATEST = 0.5  # seconds of undisturbed work that the factor is mostly of
 _LONGEST = 10.0  # times the fitted seconds: longer counts as this, so that one stall does not close the server
 _UNITS = (1e-3, 1.0, 1e-5)  # make the three features about equally large
 
@@ -39,12 +44,20 @@ class BatchCost:
                 others = sum(self._squares[i][j] * self._law[j] for j in range(3) if j != i)
                 self._law[i] = max(0.0, (self._products[i] - others) / self._squares[i][i])
         fitted = self.predict(1, rows, length) / self._factor
-        self._factor = _MEMORY * self._factor + (1 - _MEMORY) * min(seconds / fitted, _LONGEST)
+        kept = math.exp(-fitted / _LATEST)
+        self._factor = kept * self._factor + (1 - kept) * min(seconds / fitted, _LONGEST)
 
     def predict(self, batches: int, rows: int, length: int) -> float:
         """Seconds for `rows` rows of one padded length, run in so many batches."""
         (a_token, a_batch, a_pair), (tokens, count, pairs) = self._law, _features(batches, rows, length)
         return self._factor * (a_token * tokens + a_batch * count + a_pair * pairs)
+
+    def rows_within(self, seconds: float, length: int) -> int:
+        """Rows of one padded length that a batch of `seconds` holds; sys.maxsize where nothing was learned."""
+        (a_token, a_batch, a_pair), (tokens, count, pairs) = self._law, _features(1, 1, length)
+        a_row = a_token * tokens + a_pair * pairs
+        left = seconds / self._factor - a_batch * count
+        return max(0, int(min(left / a_row, sys.maxsize))) if a_row else sys.maxsize
 
 
 def _features(batches: int, rows: int, length: int) -> tuple[float, float, float]:

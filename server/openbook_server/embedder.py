@@ -25,7 +25,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.engine import Arrays, Outcome
+from openbook_server.backlog import Arrays
+from openbook_server.engine import Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed
 from openbook_server.rows import Row
 

@@ -5,8 +5,8 @@ Promises
   text that arrives alone waits for nobody.
 - Rows share a batch only with rows of the same graph and the same padded length, so that a row's result never depends
   on its neighbours.
-- Earliest deadline first, the foreground lane before the background lane. A row whose caller hung up or whose deadline
-  passed is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once.
+- Earliest deadline first, the foreground lane before the background lane (`backlog`). A row whose caller hung up or that would be too late
+  is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
   answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s.
 - Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
@@ -17,29 +17,25 @@ It knows nothing of texts, questions or gRPC: rows of token ids in, rows of arra
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.backlog import Arrays, Backlog, Job, Lane
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 from openbook_server.rows import Row, collate
 
 log = logging.getLogger(__name__)
-
-Arrays = Mapping[str, NDArray[np.generic]]
 
 
 class Runnable(Protocol):
@@ -51,32 +47,9 @@ class Runnable(Protocol):
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> Arrays: ...
 
 
-class Lane(IntEnum):
-    """Who goes first: people waiting for an answer, then bulk work."""
-
-    FOREGROUND = 0
-    BACKGROUND = 1
-
-
-_SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
-_CAUTION = 1.25  # waits turn out longer at times, and a result that comes too late took the place of one in time
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """The rows of one request at one graph; done when all of them are."""
-
-    graph: str
-    rows: Sequence[Row]
-    deadline: float  # time.monotonic() seconds
-    lane: Lane
-    done: asyncio.Future[list[Arrays]]
-    submitted: float
-    results: list[Arrays] = field(default_factory=list)
-    missing: int = 0
-    started: float = 0.0  # when its first row began to run; 0 = not yet
-    failure: Exception | None = None
+_CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
+_KNOWN = 1.0  # seconds since a graph last ran for which its cost is taken as known: whoever refuses everything learns nothing more
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +74,10 @@ class Engine:
         """`observe(graph, rows, padded tokens, seconds)` is told of every batch, for metrics."""
         self._graphs: dict[str, Runnable] = {}
         self._costs: dict[str, BatchCost] = {}
-        self._budget, self._max_queued, self._observe = max_batch_tokens, max_queued, observe
-        self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
-        self._order = itertools.count()
-        self._queued_rows = dict.fromkeys(Lane, 0)
-        self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
+        self._backlog = Backlog(self._costs, max_batch_tokens=max_batch_tokens)
+        self._max_queued, self._observe = max_queued, observe
         self._busy_until = 0.0
+        self._ran: dict[str, float] = {}  # when each graph last did
         self._attended, self._background_until = 0, 0.0
         self._wake = threading.Condition()
         self._closed = False
@@ -118,7 +89,7 @@ class Engine:
         """Run these as well, from now on."""
         with self._wake:
             self._graphs |= graphs
-            self._costs |= {name: BatchCost() for name in graphs}
+            self._costs.update({name: BatchCost() for name in graphs})
 
     def remove(self, names: Iterable[str]) -> None:
         """Let go of graphs whose callers are gone; of those that hung up, rows may still be queued: they fail unheard."""
@@ -129,7 +100,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Rows waiting."""
-        return sum(self._queued_rows.values())
+        return len(self._backlog)
 
     async def submit(self, graph: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
         """Run `rows` through a graph and wait for them; cancelling the wait withdraws them.
@@ -151,10 +122,7 @@ class Engine:
         with self._wake:
             lengths = self._padded(graph, (len(row.ids) for row in rows))
             self._admit(graph, lengths, deadline, lane, now)
-            for number, length in enumerate(lengths):
-                heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
-                self._waiting[graph, lane, length] += 1
-            self._queued_rows[lane] += len(rows)
+            self._backlog.add(job, lengths)
             self._wake.notify()
         return Outcome(await job.done, job.started - job.submitted)
 
@@ -190,31 +158,22 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = self._predict(self._waiting, lane) + max(0.0, self._busy_until - now)
-        queued = self._queued_rows[lane] if lane is Lane.BACKGROUND else self.queued
+        wait = self._backlog.wait(lane) + max(0.0, self._busy_until - now)
+        queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         if queued + len(lengths) > limit and queued:
             raise Overloaded(
                 f"{queued} rows are queued and {len(lengths)} more exceed the limit of {limit}; try again in {wait:.2f} s",
                 retry_after_seconds=max(wait, 0.01),
             )
-        run, left = self._predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
-        if run > left:
+        run, left = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
+        if run > left and now - self._ran.get(graph, 0.0) < _KNOWN:
             raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
         if _CAUTION * wait + run > left:
             raise Overloaded(
                 f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {wait:.2f} s",
                 retry_after_seconds=wait,
             )
-
-    def _predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
-        """Seconds until those of the rows are done that run before anything of a lane below."""
-        seconds = 0.0
-        for (graph, row_lane, length), count in rows.items():
-            if row_lane <= lane:
-                size = max(1, self._budget // _SHARE[row_lane] // length)
-                seconds += self._costs[graph].predict(-(-count // size), count, length)
-        return seconds
 
     def close(self) -> None:
         """Finish what is queued, then end the thread. Later submissions are refused as NotServing."""
@@ -230,41 +189,18 @@ class Engine:
                     self._wake.wait(self._pause() if self.queued else None)
                 if not self.queued:
                     return
-                graph, length, batch, dropped = self._take()
-            _tell(dropped)
-            if batch:
-                self._run(graph, length, batch)
+                now = time.monotonic()
+                batch = self._backlog.take(now)
+                self._busy_until = now + batch.seconds
+            _tell(batch.dropped)
+            if batch.rows:
+                self._run(batch.graph, batch.length, batch.rows)
 
     def _pause(self) -> float:
         """Seconds that background work still keeps out of the way."""
-        if self._queued_rows[Lane.FOREGROUND] or not self._attended:
+        if self._backlog.rows[Lane.FOREGROUND] or not self._attended:
             return 0.0
         return max(0.0, self._background_until + PATIENCE - time.monotonic())
-
-    def _take(self) -> tuple[str, int, list[tuple[int, Job]], list[Job]]:
-        """The group whose head is most urgent gives rows until the token budget is full; dead rows are dropped."""
-        key = min(self._groups, key=lambda name: self._groups[name][0][:3])
-        graph, length = key
-        heap, now = self._groups[key], time.monotonic()
-        batch: list[tuple[int, Job]] = []
-        dropped: dict[int, Job] = {}
-        while heap and (len(batch) + 1) * length <= max(self._budget // _SHARE[heap[0][0]], length):
-            lane, *_, number, job = heapq.heappop(heap)
-            self._queued_rows[lane] -= 1
-            self._waiting[graph, lane, length] -= 1
-            if job.done.cancelled() or job.failure is not None:
-                continue
-            if now >= job.deadline:
-                job.failure = DeadlineExceeded(f"the deadline passed after {now - job.submitted:.3f} s in the queue")
-                dropped[id(job)] = job
-                continue
-            job.started = job.started or now
-            batch.append((number, job))
-        if not heap:
-            del self._groups[key]
-        self._waiting = +self._waiting  # without those that are empty
-        self._busy_until = now + self._costs[graph].predict(bool(batch), len(batch), length)
-        return graph, length, batch, list(dropped.values())
 
     def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
         began = time.monotonic()
@@ -284,6 +220,7 @@ class Engine:
         if batch[0][1].lane is Lane.BACKGROUND:
             self._background_until = began + seconds
         self._costs[graph].learn(len(batch), length, seconds)
+        self._ran[graph] = began + seconds
         self._observe(graph, len(batch), len(batch) * length, seconds)
         finished = []
         for at, (number, job) in enumerate(batch):

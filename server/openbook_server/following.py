@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
+from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
-from openbook_server.engine import Lane
 from openbook_server.errors import DeadlineExceeded, GenerationNotReady, InvalidRequest, OpenBookError, Overloaded
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase

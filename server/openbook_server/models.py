@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from openbook_server.engine import Engine, Lane, Outcome, Runnable
+from openbook_server.backlog import Lane
+from openbook_server.engine import Engine, Outcome, Runnable
 from openbook_server.rows import Row
 
 _numbers = itertools.count(1)

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.embedder import Embedder
-from openbook_server.engine import Engine, Lane
+from openbook_server.engine import Engine
 from openbook_server.golden import verify_golden
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer

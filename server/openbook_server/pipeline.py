@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import Embedder
-from openbook_server.engine import Arrays
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, relevance
 from openbook_server.models import Models
 from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, passage_probabilities, rank_answers

@@ -29,7 +29,7 @@ from openbook_server.validation import Validated, bounded, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_ANSWERS = 3
-LONG_CHARACTERS = 4_096  # of a request, a few milliseconds of tokenising: longer ones are not tokenised to be refused then
+LONG_CHARACTERS = 128  # of a request: what is longer is not tokenised only to be refused
 
 Request = TypeVar("Request", bound=Message)
 

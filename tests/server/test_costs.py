@@ -132,7 +132,7 @@ async def test_a_hopeless_deadline_is_refused_at_once_and_a_feasible_one_met(mon
             await engine.submit("embedder", [Row([1] * length)] * rows, deadline=clock.now + 0.9 * takes)
         began = clock.now
         await engine.submit("embedder", [Row([1] * length)] * rows, deadline=clock.now + 1.1 * takes)
-        assert clock.now - began == pytest.approx(takes)
+        assert clock.now - began == pytest.approx(takes, rel=0.01)  # a batch lasts a quarter of a second at most
     await asyncio.to_thread(engine.close)
 
 

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Mapping
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from openbook_server.backlog import Lane
 from openbook_server.buckets import PADDED
-from openbook_server.engine import Engine, Lane, Outcome
+from openbook_server.engine import Engine, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 from openbook_server.rows import Row, collate
 

@@ -16,8 +16,8 @@ from typing import TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
-from openbook_server.engine import Lane
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.preparation import Prepared, Splitting, prepare
 from openbook_server.knowledge import Document, KnowledgeBase

@@ -1,0 +1,143 @@
+"""What waits for the device, and what of it runs next. Knows no threads and no clock: the engine guards it and tells it the time.
+
+- Earliest deadline first, the foreground lane before the background lane.
+- A batch holds rows of one graph and one padded length, within the budget of padded tokens.
+- It lasts a quarter of a second at most, as far as is known, and no longer than its most urgent row has left.
+- A row that would be too late is not run: under overload its result would cost somebody else's. Too late is what leaves less time than
+  a batch takes that is worth running: a quarter of what a batch may last, or of what the row's caller allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openbook_server.costs import BatchCost
+from openbook_server.errors import DeadlineExceeded
+from openbook_server.rows import Row
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+class Lane(IntEnum):
+    """Who goes first: people waiting for an answer, then bulk work."""
+
+    FOREGROUND = 0
+    BACKGROUND = 1
+
+
+_SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
+_LONGEST = 0.25  # seconds that a batch of several rows may last
+_WORTH = 4  # a batch that lasts this part of what it may is worth running
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The rows of one request at one graph; done when all of them are."""
+
+    graph: str
+    rows: Sequence[Row]
+    deadline: float  # time.monotonic() seconds
+    lane: Lane
+    done: asyncio.Future[list[Arrays]]
+    submitted: float
+    results: list[Arrays] = field(default_factory=list)
+    missing: int = 0
+    started: float = 0.0  # when its first row began to run; 0 = not yet
+    failure: Exception | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Nobody wants the rows that are left."""
+        return self.done.cancelled() or self.failure is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows to run together, and jobs that failed instead of giving any."""
+
+    graph: str
+    length: int  # tokens, padded
+    rows: list[tuple[int, Job]]  # (number in the job, job)
+    dropped: list[Job]
+    seconds: float  # that it will take, as far as is known
+
+
+class Backlog:
+    """Rows of jobs, by graph and padded length."""
+
+    def __init__(self, costs: Mapping[str, BatchCost], *, max_batch_tokens: int) -> None:
+        """`costs`: of every graph that jobs name; may grow."""
+        self._costs, self._budget = costs, max_batch_tokens
+        self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
+        self._order = itertools.count()
+        self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
+        self.rows = dict.fromkeys(Lane, 0)  # that wait
+
+    def __len__(self) -> int:
+        return sum(self.rows.values())
+
+    def add(self, job: Job, lengths: Sequence[int]) -> None:
+        """All rows of a job, with their padded lengths."""
+        for number, length in enumerate(lengths):
+            heapq.heappush(self._groups.setdefault((job.graph, length), []), (job.lane, job.deadline, next(self._order), number, job))
+            self._waiting[job.graph, job.lane, length] += 1
+        self.rows[job.lane] += len(lengths)
+
+    def wait(self, lane: Lane) -> float:
+        """Seconds until everything is done that goes before a new job of a lane."""
+        return self.predict(self._waiting, lane)
+
+    def predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
+        """Seconds until those of the rows (by graph, lane, padded length) are done that run before anything of a lane below."""
+        seconds = 0.0
+        for (graph, row_lane, length), count in rows.items():
+            if row_lane <= lane:
+                size = max(1, min(self._most(row_lane, length), self._costs[graph].rows_within(_LONGEST, length)))
+                seconds += self._costs[graph].predict(-(-count // size), count, length)
+        return seconds
+
+    def take(self, now: float) -> Batch:
+        """The group whose head is most urgent gives rows; what is dead or too late is dropped. There must be a row."""
+        key = min(self._groups, key=lambda name: self._groups[name][0][:3])
+        graph, length = key
+        heap, cost = self._groups[key], self._costs[graph]
+        batch: list[tuple[int, Job]] = []
+        dropped: dict[int, Job] = {}
+        limit = sys.maxsize
+        while heap and len(batch) < min(limit, self._most(heap[0][0], length)):
+            lane, deadline, _, number, job = heapq.heappop(heap)
+            self.rows[lane] -= 1
+            self._waiting[graph, lane, length] -= 1
+            if job.is_over:
+                continue
+            if not batch:
+                worth = cost.rows_within(min(_LONGEST, deadline - job.submitted) / _WORTH, length)
+                spared = cost.predict(1, max(1, min(1 + len(heap), self._most(lane, length), worth)), length)
+            if now + spared >= deadline:
+                job.failure = DeadlineExceeded(
+                    f"after {now - job.submitted:.3f} s in the queue {deadline - now:.3f} s are left, and a batch takes {spared:.3f} s"
+                )
+                dropped[id(job)] = job
+                continue
+            if not batch:
+                limit = max(1, cost.rows_within(min(_LONGEST, deadline - now), length))
+            job.started = job.started or now
+            batch.append((number, job))
+        if not heap:
+            del self._groups[key]
+        self._waiting = +self._waiting  # without those that are empty
+        return Batch(graph, length, batch, list(dropped.values()), cost.predict(bool(batch), len(batch), length))
+
+    def _most(self, lane: Lane, length: int) -> int:
+        """Rows of a length that a lane's batch may hold."""
+        return max(1, self._budget // _SHARE[lane] // length)

@@ -1,0 +1,109 @@
+"""What runs next, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from openbook_server.backlog import Backlog, Job, Lane
+from openbook_server.costs import BatchCost
+from openbook_server.errors import DeadlineExceeded
+from openbook_server.rows import Row
+
+A_ROW = 0.01  # seconds, of 16 tokens
+
+
+def known(seconds_a_row: float = A_ROW) -> BatchCost:
+    """The law of a processor that takes so long for a row of 16 tokens, whatever else is in the batch."""
+    cost = BatchCost()
+    for rows in (1, 2, 4, 8) * 20:
+        cost.learn(rows, 16, rows * seconds_a_row)
+    return cost
+
+
+def job(deadline: float, *, rows: int = 1, submitted: float = 0.0, lane: Lane = Lane.FOREGROUND) -> Job:
+    done: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+    return Job("embedder", [Row([1] * 16)] * rows, deadline, lane, done, submitted, [{}] * rows, rows)  # type: ignore[arg-type]
+
+
+def backlog(cost: BatchCost | None = None, tokens: int = 2_048) -> Backlog:
+    return Backlog({"embedder": cost or known()}, max_batch_tokens=tokens)
+
+
+async def test_before_anything_is_known_a_batch_is_what_the_budget_holds() -> None:
+    waiting = backlog(BatchCost(), tokens=16 * 5)
+    waiting.add(job(60.0, rows=12), [16] * 12)
+    assert [len(waiting.take(0.0).rows) for _ in range(3)] == [5, 5, 2]
+    assert len(waiting) == 0
+
+
+async def test_a_batch_lasts_a_quarter_of_a_second_at_most() -> None:
+    waiting = backlog()
+    waiting.add(job(60.0, rows=100), [16] * 100)
+    batch = waiting.take(0.0)
+    assert len(batch.rows) == 25
+    assert batch.seconds == pytest.approx(0.25, rel=0.05)
+    assert waiting.wait(Lane.FOREGROUND) == pytest.approx(0.75, rel=0.05)
+
+
+async def test_a_batch_lasts_no_longer_than_its_most_urgent_row_has_left() -> None:
+    waiting = backlog()
+    urgent = job(0.105)
+    waiting.add(urgent, [16])
+    waiting.add(job(60.0, rows=100), [16] * 100)
+    batch = waiting.take(0.0)
+    assert len(batch.rows) == 10
+    assert batch.rows[0][1] is urgent
+
+
+async def test_a_row_that_leaves_too_little_time_fails_and_the_batch_is_filled_by_others() -> None:
+    waiting = backlog()
+    late, in_time = job(1.0), job(1.5, rows=30)
+    waiting.add(late, [16])
+    waiting.add(in_time, [16] * 30)
+    batch = waiting.take(0.95)  # a quarter of 0.25 s is what a batch worth running takes
+    assert batch.dropped == [late]
+    assert isinstance(late.failure, DeadlineExceeded)
+    assert [one for _, one in batch.rows] == [in_time] * 25
+
+
+async def test_a_lone_row_is_run_with_hardly_more_left_than_it_takes() -> None:
+    waiting = backlog()
+    alone = job(0.012)
+    waiting.add(alone, [16])
+    assert [one for _, one in waiting.take(0.0).rows] == [alone]
+
+
+async def test_short_deadlines_are_served_in_short_batches() -> None:
+    waiting, served, now = backlog(), 0, 0.0
+    for _ in range(40):
+        waiting.add(job(0.08), [16])
+    while len(waiting):
+        batch = waiting.take(now)
+        now += A_ROW * len(batch.rows)
+        served += len(batch.rows) if now <= 0.08 else 0
+    assert served >= 6  # of the eight that can be
+
+
+@pytest.mark.parametrize("factor", [2.0, 10.0])
+@pytest.mark.parametrize("slowdown", [1.0, 3.0])
+async def test_what_can_be_done_in_time_is_done_in_time_however_much_is_asked_for(factor: float, slowdown: float) -> None:
+    """Arrivals at a multiple of what the machine can do, a second for each; it becomes slower than it was known to be."""
+    cost = known()
+    waiting, now, in_time, due, ends = backlog(cost), 0.0, 0, 0.0, 30.0
+    each = A_ROW * slowdown / factor  # seconds between arrivals
+    while now < ends:
+        while due <= now:
+            if 2 * waiting.wait(Lane.FOREGROUND) + cost.predict(1, 1, 16) < 1.0:  # the engine's admission
+                waiting.add(job(due + 1.0, submitted=due), [16])
+            due += each
+        if not len(waiting):
+            now = due
+            continue
+        batch = waiting.take(now)
+        seconds = A_ROW * slowdown * len(batch.rows)
+        now += seconds
+        if batch.rows:
+            cost.learn(len(batch.rows), 16, seconds)
+        in_time += sum(now <= one.deadline for _, one in batch.rows)
+    assert in_time > 0.9 * ends / (A_ROW * slowdown)

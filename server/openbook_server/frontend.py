@@ -17,13 +17,13 @@ from google.protobuf.message import Message
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
+from openbook_server.call import Call
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
 from openbook_server.generation_service import GenerationService
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
-from openbook_server.rpc import Call
 from openbook_server.served import Served
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser

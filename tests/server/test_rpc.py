@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
-from openbook_server.rpc import Call, RpcServer
+from openbook_server.call import Call
+from openbook_server.rpc import RpcServer
 
 LIMIT = 4
 

@@ -30,6 +30,8 @@ EXPECTED = 16  # calls that the core may hand over before it is asked for more
 TURN = 64  # events taken before whatever else the loop has to do gets its turn
 _FLAGS = 0
 
+Otherwise = Callable[["CoreCall", set[Any]], None]
+
 
 class RpcServer:
     """Serves handlers on one port, on the event loop it is started on."""
@@ -40,7 +42,7 @@ class RpcServer:
         *,
         options: Sequence[tuple[str, int]],
         max_calls: int,
-        otherwise: Callable[[CoreCall, set[Any]], None] | None = None,
+        otherwise: Otherwise | None = None,
     ) -> None:
         """Serve the methods of `handlers`.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from grpc_health.v1 import _async as aio_health
@@ -14,6 +14,9 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.rpc import Otherwise, RpcServer
+
+if TYPE_CHECKING:
+    from openbook_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +34,8 @@ class Listener(Protocol):
     @property
     def port(self) -> int: ...
 
-    @property
-    def calls(self) -> Collection[Any]:
-        """That are being served."""
+    def report(self, metrics: Metrics) -> None:
+        """Have the metrics tell of calls."""
 
     async def serving(self, name: str, state: str) -> None:
         """Tell the world that requests are answered now: the bundle's name, and what else is worth a line in the log."""
@@ -76,9 +78,8 @@ class Port:
         except OSError as error:
             raise port_in_use(config) from error
 
-    @property
-    def calls(self) -> Collection[Any]:
-        return self._server.calls
+    def report(self, metrics: Metrics) -> None:
+        metrics.observe_calls(self._server.calls)
 
     async def start(self) -> None:
         """Take calls; health says NOT_SERVING."""

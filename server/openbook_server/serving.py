@@ -69,6 +69,7 @@ async def running_server(
     metrics = Metrics()
     frontend = Frontend(config, metrics)
     listener = await listen([*frontend.handlers(), *_reflection_handlers()], config)
+    listener.report(metrics)
     try:
         loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
         engine = Engine({}, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch)

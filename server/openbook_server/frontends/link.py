@@ -45,13 +45,17 @@ class Link:
         telling = asyncio.ensure_future(self._tell())
         try:
             while True:
-                lost = loop.create_future()
+                lost = asyncio.Event()
 
-                def protocol(lost: asyncio.Future[None] = lost) -> Connection:
-                    return Connection(self._heard, lambda _: lost.set_result(None), max_message_bytes=self._max_message_bytes)
+                def protocol(lost: asyncio.Event = lost) -> Connection:
+                    return Connection(self._heard, lambda _: lost.set(), max_message_bytes=self._max_message_bytes)
 
-                await loop.create_unix_connection(protocol, str(self._path))  # the supervisor listens: an engine will answer
-                await lost
+                # The supervisor listens: whichever engine is there next will answer.
+                _, connection = await loop.create_unix_connection(protocol, str(self._path))
+                try:
+                    await lost.wait()
+                finally:
+                    connection.close()
                 self._engine_lost()
         finally:
             telling.cancel()

@@ -79,7 +79,7 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. Returns the exit status."""
         loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
         for number in signals:
-            loop.add_signal_handler(number, self._drain)
+            loop.add_signal_handler(number, self.stop)
         engine, *front_ends = (asyncio.create_task(self._keep(place)) for place in (self._engine, *self._front_ends))
         try:
             await self._stop.wait()
@@ -99,7 +99,8 @@ class Supervisor:
             log.info("stopped")
         return self._status
 
-    def _drain(self) -> None:
+    def stop(self) -> None:
+        """Have `run` drain and return."""
         log.info("draining for up to %.0f s; a second signal stops at once", self._config.drain_seconds)
         self._stop.set()
 
@@ -124,7 +125,7 @@ class Supervisor:
                 return
             hasty = 0 if served_at and time.monotonic() - served_at > STEADY_SECONDS else hasty + 1
             pause = min(SHORTEST_PAUSE * 2 ** (hasty - 1), LONGEST_PAUSE) if hasty else 0.0
-            log.error("%s ended (%s); it is started again in %.1f s", place.name, how, pause)
+            log.error("%s ended (%s); it is started again%s", place.name, how, f" in {pause:.1f} s" if pause else "")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), pause)
             place.restarts += 1

@@ -78,9 +78,19 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(tiny_bundle: Path, tiny_knowledge_base: Path, short: Path) -> Iterator[Served]:
-    with serving(tiny_bundle, tiny_knowledge_base, short) as served:
+def served(tiny_bundle: Path, tiny_knowledge_base: Path, short: Path, unused_tcp_port: int) -> Iterator[Served]:
+    with serving(tiny_bundle, tiny_knowledge_base, short, "--metrics-port", str(unused_tcp_port)) as served:
         yield served
+
+
+async def scrape(port: int) -> dict[str, float]:
+    """What Prometheus would see."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page = (await reader.read()).decode()
+    writer.close()
+    lines = (line.rpartition(" ") for line in page.splitlines() if line.startswith("openbook_"))
+    return {name: float(value) for name, _, value in lines}
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -168,7 +178,7 @@ async def test_reflection_and_health_are_there(served: Served, version: str) -> 
         assert await health(channel) == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_killed_front_end_loses_only_its_connections(served: Served, writers: list[Writer]) -> None:
+async def test_a_killed_front_end_loses_only_its_connections(served: Served, writers: list[Writer], unused_tcp_port: int) -> None:
     victim, other = served.processes("frontend_process")
     os.kill(victim, signal.SIGKILL)
     await until(lambda: gone(victim))
@@ -178,6 +188,12 @@ async def test_a_killed_front_end_loses_only_its_connections(served: Served, wri
         assert await health(writer.channel) == health_pb2.HealthCheckResponse.SERVING
     await until(lambda: len(served.processes("frontend_process")) == 2)
     assert other in served.processes("frontend_process")
+    async with asyncio.timeout(WAIT):
+        while (metrics := await scrape(unused_tcp_port))["openbook_front_ends"] < 2:
+            await asyncio.sleep(0.05)
+    assert metrics['openbook_process_restarts{process="frontend"}'] == 1
+    assert metrics['openbook_process_restarts{process="engine"}'] == 0
+    assert metrics["openbook_calls"] == codes.count(grpc.StatusCode.OK)  # streams that are still open
 
 
 async def test_a_killed_engine_is_unavailable_at_once_loses_nothing_and_answers_again(served: Served, writers: list[Writer]) -> None:

@@ -152,6 +152,38 @@ async def test_the_limit_on_calls_is_one_for_all_front_ends(behind: Behind) -> N
         assert await asyncio.gather(*running) == [b"x" * 50] * 2
 
 
+async def test_an_engine_that_stops_lets_calls_finish_within_the_grace(behind: Behind) -> None:
+    methods = Methods()
+    async with (
+        behind.engine([methods.handler()]) as relay,
+        behind.front_end([]) as front_end,
+        channel_to(front_end.port) as channel,
+    ):
+        call = channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT)
+        await methods.entered.wait()
+        stopping = asyncio.ensure_future(relay.stop(WAIT))
+        await asyncio.sleep(0)
+        assert not stopping.done()
+        methods.go.set()
+        assert await call == b"x" * 50
+        await stopping
+        assert not relay.calls
+
+
+async def test_an_engine_that_stops_cancels_after_the_grace_and_says_why(behind: Behind) -> None:
+    methods = Methods()
+    async with (
+        behind.engine([methods.handler()]) as relay,
+        behind.front_end([]) as front_end,
+        channel_to(front_end.port) as channel,
+    ):
+        call = channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT)
+        await methods.entered.wait()
+        await relay.stop(0.01)
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+            await call
+
+
 async def test_a_stream_that_nobody_reads_is_not_written_on(behind: Behind) -> None:
     methods = Methods()
     async with behind.engine([methods.handler()]), behind.front_end([]) as front_end, channel_to(front_end.port) as channel:

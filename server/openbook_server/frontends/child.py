@@ -8,6 +8,7 @@ was its standard output; anything else that is printed goes to standard error.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import shutil
@@ -48,7 +49,8 @@ class Supervised:
         """Take the orders."""
         self._says = os.dup(1)
         os.dup2(2, 1)
-        first = sys.stdin.readline()
+        self._told = io.FileIO(0, closefd=False)  # without a buffer, whose lock a thread that reads would hold when the process ends
+        first = self._told.readline()
         if not first:
             os._exit(DEFECT)
         given: dict[str, Any] = json.loads(first)
@@ -62,7 +64,7 @@ class Supervised:
         os.write(self._says, json.dumps(state).encode() + b"\n")
 
     def _watch(self) -> None:
-        for line in sys.stdin:
+        for line in self._told:
             self.restarts = json.loads(line)
         shutil.rmtree(self.orders.folder, ignore_errors=True)
         os._exit(DEFECT)

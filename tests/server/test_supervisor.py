@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -134,6 +135,16 @@ async def test_a_process_that_does_not_come_back_is_given_up(pretended: Pretende
     assert await asyncio.wait_for(pretended.running, WAIT) == 5
     assert len(pretended.pids("engine")) == 1 + supervisor.FAILURES
     assert f"the engine could not be started {supervisor.FAILURES} times in a row" in caplog.text
+
+
+async def test_a_system_that_cannot_start_processes_ends_the_server(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(pretended.folder / "none"))
+    start(pretended)
+    assert pretended.running is not None
+    assert await asyncio.wait_for(pretended.running, WAIT) == 1
+    assert "No such file" in caplog.text
 
 
 async def test_a_reserved_port_is_for_processes_that_share_it_and_for_nobody_else() -> None:

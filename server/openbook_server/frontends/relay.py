@@ -17,6 +17,7 @@ from openbook_server.call import NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Met
 from openbook_server.frontends.records import WINDOW, Connection, Ending, Kind, Opening
 from openbook_server.listening import Handlers
 
+BACKLOG = 1_024  # front ends that may wait for an engine, those that died meanwhile included
 _LATE = 5.0  # seconds that the last replies may take to leave
 
 
@@ -42,7 +43,7 @@ class Relay:
         def connection() -> Connection:
             return Connection(self._heard, self._lost, opened=self._opened, max_message_bytes=self._max_message_bytes)
 
-        self._server = await asyncio.get_running_loop().create_unix_server(connection, sock=at)
+        self._server = await asyncio.get_running_loop().create_unix_server(connection, sock=at, backlog=BACKLOG)
 
     def tell(self, *, ready: bool) -> None:
         """Tell all front ends, and those to come, whether requests are answered."""

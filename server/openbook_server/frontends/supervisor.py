@@ -27,6 +27,7 @@ from typing import Any
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.frontends.port import reserved_port
+from openbook_server.frontends.relay import BACKLOG
 from openbook_server.listening import log_serving
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ class Supervisor:
         loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
         for number in signals:
             loop.add_signal_handler(number, self.stop)
-        engine, *front_ends = (asyncio.create_task(self._keep(place)) for place in (self._engine, *self._front_ends))
+        engine, *front_ends = tasks = [asyncio.create_task(self._keep(place)) for place in (self._engine, *self._front_ends)]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._stop.set())
         try:
             await self._stop.wait()
             for number in signals:
@@ -108,12 +111,13 @@ class Supervisor:
         """Have a process in a place, until the server stops."""
         failures = hasty = 0
         while not self._stop.is_set():
-            served_at = await self._live(place)
-            assert place.process is not None  # noqa: S101
-            status = await place.process.wait()
+            try:
+                served_at, status = await self._live(place)
+                how = f"exit status {status}" if status >= 0 else f"signal {-status}"
+            except OSError as error:  # the system has no room for another process, say
+                served_at, status, how = 0.0, 0, str(error)
             if self._stop.is_set():
                 return
-            how = f"exit status {status}" if status >= 0 else f"signal {-status}"
             failures = 0 if served_at else failures + 1
             if not self._ever_served or failures == FAILURES:
                 if self._ever_served:
@@ -121,7 +125,6 @@ class Supervisor:
                 elif status <= 0:  # it has not said why itself
                     log.error("%s ended before the server was ready (%s)", place.name, how)
                 self._status = max(status, 1)
-                self._stop.set()
                 return
             hasty = 0 if served_at and time.monotonic() - served_at > STEADY_SECONDS else hasty + 1
             pause = min(SHORTEST_PAUSE * 2 ** (hasty - 1), LONGEST_PAUSE) if hasty else 0.0
@@ -132,8 +135,8 @@ class Supervisor:
             if place is not self._engine:  # which is told when it starts
                 await self._say(self._engine, self._restarts())
 
-    async def _live(self, place: _Place) -> float:
-        """Start a process and hear what it says, until it has no more to say; returns when it first did, 0 = never."""
+    async def _live(self, place: _Place) -> tuple[float, int]:
+        """Start a process and hear what it says until it ends; returns when it first said something, 0 = never, and its exit status."""
         place.said = {}
         self._announced = self._announced and place is not self._engine
         place.process = await asyncio.create_subprocess_exec(
@@ -154,7 +157,7 @@ class Supervisor:
             served_at = served_at or time.monotonic()
             self._announce()
         place.said = {}
-        return served_at
+        return served_at, await place.process.wait()
 
     def _announce(self) -> None:
         if self._announced or not self._engine.said or not all(place.said.get("serving") for place in self._front_ends):
@@ -191,7 +194,7 @@ async def supervise(bundle: Path, knowledge_base: str | None, config: ServerConf
             listening.bind(str(folder / "engine"))
         except OSError as error:
             raise InvalidRequest("TMPDIR", f"no socket can be made in {folder} ({error}); name a folder with a shorter path") from error
-        listening.listen(config.frontends)
+        listening.listen(BACKLOG)
         return await Supervisor(bundle, knowledge_base, config, folder, listening).run()
 
 

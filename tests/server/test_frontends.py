@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -124,13 +126,13 @@ class Writer:
 
     def __init__(self, served: Served, number: int) -> None:
         self.channel = served.channel()
-        self._number = number
+        self.number = number
         self._stream = knowledge_base_pb2_grpc.KnowledgeBaseStub(self.channel).UpsertStream(timeout=WAIT)
 
     async def write(self) -> grpc.StatusCode:
         """Write, and wait for the acknowledgement."""
         try:
-            await self._stream.write(document(self._number))
+            await self._stream.write(document(self.number))
             reply = await self._stream.read()
             assert reply is not grpc.aio.EOF
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: the stream has ended already
@@ -268,3 +270,42 @@ def test_a_start_that_fails_says_so_once_as_one_process_does(
         assert "choose another --port" in failed(str(tiny_bundle), "--port", str(unused_tcp_port))
         assert "choose another --metrics-port" in failed(str(tiny_bundle), "--port", "0", "--metrics-port", str(unused_tcp_port))
     assert folders(short) == []
+
+
+@pytest.mark.slow
+async def test_acknowledged_writes_survive_kills_of_engine_and_front_ends_at_random(served: Served) -> None:
+    rng, stored, killed = random.Random(0), list[int](), 0
+    numbers = itertools.count()
+    done = asyncio.Event()
+
+    async def write() -> None:
+        while not done.is_set():
+            number = next(numbers)
+            writer = Writer(served, number)
+            while not done.is_set() and await writer.write() is grpc.StatusCode.OK:
+                stored.append(number)
+                writer.number = number = next(numbers)
+            await writer.channel.close()
+            await asyncio.sleep(0.05)
+
+    writing = [asyncio.ensure_future(write()) for _ in range(4)]
+    for _ in range(12):
+        before = len(stored)
+        await until(lambda before=before: len(stored) > before + 20)  # it answers, so no start is cut off
+        kind = "engine_process" if rng.random() < 0.3 else "frontend_process"
+        with suppress(ProcessLookupError):
+            os.kill(rng.choice(served.processes(kind)), signal.SIGKILL)
+            killed += 1
+    done.set()
+    await asyncio.gather(*writing)
+    assert killed
+    await until(lambda: len(served.processes()) == 3)
+    async with served.channel() as channel:
+        async with asyncio.timeout(WAIT):
+            while await health(channel) != health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.05)
+        knowledge: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        for first in range(0, len(stored), 50):
+            ids = [f"n{number}" for number in stored[first : first + 50]]
+            found = await knowledge.Get(kb.GetRequest(ids=ids), timeout=WAIT)
+            assert [document.id for document in found.documents] == ids

@@ -124,7 +124,21 @@ async def test_processes_that_are_killed_are_started_again_and_counted(pretended
     assert await stopped(pretended, server) == 0
 
 
-async def test_a_process_that_does_not_come_back_is_given_up(pretended: Pretended, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_front_end_that_does_not_come_back_is_waited_for(pretended: Pretended, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    pretended.have("serve", "serve")
+    server = start(pretended)
+    await pretended.until(lambda: "serving tiny" in caplog.text)
+    pretended.have("serve", "5")
+    os.kill(pretended.pids("frontend")[0], 9)
+    await pretended.until(lambda: len(pretended.pids("frontend")) > 2 + supervisor.FAILURES + 1)
+    pretended.have("serve", "serve")
+    count = len(pretended.pids("frontend"))
+    await pretended.until(lambda: len(pretended.pids("frontend")) > count)
+    assert await stopped(pretended, server) == 0
+
+
+async def test_an_engine_that_does_not_come_back_is_given_up(pretended: Pretended, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     pretended.have("serve", "serve")
     start(pretended)

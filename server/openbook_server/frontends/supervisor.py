@@ -1,8 +1,8 @@
 """`openbook serve --frontends N` itself: starts the engine and the front ends, and starts again those that end.
 
 Until all of them have answered once, the end of one is the end of the server, with its exit status: what is wrong with a bundle is
-told once. Later a process that ends is started again, at once or, if it does not live long, after ever longer; one that fails to start
-`FAILURES` times in a row is given up, and the server with it, so that whoever runs it hears of it.
+told once. Later a process that ends is started again, at once or, if it does not live long, after ever longer. An engine that fails to
+start `FAILURES` times in a row is given up, and the server with it, so that whoever runs it hears of it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Supervisor:
             if self._stop.is_set():
                 return
             failures = 0 if served_at else failures + 1
-            if not self._ever_served or failures == FAILURES:
+            if not self._ever_served or (place is self._engine and failures == FAILURES):
                 if self._ever_served:
                     log.error("%s could not be started %d times in a row (%s); giving up", place.name, failures, how)
                 elif status <= 0:  # it has not said why itself

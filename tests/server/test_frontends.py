@@ -114,7 +114,8 @@ def gone(pid: int) -> bool:
 
 
 async def health(channel: grpc.aio.Channel) -> int:
-    return int((await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT)).status)
+    check = health_pb2_grpc.HealthStub(channel).Check
+    return int((await check(health_pb2.HealthCheckRequest(), timeout=WAIT, wait_for_ready=True)).status)  # once anybody listens
 
 
 def document(number: int) -> kb.UpsertRequest:

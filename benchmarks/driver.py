@@ -71,6 +71,19 @@ class Server:
     pid: int
     startup_seconds: float  # from starting its process until it said SERVING
 
+    def cpu_seconds(self) -> float:
+        """Of all its processes, so far."""
+        return sum(map(cpu_seconds, self._processes()))
+
+    def memory_mb(self) -> float:
+        """Of all its processes; what they share counts in each."""
+        return sum(map(memory_mb, self._processes()))
+
+    def _processes(self) -> list[int]:
+        """It, and its engine and front ends where it has some."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [self.pid, *map(int, children)]
+
 
 class Clients:
     """Processes that send load, so that neither they nor whoever measures hold up each other; a context manager."""
@@ -95,12 +108,12 @@ class Clients:
         waiting = self._pool.starmap_async(_run, parts, chunksize=1)
         began = start + WARM_UP_SECONDS
         time.sleep(max(0.0, began - time.perf_counter()))
-        before, memory = cpu_seconds(server.pid), []
+        before, memory = server.cpu_seconds(), []
         pause = max(SAMPLE_SECONDS, load.seconds / SAMPLES)
         while (left := began + load.seconds - time.perf_counter()) > 0:
-            memory.append((time.perf_counter() - began, memory_mb(server.pid)))
+            memory.append((time.perf_counter() - began, server.memory_mb()))
             time.sleep(min(pause, left))
-        used = cpu_seconds(server.pid) - before
+        used = server.cpu_seconds() - before
         driven = waiting.get()
         seen = driven.pop() if probe else None
         return replace(merged(driven), server_cpu_seconds=used, memory_mb=memory, probe=seen)
@@ -209,11 +222,18 @@ async def _drive(address: str, texts: Sequence[str], load: Load, start: float, s
 
 @contextmanager
 def started_server(
-    bundle: Path, device: str, threads: int, knowledge_base: Path | None = None, python: str = sys.executable
+    bundle: Path,
+    device: str,
+    threads: int,
+    knowledge_base: Path | None = None,
+    *,
+    front_ends: int = 0,
+    python: str = sys.executable,
 ) -> Iterator[Server]:
     """A server on a free port of this machine, run by `python`."""
     folders = [str(folder) for folder in (bundle, knowledge_base) if folder is not None]
     options = ["--port", "0", "--device", device, "--threads", str(threads), "--cache-mb", "0"]  # texts repeat here: compute each time
+    options += ["--frontends", str(front_ends)] if front_ends else []
     command = [python, "-m", "openbook.cli", "serve", *folders, *options]
     began, said = time.perf_counter(), []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="a phase (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=1, help="processes that send (default: %(default)s)")
+    parser.add_argument("--frontends", type=int, default=0, metavar="N", help="as of `openbook serve` (default: %(default)s)")
     add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
@@ -68,7 +69,10 @@ def main() -> None:
     }
     raw: list[float] = []
     served: dict[str, list[Outcome]] = {name: [] for name in closed}
-    with started_server(arguments.bundle, arguments.device, arguments.threads) as server, Clients(arguments.clients) as clients:
+    with (
+        started_server(arguments.bundle, arguments.device, arguments.threads, front_ends=arguments.frontends) as server,
+        Clients(arguments.clients) as clients,
+    ):
         for _ in range(arguments.rounds):
             for name, load in closed.items():
                 raw.append(raw_embedding_rate(graph, batches, arguments.seconds))

@@ -46,6 +46,15 @@ def test_overload_reports_goodput_refusals_and_memory(tiny_bundle: Path, texts: 
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_call_costs_is_reported_of_every_process() -> None:
+    report = benchmark("rpc.py", "--rounds", 1, "--seconds", 0.3)
+    for calls in (1, 32, 64):
+        assert report[f"openbook, {calls} at a time"].keys() == {"client_us", "server_us"}
+        behind = report[f"openbook behind a front end, {calls} at a time"]
+        assert behind.keys() == {"client_us", "server_us", "front_end_us"}
+        assert behind["client_us"] > 0  # the others' clock ticks too rarely for so short a run
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("questions") / "questions.jsonl"

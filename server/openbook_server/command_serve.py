@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ _FLAGS = {
     "port": "port to listen on; 0 = any free one, named in the log",
     "device": "auto, cpu, openvino or cuda",
     "precision": "fp32, bf16, fp16 or int8; by default the device's lossless one",
+    "frontends": "processes that speak gRPC for the one that computes, which then does nothing else; 0 = one process does it all. For "
+    "machines with many cores and a fast device",
     "threads": "onnxruntime threads; 0 = all cores",
     "max_batch_tokens": "tokens of one batch, padding included; raise it on a GPU until the device is busy",
     "cache_mb": "megabytes for the vectors of texts and questions asked before; 0 = compute every one, as a benchmark must",
@@ -36,7 +37,6 @@ _FLAGS = {
     "metrics_port": "Prometheus metrics over HTTP on the same host; 0 = off",
 }
 
-SWITCH_SECONDS = 0.0005  # between threads; Python's default is ten times as long
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 
 
@@ -69,14 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from openbook_server.errors import OpenBookError
+    from openbook_server.hosting import set_up_process
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    set_up_process()
     try:
         config = _config(arguments)
-        # The engine's thread needs the interpreter for moments only, but at once: the device idles until it has it.
-        sys.setswitchinterval(SWITCH_SECONDS)
-        # A request's texts take tens of microseconds each; handing them to other threads waits for a processor that inference has.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if config.frontends:
+            from openbook_server.frontends.supervisor import supervise
+
+            return asyncio.run(supervise(arguments.bundle, arguments.knowledge_base, config))
         from openbook_server.serving import serve_until_stopped
 
         asyncio.run(serve_until_stopped(arguments.bundle, arguments.knowledge_base, config))

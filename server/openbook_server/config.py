@@ -15,6 +15,7 @@ class ServerConfig:
     port: int = 50051  # 0 = any free one, printed at start
     device: str = "auto"  # auto, cpu, openvino or cuda
     precision: str = ""  # fp32, bf16, fp16 or int8; empty = the device's lossless default
+    frontends: int = 0  # processes that speak gRPC beside the one that computes; 0 = one process does both
     threads: int = 0  # onnxruntime threads; 0 = all cores
     max_batch_tokens: int = 2_048  # a batch, padding included; raise it on a GPU until the device is busy
     cache_mb: int = 64  # vectors of texts and questions kept, about 500 of them a MB; 0 = every text is computed
@@ -40,6 +41,7 @@ class ServerConfig:
             ("recall_share", 0, 1),
             ("recall_target", 0, 1),
             ("shadow_share", 0, 1),
+            ("frontends", 0, 256),
             ("threads", 0, 1_024),
             ("max_batch_tokens", 512, 1 << 20),
             ("cache_mb", 0, 1 << 20),

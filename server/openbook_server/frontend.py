@@ -17,13 +17,14 @@ from google.protobuf.message import Message
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
+from openbook_server.call import Call
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
 from openbook_server.generation_service import GenerationService
+from openbook_server.listening import REQUESTS_A_ROW
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
-from openbook_server.rpc import Call
 from openbook_server.served import Served
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
@@ -32,8 +33,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OpenBook"].full_name
 KNOWLEDGE_SERVICE = kb.DESCRIPTOR.services_by_name["KnowledgeBase"].full_name
-
-REQUESTS_A_ROW = 2  # requests at once, in rows that may wait: beyond it they would only fill memory
 
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)

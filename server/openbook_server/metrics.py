@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from openbook_server.comparison import Comparison
     from openbook_server.embedder import Embedder
     from openbook_server.engine import Engine
+    from openbook_server.frontends.relay import Relay
     from openbook_server.knowledge import KnowledgeBase
     from openbook_server.pipeline import Timings
 
@@ -63,6 +64,22 @@ class Metrics:
         self._batch_rows.labels(graph).observe(rows)
         self._batch_tokens.labels(graph).inc(tokens)
         self._batch_seconds.labels(graph).inc(seconds)
+
+    def observe_calls(self, calls: Collection[object]) -> None:
+        """Report how many there are whenever a scrape asks."""
+        Gauge("openbook_calls", "Calls under way", registry=self.registry).set_function(lambda: len(calls))
+
+    def observe_front_ends(self, relay: Relay, restarts: Callable[[], Mapping[str, int]]) -> None:
+        """Report on the front ends, and on how often processes were started again, whenever a scrape asks."""
+        for name, meaning, value in (
+            ("openbook_front_ends", "Front ends that are connected", lambda: relay.front_ends),
+            ("openbook_front_end_waiting_bytes", "Replies that front ends have not read", lambda: relay.waiting_bytes),
+            ("openbook_front_end_refused_calls", "Calls that front ends ended without the engine", lambda: relay.refused),
+        ):
+            Gauge(name, meaning, registry=self.registry).set_function(value)
+        gauge = Gauge("openbook_process_restarts", "Processes started again after they ended", ["process"], registry=self.registry)
+        gauge.labels("engine").set_function(lambda: restarts()["engine"])
+        gauge.labels("frontend").set_function(lambda: restarts()["frontend"])
 
     def observe_knowledge(self, live: Callable[[], KnowledgeBase | None]) -> None:
         """Report on the knowledge base that is live whenever a scrape asks."""

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import _async as aio_health
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import _async as aio_reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -29,23 +28,21 @@ from openbook_server.config import ServerConfig
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine
 from openbook_server.errors import InvalidRequest, OpenBookError
-from openbook_server.frontend import KNOWLEDGE_SERVICE, REQUESTS_A_ROW, SERVICE, Frontend
+from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend
 from openbook_server.generation_service import GenerationService
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.opening import bundle_to_serve, place_of
+from openbook_server.listening import Listen, listen_on_port
 from openbook_server.metrics import Metrics
 from openbook_server.pair import Pair, Shared, load_graphs
-from openbook_server.rpc import RpcServer
 from openbook_server.runtime import Device, Graph, choose_device
 from openbook_server.succession import Succession
 
 log = logging.getLogger(__name__)
 
-LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and SERVICE tell readiness
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
-_HARD_LIMIT = 4  # times the limits on messages and requests: there gRPC itself refuses, without details; below it, we explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +56,10 @@ class _Loaded:
 
 
 @asynccontextmanager
-async def running_server(bundle_folder: Path, knowledge_base: str | Path | None, config: ServerConfig) -> AsyncIterator[int]:
-    """A server that is ready to answer within the block; yields its port.
+async def running_server(
+    bundle_folder: Path, knowledge_base: str | Path | None, config: ServerConfig, listen: Listen = listen_on_port
+) -> AsyncIterator[int]:
+    """A server that is ready to answer within the block, on calls that come from where `listen` does; yields its port.
 
     Raises:
         InvalidRequest: the address cannot be listened on.
@@ -69,7 +68,8 @@ async def running_server(bundle_folder: Path, knowledge_base: str | Path | None,
     began = time.perf_counter()
     metrics = Metrics()
     frontend = Frontend(config, metrics)
-    server, readiness, port = await _listen(frontend, config)
+    listener = await listen([*frontend.handlers(), *_reflection_handlers()], config)
+    listener.report(metrics)
     try:
         loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
         engine = Engine({}, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch)
@@ -94,22 +94,14 @@ async def running_server(bundle_folder: Path, knowledge_base: str | Path | None,
                 frontend.served = first.served
                 if succession is not None:
                     await succession.resume()
-                await _set_readiness(readiness, ready=True)
-                log.info(
-                    "serving %s on %s:%d: %s in %s, %s; ready after %.1f s",
-                    loaded.bundle.name,
-                    config.host,
-                    port,
-                    loaded.device.name,
-                    loaded.device.precision,
-                    f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base",
-                    time.perf_counter() - began,
-                )
-                yield port
+                holds = f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base"
+                took = time.perf_counter() - began
+                device = loaded.device
+                await listener.serving(loaded.bundle.name, f"{device.name} in {device.precision}, {holds}; ready after {took:.1f} s")
+                yield listener.port
             finally:
                 frontend.served, frontend.refusal = None, "the server is shutting down"
-                await _set_readiness(readiness, ready=False)
-                await server.stop(config.drain_seconds)
+                await listener.stop(config.drain_seconds)
                 if succession is not None:
                     await succession.close()
                 await asyncio.to_thread(engine.close)
@@ -117,7 +109,7 @@ async def running_server(bundle_folder: Path, knowledge_base: str | Path | None,
                     await asyncio.get_running_loop().run_in_executor(thread, _save_index, live().knowledge_base)
                 await live().close()
     finally:
-        await server.stop(0)
+        await listener.stop(0)
 
 
 async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, config: ServerConfig) -> None:
@@ -133,37 +125,6 @@ async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, c
         for number in signals:
             loop.remove_signal_handler(number)
     log.info("stopped")
-
-
-async def _listen(frontend: Frontend, config: ServerConfig) -> tuple[RpcServer, aio_health.HealthServicer, int]:
-    limit = config.max_message_bytes * _HARD_LIMIT
-    readiness = aio_health.HealthServicer()
-    await readiness.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
-    await _set_readiness(readiness, ready=False)
-    server = RpcServer(
-        [*frontend.handlers(), _health_handler(readiness), *_reflection_handlers()],
-        options=[
-            ("grpc.so_reuseport", 0),  # two servers on one port would share its callers in silence
-            ("grpc.max_receive_message_length", limit),
-            ("grpc.max_send_message_length", limit),
-        ],
-        max_calls=_HARD_LIMIT * REQUESTS_A_ROW * config.max_queued,
-    )
-    try:
-        port = server.listen(f"{config.host}:{config.port}")
-    except OSError as error:
-        raise InvalidRequest("--port", f"cannot listen on {config.host}:{config.port}; is it in use? choose another --port") from error
-    server.start()
-    return server, readiness, port
-
-
-def _health_handler(readiness: aio_health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
-    request, reply = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
-    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Check": grpc.unary_unary_rpc_method_handler(readiness.Check, request_deserializer=request, response_serializer=reply),
-        "Watch": grpc.unary_stream_rpc_method_handler(readiness.Watch, request_deserializer=request, response_serializer=reply),
-    }
-    return grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)
 
 
 def _reflection_handlers() -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
@@ -221,9 +182,3 @@ def _save_index(knowledge_base: KnowledgeBase | None) -> None:
             knowledge_base.snapshot()
     except (OSError, OpenBookError) as error:
         log.warning("%s", error)
-
-
-async def _set_readiness(readiness: aio_health.HealthServicer, *, ready: bool) -> None:
-    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-    for name in ("", SERVICE):
-        await readiness.set(name, status)

@@ -6,21 +6,28 @@ that half is skipped.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from openbook_server.bundle import load_bundle
+from openbook_server.frontends.link import Link
+from openbook_server.frontends.relay import Relay
 from openbook_server.ingest.embed import PassageEmbedder
 from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.sources import find_sources
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.listening import Handlers
+from openbook_server.rpc import RpcServer
 from openbook_server.runtime import Graph, build_device
 from openbook_server.tokenization import load_tokenizer
 
@@ -130,3 +137,69 @@ def tiny_place(place: Place, tiny_bundle: Path, _indexed: Path, tmp_path: Path) 
     else:
         shutil.copytree(_indexed, place.target)
     return place
+
+
+class FrontEnd:
+    """One in this process."""
+
+    def __init__(self, path: Path, options: list[tuple[str, int]], max_calls: int, max_message_bytes: int) -> None:
+        self.answering: list[bool] = []  # whether the engine answered, at each change
+        self.link = Link(path, self._told, max_message_bytes=max_message_bytes)
+        self.server = RpcServer([], options=options, max_calls=max_calls, otherwise=self.link.forward)
+        self.port = self.server.listen("127.0.0.1:0")
+        self.changed = asyncio.Event()
+
+    async def _told(self, ready: bool) -> None:
+        self.answering.append(ready)
+        self.changed.set()
+
+
+class Behind:
+    """An engine and front ends without their processes, on a socket that stays when the engine goes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen()
+
+    def close(self) -> None:
+        self._listening.close()
+
+    @asynccontextmanager
+    async def engine(self, handlers: Handlers, *, max_calls: int = 1_000, max_message_bytes: int = 100_000) -> AsyncIterator[Relay]:
+        """One after the other, as after a crash."""
+        relay = Relay(handlers, max_calls=max_calls, max_message_bytes=max_message_bytes)
+        await relay.listen(self._listening.dup())
+        relay.tell(ready=True)
+        yield relay
+        await relay.stop(0)
+
+    def crash(self, relay: Relay) -> None:
+        """As far as front ends can tell."""
+        assert relay._server is not None
+        relay._server.close()
+        for connection in relay._front_ends:
+            assert connection._transport is not None
+            connection._transport.abort()
+
+    @asynccontextmanager
+    async def front_end(
+        self, options: list[tuple[str, int]], max_calls: int = 1_000, max_message_bytes: int = 100_000
+    ) -> AsyncIterator[FrontEnd]:
+        """Within, it knows that the engine answers."""
+        front_end = FrontEnd(self._path, options, max_calls, max_message_bytes)
+        front_end.server.start()
+        linked = asyncio.ensure_future(front_end.link.run())
+        await front_end.changed.wait()
+        yield front_end
+        await front_end.server.stop(0)
+        linked.cancel()
+        await asyncio.gather(linked, return_exceptions=True)
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Iterator[Behind]:
+    behind = Behind(tmp_path / "engine")
+    yield behind
+    behind.close()

@@ -23,9 +23,9 @@ from openbook.v1 import openbook_pb2_grpc
 from openbook_server.bundle import MANIFEST, bundle_id
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
-from openbook_server.frontend import REQUESTS_A_ROW
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.serving import LIVENESS, running_server
+from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
+from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)

@@ -1,0 +1,127 @@
+"""One call while it is served, whatever brought it here: the context that handlers get, and how they are run.
+
+Handlers are `grpc.RpcMethodHandler`s of coroutines and asynchronous generators, as `grpc.aio` takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NoReturn
+
+import grpc
+
+log = logging.getLogger(__name__)
+
+NO_SUCH_METHOD = "this server has no such method"
+NO_REQUEST = "this method takes one request, none came"
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+NEVER = 1e12  # seconds of time.time(): gRPC's core writes no deadline as a very late one
+_KNOWN = 1_000  # paths that are remembered: whoever calls chooses them
+
+
+def too_many(limit: int) -> str:
+    return f"{limit} calls are being served; try again"
+
+
+class _Ended(Exception):
+    """The call has its status; whoever serves it need not go on."""
+
+
+class Call(ABC):
+    """The part of `grpc.aio.ServicerContext` that is used here; transports say how its messages travel."""
+
+    def __init__(self, path: str, handler: Any, deadline: float, calls: set[Any]) -> None:
+        """Args:
+        handler: None where there is no such method; its functions are unions of all kinds to type checkers.
+        deadline: of time.time(); beyond `NEVER` there is none.
+        calls: this one is among them while it is served.
+        """
+        self.path, self.handler, self.deadline = path, handler, deadline
+        self.task: asyncio.Task[None] | None = None
+        self._calls = calls
+
+    @abstractmethod
+    async def write(self, reply: Any) -> None:
+        """Send one of several replies, when the caller has room for it."""
+
+    @abstractmethod
+    def end(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = (), reply: bytes | None = None) -> None:
+        """Send the status, after the only reply where there is one; nothing if it was sent before or nobody waits for it."""
+
+    @abstractmethod
+    def requests(self) -> AsyncIterator[Any]:
+        """The caller's messages, of a method that takes several."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None = it has none."""
+        return None if self.deadline > NEVER else max(0.0, self.deadline - time.time())
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        """End the call with a status."""
+        self.end(code, details, trailing_metadata)
+        raise _Ended
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        """End the call with a status that has more to say."""
+        await self.abort(status.code, status.details, status.trailing_metadata or ())
+
+    def serve(self, request: Any) -> None:
+        """Run the handler in a task: with the request's bytes, or with the iterator over requests."""
+        self._calls.add(self)
+        self.task = asyncio.get_running_loop().create_task(self._run(request))
+        self.task.add_done_callback(lambda task: self._calls.discard(self))  # also of one that never began
+
+    async def _run(self, request: bytes | AsyncIterator[Any]) -> None:
+        handler = self.handler
+        try:
+            parsed = handler.request_deserializer(request) if isinstance(request, bytes) else request
+            if not handler.response_streaming:
+                method = handler.stream_unary if handler.request_streaming else handler.unary_unary
+                reply = handler.response_serializer(await method(parsed, self))
+                self.end(grpc.StatusCode.OK, reply=reply)
+                return
+            replies = (handler.stream_stream if handler.request_streaming else handler.unary_stream)(parsed, self)
+            if hasattr(replies, "__aiter__"):
+                async for reply in replies:
+                    await self.write(reply)
+            else:
+                await replies  # it writes by itself
+            self.end(grpc.StatusCode.OK)
+        except _Ended:
+            pass
+        except asyncio.CancelledError:
+            self.end(grpc.StatusCode.CANCELLED, "the server is shutting down")  # unless the caller hung up
+        except Exception as error:  # a defect of ours: logged whole, reported without internals
+            log.exception("%s failed", self.path)
+            self.end(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+
+
+class Methods:
+    """What serves each path, `/package.Service/Method`."""
+
+    def __init__(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        self._handlers = handlers
+        self._known: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
+
+    def find(self, path: str) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """None where there is no such method."""
+        if path not in self._known:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            details = _MethodDetails(path)
+            self._known[path] = next(filter(None, (handler.service(details) for handler in self._handlers)), None)
+        return self._known[path]
+
+
+class _MethodDetails(grpc.HandlerCallDetails):
+    """What a generic handler is asked with."""
+
+    def __init__(self, path: str) -> None:
+        self.method = path
+        self.invocation_metadata = ()

@@ -1,0 +1,220 @@
+"""A front end's side: forwards the calls of its port to the engine, message by message, and ends them when the engine is gone.
+
+Bounded: a call has at most `WINDOW` messages under way in each direction, and when the engine has not read `MAX_WAITING_BYTES`
+of what was sent, further calls are refused until it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from openbook_server.errors import NotServing, OpenBookError, Overloaded
+from openbook_server.frontends.records import WINDOW, Connection, Ending, Kind, Opening
+from openbook_server.rpc import CoreCall
+from openbook_server.status import grpc_status
+
+MAX_WAITING_BYTES = 64 * 1024 * 1024  # for the engine to read
+_RETRY_SECONDS = 1.0
+_NUMBERS = 1 << 32
+
+
+class Link:
+    """The connection to the engine, whichever process that is at the moment."""
+
+    def __init__(self, path: Path, told: Callable[[bool], Awaitable[None]], *, max_message_bytes: int) -> None:
+        """Args:
+        path: of the Unix socket that engines answer on.
+        told: is told whether the engine answers requests, whenever that changes.
+        """
+        self._path, self._told, self._max_message_bytes = path, told, max_message_bytes
+        self._numbers = itertools.count()
+        self._changed = asyncio.Event()
+        self._ready = self._answering = False
+        self._refused = 0
+        self.connection: Connection | None = None  # once the engine has said something
+        self.calls: dict[int, _ForwardedCall] = {}
+
+    async def run(self) -> None:
+        """Keep the connection up, for ever."""
+        loop = asyncio.get_running_loop()
+        telling = asyncio.ensure_future(self._tell())
+        try:
+            while True:
+                lost = asyncio.Event()
+
+                def protocol(lost: asyncio.Event = lost) -> Connection:
+                    return Connection(self._heard, lambda _: lost.set(), max_message_bytes=self._max_message_bytes)
+
+                # The supervisor listens: whichever engine is there next will answer.
+                _, connection = await loop.create_unix_connection(protocol, str(self._path))
+                try:
+                    await lost.wait()
+                finally:
+                    connection.close()
+                self._engine_lost()
+        finally:
+            telling.cancel()
+
+    def forward(self, wire: CoreCall, calls: set[Any]) -> None:
+        """Have the engine serve a call; `calls` holds it as long as it lasts. What `RpcServer` calls with what it has no handler for."""
+        if self.connection is None:
+            self._refuse(wire, NotServing("the engine is being started; try again in 1 s", _RETRY_SECONDS))
+        elif (waiting := self.connection.waiting_bytes) > MAX_WAITING_BYTES:
+            problem = f"the engine has not read {waiting} bytes of earlier calls, more than {MAX_WAITING_BYTES}; try again in 1 s"
+            self._refuse(wire, Overloaded(problem, _RETRY_SECONDS))
+        else:
+            number = next(self._numbers) % _NUMBERS
+            while number in self.calls:
+                number = next(self._numbers) % _NUMBERS
+            _ForwardedCall(self, self.connection, wire, number, calls).begin()
+
+    def _refuse(self, wire: CoreCall, error: OpenBookError) -> None:
+        _end(wire, _ending(error))
+        self._refused += 1
+        self._count()
+
+    def _count(self) -> None:
+        if self.connection is not None:
+            self.connection.send(Kind.REFUSED, 0, self._refused.to_bytes(8, "little"))
+
+    def _heard(self, connection: Connection, kind: int, number: int, content: bytes) -> None:
+        if kind == Kind.READINESS:
+            if self.connection is None:
+                self.connection = connection
+                self._count()
+            self._set(ready=bool(content[0]))
+        elif (call := self.calls.get(number)) is None:
+            return  # its caller hung up meanwhile
+        elif kind == Kind.MESSAGE:
+            call.reply(content)
+        elif kind == Kind.ROOM:
+            call.give_room()
+        elif kind == Kind.ENDING:
+            call.finish(Ending.decoded(content))
+
+    def _engine_lost(self) -> None:
+        self.connection = None
+        self._set(ready=False)
+        problem = "the engine ended before it answered, and is being started again; try again in 1 s (a write may have been done or not)"
+        lost = _ending(NotServing(problem, _RETRY_SECONDS))
+        self._refused += len(self.calls)
+        for call in list(self.calls.values()):
+            call.finish(lost)
+
+    def _set(self, *, ready: bool) -> None:
+        self._ready = ready
+        self._changed.set()
+
+    async def _tell(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._answering != self._ready:
+                self._answering = self._ready
+                await self._told(self._answering)
+
+
+class _ForwardedCall:
+    """One call on its way: nothing here waits, whoever has something to say calls."""
+
+    def __init__(self, link: Link, engine: Connection, wire: CoreCall, number: int, calls: set[Any]) -> None:
+        self._link, self._engine, self._wire, self._number, self._calls = link, engine, wire, number, calls
+        self._begun = self._over = self._receiving = self._sending = False
+        self._room = WINDOW  # for messages, at the engine
+        self._untold: list[bytes | None] = []  # messages that it has not been sent; None = no other will come
+        self._replies: deque[bytes] = deque()  # that have not left; at most WINDOW
+        self._ending: Ending | None = None
+
+    def begin(self) -> None:
+        """Wait for the caller's first message."""
+        self._calls.add(self)
+        self._link.calls[self._number] = self
+        self._wire.watch(self._closed)
+        self._receive()
+
+    def give_room(self) -> None:
+        """The engine took a message."""
+        self._room += 1
+        self._receive()
+
+    def reply(self, message: bytes) -> None:
+        """One of several replies."""
+        self._replies.append(message)
+        self._send()
+
+    def finish(self, ending: Ending) -> None:
+        """The last word on it; replies that have not left go first."""
+        self._forget()
+        self._ending = ending
+        self._send()
+
+    def _receive(self) -> None:
+        if self._room and not self._receiving and not self._over:
+            self._receiving = True
+            self._wire.receive(self._received)
+
+    def _received(self, message: bytes | None) -> None:
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._untold.append(message)
+        self._receiving, self._over = False, message is None
+        self._room -= 1
+        self._receive()
+
+    def _tell(self) -> None:
+        """Tell the engine what came in a turn of the event loop: of most calls, all that will ever come."""
+        untold, self._untold = self._untold, []
+        if self._wire.ended or self._number not in self._link.calls:
+            return
+        if not self._begun:
+            self._begun = True
+            first, *untold = untold
+            only = first is None or untold == [None]
+            self._engine.send(Kind.CALL, self._number, *Opening(self._wire.path, self._wire.deadline, first, only).encoded())
+            untold = [] if only else untold
+        for message in untold:
+            if message is not None:
+                self._engine.send(Kind.MESSAGE, self._number, message)
+            else:
+                self._engine.send(Kind.LAST, self._number)
+
+    def _send(self) -> None:
+        """One at a time, in order."""
+        if self._sending:
+            return
+        if self._replies:
+            self._sending = True
+            self._wire.send(self._replies.popleft(), self._sent)
+        elif self._ending is not None:
+            _end(self._wire, self._ending)
+
+    def _sent(self, success: bool) -> None:
+        self._sending = False
+        if success:
+            if self._ending is None:
+                self._engine.send(Kind.ROOM, self._number)
+            self._send()
+
+    def _closed(self, cancelled: bool) -> None:
+        self._calls.discard(self)
+        if self._forget() and self._begun:
+            self._engine.send(Kind.CANCEL, self._number)
+
+    def _forget(self) -> bool:
+        """Whether it was still known."""
+        return self._link.calls.pop(self._number, None) is not None
+
+
+def _ending(error: OpenBookError) -> Ending:
+    """Of a call that the engine does not see, or will not answer."""
+    status = grpc_status(error)
+    return Ending(status.code.value[0], status.details, status.trailing_metadata or ())
+
+
+def _end(wire: CoreCall, ending: Ending) -> None:
+    wire.end(ending.code, ending.details, ending.trailing_metadata, ending.reply)

@@ -1,0 +1,208 @@
+"""`openbook serve --frontends N` itself: starts the engine and the front ends, and starts again those that end.
+
+Until all of them have answered once, the end of one is the end of the server, with its exit status: what is wrong with a bundle is
+told once. Later a process that ends is started again, at once or, if it does not live long, after ever longer. An engine that fails to
+start `FAILURES` times in a row is given up, and the server with it, so that whoever runs it hears of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import Process
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest
+from openbook_server.frontends.port import reserved_port
+from openbook_server.frontends.relay import BACKLOG
+from openbook_server.listening import log_serving
+
+log = logging.getLogger(__name__)
+
+FAILURES = 5  # starts in a row that came to nothing
+STEADY_SECONDS = 10.0  # a process that lived so long is started again at once
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before one that did not
+_LATE = 5.0  # seconds that a front end may take longer to drain than it was given
+_PACKAGE = __package__
+
+
+class _Place:
+    """A place for a process: the one that is there now, and what it last said."""
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self.module = name, module
+        self.process: Process | None = None
+        self.said: dict[str, Any] = {}
+        self.restarts = 0
+
+    def signal(self, number: int) -> None:
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+class Supervisor:
+    """Of one server."""
+
+    def __init__(self, bundle: Path, knowledge_base: str | None, config: ServerConfig, folder: Path, listening: socket.socket) -> None:
+        """Args:
+        config: with the port that was reserved.
+        listening: front ends connect to it, and the engine of the moment accepts them.
+        """
+        self._config, self._listening = config, listening
+        self._orders = {
+            "config": dataclasses.asdict(config),
+            "folder": str(folder),
+            "bundle": str(bundle),
+            "knowledge_base": knowledge_base,
+            "listening": listening.fileno(),
+        }
+        self._engine = _Place("the engine", "engine_process")
+        self._front_ends = [_Place(f"front end {number + 1}", "frontend_process") for number in range(config.frontends)]
+        self._stop = asyncio.Event()
+        self._announced = self._ever_served = False
+        self._status = 0
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. Returns the exit status."""
+        loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.stop)
+        engine, *front_ends = tasks = [asyncio.create_task(self._keep(place)) for place in (self._engine, *self._front_ends)]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._stop.set())
+        try:
+            await self._stop.wait()
+            for number in signals:
+                loop.remove_signal_handler(number)
+            for place in (self._engine, *self._front_ends):
+                place.signal(signal.SIGTERM)
+            await asyncio.gather(engine)
+            _, stuck = await asyncio.wait(front_ends, timeout=self._config.drain_seconds + _LATE)
+            for place in self._front_ends if stuck else ():
+                place.signal(signal.SIGKILL)
+            await asyncio.gather(*front_ends)
+        finally:
+            for place in (self._engine, *self._front_ends):
+                place.signal(signal.SIGKILL)
+        if not self._status:
+            log.info("stopped")
+        return self._status
+
+    def stop(self) -> None:
+        """Have `run` drain and return."""
+        log.info("draining for up to %.0f s; a second signal stops at once", self._config.drain_seconds)
+        self._stop.set()
+
+    async def _keep(self, place: _Place) -> None:
+        """Have a process in a place, until the server stops."""
+        failures = hasty = 0
+        while not self._stop.is_set():
+            try:
+                served_at, status = await self._live(place)
+                how = f"exit status {status}" if status >= 0 else f"signal {-status}"
+            except OSError as error:  # the system has no room for another process, say
+                served_at, status, how = 0.0, 0, str(error)
+            if self._stop.is_set():
+                return
+            failures = 0 if served_at else failures + 1
+            if not self._ever_served or (place is self._engine and failures == FAILURES):
+                if self._ever_served:
+                    log.error("%s could not be started %d times in a row (%s); giving up", place.name, failures, how)
+                elif status <= 0:  # it has not said why itself
+                    log.error("%s ended before the server was ready (%s)", place.name, how)
+                self._status = max(status, 1)
+                return
+            hasty = 0 if served_at and time.monotonic() - served_at > STEADY_SECONDS else hasty + 1
+            pause = min(SHORTEST_PAUSE * 2 ** (hasty - 1), LONGEST_PAUSE) if hasty else 0.0
+            log.error("%s ended (%s); it is started again%s", place.name, how, f" in {pause:.1f} s" if pause else "")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause)
+            place.restarts += 1
+            if place is not self._engine:  # which is told when it starts
+                await self._say(self._engine, self._restarts())
+
+    async def _live(self, place: _Place) -> tuple[float, int]:
+        """Start a process and hear what it says until it ends; returns when it first said something, 0 = never, and its exit status."""
+        place.said = {}
+        self._announced = self._announced and place is not self._engine
+        place.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", f"{_PACKAGE}.{place.module}"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=[self._listening.fileno()] if place is self._engine else [],
+            process_group=0,  # Ctrl-C is for the supervisor alone
+        )
+        await self._say(place, {**self._orders, "restarts": self._restarts()})
+        if self._stop.is_set():  # while it was being started
+            place.signal(signal.SIGTERM)
+        assert place.process.stdout is not None  # noqa: S101
+        served_at = 0.0
+        async for line in place.process.stdout:
+            place.said = json.loads(line)
+            served_at = served_at or time.monotonic()
+            self._announce()
+        place.said = {}
+        return served_at, await place.process.wait()
+
+    def _announce(self) -> None:
+        if self._announced or not self._engine.said or not all(place.said.get("serving") for place in self._front_ends):
+            return
+        self._announced = self._ever_served = True
+        state = f"{self._engine.said['state']}; {len(self._front_ends)} front ends"
+        log_serving(self._engine.said["name"], self._config.host, self._config.port, state)
+
+    def _restarts(self) -> dict[str, int]:
+        """What the engine reports to whoever measures."""
+        return {"engine": self._engine.restarts, "frontend": sum(place.restarts for place in self._front_ends)}
+
+    async def _say(self, place: _Place, what: dict[str, Any]) -> None:
+        if place.process is None or place.process.stdin is None or place.process.returncode is not None:
+            return
+        with suppress(ConnectionError):  # it has just ended: its place hears of it
+            place.process.stdin.write(json.dumps(what).encode() + b"\n")
+            await place.process.stdin.drain()
+
+
+async def supervise(bundle: Path, knowledge_base: str | None, config: ServerConfig) -> int:
+    """Serve with front ends; returns the exit status.
+
+    Raises:
+        InvalidRequest: the address cannot be listened on, or this system cannot share ports.
+    """
+    if not sys.platform.startswith("linux"):
+        raise InvalidRequest("--frontends", f"{config.frontends}: front ends share a port as only Linux does; leave it at 0")
+    with ExitStack() as stack:
+        config = stack.enter_context(reserved_port(config))
+        folder = stack.enter_context(_private_folder())
+        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            listening.bind(str(folder / "engine"))
+        except OSError as error:
+            raise InvalidRequest("TMPDIR", f"no socket can be made in {folder} ({error}); name a folder with a shorter path") from error
+        listening.listen(BACKLOG)
+        return await Supervisor(bundle, knowledge_base, config, folder, listening).run()
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Nobody else may look into it."""
+    folder = Path(tempfile.mkdtemp(prefix=f"openbook-{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -132,6 +132,14 @@ class GenerationNotReady(OpenBookError):
     reason = "GENERATION_NOT_READY"
 
 
+class GenerationReplaced(OpenBookError):
+    """Another process made another generation live: what this one writes would not be found. Nothing was written; a server follows."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "GENERATION_REPLACED"
+    retry_after_seconds = 5.0
+
+
 class PassageTooLong(OpenBookError):
     """A stored passage is longer than another bundle's models read; its document must be split again."""
 

@@ -24,9 +24,9 @@ from openbook_server.errors import GenerationNotReady, InvalidRequest, NotServin
 from openbook_server.following import Following
 from openbook_server.gate import Gate
 from openbook_server.ingest.preparation import FACTS, check_stored_passages
-from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.knowledge.inventory import GenerationState
+from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import recorded_bundle
+from openbook_server.knowledge.records import GenerationState
 from openbook_server.pair import Pair, Shared, to_the_end
 from openbook_server.served import Served
 
@@ -43,9 +43,9 @@ class Front(Protocol):
 
 
 class Succession:
-    """Of the pairs of one server whose knowledge base is in a folder."""
+    """Of the pairs of one server with a knowledge base."""
 
-    def __init__(self, live: Pair, knowledge_base: EmbeddedKnowledgeBase, shared: Shared, front: Front) -> None:
+    def __init__(self, live: Pair, knowledge_base: KnowledgeBase, shared: Shared, front: Front) -> None:
         self.live, self._knowledge_base = live, knowledge_base
         self._shared, self._front = shared, front
         self.following: Following | None = None
@@ -155,10 +155,10 @@ class Succession:
         return following.name
 
     async def _roll_back(self) -> str:
-        previous = await asyncio.to_thread(self._knowledge_base.previous_generation)
-        if previous is None:
+        previous = [state.name for state in await self.states() if state.previous]
+        if not previous:
             raise InvalidRequest("name", "no generation was live before this one, or it was removed")
-        return await self._publish(previous)
+        return await self._publish(previous[0])
 
     async def _remove(self, name: str) -> None:
         if self.following is not None and self.following.name == name:
@@ -185,15 +185,29 @@ class Succession:
         await following.stop()
         began = time.monotonic()
         async with self._front.writes.closed():
-            await following.fill()
-            if self._front.served is None:
-                raise NotServing("the server is shutting down", retry_after_seconds=1.0)
-            await self._shared.in_writer(knowledge_base.publish)  # from here on a server that starts comes up with the new pair
+            try:
+                await self._shared.in_writer(knowledge_base.hold)
+                await following.fill()
+                if self._front.served is None:
+                    raise NotServing("the server is shutting down", retry_after_seconds=1.0)
+                await self._shared.in_writer(knowledge_base.publish)  # from here on a server that starts comes up with the new pair
+            except BaseException:
+                await self._let_go(following)
+                raise
             pair.go_live()
             self._front.served = pair.served
             old, self.live, self._knowledge_base, self.following = self.live, pair, knowledge_base, None
         log.info("generation %s is live; writes waited for %.3f s", knowledge_base.generation, time.monotonic() - began)
         self._retire(old)
+
+    async def _let_go(self, following: Following) -> None:
+        """All is as before it was to be published."""
+        assert following.knowledge_base is not None  # noqa: S101
+        try:
+            await self._shared.in_writer(following.knowledge_base.release)
+        except OpenBookError as error:  # then whoever writes next does it, after a while
+            log.warning("%s", error)
+        following.go_on()
 
     def _retire(self, old: Pair) -> None:
         assert old.knowledge_base is not None  # noqa: S101

@@ -20,6 +20,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.errors import FingerprintMismatch, InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.inventory import describe_generations, remove_generation
 from openbook_server.knowledge.store import FILE, Store
@@ -66,7 +67,7 @@ def store(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str, ids: Sequence
 def build(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str) -> int:
     """Returns how many passages it took to embed."""
     embed = Embed(fingerprint)
-    assert knowledge_base.build(embed, lambda filled, passages: None, lambda: False)
+    assert build_generation(knowledge_base, embed)
     return embed.passages
 
 
@@ -137,10 +138,11 @@ def test_publishing_needs_every_passage_and_until_then_nothing_changes(folder: P
 def test_what_is_written_while_a_generation_is_built_is_in_it(folder: Path) -> None:
     live = opened(folder, OLD)
     following = opened(folder, NEW, new_generation=True, beside=live)
-    first = following.lacking(after=0, limit=25)
+    first = following.lacking(25)
+    assert first is not None
     store(live, OLD, ["d3", "d40", "new"], version="changed")  # one that was just read, one that was not, one that was not there
     live.delete_documents(["d4", "d41"])
-    following.fill(list(first), Embed(NEW)(list(first.values())))
+    first.fill(Embed(NEW)(first.passages))
     store(live, OLD, ["d5"], version="changed")  # filled already
     live.delete_documents(["d6"])
     build(following, NEW)
@@ -272,8 +274,8 @@ def work(folder: Path, number: int, out: int) -> None:
         answering = opened(folder, one)
         following = opened(folder, other, new_generation=True, beside=answering)
         turns = 0
-        while lacking := following.lacking(after=0, limit=9):
-            following.fill(list(lacking), Embed(other)(list(lacking.values())))
+        while gap := following.lacking(9):
+            gap.fill(Embed(other)(gap.passages))
             turns += 1
             if turns % 3 == 0:
                 store(answering, one, [f"n{number}"])

@@ -28,7 +28,7 @@ class Address:
     api_key: str = field(default="", repr=False)
     ca: str = ""  # file with the certificates to trust; empty = the system's
     timeout: float = 30.0  # seconds, of one request
-    shards: int = 1  # into which a new index is split: about one for each 20 million passages, or for each node
+    shards: int | None = None  # of a new index: about one for each 20 million passages, or node; None = as the live one's, at first 1
     replicas: int = 1  # copies of each shard of a new index, beside the first; 0 = a lost node takes its passages with it
     active_copies: int = 1  # that must be there for a write to a new index; more = writes wait while a node is gone
 

@@ -20,7 +20,7 @@ _STATES = {1: "live", 2: "kept", 3: "new"}  # of GenerationState
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "A generation is an embedder with the parameters of its index, and the bundle that goes with it. Of a running server they are "
-        "built and changed while it answers; of a folder that no process has open, by this command."
+        "built and changed while it answers; of a folder that no process has open, or of an alias in Elasticsearch, by this command."
     )
     parser.epilog = (
         "example: openbook generations list kb/\n"
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "         openbook generations publish localhost:50051               waits until it lacks nothing, then it answers\n"
         "         openbook generations rollback localhost:50051              the one before answers again\n"
         "         openbook generations remove localhost:50051 1-0a1b2c3d4e5f gives its room back to the disk\n"
-        "A folder's are built by `openbook index BUNDLE KB --new-generation`, which publishes as well.\n"
+        "Without a server they are built by `openbook index BUNDLE KB --new-generation`, which publishes as well.\n"
         "exit status: 0; 1 it could not be done; 2 wrong usage"
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
             action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
         target = "HOST:PORT" if name == "build" else "KB|HOST:PORT"
-        action.add_argument("target", metavar=target, help="a server, or the folder of a knowledge base that no process has open")
+        action.add_argument(
+            "target", metavar=target, help="a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
+        )
         if name == "remove":
             action.add_argument("name", metavar="NAME", help="as `list` shows it")
         if name == "publish":

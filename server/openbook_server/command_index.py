@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, a folder or an "
         "alias of an Elasticsearch cluster, which is made where there is none. Documents that are stored already and have not changed are "
         "left alone, so the same command again goes on after a stop, or brings the knowledge base up to date. With --new-generation, a "
-        "bundle with another embedder takes the place of the one before: a folder's passages are embedded again as they are stored, "
-        "in an alias the sources are stored again."
+        "bundle with another embedder takes the place of the one before: the passages are embedded again as they are stored."
     )
     parser.epilog = (
         "sources: files and folders of txt, md, rst, html, pdf, csv, jsonl, parquet; hf:NAME[:SPLIT], a Hugging Face dataset;\n"
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-generation",
         action="store_true",
         help="build the generation of this bundle and these parameters beside the live one, and make it the live one once it lacks "
-        "nothing; a folder needs no sources for that, and a running server does it itself: openbook generations build",
+        "nothing; that needs no sources, and a running server does it itself: openbook generations build",
     )
     parser.add_argument(
         "--graph-dims",

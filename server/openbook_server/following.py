@@ -74,6 +74,16 @@ class Following:
     def _called(self) -> str:
         return f"generation {self.name}" if self.name else f"the generation of the bundle in {self.bundle.folder}"
 
+    @property
+    def opened_pair(self) -> Pair:
+        assert self.pair is not None  # noqa: S101
+        return self.pair
+
+    @property
+    def opened_knowledge_base(self) -> KnowledgeBase:
+        assert self.knowledge_base is not None  # noqa: S101
+        return self.knowledge_base
+
     async def stop(self) -> None:
         """What is built stays, and the pair stays open."""
         self._task.cancel()
@@ -81,9 +91,7 @@ class Following:
 
     async def fill(self, *, enough: int = 0) -> None:
         """Embed what it lacks; done when a look finds fewer passages than `enough`, or nothing."""
-        pair, knowledge_base = self.pair, self.knowledge_base
-        assert pair is not None  # noqa: S101
-        assert knowledge_base is not None  # noqa: S101
+        pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
         encode = PassageEncoder(pair.tokenizer, pair.bundle.embedder.max_tokens, whole=True)
         while gap := await asyncio.to_thread(knowledge_base.lacking, ROWS_AT_ONCE):
             vectors = np.empty((len(gap.passages), pair.bundle.embedder.dim), np.float32)
@@ -139,13 +147,12 @@ class Following:
         self.knowledge_base, self.pair, self.name = knowledge_base, pair, knowledge_base.generation
 
     async def _build(self) -> None:
-        pair, knowledge_base = self.pair, self.knowledge_base
-        assert pair is not None  # noqa: S101
-        assert knowledge_base is not None  # noqa: S101
+        pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
         await self._catch_up()
         if not self.complete.is_set():
-            await self._shared.in_writer(knowledge_base.optimise)
-            await self._shared.in_writer(knowledge_base.snapshot)
+            if self._shared.writable:
+                await self._shared.in_writer(knowledge_base.optimise)
+                await self._shared.in_writer(knowledge_base.snapshot)
             log.info("generation %s lacks nothing; it may be published", self.name)
             self.comparison = Comparison(pair.bundle, pair.encoder, pair.pipeline, share=self._shared.config.shadow_share)
             self.complete.set()

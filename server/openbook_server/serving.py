@@ -93,6 +93,7 @@ async def running_server(bundle_folder: Path, knowledge_base: str | Path | None,
                 frontend.served = first.served
                 if succession is not None:
                     await succession.resume()
+                    await succession.follow()
                 await _set_readiness(readiness, ready=True)
                 log.info(
                     "serving %s on %s:%d: %s in %s, %s; ready after %.1f s",

@@ -83,6 +83,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(f"elasticsearch://{host}/{alias}?shards=2&replicas=0")
 
 
+@pytest.fixture
+def direct_place(place: Place, tmp_path: Path) -> Place:
+    """Another one of the same kind."""
+    return Place(place.target.replace("?", "-direct?") if place.in_elasticsearch else str(tmp_path / "direct"))
+
+
 def _index(tiny_bundle: Path, target: str, folder: Path) -> None:
     (folder / "documents.jsonl").write_text(DOCUMENTS)
     bundle = load_bundle(tiny_bundle)

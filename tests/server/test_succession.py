@@ -25,7 +25,7 @@ from openbook.client import Client, Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook_server import serving
+from openbook_server import serving, succession
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
@@ -191,10 +191,19 @@ async def test_no_question_fails_or_is_answered_by_a_mixture_while_pairs_are_swa
         return written
 
     askers, writer = [asyncio.create_task(ask()) for _ in range(6)], asyncio.create_task(write())
+
+    async def answered_by(bundle: Path) -> None:
+        wanted = load_bundle(bundle).id
+        async with asyncio.timeout(WAIT):
+            while seen[-1:] != [wanted]:
+                await asyncio.sleep(0.01)
+
     name = await caller.build(tuned_bundle)
     await caller.publish(name)
-    for _ in range(3):
+    await answered_by(tuned_bundle)
+    for bundle in (tiny_bundle, tuned_bundle, tiny_bundle):
         await caller.roll_back()
+        await answered_by(bundle)
     stopped = True
     await asyncio.gather(*askers)
     written = [id_ for id_ in await writer if id_]
@@ -368,10 +377,10 @@ def test_a_server_killed_while_it_builds_or_publishes_comes_up_with_one_pair_and
             process.stderr.close()  # type: ignore[union-attr]
 
 
-def test_the_command_changes_a_folder_that_no_process_has_open(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_changes_a_knowledge_base_without_a_server(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = str(tiny_knowledge_base)
+    folder = tiny_place.target
     assert cli.main(["index", str(tiny_bundle), folder, "--new-generation"]) == 0  # live already; but from now on its bundle is known
     assert cli.main(["index", str(tuned_bundle), folder, "--new-generation"]) == 0
     assert cli.main(["generations", "list", folder]) == 0
@@ -387,11 +396,75 @@ def test_the_command_changes_a_folder_that_no_process_has_open(
     for live in (names[0], names[1]):
         assert cli.main(["generations", "rollback", folder]) == 0
         assert f"{live} is live" in capsys.readouterr().out
-    held = Home(tiny_knowledge_base)
-    for action in (["rollback", folder], ["remove", folder, names[0]]):
-        assert cli.main(["generations", *action]) == 1
-        assert "open in another process" in capsys.readouterr().err
-    held.close()
+    if not tiny_place.in_elasticsearch:
+        held = Home(Path(folder))
+        for action in (["rollback", folder], ["remove", folder, names[0]]):
+            assert cli.main(["generations", *action]) == 1
+            assert "open in another process" in capsys.readouterr().err
+        held.close()
     assert cli.main(["generations", "publish", folder, names[0]]) == 0
     assert cli.main(["generations", "remove", folder, names[1]]) == 0
     assert cli.main(["generations", "rollback", folder]) == 1
+
+
+async def test_a_server_follows_another_one_that_publishes_rolls_back_or_is_told_so_and_its_writes_are_refused_until_then(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tiny_place.in_elasticsearch:
+        pytest.skip("one process at a time has a folder open")
+    monkeypatch.setattr(succession, "_LOOK_AGAIN", 0.2)
+    old, new = load_bundle(tiny_bundle).id, load_bundle(tuned_bundle).id
+
+    async def follows(caller: Caller, bundle: str) -> None:
+        async with asyncio.timeout(WAIT):
+            while (await caller.answers()).provenance.bundle_id != bundle:
+                await asyncio.sleep(0.05)
+
+    async with Running(tiny_bundle, tiny_place.target) as first, Running(tiny_bundle, tiny_place.target) as second:
+        await first.publish(await first.build(tuned_bundle))
+        await follows(second, new)
+        assert told(await second.answers()) == told(await first.answers())
+        await second.upsert(later="the yak was red")
+        assert await first.generations() == await second.generations() == [(KEPT, 3, 1), (LIVE, 4, 0)]
+        await second.roll_back()
+        await follows(first, old)
+        await first.upsert(last="the zebra was red")
+        monkeypatch.setattr(succession, "_LOOK_AGAIN", 1e9)  # from its next look on, the second one does not see what others do
+        await asyncio.sleep(0.5)
+        assert (await first.generations())[0] == (LIVE, 5, 0)
+        await first.roll_back()
+        status, reason, message = await refusal(second.knowledge.Upsert(kb.UpsertRequest(documents=[kb.Document(id="x", text="a yak")])))
+        assert (status, reason) == (grpc.StatusCode.UNAVAILABLE, "GENERATION_REPLACED")
+        assert "took the place" in message
+        assert (await second.answers()).provenance.bundle_id == old
+        name = await second.roll_back()  # back to what it answers with; but it is not live
+        assert name == (await second.answers()).provenance.generation
+        await second.upsert(x="a yak")
+        assert (await second.generations())[0] == (LIVE, 6, 0)
+
+
+async def test_a_server_that_does_not_find_the_bundle_of_what_another_one_published_goes_on_and_says_so(
+    tiny_bundle: Path,
+    tuned_bundle: Path,
+    tiny_place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if not tiny_place.in_elasticsearch:
+        pytest.skip("one process at a time has a folder open")
+    monkeypatch.setattr(succession, "_LOOK_AGAIN", 0.2)
+    moving = Path(shutil.copytree(tuned_bundle, tmp_path / "moving"))
+    assert cli.main(["index", str(tiny_bundle), tiny_place.target, "--new-generation"]) == 0
+    async with Running(tiny_bundle, tiny_place.target) as caller:
+        assert cli.main(["index", str(moving), tiny_place.target, "--new-generation"]) == 0
+        await asyncio.to_thread(moving.rename, tmp_path / "moved")
+        before = (await caller.answers()).provenance.bundle_id
+        async with asyncio.timeout(WAIT):
+            while not any("cannot tell or follow" in line and "moving" in line for line in caplog.messages):
+                await asyncio.sleep(0.05)
+        assert (await caller.answers()).provenance.bundle_id == before == load_bundle(tiny_bundle).id
+        await asyncio.to_thread((tmp_path / "moved").rename, moving)
+        async with asyncio.timeout(WAIT):
+            while (await caller.answers()).provenance.bundle_id == before:
+                await asyncio.sleep(0.05)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.errors import GenerationNotReady, KnowledgeBaseDamaged
 from openbook_server.knowledge.choice import choose_generation
 from openbook_server.knowledge.fusion import Candidates, depth, rank
 from openbook_server.knowledge.home import Home
@@ -295,6 +295,10 @@ class EmbeddedKnowledgeBase:
 
     def release(self) -> None:
         """Nothing, see `hold`."""
+
+    def went_live(self) -> None:
+        if self.live_generation != self.generation:
+            raise GenerationNotReady(f"{self.name}: generation {self.generation} is not live")
 
     def publish(self) -> None:
         if not self._store.generations.publish(self._generation):

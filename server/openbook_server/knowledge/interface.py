@@ -162,6 +162,13 @@ class KnowledgeBase(Protocol):
             GenerationNotReady: another process publishes as well.
         """
 
+    def went_live(self) -> None:
+        """Take writes from now on, for another process made this generation the live one.
+
+        Raises:
+            GenerationNotReady: it is not live.
+        """
+
     def generation_states(self) -> list[GenerationState]:
         """All generations of the knowledge base, in the order in which they were made."""
 

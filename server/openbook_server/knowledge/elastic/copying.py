@@ -34,10 +34,14 @@ class Copying:
         for low in sorted({0, self._reached}, reverse=True):
             wanted: dict[str, Record] = {}
             gone: dict[str, int] = {}
+            passages = 0
             for ours, theirs in self._changes(low):
-                wanted |= {record.key: record for record in ours}
                 gone |= theirs
-                if sum(_count(record) for record in wanted.values()) >= limit or len(gone) >= LISTED:
+                for record in ours:
+                    if passages < limit:
+                        wanted[record.key] = record
+                        passages += _count(record)
+                if passages >= limit or len(gone) >= LISTED:
                     break
             if wanted or gone:
                 return self._gap(wanted, gone)

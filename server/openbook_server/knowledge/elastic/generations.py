@@ -1,4 +1,4 @@
-"""Which generations an alias has, and which one it means; making, opening and removing one.
+"""Which generations an alias has, and which one it means; their names, and removing one.
 
     ALIAS                        what users name; means the live index
     ALIAS-previous               means the one that was live before it
@@ -31,6 +31,15 @@ log = logging.getLogger(__name__)
 Alias = dict[str, Any]  # one action of `update_aliases`
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How an index lies on the nodes."""
+
+    shards: int = 1
+    replicas: int = 1
+    active_copies: str = "1"  # that must be there for a write; an operator may have written "all"
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One index."""
@@ -38,7 +47,7 @@ class Generation:
     index: str
     facts: dict[str, str]  # format, fingerprint, dim, generation; where known: bundle_id, bundle, newest (number of a generation)
     aliases: frozenset[str]
-    shards: int
+    layout: Layout
     closed: bool  # to all writes, by a block
     fields: frozenset[str]
 
@@ -140,7 +149,12 @@ def _read(connection: Connection, pattern: str) -> list[Generation]:
             )
         closed = settings.get("blocks", {}).get("write") == "true"
         fields = frozenset(entry["mappings"].get("properties", {}))
-        found.append(Generation(index, facts, frozenset(entry["aliases"]), int(settings["number_of_shards"]), closed, fields))
+        layout = Layout(
+            shards=int(settings["number_of_shards"]),
+            replicas=int(settings["number_of_replicas"]),
+            active_copies=settings.get("write", {}).get("wait_for_active_shards", "1"),
+        )
+        found.append(Generation(index, facts, frozenset(entry["aliases"]), layout, closed, fields))
     return found
 
 

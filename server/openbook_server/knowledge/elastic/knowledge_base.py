@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import GenerationReplaced, InvalidRequest, KnowledgeBaseDamaged
+from openbook_server.errors import GenerationNotReady, GenerationReplaced, InvalidRequest, KnowledgeBaseDamaged
 from openbook_server.knowledge.elastic import publication
 from openbook_server.knowledge.elastic.address import parse_address
 from openbook_server.knowledge.elastic.candidates import Searcher
@@ -199,6 +199,11 @@ class ElasticsearchKnowledgeBase:
         held, self._held = self._held, None
         if held is not None:
             publication.release(self._connection, self._address.alias, held)
+
+    def went_live(self) -> None:
+        if self.live_generation != self.generation:
+            raise GenerationNotReady(f"{self.name}: generation {self.generation} is not live any more")
+        self._entrance.live = True
 
     def publish(self) -> None:
         if self.live_generation != self.generation:

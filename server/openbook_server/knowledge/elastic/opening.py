@@ -12,6 +12,7 @@ from openbook_server.knowledge.elastic.address import Address
 from openbook_server.knowledge.elastic.connection import PATIENCE, WRITING_PATIENCE, Connection
 from openbook_server.knowledge.elastic.generations import (
     Generation,
+    Layout,
     all_generations,
     change_facts,
     existing_generation,
@@ -40,7 +41,7 @@ def make_first(connection: Connection, address: Address, asked: Asked) -> None:
     """Make a knowledge base where there is none."""
     if find_generation(connection, address.alias) is None:
         first = _Made(address, 1, asked)
-        _create(connection, first, [address.alias, f"{first.index}-here"], shards=address.shards or 1)
+        _create(connection, first, [address.alias, f"{first.index}-here"], _layout(address, Layout()))
 
 
 def open_live(connection: Connection, address: Address, asked: Asked) -> Generation:
@@ -66,25 +67,28 @@ def open_live(connection: Connection, address: Address, asked: Asked) -> Generat
 def open_next(connection: Connection, address: Address, asked: Asked, name: str | None) -> Generation:
     """The one of a name, or of a bundle and the address's number of shards, live or not; without a name, a new one where there is none.
 
+    What the address says nothing of is as the live one's.
+
     Raises:
         InvalidRequest: there is none of that name.
         GenerationNotReady: another process publishes at this moment.
     """
     live = existing_generation(connection, address.alias)
     known = all_generations(connection, address.alias)
-    shards = address.shards or live.shards
+    layout = _layout(address, live.layout)
     if name is not None:
         chosen = named_generation(connection, address.alias, name)
     else:
         for chosen in [live, *reversed(known)]:
-            same = (chosen.facts["fingerprint"], chosen.facts["dim"], chosen.shards) == (asked.fingerprint, str(asked.dim), shards)
+            shards = chosen.layout.shards
+            same = (chosen.facts["fingerprint"], chosen.facts["dim"], shards) == (asked.fingerprint, str(asked.dim), layout.shards)
             if same and chosen.bundle.id in ("", asked.bundle.id):
                 break
         else:
             number = 1 + max(known[-1].number, int(live.facts.get("newest") or 0))  # never one of a generation that was removed
             change_facts(connection, live, newest=str(number))
             made = _Made(address, number, asked)
-            _create(connection, made, [f"{made.index}-next"], shards=shards)
+            _create(connection, made, [f"{made.index}-next"], layout)
             chosen = named_generation(connection, address.alias, made.name)
     for generation in (live, chosen):
         _mark(connection, generation)
@@ -127,7 +131,16 @@ class _Made:
         return f"{self.address.alias}-{self.name}"
 
 
-def _create(connection: Connection, made: _Made, names: list[str], *, shards: int) -> None:
+def _layout(address: Address, otherwise: Layout) -> Layout:
+    """What an address asks for."""
+    return Layout(
+        shards=address.shards or otherwise.shards,
+        replicas=otherwise.replicas if address.replicas is None else address.replicas,
+        active_copies=str(address.active_copies or otherwise.active_copies),
+    )
+
+
+def _create(connection: Connection, made: _Made, names: list[str], layout: Layout) -> None:
     """Index, names and facts come into being in one step, so there is never half of a knowledge base."""
     address, asked = made.address, made.asked
     bundle = {"bundle_id": asked.bundle.id, "bundle": asked.bundle.folder}
@@ -136,7 +149,7 @@ def _create(connection: Connection, made: _Made, names: list[str], *, shards: in
         lambda client: client.indices.create(
             index=made.index,
             aliases={name: {} for name in names},
-            settings=schema.settings(shards=shards, replicas=address.replicas, active_copies=address.active_copies),
+            settings=schema.settings(shards=layout.shards, replicas=layout.replicas, active_copies=layout.active_copies),
             mappings=mappings,
             wait_for_active_shards="1",
             timeout=f"{max(1, int(address.timeout / 2))}s",  # for the shards; shorter than the client waits

@@ -141,9 +141,10 @@ class Entrance:
         here = now is not None and now.index == self._generation.index
         if now is None or here != self.live:
             if self.live and now is not None:
+                place = now.bundle
                 raise GenerationReplaced(
                     f"{self._connection.name}: generation {now.name} took the place of {self._generation.name}, with which this process "
-                    f"answers; it goes with bundle {now.bundle.id[:12]}, last seen in {now.bundle.folder or 'no known folder'}. "
+                    f"answers; it goes with bundle {place.id[:12] or 'unknown'}, last seen in {place.folder or 'no known folder'}. "
                     "A server follows by itself where that bundle is there; else start it with the bundle"
                 )
             if here:

@@ -23,11 +23,11 @@ _STORED = {"type": "keyword", "index": False, "doc_values": False}  # only given
 _WORDS = {"type": "custom", "tokenizer": "standard", "filter": ["lowercase", "asciifolding", "porter_stem"]}
 
 
-def settings(*, shards: int, replicas: int, active_copies: int) -> dict[str, Any]:
+def settings(*, shards: int, replicas: int, active_copies: str) -> dict[str, Any]:
     return {
         "number_of_shards": shards,
         "number_of_replicas": replicas,
-        "write.wait_for_active_shards": str(active_copies),
+        "write.wait_for_active_shards": active_copies,
         "translog.durability": "request",  # on disk before it is acknowledged; Elasticsearch's default, but not to be left to a template
         "analysis": {"analyzer": {"words": _WORDS}},
     }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,18 +96,17 @@ def find_generation(connection: Connection, alias: str) -> Generation | None:
     Raises:
         KnowledgeBaseDamaged: it means something else than one knowledge base of a format that is known here.
     """
-    meant = connection.call(lambda client: client.indices.get_alias(name=alias), accept=[404])
-    if meant is None:
-        if connection.call(lambda client: client.indices.get_settings(index=alias), accept=[404]) is not None:
-            raise KnowledgeBaseDamaged(f"{connection.name}: {alias} is an index, not the alias of a knowledge base; choose another name")
+    meant = _get(connection, alias)  # names and settings as they were at one moment, for others may move them
+    if not meant:
         return None
+    if alias in meant:
+        raise KnowledgeBaseDamaged(f"{connection.name}: {alias} is an index, not the alias of a knowledge base; choose another name")
     if len(meant) > 1:
         raise KnowledgeBaseDamaged(f"{connection.name} means {len(meant)} indices ({', '.join(sorted(meant))}); it must mean one")
-    [index] = meant
-    found = _read(connection, index)
+    found = _parse(meant)
     if not found:
         raise KnowledgeBaseDamaged(
-            f"{connection.name} means the index {index}, which is no knowledge base of openbook's; choose another name"
+            f"{connection.name} means the index {next(iter(meant))}, which is no knowledge base of openbook's; choose another name"
         )
     return found[0]
 
@@ -125,7 +124,7 @@ def existing_generation(connection: Connection, alias: str) -> Generation:
 def all_generations(connection: Connection, alias: str) -> list[Generation]:
     """Every generation of an alias, by number."""
     name = re.compile(re.escape(alias) + r"-\d+-[0-9a-f]{12}")
-    found = [generation for generation in _read(connection, f"{alias}-*") if name.fullmatch(generation.index)]
+    found = [generation for generation in _parse(_get(connection, f"{alias}-*")) if name.fullmatch(generation.index)]
     return sorted(found, key=lambda generation: generation.number)
 
 
@@ -137,9 +136,16 @@ def named_generation(connection: Connection, alias: str, name: str) -> Generatio
     return known[name]
 
 
-def _read(connection: Connection, pattern: str) -> list[Generation]:
+def _get(connection: Connection, pattern: str) -> Mapping[str, Any]:
+    """What Elasticsearch says of each index that a name or a pattern means."""
+    found: Mapping[str, Any] | None = connection.call(lambda client: client.indices.get(index=pattern), accept=[404])
+    return found or {}
+
+
+def _parse(entries: Mapping[str, Any]) -> list[Generation]:
+    """Those that are knowledge bases."""
     found = []
-    for index, entry in (connection.call(lambda client: client.indices.get(index=pattern), accept=[404]) or {}).items():
+    for index, entry in entries.items():
         facts, settings = entry["mappings"].get("_meta", {}).get("openbook"), entry["settings"]["index"]
         if facts is None:
             continue

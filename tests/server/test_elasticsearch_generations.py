@@ -394,3 +394,19 @@ def test_an_index_from_before_marks_is_written_and_copied(
     assert stored(following, SECOND) == {"a": "old", "b": "new", "c": "new"}
     for each in (older, following):
         each.close()
+
+
+def test_a_new_generation_lies_on_the_nodes_as_the_live_one_does_unless_the_address_says_otherwise(
+    target: str, live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    client.indices.put_settings(index=alias, settings={"index.write.wait_for_active_shards": "all"})
+    bare = target.partition("?")[0]
+    for address, shards in ((bare, "2"), (f"{bare}?shards=3", "3")):
+        following = opened(address, SECOND, new_generation=True)
+        settings = client.indices.get_settings(index=f"{alias}-{following.generation}")[f"{alias}-{following.generation}"]["settings"][
+            "index"
+        ]
+        found = (settings["number_of_shards"], settings["number_of_replicas"], settings["write"]["wait_for_active_shards"])
+        assert found == (shards, "0", "all")
+        following.close()
+    assert [state.state for state in live.generation_states()] == ["live", "new", "new"]

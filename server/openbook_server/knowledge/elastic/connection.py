@@ -51,6 +51,7 @@ class Connection:
 
     def __init__(self, address: Address) -> None:
         logging.getLogger("elastic_transport.transport").setLevel(logging.WARNING)  # it logs every request
+        logging.getLogger("elastic_transport.node_pool").setLevel(logging.ERROR)  # and every try to reach a node that is gone
         self.name = address.name
         self._timeout = address.timeout
         login: dict[str, Any] = {}

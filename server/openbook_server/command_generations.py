@@ -20,7 +20,7 @@ _STATES = {1: "live", 2: "kept", 3: "new"}  # of GenerationState
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "A generation is an embedder with the parameters of its index, and the bundle that goes with it. Of a running server they are "
-        "built and changed while it answers; of a folder that no process has open, by this command."
+        "built and changed while it answers; of a folder that no process has open, or of an alias in Elasticsearch, by this command."
     )
     parser.epilog = (
         "example: openbook generations list kb/\n"
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "         openbook generations publish localhost:50051               waits until it lacks nothing, then it answers\n"
         "         openbook generations rollback localhost:50051              the one before answers again\n"
         "         openbook generations remove localhost:50051 1-0a1b2c3d4e5f gives its room back to the disk\n"
-        "A folder's are built by `openbook index BUNDLE KB --new-generation`, which publishes as well.\n"
+        "Without a server they are built by `openbook index BUNDLE KB --new-generation`, which publishes as well.\n"
         "exit status: 0; 1 it could not be done; 2 wrong usage"
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
             action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
         target = "HOST:PORT" if name == "build" else "KB|HOST:PORT"
-        action.add_argument("target", metavar=target, help="a server, or the folder of a knowledge base that no process has open")
+        action.add_argument(
+            "target", metavar=target, help="a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
+        )
         if name == "remove":
             action.add_argument("name", metavar="NAME", help="as `list` shows it")
         if name == "publish":
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         if Path(arguments.target).exists() or ":" not in arguments.target or "://" in arguments.target:
-            return _of_folder(arguments)
+            return _of_knowledge_base(arguments)
         with Client(arguments.target, timeout_seconds=arguments.timeout) as client:
             return _of_server(client, arguments)
     except (OpenBookError, ClientError, OSError) as error:
@@ -91,7 +93,7 @@ def _line(generation: kb.Generation) -> str:
     parts = [_STATES.get(generation.state, "unknown") + (", live before" if generation.previous else "")]
     parts.append(f"{generation.passages} passages" + (f", lacks {generation.lacking}" if generation.lacking else ""))
     parts.append(f"embedder {generation.embedder_fingerprint[:12]}, {generation.dim} dimensions")
-    parts.append(f"{(generation.vector_bytes + generation.snapshot_bytes) / 1e6:.1f} MB of vectors and snapshots")
+    parts.append(f"{(generation.vector_bytes + generation.snapshot_bytes) / 1e6:.1f} MB on the disk")
     parts.append(f"bundle {generation.bundle_id[:12]} in {generation.bundle}" if generation.bundle_id else "bundle unknown")
     parts += comparison_lines(generation.comparison)
     if generation.following:
@@ -111,62 +113,52 @@ def comparison_lines(comparison: kb.Comparison) -> list[str]:
     ]
 
 
-def _of_folder(arguments: argparse.Namespace) -> int:
+def _of_knowledge_base(arguments: argparse.Namespace) -> int:
     from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged
-    from openbook_server.knowledge.home import Home
-    from openbook_server.knowledge.inventory import describe_generations, remove_generation
-    from openbook_server.knowledge.store import FILE, Store
+    from openbook_server.knowledge.opening import look, unsecret
 
-    folder = Path(arguments.target)
-    if "://" in arguments.target:
-        raise InvalidRequest("KB", "an alias in Elasticsearch has `openbook index BUNDLE ADDRESS SOURCES... --new-generation` instead")
-    if not (folder / FILE).is_file():
-        raise KnowledgeBaseDamaged(f"{folder} is no knowledge base, it has no {FILE}")
+    target = unsecret(arguments.target)
     if arguments.action == "build":
-        raise InvalidRequest("KB", f"no server; a folder's are built by: openbook index {arguments.bundle} {folder} --new-generation")
+        raise InvalidRequest(
+            "HOST:PORT", f"{target} is no server; without one: openbook index {arguments.bundle} {target} --new-generation"
+        )
+    with look(arguments.target) as found:
+        if found is None:
+            raise KnowledgeBaseDamaged(f"{target} is no knowledge base; make it: openbook index BUNDLE {target} SOURCES...")
+        if arguments.action == "remove":
+            found.remove(arguments.name)
+            print(f"{arguments.name} is removed")
+            return 0
+        states = found.states()
     if arguments.action == "list":
-        store = Store(folder, read_only=True)
-        for state in describe_generations(folder, store):
+        for state in states:
             print(f"{state.name}  {state}")
-        store.close()
         return 0
-    home = Home(folder)  # no process may have it open
-    try:
-        store = Store(folder)
-        try:
-            if arguments.action == "remove":
-                remove_generation(folder, store, arguments.name)
-                print(f"{arguments.name} is removed")
-                return 0
-            states = describe_generations(folder, store)
-        finally:
-            store.close()
-    finally:
-        home.close()
     wanted = [state for state in states if (state.name == arguments.name if arguments.action == "publish" else state.previous)]
     if not wanted:
-        raise InvalidRequest("NAME", f"none of {', '.join(state.name for state in states)}; see `openbook generations list {folder}`")
-    return _publish(folder, wanted[0].name)
+        raise InvalidRequest("NAME", f"none of {', '.join(state.name for state in states)}; see `openbook generations list {target}`")
+    return _publish(arguments.target, wanted[0].name)
 
 
-def _publish(folder: Path, name: str) -> int:
+def _publish(target: str, name: str) -> int:
     """Bring it up to date with the bundle that goes with it, and make it the live one."""
     from openbook_server.ingest.embed import PassageEmbedder
+    from openbook_server.knowledge.building import build_generation, publish_generation
     from openbook_server.knowledge.opening import open_generation
     from openbook_server.runtime import Graph, choose_device
     from openbook_server.tokenization import load_tokenizer
 
-    knowledge_base, bundle = open_generation(folder, name)
+    knowledge_base, bundle = open_generation(target, name)
     try:
         device = choose_device()
         graph = Graph(bundle.graph_path("embedder", device.precision), device)
         limits = bundle.embedder
         tokenizer = load_tokenizer(bundle.tokenizer_path)
         embed = PassageEmbedder(tokenizer, graph, dim=limits.dim, max_tokens=limits.max_tokens, whole=True)
-        knowledge_base.build(embed, lambda filled, passages: None, lambda: False)
+        build_generation(knowledge_base, embed)
         knowledge_base.optimise()
         knowledge_base.snapshot()
-        knowledge_base.publish()
+        publish_generation(knowledge_base, embed)
     finally:
         knowledge_base.close()
     print(f"{name} is live; serve it with {bundle.folder}")

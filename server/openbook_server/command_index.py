@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, a folder or an "
         "alias of an Elasticsearch cluster, which is made where there is none. Documents that are stored already and have not changed are "
         "left alone, so the same command again goes on after a stop, or brings the knowledge base up to date. With --new-generation, a "
-        "bundle with another embedder takes the place of the one before: a folder's passages are embedded again as they are stored, "
-        "in an alias the sources are stored again."
+        "bundle with another embedder takes the place of the one before: the passages are embedded again as they are stored."
     )
     parser.epilog = (
         "sources: files and folders of txt, md, rst, html, pdf, csv, jsonl, parquet; hf:NAME[:SPLIT], a Hugging Face dataset;\n"
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-generation",
         action="store_true",
         help="build the generation of this bundle and these parameters beside the live one, and make it the live one once it lacks "
-        "nothing; a folder needs no sources for that, and a running server does it itself: openbook generations build",
+        "nothing; that needs no sources, and a running server does it itself: openbook generations build",
     )
     parser.add_argument(
         "--graph-dims",
@@ -80,12 +79,13 @@ def _index(arguments: argparse.Namespace) -> int:
     from openbook_server.ingest.indexing import Indexing
     from openbook_server.ingest.preparation import FACTS, check_stored_passages, choose_splitting
     from openbook_server.ingest.sources import find_sources
+    from openbook_server.knowledge.building import build_generation, publish_generation
     from openbook_server.knowledge.opening import open_knowledge_base, recorded_facts
     from openbook_server.runtime import Graph, choose_device
     from openbook_server.tokenization import load_tokenizer
 
-    if not arguments.sources and (not arguments.new_generation or "://" in arguments.knowledge_base):
-        raise InvalidRequest("SOURCE", "none given; only a folder's --new-generation needs none")
+    if not arguments.sources and not arguments.new_generation:
+        raise InvalidRequest("SOURCE", "none given; only --new-generation needs none")
     sources = find_sources(arguments.sources)
     bundle = load_bundle(arguments.bundle)
     if not 1 <= arguments.batch <= 4_096:
@@ -110,25 +110,23 @@ def _index(arguments: argparse.Namespace) -> int:
     try:
         recorded = knowledge_base.facts(*FACTS)
         splitting = choose_splitting(bundle, recorded, arguments.passage_tokens, arguments.overlap)
-        if splitting.facts() != recorded:
-            knowledge_base.record(splitting.facts())
         indexing = Indexing(knowledge_base, tokenizer, embedder, splitting, batch=arguments.batch)
         began = time.monotonic()
         with _stop_on_signal() as stopping:
-            if arguments.new_generation and knowledge_base.build(
-                PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, whole=True), _report_build(), stopping
-            ):
-                knowledge_base.optimise()
-                knowledge_base.snapshot()
-                knowledge_base.publish()  # before anything is stored with it: what is stored must be in the live one
-            if not stopping():  # into a generation that is not built yet nothing can be stored
+            if arguments.new_generation:
+                whole = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, whole=True)
+                if build_generation(knowledge_base, whole, _report_build(), stopping):
+                    knowledge_base.optimise()
+                    knowledge_base.snapshot()
+                    publish_generation(knowledge_base, whole)  # first of all: what is stored must be in the live one
+            if not stopping():
+                if splitting.facts() != recorded:
+                    knowledge_base.record(splitting.facts())
                 _run_with_progress(indexing, sources, stopping)
             stopped = stopping()
         knowledge_base.optimise()
         knowledge_base.snapshot()
         counts, progress = knowledge_base.counts(), indexing.progress
-        if not stopped and counts.documents:
-            knowledge_base.publish()
     finally:
         knowledge_base.close()
     seconds = time.monotonic() - began

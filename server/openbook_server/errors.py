@@ -3,7 +3,8 @@
 A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
 (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
 knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable, KnowledgeBaseRefused,
-FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages (PassageTooLong).
+FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages (PassageTooLong) and published
+(GenerationNotReady), perhaps by another process (GenerationReplaced).
 `reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the way out.
 """
 
@@ -130,6 +131,14 @@ class GenerationNotReady(OpenBookError):
 
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "GENERATION_NOT_READY"
+
+
+class GenerationReplaced(OpenBookError):
+    """Another process made another generation live: what this one writes would not be found. Nothing was written; a server follows."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "GENERATION_REPLACED"
+    retry_after_seconds = 5.0
 
 
 class PassageTooLong(OpenBookError):

@@ -9,21 +9,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
-from openbook_server.errors import DeadlineExceeded, GenerationNotReady, InvalidRequest, OpenBookError, Overloaded
+from openbook_server.errors import (
+    DeadlineExceeded,
+    GenerationNotReady,
+    InvalidRequest,
+    KnowledgeBaseUnavailable,
+    OpenBookError,
+    Overloaded,
+)
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import place_of
 from openbook_server.pair import Pair, Shared, load_graphs, to_the_end
+from openbook_server.rows import Row
 
 log = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 256  # passages embedded for one transaction
+ROWS_AT_ONCE = 256  # passages in the engine's queue, and about as many in one transaction
 _PATIENCE = 600.0  # seconds that background work waits for the device
 _LOOK_AGAIN = 0.5  # seconds between two looks at what was written
 
@@ -35,7 +45,7 @@ class Following:
         self,
         bundle: Bundle,
         live: Pair,
-        beside: EmbeddedKnowledgeBase,
+        beside: KnowledgeBase,
         shared: Shared,
         *,
         graph_dims: int | None,
@@ -44,92 +54,122 @@ class Following:
         """Args:
         live: that answers now, and whose questions it is compared on.
         beside: the live generation.
-        graph_dims, name: as `EmbeddedKnowledgeBase` takes them; without a name, the generation of the bundle is found or added.
+        graph_dims, name: as `KnowledgeBase.open_beside` takes them; without a name, the generation of the bundle is found or added.
         """
         self.bundle, self._live, self._beside, self._shared = bundle, live, beside, shared
         self.pair: Pair | None = None  # once it is open, like the next two
-        self.knowledge_base: EmbeddedKnowledgeBase | None = None
+        self.knowledge_base: KnowledgeBase | None = None
         self.name = name or ""
         self.comparison: Comparison | None = None  # once it lacks nothing
         self.problem = ""  # why it is not built any further
         self.opened, self.complete = asyncio.Event(), asyncio.Event()  # or there is a problem
-        self._after = 0  # number of the last passage that was looked at; later ones have higher numbers
         self._task = asyncio.ensure_future(self._run(graph_dims, name))
 
     def check(self) -> None:
         """Raises GenerationNotReady where there is a problem."""
         if self.problem:
-            raise GenerationNotReady(f"generation {self.name} cannot be built: {self.problem}")
+            raise GenerationNotReady(f"{self._called} cannot be built: {self.problem}")
+
+    @property
+    def _called(self) -> str:
+        return f"generation {self.name}" if self.name else f"the generation of the bundle in {self.bundle.folder}"
+
+    @property
+    def opened_pair(self) -> Pair:
+        assert self.pair is not None  # noqa: S101
+        return self.pair
+
+    @property
+    def opened_knowledge_base(self) -> KnowledgeBase:
+        assert self.knowledge_base is not None  # noqa: S101
+        return self.knowledge_base
 
     async def stop(self) -> None:
         """What is built stays, and the pair stays open."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    async def fill(self) -> None:
-        """Embed what it lacks."""
-        pair, knowledge_base = self.pair, self.knowledge_base
-        assert pair is not None  # noqa: S101
-        assert knowledge_base is not None  # noqa: S101
+    async def fill(self, *, enough: int = 0) -> None:
+        """Embed what it lacks; done when a look finds fewer passages than `enough`, or nothing."""
+        pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
         encode = PassageEncoder(pair.tokenizer, pair.bundle.embedder.max_tokens, whole=True)
-        while lacking := await asyncio.to_thread(knowledge_base.lacking, after=self._after, limit=ROWS_AT_ONCE):
-            rows = await asyncio.to_thread(encode, list(lacking.values()))
+        while gap := await asyncio.to_thread(knowledge_base.lacking, ROWS_AT_ONCE):
+            vectors = np.empty((len(gap.passages), pair.bundle.embedder.dim), np.float32)
+            for at in range(0, len(vectors), ROWS_AT_ONCE):  # a document comes whole, whatever its length
+                rows = await asyncio.to_thread(encode, gap.passages[at : at + ROWS_AT_ONCE])
+                vectors[at : at + len(rows)] = await self._embed(pair, rows)
+            await self._shared.in_writer(lambda gap=gap, vectors=vectors: gap.fill(vectors))  # type: ignore[misc]
+            if len(vectors) < enough:
+                return
+
+    async def _embed(self, pair: Pair, rows: Sequence[Row]) -> NDArray[np.float32]:
+        while True:
             try:
                 outcome = await pair.models.submit("embedder", rows, deadline=time.monotonic() + _PATIENCE)
+                return np.array([row["sentence_embedding"] for row in outcome.rows], np.float32)
             except (Overloaded, DeadlineExceeded) as error:  # uploads fill the lane
                 await asyncio.sleep(max(_LOOK_AGAIN, getattr(error, "retry_after_seconds", 0.0)))
-                continue
-            vectors = np.array([row["sentence_embedding"] for row in outcome.rows], np.float32)
-            numbers = list(lacking)
-            await self._shared.in_writer(lambda numbers=numbers, vectors=vectors: knowledge_base.fill(numbers, vectors))  # type: ignore[misc]
-            self._after = max(numbers)
+
+    def go_on(self) -> None:
+        """After it was stopped."""
+        self._task = asyncio.ensure_future(self._run(None, None))
 
     async def _run(self, graph_dims: int | None, name: str | None) -> None:
         try:
-            pair, knowledge_base = await to_the_end(asyncio.to_thread(self._open, graph_dims, name))
-            log.info("building generation %s with the bundle in %s", self.name, self.bundle.folder)
-            self.opened.set()
-            await self.fill()
-            await self._shared.in_writer(knowledge_base.optimise)
-            await self._shared.in_writer(knowledge_base.snapshot)
-            log.info("generation %s lacks nothing; it may be published", self.name)
-            self.comparison = Comparison(pair.bundle, pair.encoder, pair.pipeline, share=self._shared.config.shadow_share)
-            self.complete.set()
-            with self._live.compared(self.comparison):
-                await asyncio.gather(self._keep_up(), self.comparison.run())
+            if self.pair is None:
+                await to_the_end(asyncio.to_thread(self._open, graph_dims, name))
+                log.info("building generation %s with the bundle in %s", self.name, self.bundle.folder)
+                self.opened.set()
+            await self._build()
         except (OpenBookError, OSError) as error:
             self.problem = str(error)
-            log.error("generation %s is not built any further: %s", self.name, error)
+            log.error("%s is not built any further: %s", self._called, error)
         except Exception as error:  # a defect of ours: whoever waits must hear of it
             self.problem = f"internal error: {type(error).__name__}"
-            log.exception("generation %s is not built any further", self.name)
+            log.exception("%s is not built any further", self._called)
         finally:
             self.opened.set()
             self.complete.set()
 
-    def _open(self, graph_dims: int | None, name: str | None) -> tuple[Pair, EmbeddedKnowledgeBase]:
+    def _open(self, graph_dims: int | None, name: str | None) -> None:
         bundle, shared = self.bundle, self._shared
-        knowledge_base = EmbeddedKnowledgeBase(
-            self._beside.folder,
-            fingerprint=bundle.embedder.fingerprint,
-            dim=bundle.embedder.dim,
-            graph_dims=graph_dims,
-            bundle=place_of(bundle),
-            new_generation=name is None,
-            name=name,
-            beside=self._beside,
+        fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
+        knowledge_base = self._beside.open_beside(
+            fingerprint=fingerprint, dim=dim, bundle=place_of(bundle), graph_dims=graph_dims, name=name
         )
         try:
-            if knowledge_base.is_live:
+            if knowledge_base.generation == self._beside.generation:
                 raise InvalidRequest("bundle", f"{knowledge_base.generation}, which is live, is the generation of this bundle already")
             pair = Pair(bundle, load_graphs(bundle, shared.device, shared.config), knowledge_base, shared, lane=Lane.BACKGROUND)
         except BaseException:
             knowledge_base.close()
             raise
         self.knowledge_base, self.pair, self.name = knowledge_base, pair, knowledge_base.generation
-        return pair, knowledge_base
+
+    async def _build(self) -> None:
+        pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
+        await self._catch_up()
+        if not self.complete.is_set():
+            if self._shared.writable:
+                await self._shared.in_writer(knowledge_base.optimise)
+                await self._shared.in_writer(knowledge_base.snapshot)
+            log.info("generation %s lacks nothing; it may be published", self.name)
+            self.comparison = Comparison(pair.bundle, pair.encoder, pair.pipeline, share=self._shared.config.shadow_share)
+            self.complete.set()
+        assert self.comparison is not None  # noqa: S101
+        with self._live.compared(self.comparison):
+            await asyncio.gather(self._keep_up(), self.comparison.run())
 
     async def _keep_up(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_AGAIN)
-            await self.fill()
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Until it has all that was stored a moment ago: others may write all the time. What does not answer is asked again later."""
+        while True:
+            try:
+                return await self.fill(enough=ROWS_AT_ONCE)
+            except KnowledgeBaseUnavailable as error:
+                log.warning("generation %s waits: %s", self.name, error)
+                await asyncio.sleep(error.retry_after_seconds)

@@ -25,7 +25,7 @@ from openbook_server.generation_service import GenerationService
 from openbook_server.listening import REQUESTS_A_ROW
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
-from openbook_server.served import Served
+from openbook_server.served import NO_KNOWLEDGE_BASE, Served
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
 
@@ -145,9 +145,7 @@ class Frontend:
     @property
     def _generations(self) -> GenerationService:
         if self.generations is None:
-            raise InvalidRequest(
-                "request", "this server has no knowledge base in a folder; an alias in Elasticsearch has `openbook index --new-generation`"
-            )
+            raise InvalidRequest("request", NO_KNOWLEDGE_BASE)
         return self.generations
 
     def _not_serving(self) -> NotServing:

@@ -7,7 +7,7 @@ from pathlib import Path
 from openbook.v1 import knowledge_base_pb2 as kb
 
 from openbook_server.errors import InvalidRequest, ReadOnly
-from openbook_server.knowledge.inventory import GenerationState
+from openbook_server.knowledge.records import GenerationState
 from openbook_server.knowledge_service import comparison_message
 from openbook_server.pipeline import Timings
 from openbook_server.succession import Succession

@@ -11,6 +11,8 @@ from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.service import Service
 
+NO_KNOWLEDGE_BASE = "this server has no knowledge base; start it as `openbook serve BUNDLE KB`"
+
 
 @dataclass(slots=True)
 class Served:
@@ -41,5 +43,5 @@ class Served:
     @property
     def knowledge(self) -> KnowledgeService:
         if self.knowledge_base is None:
-            raise InvalidRequest("request", "this server has no knowledge base; start it as `openbook serve BUNDLE KB`")
+            raise InvalidRequest("request", NO_KNOWLEDGE_BASE)
         return self.knowledge_base

@@ -31,7 +31,6 @@ from openbook_server.errors import InvalidRequest, OpenBookError
 from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend
 from openbook_server.generation_service import GenerationService
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
-from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.listening import Listen, listen_on_port
 from openbook_server.metrics import Metrics
@@ -94,6 +93,7 @@ async def running_server(
                 frontend.served = first.served
                 if succession is not None:
                     await succession.resume()
+                    await succession.follow()
                 holds = f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base"
                 took = time.perf_counter() - began
                 device = loaded.device
@@ -149,7 +149,7 @@ def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) 
         try:
             graphs = load_graphs(bundle, device, config)
             knowledge_base = opening.result() if opening else None
-            if isinstance(knowledge_base, EmbeddedKnowledgeBase):
+            if knowledge_base is not None:
                 knowledge_base.serve_with(place_of(bundle))
             return _Loaded(bundle, device, graphs, knowledge_base)
         except BaseException:
@@ -159,8 +159,7 @@ def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) 
 
 
 def _succession(first: Pair, shared: Shared, frontend: Frontend) -> Succession | None:
-    """Only a folder's generations follow one another while a server runs."""
-    if not isinstance(first.knowledge_base, EmbeddedKnowledgeBase):
+    if first.knowledge_base is None:
         return None
     succession = Succession(first, first.knowledge_base, shared, frontend)
     frontend.generations = GenerationService(succession, writable=shared.writable)

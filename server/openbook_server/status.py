@@ -10,7 +10,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from openbook_server.errors import InvalidRequest, KnowledgeBaseUnavailable, NotServing, OpenBookError, Overloaded
+from openbook_server.errors import GenerationReplaced, InvalidRequest, KnowledgeBaseUnavailable, NotServing, OpenBookError, Overloaded
 
 DOMAIN = "openbook"
 
@@ -21,7 +21,7 @@ def grpc_status(error: OpenBookError) -> grpc.Status:
     if isinstance(error, InvalidRequest):
         violation = BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(BadRequest(field_violations=[violation]))
-    if isinstance(error, Overloaded | NotServing | KnowledgeBaseUnavailable):
+    if isinstance(error, Overloaded | NotServing | KnowledgeBaseUnavailable | GenerationReplaced):
         delay = Duration()
         delay.FromNanoseconds(int(1e9 * error.retry_after_seconds))
         details.append(RetryInfo(retry_delay=delay))

@@ -5,6 +5,7 @@
     publish   writes wait, what is still lacking is embedded, the generation goes live in the store, and new requests get the new
               pair; those that began with the old one end with it, and then it is closed
     rollback  publishes the generation that was live before, which is brought up to date first in the same way
+    follow    where another process published a generation of the same knowledge base, new requests get that pair here, too
 
 The store is the truth about which generation is live: a server that dies at any point comes up with the pair before or the new
 one. One change is made at a time, and a caller that hangs up stops none.
@@ -24,13 +25,15 @@ from openbook_server.errors import GenerationNotReady, InvalidRequest, NotServin
 from openbook_server.following import Following
 from openbook_server.gate import Gate
 from openbook_server.ingest.preparation import FACTS, check_stored_passages
-from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.knowledge.inventory import GenerationState
+from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import recorded_bundle
+from openbook_server.knowledge.records import GenerationState
 from openbook_server.pair import Pair, Shared, to_the_end
 from openbook_server.served import Served
 
 log = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 2.0  # seconds between two looks at what other processes made live
 
 _T = TypeVar("_T")
 
@@ -43,15 +46,16 @@ class Front(Protocol):
 
 
 class Succession:
-    """Of the pairs of one server whose knowledge base is in a folder."""
+    """Of the pairs of one server with a knowledge base."""
 
-    def __init__(self, live: Pair, knowledge_base: EmbeddedKnowledgeBase, shared: Shared, front: Front) -> None:
+    def __init__(self, live: Pair, knowledge_base: KnowledgeBase, shared: Shared, front: Front) -> None:
         self.live, self._knowledge_base = live, knowledge_base
         self._shared, self._front = shared, front
         self.following: Following | None = None
         self._change = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
         self._retiring: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Future[None] | None = None
 
     async def states(self) -> list[GenerationState]:
         return await asyncio.to_thread(self._knowledge_base.generation_states)
@@ -89,24 +93,46 @@ class Succession:
 
     async def resume(self) -> None:
         """Go on building what a server or a command before was building, where its bundle is still there."""
-        begun = [state for state in await self.states() if state.state == "new" and state.bundle.id]
-        if begun and self._shared.writable:
-            try:
+        name = "that was begun"
+        try:
+            begun = [state for state in await self.states() if state.state == "new" and state.bundle.id]
+            if begun and self._shared.writable:
+                name = begun[-1].name
                 await self._reopen(begun[-1])
-            except OpenBookError as error:
-                log.warning("generation %s is not built any further: %s", begun[-1].name, error)
+        except OpenBookError as error:
+            log.warning("generation %s is not built any further: %s", name, error)
+
+    async def follow(self) -> None:
+        """From now on follow other processes that make another generation live."""
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        problem = ""
+        while True:
+            await asyncio.sleep(_LOOK_AGAIN * (5 if problem else 1))
+            try:
+                await self._uncancelled(self._follow)
+                if problem:
+                    log.info("%s answers with generation %s, which is live", self._knowledge_base.name, self._knowledge_base.generation)
+                problem = ""
+            except (OpenBookError, OSError) as error:
+                if str(error) != problem:
+                    log.warning("cannot tell or follow the live generation: %s", error)
+                problem = str(error)
 
     async def _reopen(self, state: GenerationState) -> Following:
-        """Begin to bring a generation that there is up to date, with the bundle that goes with it."""
+        """Begin to bring a generation that there is up to date, with the bundle that goes with it, in place of what is being built."""
         way_out = "openbook generations build BUNDLE HOST:PORT"
         bundle = await asyncio.to_thread(recorded_bundle, state.name, state.bundle, way_out)
+        await self._stop_following()
         return self._begin(bundle, name=state.name, graph_dims=state.graph_dims)
 
     async def close(self) -> None:
         """Stop building; what was built stays. Pairs that are being retired are closed to the end: they hold the folder's lock too."""
-        for task in self._changes:
+        tasks = [*self._changes, *([self._watching] if self._watching is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._changes, *self._retiring.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, *self._retiring.values(), return_exceptions=True)
         await self._stop_following()
 
     async def _uncancelled(self, change: Callable[[], Awaitable[_T]]) -> _T:
@@ -125,6 +151,7 @@ class Succession:
         bundle = await asyncio.to_thread(load_bundle, folder)
         if graph_dims is not None and not 0 <= graph_dims <= bundle.embedder.dim:
             raise InvalidRequest("graph_dims", f"{graph_dims} is outside 0 to {bundle.embedder.dim}, the embedder's dimensions")
+        await self._follow()
         check_stored_passages(bundle, await asyncio.to_thread(self._knowledge_base.facts, *FACTS))
         before = self.following
         if before is not None and not before.problem and before.bundle.id != bundle.id:
@@ -136,31 +163,70 @@ class Succession:
         return following.name
 
     async def _publish(self, name: str) -> str:
+        if not name:
+            if self.following is None:
+                raise InvalidRequest("name", "no generation is being built")
+            await self.following.opened.wait()
+            self.following.check()
+            name = self.following.name
+        await self._follow()
+        if name != self._knowledge_base.generation:
+            await self._swap(await self._completed(name), self._make_live)
+        return name
+
+    async def _make_live(self, following: Following) -> None:
+        knowledge_base = following.opened_knowledge_base
+        try:
+            await self._shared.in_writer(knowledge_base.hold)
+            await following.fill()
+            self._check_serving()
+            await self._shared.in_writer(knowledge_base.publish)  # from here on a server that starts comes up with the new pair
+        except BaseException:
+            try:
+                await self._shared.in_writer(knowledge_base.release)
+            except OpenBookError as error:  # then whoever writes next does it, after a while
+                log.warning("%s", error)
+            raise
+
+    async def _follow(self) -> None:
+        """Answer with the generation that is live, where another process made it so."""
+        live = await to_the_end(asyncio.to_thread(lambda: self._knowledge_base.live_generation))
+        if live == self._knowledge_base.generation:
+            return
+        log.info("another process made generation %s live in place of %s: following it", live, self._knowledge_base.generation)
+        others = self.following is not None and self.following.name != live
+        await self._swap(await self._completed(live), self._take_over)
+        if others:
+            await self.resume()
+
+    async def _take_over(self, following: Following) -> None:
+        self._check_serving()
+        await self._shared.in_writer(following.opened_knowledge_base.went_live)
+
+    def _check_serving(self) -> None:
+        if self._front.served is None:
+            raise NotServing("the server is shutting down", retry_after_seconds=1.0)
+
+    async def _completed(self, name: str) -> Following:
+        """The one of a name, when it lacks nothing."""
         following = self.following
-        if name == self._knowledge_base.generation:
-            return name
-        if name:
-            following = following if following is not None and following.name == name and not following.problem else None
-        elif following is None:
-            raise InvalidRequest("name", "no generation is being built")
-        if following is None:
+        if following is None or following.name != name or following.problem:
             states = {state.name: state for state in await self.states()}
             if name not in states:
                 raise InvalidRequest("name", f"{name!r} is none of {', '.join(states)}")
-            await self._stop_following()
             following = await self._reopen(states[name])
         await following.complete.wait()
         following.check()
-        await self._swap(following)
-        return following.name
+        return following
 
     async def _roll_back(self) -> str:
-        previous = await asyncio.to_thread(self._knowledge_base.previous_generation)
-        if previous is None:
+        previous = [state.name for state in await self.states() if state.previous]
+        if not previous:
             raise InvalidRequest("name", "no generation was live before this one, or it was removed")
-        return await self._publish(previous)
+        return await self._publish(previous[0])
 
     async def _remove(self, name: str) -> None:
+        await self._follow()
         if self.following is not None and self.following.name == name:
             await self._stop_following()
         if name in self._retiring:
@@ -178,17 +244,17 @@ class Succession:
             if following.pair is not None:
                 await following.pair.close()
 
-    async def _swap(self, following: Following) -> None:
-        pair, knowledge_base = following.pair, following.knowledge_base
-        assert pair is not None  # noqa: S101
-        assert knowledge_base is not None  # noqa: S101
+    async def _swap(self, following: Following, change: Callable[[Following], Awaitable[None]]) -> None:
+        """Let new requests get its pair; `change`, while nobody writes, makes sure that it is the live one."""
         await following.stop()
+        pair, knowledge_base = following.opened_pair, following.opened_knowledge_base
         began = time.monotonic()
         async with self._front.writes.closed():
-            await following.fill()
-            if self._front.served is None:
-                raise NotServing("the server is shutting down", retry_after_seconds=1.0)
-            await self._shared.in_writer(knowledge_base.publish)  # from here on a server that starts comes up with the new pair
+            try:
+                await change(following)
+            except BaseException:
+                following.go_on()
+                raise
             pair.go_live()
             self._front.served = pair.served
             old, self.live, self._knowledge_base, self.following = self.live, pair, knowledge_base, None
@@ -206,7 +272,8 @@ class Succession:
         assert old.knowledge_base is not None  # noqa: S101
         await old.served.finished()
         try:
-            await self._shared.in_writer(old.knowledge_base.snapshot)
+            if self._shared.writable:
+                await self._shared.in_writer(old.knowledge_base.snapshot)
         except (OpenBookError, OSError) as error:
             log.warning("%s", error)
         await to_the_end(old.close())

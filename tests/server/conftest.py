@@ -90,6 +90,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(f"elasticsearch://{host}/{alias}?shards=2&replicas=0")
 
 
+@pytest.fixture
+def direct_place(place: Place, tmp_path: Path) -> Place:
+    """Another one of the same kind."""
+    return Place(place.target.replace("?", "-direct?") if place.in_elasticsearch else str(tmp_path / "direct"))
+
+
 def _index(tiny_bundle: Path, target: str, folder: Path) -> None:
     (folder / "documents.jsonl").write_text(DOCUMENTS)
     bundle = load_bundle(tiny_bundle)
@@ -117,14 +123,16 @@ def tiny_knowledge_base(_indexed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def index_with(tmp_path: Path) -> Callable[[Path], Path]:
-    """Indexes the three documents with a bundle, directly, and returns the knowledge base's folder."""
+def index_with(place: Place, tmp_path: Path) -> Callable[[Path], str]:
+    """Indexes the three documents with a bundle, directly, beside `place`, and returns where they are."""
 
-    def index(bundle: Path) -> Path:
-        folder = tmp_path / load_bundle(bundle).name
+    def index(bundle: Path) -> str:
+        name = load_bundle(bundle).name
+        folder = tmp_path / name
         folder.mkdir()
-        _index(bundle, str(folder / "kb"), folder)
-        return folder / "kb"
+        target = place.target.replace("?", f"-{name}?") if place.in_elasticsearch else str(folder / "kb")
+        _index(bundle, target, folder)
+        return target
 
     return index
 

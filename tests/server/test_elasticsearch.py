@@ -12,11 +12,12 @@ from typing import Any
 import elasticsearch
 import numpy as np
 import pytest
-from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseRefused, KnowledgeBaseUnavailable
+from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseRefused, KnowledgeBaseUnavailable
 from openbook_server.knowledge import Document, Passage, SearchOptions
 from openbook_server.knowledge.elastic import connection, documents, schema
 from openbook_server.knowledge.elastic.connection import Connection
-from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase, describe
+from openbook_server.knowledge.elastic.inventory import describe
+from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
 
 DIM = 8
 FIRST, SECOND = "f" * 64, "e" * 64  # embedders
@@ -79,12 +80,12 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Let the process die before the so-manieth bulk request from now on."""
     real, made = Connection.bulk, 0
 
-    def bulk(self: Connection, *arguments: Any) -> Any:
+    def bulk(self: Connection, *arguments: Any, **options: Any) -> Any:
         nonlocal made
         made += 1
         if made > call:
             raise Stopped
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(Connection, "bulk", bulk)
 
@@ -176,7 +177,7 @@ def test_a_slow_writer_that_was_taken_for_dead_begins_again(
     other = opened(target)
     real, made = Connection.bulk, 0
 
-    def bulk(self: Connection, *arguments: Any) -> Any:
+    def bulk(self: Connection, *arguments: Any, **options: Any) -> Any:
         nonlocal made
         made += 1
         if made == 4:  # the passages are written, the commit is next
@@ -186,7 +187,7 @@ def test_a_slow_writer_that_was_taken_for_dead_begins_again(
                 client.indices.refresh(index=alias)
                 other.snapshot()
                 assert entries(client, alias, "passage") == 0
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     with monkeypatch.context() as slow:
         slow.setattr(Connection, "bulk", bulk)
@@ -195,38 +196,6 @@ def test_a_slow_writer_that_was_taken_for_dead_begins_again(
     assert words(other, "a") == ["new"] * 3
     assert entries(client, alias, "passage") == 3
     other.close()
-
-
-def test_a_new_generation_is_built_beside_the_one_in_use_and_takes_its_place_at_once(
-    target: str, knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
-) -> None:
-    write(knowledge_base, "old", 1, "a")
-    began = opened(target, SECOND, new_generation=True)
-    write(began, "new", 1, "a")
-    began.close()
-    with pytest.raises(FingerprintMismatch, match=r"eeeeeeeeeeee.*ffffffffffff.*DELETE"):
-        opened(target, FIRST, new_generation=True)  # there is one already, of another embedder
-    following = opened(target, SECOND, new_generation=True)  # goes on
-    write(following, "new", 1, "b")
-    assert opened_and_closed(target).generation == knowledge_base.generation  # nobody sees it yet
-    with pytest.raises(FingerprintMismatch, match="--new-generation"):
-        opened(target, SECOND)
-    following.publish()
-    following.publish()
-    assert opened_and_closed(target, SECOND).generation == following.generation != knowledge_base.generation
-    assert words(following, "b") == ["new"]
-    assert words(knowledge_base, "a") == ["old"]  # who has the old one open stays with it
-    assert list(client.indices.get_alias(name=alias).body) == [f"{alias}-{following.generation}"]
-    third = opened(target, SECOND, new_generation=True)
-    assert [each.generation.partition("-")[0] for each in (knowledge_base, following, third)] == ["1", "2", "3"]
-    third.close()
-    following.close()
-
-
-def opened_and_closed(target: str, fingerprint: str = FIRST) -> ElasticsearchKnowledgeBase:
-    knowledge_base = opened(target, fingerprint)
-    knowledge_base.close()
-    return knowledge_base
 
 
 def test_a_write_to_an_index_that_is_gone_does_not_make_another(

@@ -134,7 +134,7 @@ def test_only_the_entries_that_failed_are_sent_again_and_conflicts_are_told_apar
         (200, {"errors": True, "items": [{"index": {"status": 201}}, {"index": busy}, {"index": conflict}]}),
         (200, {"errors": False, "items": [{"index": {"status": 201, "_seq_no": 7}}]}),
     ]
-    results = asked(scripted).bulk("kb", [({"index": {"_id": id_}}, {"text": id_}) for id_ in "abc"])
+    results = asked(scripted).bulk("kb", [({"index": {"_id": id_}}, {"text": id_}) for id_ in "abc"], will_open=lambda: False)
     assert results == [{"status": 201}, {"status": 201, "_seq_no": 7}, None]
     first, second = (body.splitlines() for _, _, body in scripted.requests)
     assert (len(first), second) == (6, first[2:4])

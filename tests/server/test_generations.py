@@ -17,9 +17,10 @@ import pytest
 from openbook import cli
 from openbook_server import command_index
 from openbook_server.bundle import load_bundle
-from openbook_server.errors import FingerprintMismatch, InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
+from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.inventory import describe_generations, remove_generation
 from openbook_server.knowledge.store import FILE, Store
@@ -66,7 +67,7 @@ def store(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str, ids: Sequence
 def build(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str) -> int:
     """Returns how many passages it took to embed."""
     embed = Embed(fingerprint)
-    assert knowledge_base.build(embed, lambda filled, passages: None, lambda: False)
+    assert build_generation(knowledge_base, embed)
     return embed.passages
 
 
@@ -99,82 +100,6 @@ def folder(tmp_path: Path) -> Path:
     knowledge_base.snapshot()
     knowledge_base.close()
     return tmp_path / "kb"
-
-
-def test_a_generation_built_from_what_is_stored_finds_what_one_built_directly_finds(folder: Path, tmp_path: Path) -> None:
-    following = opened(folder, NEW, new_generation=True)
-    assert build(following, NEW) == 60
-    following.publish()
-    direct = opened(tmp_path / "direct", NEW)
-    store(direct, NEW, IDS)
-    for mode in ("dense", "hybrid", "lexical"):
-        assert hits(following, NEW, TEXTS, mode) == hits(direct, NEW, TEXTS, mode)
-    following.close()
-    direct.close()
-    for new_generation in (False, True):  # what is live is there, and not built twice
-        again = opened(folder, NEW, new_generation=new_generation)
-        assert hits(again, NEW, TEXTS)[0][0] == ("d1#0", 1.0)
-        assert build(again, NEW) == 0
-        again.close()
-    assert states(folder) == [("kept", 60, 0), ("live", 60, 0)]
-    with pytest.raises(FingerprintMismatch, match="--new-generation"):
-        opened(folder, OLD)
-
-
-def test_publishing_needs_every_passage_and_until_then_nothing_changes(folder: Path) -> None:
-    following = opened(folder, NEW, new_generation=True)
-    with pytest.raises(KnowledgeBaseDamaged, match="lacks 60 passages"):
-        following.publish()
-    with pytest.raises(RuntimeError, match="not live"):
-        store(following, NEW, ["x"])
-    following.close()
-    live = opened(folder, OLD)
-    assert hits(live, OLD, TEXTS)[0][0] == ("d1#0", 1.0)
-    live.close()
-    assert states(folder) == [("live", 60, 0), ("new", 0, 60)]
-
-
-def test_what_is_written_while_a_generation_is_built_is_in_it(folder: Path) -> None:
-    live = opened(folder, OLD)
-    following = opened(folder, NEW, new_generation=True, beside=live)
-    first = following.lacking(after=0, limit=25)
-    store(live, OLD, ["d3", "d40", "new"], version="changed")  # one that was just read, one that was not, one that was not there
-    live.delete_documents(["d4", "d41"])
-    following.fill(list(first), Embed(NEW)(list(first.values())))
-    store(live, OLD, ["d5"], version="changed")  # filled already
-    live.delete_documents(["d6"])
-    build(following, NEW)
-    following.optimise()
-    following.publish()
-    assert states(folder) == [("kept", 58, 0), ("live", 58, 0)]
-    [everything] = following.search([""], vector(NEW, "x")[None], SearchOptions(top_k=1_000, mode="dense"))
-    changed = {"d3", "d40", "new", "d5"}
-    expected = {f"w{id_}" for id_ in IDS if id_ not in {*changed, "d4", "d41", "d6"}} | {f"w{id_}changed" for id_ in changed}
-    assert {hit.passage.text for hit in everything} == expected
-    assert len(everything) == 58
-    store(following, NEW, ["after"])
-    assert [row[0] for row in hits(following, NEW, ["wafter"])] == [("after#0", 1.0)]
-    live.close()
-    following.close()
-
-
-def test_an_older_generation_is_brought_up_to_date_and_published_again(folder: Path) -> None:
-    following = opened(folder, NEW, new_generation=True)
-    build(following, NEW)
-    following.publish()
-    store(following, NEW, ["later"])
-    following.delete_documents(["d1"])
-    following.snapshot()
-    following.close()
-    older = opened(folder, OLD, new_generation=True)
-    assert build(older, OLD) == 1
-    older.publish()
-    older.close()
-    assert states(folder) == [("live", 60, 0), ("kept", 60, 0)]
-    live = opened(folder, OLD)
-    assert hits(live, OLD, ["wlater"])[0][0] == ("later#0", 1.0)
-    assert "d1#0" not in dict(hits(live, OLD, ["wd1"])[0])
-    live.close()
 
 
 def test_each_generation_keeps_its_snapshot_and_takes_it_along_when_it_is_removed(folder: Path) -> None:
@@ -272,8 +197,8 @@ def work(folder: Path, number: int, out: int) -> None:
         answering = opened(folder, one)
         following = opened(folder, other, new_generation=True, beside=answering)
         turns = 0
-        while lacking := following.lacking(after=0, limit=9):
-            following.fill(list(lacking), Embed(other)(list(lacking.values())))
+        while gap := following.lacking(9):
+            gap.fill(Embed(other)(gap.passages))
             turns += 1
             if turns % 3 == 0:
                 store(answering, one, [f"n{number}"])

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -25,12 +25,15 @@ from openbook.client import Client, Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook_server import serving
+from openbook_server import serving, succession
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
 from openbook_server.knowledge.home import Home
 from openbook_server.serving import running_server
+
+if TYPE_CHECKING:
+    from conftest import Place
 
 CONFIG = ServerConfig(port=0, device="cpu", threads=1, drain_seconds=1.0)
 QUESTIONS = ["what is red ?", "who is king ?", "the green book of the river"]
@@ -70,7 +73,7 @@ class Caller:
 class Running:
     """`running_server` with a caller."""
 
-    def __init__(self, bundle: Path, knowledge_base: Path, config: ServerConfig = CONFIG) -> None:
+    def __init__(self, bundle: Path, knowledge_base: str, config: ServerConfig = CONFIG) -> None:
         self._server = running_server(bundle, knowledge_base, config)
 
     async def __aenter__(self) -> Caller:
@@ -107,13 +110,13 @@ LIVE, KEPT, NEW = kb.GENERATION_STATE_LIVE, kb.GENERATION_STATE_KEPT, kb.GENERAT
 
 
 @pytest.fixture
-async def caller(tiny_bundle: Path, tiny_knowledge_base: Path) -> AsyncIterator[Caller]:
-    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+async def caller(tiny_bundle: Path, tiny_place: Place) -> AsyncIterator[Caller]:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
         yield caller
 
 
 async def test_the_new_pair_answers_as_one_that_was_indexed_directly_and_so_does_the_old_one_after_a_rollback(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, index_with: Callable[[Path], Path]
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, index_with: Callable[[Path], str]
 ) -> None:
     documents = {f"n{number}": f"the {word} book of the river was by {word}" for number, word in enumerate("one two three city".split())}
     direct = {}
@@ -122,7 +125,7 @@ async def test_the_new_pair_answers_as_one_that_was_indexed_directly_and_so_does
             await caller.upsert(**documents)
             direct[bundle] = told(await caller.answers())
     assert direct[tiny_bundle] != direct[tuned_bundle]
-    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
         name = await caller.build(tuned_bundle)
         await caller.upsert(**documents)
         assert told(await caller.answers()) == direct[tiny_bundle]
@@ -131,22 +134,33 @@ async def test_the_new_pair_answers_as_one_that_was_indexed_directly_and_so_does
         assert (told(reply), reply.provenance.generation) == (direct[tuned_bundle], name)
         assert reply.provenance.bundle_id == load_bundle(tuned_bundle).id
         assert await caller.generations() == [(KEPT, 7, 0), (LIVE, 7, 0)]
-        await caller.upsert(later="the yak was red")
-        assert await caller.generations() == [(KEPT, 7, 1), (LIVE, 8, 0)]
-        await caller.knowledge.Delete(kb.DeleteRequest(ids=["later"]))
     for named in (tiny_bundle, tuned_bundle):  # a start comes up with the pair that is live, whichever the command line is from
-        async with Running(named, tiny_knowledge_base) as caller:
+        async with Running(named, tiny_place.target) as caller:
             reply = await caller.answers()
             assert (told(reply), reply.provenance.bundle_id) == (direct[tuned_bundle], load_bundle(tuned_bundle).id)
             if named == tuned_bundle:
-                await caller.upsert(later="the yak was red")
                 await caller.roll_back()
-                assert await caller.generations() == [(LIVE, 8, 0), (KEPT, 8, 0)]
-                await caller.knowledge.Delete(kb.DeleteRequest(ids=["later"]))
                 assert told(await caller.answers()) == direct[tiny_bundle]
-    async with Running(tuned_bundle, tiny_knowledge_base) as caller:
+    async with Running(tuned_bundle, tiny_place.target) as caller:
         assert (await caller.answers()).provenance.bundle_id == load_bundle(tiny_bundle).id
         assert told(await caller.answers()) == direct[tiny_bundle]
+
+
+async def test_what_was_written_since_is_lacking_until_a_rollback_and_then_found(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place
+) -> None:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
+        await caller.publish(await caller.build(tuned_bundle))
+        assert await caller.generations() == [(KEPT, 3, 0), (LIVE, 3, 0)]
+        await caller.upsert(later="the yak was red", d1="a yak, no king")
+        await caller.knowledge.Delete(kb.DeleteRequest(ids=["d0"]))
+        assert await caller.generations() == [(KEPT, 1, 2), (LIVE, 3, 0)]
+        await caller.roll_back()
+        assert await caller.generations() == [(LIVE, 3, 0), (KEPT, 3, 0)]
+        for mode in (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_DENSE):
+            reply = await caller.openbook.Search(pb.SearchRequest(questions=["yak"], mode=mode, top_k=9))
+            found = {hit.document_id: hit.text for hit in reply.results[0].hits if hit.document_id != "d2"}
+            assert found == {"later": "the yak was red", "d1": "a yak, no king"}
 
 
 async def test_no_question_fails_or_is_answered_by_a_mixture_while_pairs_are_swapped_and_documents_written(
@@ -177,10 +191,19 @@ async def test_no_question_fails_or_is_answered_by_a_mixture_while_pairs_are_swa
         return written
 
     askers, writer = [asyncio.create_task(ask()) for _ in range(6)], asyncio.create_task(write())
+
+    async def answered_by(bundle: Path) -> None:
+        wanted = load_bundle(bundle).id
+        async with asyncio.timeout(WAIT):
+            while seen[-1:] != [wanted]:
+                await asyncio.sleep(0.01)
+
     name = await caller.build(tuned_bundle)
     await caller.publish(name)
-    for _ in range(3):
+    await answered_by(tuned_bundle)
+    for bundle in (tiny_bundle, tuned_bundle, tiny_bundle):
         await caller.roll_back()
+        await answered_by(bundle)
     stopped = True
     await asyncio.gather(*askers)
     written = [id_ for id_ in await writer if id_]
@@ -226,20 +249,31 @@ async def test_publishing_and_removing_refuse_what_makes_no_sense(
     assert told(await caller.answers())
 
 
-async def test_generations_of_one_embedder_with_other_parameters_are_swapped_without_embedding(caller: Caller, tiny_bundle: Path) -> None:
-    before = await caller.answers()
-    name = await caller.build(tiny_bundle, graph_dims=8)
-    assert await caller.publish() == name
-    after = await caller.answers()
-    assert told(after) == told(before)
-    assert (after.provenance.bundle_id, after.provenance.generation) == (before.provenance.bundle_id, name)
+async def test_generations_of_one_embedder_with_other_parameters_are_swapped_without_embedding(
+    tiny_place: Place, tiny_bundle: Path
+) -> None:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
+        before = await caller.answers()
+        if tiny_place.in_elasticsearch:  # where the parameter is the number of shards, which stands in the address
+            assert "keeps whole vectors" in (await refusal(caller.build(tiny_bundle, graph_dims=8)))[2]
+        else:
+            name = await caller.build(tiny_bundle, graph_dims=8)
+            assert await caller.publish() == name
+    if tiny_place.in_elasticsearch:
+        async with Running(tiny_bundle, tiny_place.target.replace("shards=2", "shards=1")) as caller:
+            name = await caller.build(tiny_bundle)
+            assert await caller.publish() == name
+    async with Running(tiny_bundle, tiny_place.target) as caller:
+        after = await caller.answers()
+        assert told(after) == told(before)
+        assert (after.provenance.bundle_id, after.provenance.generation) == (before.provenance.bundle_id, name)
 
 
 async def test_changes_are_refused_where_writes_are(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "LOOPBACK", ())  # as if the server listened on an address that others reach
-    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
         assert await caller.generations() == [(LIVE, 3, 0)]
         for call in (
             caller.build(tuned_bundle),
@@ -250,38 +284,38 @@ async def test_changes_are_refused_where_writes_are(
             assert (await refusal(call))[1] == "READ_ONLY"
 
 
-async def test_a_server_without_a_folder_says_so(tiny_bundle: Path) -> None:
+async def test_a_server_without_a_knowledge_base_says_so(tiny_bundle: Path) -> None:
     async with running_server(tiny_bundle, None, CONFIG) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        assert "in a folder" in (await refusal(Caller(channel).publish()))[2]
+        assert "no knowledge base" in (await refusal(Caller(channel).publish()))[2]
 
 
 async def test_a_bundle_that_moved_away_is_named_with_the_way_out(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, tmp_path: Path
 ) -> None:
     moving = Path(shutil.copytree(tuned_bundle, tmp_path / "moving"))
-    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
         await caller.publish(await caller.build(moving))
     await asyncio.to_thread(moving.rename, tmp_path / "moved")
     with pytest.raises(BundleInvalid, match="moving"):
-        await Running(tiny_bundle, tiny_knowledge_base).__aenter__()
-    async with Running(tmp_path / "moved", tiny_knowledge_base) as caller:  # from here on it is known where it is
+        await Running(tiny_bundle, tiny_place.target).__aenter__()
+    async with Running(tmp_path / "moved", tiny_place.target) as caller:  # from here on it is known where it is
         await caller.roll_back()
         await caller.roll_back()
         assert (await caller.answers()).provenance.bundle_id == load_bundle(tuned_bundle).id
 
 
-async def test_building_goes_on_after_a_start(tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path) -> None:
-    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+async def test_building_goes_on_after_a_start(tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place) -> None:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
         name = await caller.build(tuned_bundle)
         await caller.upsert(**{f"n{number}": f"the king {number}" for number in range(9)})
-    async with Running(tiny_bundle, tiny_knowledge_base) as caller:
+    async with Running(tiny_bundle, tiny_place.target) as caller:
         assert await caller.publish() == name
         assert await caller.generations() == [(KEPT, 12, 0), (LIVE, 12, 0)]
 
 
-def serve(bundle: Path, knowledge_base: Path) -> tuple[subprocess.Popen[str], str]:
+def serve(bundle: Path, knowledge_base: str) -> tuple[subprocess.Popen[str], str]:
     """A server in a process of its own, and its address."""
-    command = [sys.executable, "-m", "openbook.cli", "serve", str(bundle), str(knowledge_base), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "openbook.cli", "serve", str(bundle), knowledge_base, "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -291,13 +325,13 @@ def serve(bundle: Path, knowledge_base: Path) -> tuple[subprocess.Popen[str], st
 
 
 def test_a_server_killed_while_it_builds_or_publishes_comes_up_with_one_pair_and_the_command_goes_on(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = {load_bundle(bundle).id: embedder for bundle, embedder in ((tiny_bundle, "old"), (tuned_bundle, "new"))}
     rng = random.Random(0)
     stored: list[str] = []
     for turn in range(3):
-        process, address = serve(tiny_bundle, tiny_knowledge_base)
+        process, address = serve(tiny_bundle, tiny_place.target)
         try:
             with Client(address, timeout_seconds=WAIT) as client:
                 documents = [Document(id=f"n{turn}-{number}", text=f"a yak {turn} {number} was in the city") for number in range(20)]
@@ -315,7 +349,7 @@ def test_a_server_killed_while_it_builds_or_publishes_comes_up_with_one_pair_and
             process.wait()
             assert process.stderr is not None
             process.stderr.close()
-        process, address = serve(tiny_bundle, tiny_knowledge_base)
+        process, address = serve(tiny_bundle, tiny_place.target)
         try:
             with Client(address, timeout_seconds=WAIT) as client:
                 [result] = client.answer(["who is king ?"])
@@ -343,10 +377,10 @@ def test_a_server_killed_while_it_builds_or_publishes_comes_up_with_one_pair_and
             process.stderr.close()  # type: ignore[union-attr]
 
 
-def test_the_command_changes_a_folder_that_no_process_has_open(
-    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_changes_a_knowledge_base_without_a_server(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = str(tiny_knowledge_base)
+    folder = tiny_place.target
     assert cli.main(["index", str(tiny_bundle), folder, "--new-generation"]) == 0  # live already; but from now on its bundle is known
     assert cli.main(["index", str(tuned_bundle), folder, "--new-generation"]) == 0
     assert cli.main(["generations", "list", folder]) == 0
@@ -362,10 +396,75 @@ def test_the_command_changes_a_folder_that_no_process_has_open(
     for live in (names[0], names[1]):
         assert cli.main(["generations", "rollback", folder]) == 0
         assert f"{live} is live" in capsys.readouterr().out
+    if not tiny_place.in_elasticsearch:
+        held = Home(Path(folder))
+        for action in (["rollback", folder], ["remove", folder, names[0]]):
+            assert cli.main(["generations", *action]) == 1
+            assert "open in another process" in capsys.readouterr().err
+        held.close()
     assert cli.main(["generations", "publish", folder, names[0]]) == 0
     assert cli.main(["generations", "remove", folder, names[1]]) == 0
     assert cli.main(["generations", "rollback", folder]) == 1
-    held = Home(tiny_knowledge_base)
-    assert cli.main(["generations", "rollback", folder]) == 1
-    assert "open in another process" in capsys.readouterr().err
-    held.close()
+
+
+async def test_a_server_follows_another_one_that_publishes_rolls_back_or_is_told_so_and_its_writes_are_refused_until_then(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tiny_place.in_elasticsearch:
+        pytest.skip("one process at a time has a folder open")
+    monkeypatch.setattr(succession, "_LOOK_AGAIN", 0.2)
+    old, new = load_bundle(tiny_bundle).id, load_bundle(tuned_bundle).id
+
+    async def follows(caller: Caller, bundle: str) -> None:
+        async with asyncio.timeout(WAIT):
+            while (await caller.answers()).provenance.bundle_id != bundle:
+                await asyncio.sleep(0.05)
+
+    async with Running(tiny_bundle, tiny_place.target) as first, Running(tiny_bundle, tiny_place.target) as second:
+        await first.publish(await first.build(tuned_bundle))
+        await follows(second, new)
+        assert told(await second.answers()) == told(await first.answers())
+        await second.upsert(later="the yak was red")
+        assert await first.generations() == await second.generations() == [(KEPT, 3, 1), (LIVE, 4, 0)]
+        await second.roll_back()
+        await follows(first, old)
+        await first.upsert(last="the zebra was red")
+        monkeypatch.setattr(succession, "_LOOK_AGAIN", 1e9)  # from its next look on, the second one does not see what others do
+        await asyncio.sleep(0.5)
+        assert (await first.generations())[0] == (LIVE, 5, 0)
+        await first.roll_back()
+        status, reason, message = await refusal(second.knowledge.Upsert(kb.UpsertRequest(documents=[kb.Document(id="x", text="a yak")])))
+        assert (status, reason) == (grpc.StatusCode.UNAVAILABLE, "GENERATION_REPLACED")
+        assert "took the place" in message
+        assert (await second.answers()).provenance.bundle_id == old
+        name = await second.roll_back()  # back to what it answers with; but it is not live
+        assert name == (await second.answers()).provenance.generation
+        await second.upsert(x="a yak")
+        assert (await second.generations())[0] == (LIVE, 6, 0)
+
+
+async def test_a_server_that_does_not_find_the_bundle_of_what_another_one_published_goes_on_and_says_so(
+    tiny_bundle: Path,
+    tuned_bundle: Path,
+    tiny_place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if not tiny_place.in_elasticsearch:
+        pytest.skip("one process at a time has a folder open")
+    monkeypatch.setattr(succession, "_LOOK_AGAIN", 0.2)
+    moving = Path(shutil.copytree(tuned_bundle, tmp_path / "moving"))
+    assert cli.main(["index", str(tiny_bundle), tiny_place.target, "--new-generation"]) == 0
+    async with Running(tiny_bundle, tiny_place.target) as caller:
+        assert cli.main(["index", str(moving), tiny_place.target, "--new-generation"]) == 0
+        await asyncio.to_thread(moving.rename, tmp_path / "moved")
+        before = (await caller.answers()).provenance.bundle_id
+        async with asyncio.timeout(WAIT):
+            while not any("cannot tell or follow" in line and "moving" in line for line in caplog.messages):
+                await asyncio.sleep(0.05)
+        assert (await caller.answers()).provenance.bundle_id == before == load_bundle(tiny_bundle).id
+        await asyncio.to_thread((tmp_path / "moved").rename, moving)
+        async with asyncio.timeout(WAIT):
+            while (await caller.answers()).provenance.bundle_id == before:
+                await asyncio.sleep(0.05)

@@ -633,13 +633,13 @@ class Generation(_message.Message):
     dim: _builtins.int
     """of its vectors"""
     graph_dims: _builtins.int
-    """dimensions asked for in its graph; 0 = as few as the data allow"""
+    """dimensions asked for in its graph; 0 = as few as the data allow; in Elasticsearch all of them"""
     passages: _builtins.int
     """that it has vectors of"""
     lacking: _builtins.int
     """that it has no vectors of yet; it is published only when there are none"""
     vector_bytes: _builtins.int
-    """on the disk; generations of one embedder share them"""
+    """on the disk; a folder's generations of one embedder share them; in Elasticsearch all of its index"""
     snapshot_bytes: _builtins.int
     following: _builtins.bool
     """this server builds it, or keeps it up to date, at the moment"""
@@ -745,7 +745,7 @@ class BuildGenerationRequest(_message.Message):
     bundle: _builtins.str
     """folder on the server's machine"""
     graph_dims: _builtins.int
-    """0 = as few as the data allow; by default as the live generation's"""
+    """0 = as few as the data allow; by default as the live generation's; not in Elasticsearch"""
     def __init__(
         self,
         *,

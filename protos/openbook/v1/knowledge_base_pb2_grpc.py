@@ -161,8 +161,9 @@ class KnowledgeBaseServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BuildGeneration(self, request, context):
-        """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
-        one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+        """Generations: an embedder with the parameters of its index, and the bundle that goes with it; of every kind of knowledge base, see
+        docs/knowledge-base.md. All but ListGenerations are refused where writes are. Of several servers of one knowledge base in Elasticsearch
+        one is asked to publish, and the others follow within seconds.
 
         Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
         """

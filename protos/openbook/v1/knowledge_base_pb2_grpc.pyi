@@ -55,8 +55,9 @@ class KnowledgeBaseStub:
     Snapshot: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.SnapshotRequest, _knowledge_base_pb2.SnapshotResponse]
     """Saves the index, so that the next start need not build it. Nothing depends on it: the documents are durable without."""
     BuildGeneration: _grpc.UnaryUnaryMultiCallable[_knowledge_base_pb2.BuildGenerationRequest, _knowledge_base_pb2.BuildGenerationResponse]
-    """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
-    one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+    """Generations: an embedder with the parameters of its index, and the bundle that goes with it; of every kind of knowledge base, see
+    docs/knowledge-base.md. All but ListGenerations are refused where writes are. Of several servers of one knowledge base in Elasticsearch
+    one is asked to publish, and the others follow within seconds.
 
     Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
     """
@@ -91,8 +92,9 @@ class KnowledgeBaseAsyncStub(KnowledgeBaseStub):
     Snapshot: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.SnapshotRequest, _knowledge_base_pb2.SnapshotResponse]  # type: ignore[assignment]
     """Saves the index, so that the next start need not build it. Nothing depends on it: the documents are durable without."""
     BuildGeneration: _aio.UnaryUnaryMultiCallable[_knowledge_base_pb2.BuildGenerationRequest, _knowledge_base_pb2.BuildGenerationResponse]  # type: ignore[assignment]
-    """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
-    one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+    """Generations: an embedder with the parameters of its index, and the bundle that goes with it; of every kind of knowledge base, see
+    docs/knowledge-base.md. All but ListGenerations are refused where writes are. Of several servers of one knowledge base in Elasticsearch
+    one is asked to publish, and the others follow within seconds.
 
     Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
     """
@@ -178,8 +180,9 @@ class KnowledgeBaseServicer(metaclass=_abc_1.ABCMeta):
         request: _knowledge_base_pb2.BuildGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_knowledge_base_pb2.BuildGenerationResponse, _abc.Awaitable[_knowledge_base_pb2.BuildGenerationResponse]]:
-        """Generations: an embedder with the parameters of its graph, and the bundle that goes with it. Of a knowledge base in a folder;
-        one in Elasticsearch has its own way, see docs/knowledge-base.md. All but ListGenerations are refused where writes are.
+        """Generations: an embedder with the parameters of its index, and the bundle that goes with it; of every kind of knowledge base, see
+        docs/knowledge-base.md. All but ListGenerations are refused where writes are. Of several servers of one knowledge base in Elasticsearch
+        one is asked to publish, and the others follow within seconds.
 
         Begins to build the generation of another bundle beside the live one, from the passages that are stored; or goes on with it.
         """

@@ -2,6 +2,8 @@
 
 interface  what every knowledge base does
 embedded   in a folder: one SQLite file is the truth, the hnswlib graph beside it is derived from it
+elastic    in Elasticsearch
+building   a generation filled from what is stored, and published
 opening    which of them a user's word means
 """
 

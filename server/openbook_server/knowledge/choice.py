@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from openbook_server.errors import FingerprintMismatch
-from openbook_server.knowledge.generations import BundlePlace, Generation
+from openbook_server.knowledge.generations import Generation
+from openbook_server.knowledge.records import BundlePlace
 from openbook_server.knowledge.store import Store
 
 

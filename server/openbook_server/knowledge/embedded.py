@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.errors import GenerationNotReady, KnowledgeBaseDamaged
 from openbook_server.knowledge.choice import choose_generation
 from openbook_server.knowledge.fusion import Candidates, depth, rank
-from openbook_server.knowledge.generations import BundlePlace
 from openbook_server.knowledge.home import Home
-from openbook_server.knowledge.inventory import GenerationState, describe_generations, remove_generation
+from openbook_server.knowledge.interface import Gap
+from openbook_server.knowledge.inventory import describe_generations, remove_generation
 from openbook_server.knowledge.projection import Vectors
-from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
+from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import Estimate, RecallWatch
 
 log = logging.getLogger(__name__)
-
-_FILLED_AT_ONCE = 1_024  # passages embedded between two transactions of a build
 
 
 class EmbeddedKnowledgeBase:
@@ -62,7 +60,7 @@ class EmbeddedKnowledgeBase:
             graph_dims: dimensions of what the graph holds, from now on; 0 = as few as the data allow, None = as before (at first 0).
             bundle: recorded as the one that this generation is served with, where none is yet.
             new_generation: open the one of this embedder, these parameters (None: whichever) and this bundle, live or not; where
-                there is none, add it. `build` fills it, `publish` makes it the live one.
+                there is none, add it.
             name: open the generation of this name; `fingerprint` and `graph_dims` must be its own.
             beside: another generation of the same folder that this process has open; all writing must be done by one thread.
 
@@ -80,6 +78,7 @@ class EmbeddedKnowledgeBase:
         self._watch: RecallWatch | None = None
         self._opening = threading.Lock()
         self._open = False
+        self._filled = 0  # number of the last passage that was filled in; what is lacking has higher ones
         self._gone: list[int] = []  # deleted by another generation while this one was being opened
         self._home.enter(self)
         try:
@@ -133,12 +132,26 @@ class EmbeddedKnowledgeBase:
         batches = self._store.generations.vectors(self._generation, numbers)
         return {number: vector for found, vectors in batches for number, vector in zip(found, vectors, strict=True)}
 
+    def open_beside(
+        self, *, fingerprint: str, dim: int, bundle: BundlePlace, graph_dims: int | None = None, name: str | None = None
+    ) -> EmbeddedKnowledgeBase:
+        return EmbeddedKnowledgeBase(
+            self.folder,
+            fingerprint=fingerprint,
+            dim=dim,
+            graph_dims=graph_dims,
+            bundle=bundle,
+            new_generation=name is None,
+            name=name,
+            beside=self,
+        )
+
     def counts(self) -> Counts:
         return self._store.counts()
 
     def replace_documents(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
         check_vectors(vectors, len(passages), self._generation.dim)  # a row that the index cannot take must not get into the store
-        if not self.is_live:
+        if self.live_generation != self.generation:
             raise RuntimeError(f"{self.generation} is not live: what is stored must be in the generation that answers")
         removed, added = self._store.replace(documents, passages, vectors, self._generation)
         self._home.forget(removed)
@@ -249,68 +262,50 @@ class EmbeddedKnowledgeBase:
             save_snapshot(self.folder, self._index, generation=self.generation, sequence=sequence, others=others)
         self._saved = sequence
 
-    def lacking(self, *, after: int, limit: int) -> dict[int, Passage]:
-        """By number, in order, the first passages above `after` that this generation has no vector of."""
-        return dict(sorted(self._store.passages(self._store.generations.lacking(self._generation, after=after, limit=limit)).items()))
+    def lacking(self, limit: int) -> Gap | None:
+        numbers = self._store.generations.lacking(self._generation, after=self._filled, limit=limit)
+        passages = dict(sorted(self._store.passages(numbers).items()))
+        return Gap(list(passages.values()), lambda vectors: self._fill(list(passages), vectors)) if passages else None
 
-    def fill(self, numbers: Sequence[int], vectors: Vectors) -> None:
-        """Store vectors of passages that `lacking` gave; durable when this returns. Those deleted meanwhile are left out. Raises as
-        `replace_documents` does."""
+    def _fill(self, numbers: Sequence[int], vectors: Vectors) -> None:
         check_vectors(vectors, len(numbers), self._generation.dim)
         places = self._store.generations.fill(self._generation, numbers, vectors)
         if places:
             self._index.add([numbers[at] for at in places], vectors[places])
             self._saved = -1
-
-    @property
-    def filled(self) -> int:
-        """Passages that this generation has vectors of."""
-        return self._store.generations.count(self._generation)
+        self._filled = max(numbers)
 
     def serve_with(self, bundle: BundlePlace) -> None:
-        """Record the bundle that this generation is served with."""
         if bundle != self._generation.bundle:
             self._generation = replace(self._generation, bundle=bundle)
             self._store.generations.change(self._generation)
 
     @property
-    def is_live(self) -> bool:
-        """Whether this is the generation that answers, and that the next start opens."""
+    def live_generation(self) -> str:
         live = self._store.generations.live()
-        return live is not None and live.number == self._generation.number
+        assert live is not None  # noqa: S101  # opening made one where there was none
+        return live.name
 
     def generation_states(self) -> list[GenerationState]:
-        """All generations of the folder, by number."""
         return describe_generations(self.folder, self._store)
 
-    def previous_generation(self) -> str | None:
-        """The one that was live before the live one; None where there is none."""
-        return previous.name if (previous := self._store.generations.previous()) else None
-
     def remove_generation(self, name: str) -> None:
-        """As `inventory.remove_generation`; it must not be open."""
         remove_generation(self.folder, self._store, name)
 
-    def build(
-        self,
-        embed: Callable[[Sequence[Passage]], Vectors],
-        report: Callable[[int, int], None],
-        stopping: Callable[[], bool],
-    ) -> bool:
-        after = 0  # passages stored later have higher numbers
-        while not stopping():
-            lacking = self.lacking(after=after, limit=_FILLED_AT_ONCE)
-            if not lacking:
-                return True
-            self.fill(list(lacking), embed(list(lacking.values())))
-            after = max(lacking)
-            report(self.filled, self._store.counts().passages)
-        return False
+    def hold(self) -> None:
+        """Nothing: only this process has the folder open, and lets one thread write."""
+
+    def release(self) -> None:
+        """Nothing, see `hold`."""
+
+    def went_live(self) -> None:
+        if self.live_generation != self.generation:
+            raise GenerationNotReady(f"{self.name}: generation {self.generation} is not live")
 
     def publish(self) -> None:
         if not self._store.generations.publish(self._generation):
-            lacks = f"{self.name}: generation {self.generation} lacks {self.counts().passages - self.filled} passages"
-            raise KnowledgeBaseDamaged(f"{lacks}; build it to the end first")
+            lacks = self.counts().passages - self._store.generations.count(self._generation)
+            raise KnowledgeBaseDamaged(f"{self.name}: generation {self.generation} lacks {lacks} passages; build it to the end first")
 
     def close(self) -> None:
         if self._watch is not None:

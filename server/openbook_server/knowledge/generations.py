@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.graph import EF_CONSTRUCTION
 from openbook_server.knowledge.graph import M as LINKS
+from openbook_server.knowledge.records import BundlePlace
 
 SCHEMA = (
     "CREATE TABLE generations (number INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL, dim INTEGER NOT NULL, "
@@ -27,14 +28,6 @@ SCHEMA = (
 )
 _PREFIX = "vectors_"  # of the tables of vectors
 _ROWS_AT_ONCE = 500  # of a query that could return any number
-
-
-@dataclass(frozen=True, slots=True)
-class BundlePlace:
-    """Which bundle, and where it was seen last; both empty where nobody said."""
-
-    id: str = ""
-    folder: str = ""  # absolute
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
+from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.watch import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Some of what a generation lacks."""
+
+    passages: Sequence[Passage]  # to be embedded; none where something is only to be removed or copied
+    fill: Callable[[NDArray[np.float32]], None]
+    """Takes their (passages, dim) unit vectors; durable when it returns. What is gone meanwhile is left out. Raises as
+    `KnowledgeBase.replace_documents`."""
 
 
 class KnowledgeBase(Protocol):
@@ -112,25 +123,60 @@ class KnowledgeBase(Protocol):
             OSError: the disk is full or the folder cannot be written.
         """
 
-    def build(
-        self, embed: Callable[[Sequence[Passage]], NDArray[np.float32]], report: Callable[[int, int], None], stopping: Callable[[], bool]
-    ) -> bool:
-        """Of a generation that was opened as a new one: embed the passages that the knowledge base holds and it lacks.
+    @property
+    def live_generation(self) -> str:
+        """Name of the generation that whoever opens `name` now gets; another process may have published it."""
 
-        Returns whether it may be published now. Where each generation has passages of its own this does nothing and returns
-        False: that one is filled by storing the documents again.
+    def open_beside(
+        self, *, fingerprint: str, dim: int, bundle: BundlePlace, graph_dims: int | None = None, name: str | None = None
+    ) -> KnowledgeBase:
+        """Another generation of this knowledge base; all writing to both must be done by one thread.
 
         Args:
-            embed: (passages, dim) unit vectors of some passages.
-            report: told now and then how many passages the generation has, and how many there are.
-            stopping: whether to stop; what was reported is stored, and building again goes on from there.
+            bundle, fingerprint, dim: that it is served with, and of its embedder.
+            graph_dims: see `EmbeddedKnowledgeBase`; None = as this one's.
+            name: of the generation; without one, that of the bundle is found, or added, and then lacks everything.
         """
+
+    def lacking(self, limit: int) -> Gap | None:
+        """Some of what the live generation holds and this one lacks, about `limit` passages of it; None where it lacks nothing."""
+
+    def serve_with(self, bundle: BundlePlace) -> None:
+        """Record the bundle that this generation is served with."""
+
+    def hold(self) -> None:
+        """Let nobody, in whichever process, write to the live generation until this one is published or `release` is called.
+
+        Whoever writes meanwhile waits, and is refused as unavailable when that takes long. A process that holds and dies holds nobody
+        up for good.
+        """
+
+    def release(self) -> None:
+        """Give back what `hold` took; nothing to do where this generation was published."""
 
     def publish(self) -> None:
         """Let everybody who opens `name` from now on have this generation; nothing to do where it is so already.
 
         Raises:
             KnowledgeBaseDamaged: it lacks passages that the knowledge base holds.
+            GenerationNotReady: another process publishes as well.
+        """
+
+    def went_live(self) -> None:
+        """Take writes from now on, for another process made this generation the live one.
+
+        Raises:
+            GenerationNotReady: it is not live.
+        """
+
+    def generation_states(self) -> list[GenerationState]:
+        """All generations of the knowledge base, in the order in which they were made."""
+
+    def remove_generation(self, name: str) -> None:
+        """Remove one for good; it must not be open.
+
+        Raises:
+            InvalidRequest: there is none of that name, or it is the live one.
         """
 
     def close(self) -> None: ...

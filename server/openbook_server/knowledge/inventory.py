@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge.generations import BundlePlace
+from openbook_server.knowledge.home import Home
+from openbook_server.knowledge.records import BundlePlace, GenerationState
 from openbook_server.knowledge.snapshots import snapshot_generation
-from openbook_server.knowledge.store import Store
-
-State = Literal["live", "kept", "new"]  # answers; answered before and was replaced; never answered yet
+from openbook_server.knowledge.store import FILE, Store
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationState:
-    """One generation."""
+class Folder:
+    """A knowledge base that nobody opens; see `opening.Closed`."""
 
-    name: str
-    state: State
-    previous: bool  # the one that was live before the live one
-    fingerprint: str  # of its embedder
-    dim: int
-    graph_dims: int  # asked for; 0 = as few as the data allow
-    bundle: BundlePlace
-    passages: int  # that it has vectors of
-    lacking: int  # that it has none of
-    vector_bytes: int  # on the disk; generations of one embedder share them
-    snapshot_bytes: int
+    def __init__(self, folder: Path, store: Store) -> None:
+        self._folder, self._store = folder, store
 
-    def __str__(self) -> str:
-        done = f"{self.passages} passages" + (f", lacks {self.lacking}" if self.lacking else "")
-        size = f"{(self.vector_bytes + self.snapshot_bytes) / 1e6:.1f} MB of vectors and snapshots"
-        place = f"bundle {self.bundle.id[:12]} in {self.bundle.folder}" if self.bundle.id else "bundle unknown"
-        state = self.state + (", live before" if self.previous else "")
-        return f"{state}; {done}; embedder {self.fingerprint[:12]}, {self.dim} dimensions; {size}; {place}"
+    def facts(self, *keys: str) -> dict[str, str]:
+        return {key: value for key in keys if (value := self._store.meta(key)) is not None}
+
+    def bundles(self) -> tuple[str, dict[str, BundlePlace]]:
+        live = self._store.generations.live()
+        known = {generation.name: generation.bundle for generation in self._store.generations.all()}
+        return live.name if live is not None else "", known
+
+    def states(self) -> list[GenerationState]:
+        return describe_generations(self._folder, self._store)
+
+    def remove(self, name: str) -> None:
+        home = Home(self._folder)  # no process may have it open
+        try:
+            store = Store(self._folder)
+            try:
+                remove_generation(self._folder, store, name)
+            finally:
+                store.close()
+        finally:
+            home.close()
+
+
+@contextmanager
+def look(folder: Path) -> Iterator[Folder | None]:
+    """What is in a folder, None where there is nothing yet. Raises KnowledgeBaseDamaged: it is damaged, or of another format."""
+    if not (folder / FILE).is_file():
+        yield None
+        return
+    store = Store(folder, read_only=True, checked=True)
+    try:
+        yield Folder(folder, store)
+    finally:
+        store.close()
 
 
 def describe_generations(folder: Path, store: Store) -> list[GenerationState]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.errors import BundleInvalid, InvalidRequest, KnowledgeBaseDamaged, KnowledgeBaseRefused
+from openbook_server.knowledge import inventory
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.knowledge.generations import BundlePlace
 from openbook_server.knowledge.interface import KnowledgeBase
-from openbook_server.knowledge.store import FILE, Store
+from openbook_server.knowledge.records import BundlePlace, GenerationState
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ def open_knowledge_base(
     Args:
         target: a folder, or elasticsearch://HOST:PORT/ALIAS.
         create: make an empty one where there is none.
-        new_generation: open the one that is being built beside the one in use, see `KnowledgeBase.build` and `publish`.
+        new_generation: open the one of this bundle, live or not; it is added where there is none.
         graph_dims: see `EmbeddedKnowledgeBase`; only in a folder.
 
     Raises:
@@ -40,22 +42,57 @@ def open_knowledge_base(
             bundle=place_of(bundle),
             new_generation=new_generation,
         )
-    if graph_dims is not None:
-        raise InvalidRequest("--graph-dims", "Elasticsearch keeps whole vectors; leave it out")
     _require_client()
     from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
 
-    return ElasticsearchKnowledgeBase(str(target), fingerprint=fingerprint, dim=dim, create=create, new_generation=new_generation)
+    return ElasticsearchKnowledgeBase(
+        str(target),
+        fingerprint=fingerprint,
+        dim=dim,
+        create=create,
+        graph_dims=graph_dims,
+        bundle=place_of(bundle),
+        new_generation=new_generation,
+    )
+
+
+class Closed(Protocol):
+    """A knowledge base without a bundle to ask it with."""
+
+    def facts(self, *keys: str) -> dict[str, str]:
+        """As `KnowledgeBase.facts`."""
+
+    def bundles(self) -> tuple[str, dict[str, BundlePlace]]:
+        """Name of the live generation, "" where there is none; and the bundle that goes with each generation, by name."""
+
+    def states(self) -> list[GenerationState]:
+        """As `KnowledgeBase.generation_states`."""
+
+    def remove(self, name: str) -> None:
+        """As `KnowledgeBase.remove_generation`; raises KnowledgeBaseLocked where a process has the folder open."""
+
+
+def look(target: str | Path) -> AbstractContextManager[Closed | None]:
+    """What is at a folder or an address; None where there is nothing yet.
+
+    Raises:
+        KnowledgeBaseDamaged and others: what is there is no knowledge base, or cannot be reached.
+    """
+    if "://" not in str(target):
+        return inventory.look(Path(target))
+    _require_client()
+    from openbook_server.knowledge.elastic import inventory as elastic_inventory
+
+    return elastic_inventory.look(str(target))
 
 
 def recorded_facts(target: str | Path, *keys: str) -> dict[str, str]:
-    """Facts of a knowledge base in a folder, without opening it; none where there is none, or opening it will say what is wrong."""
-    store = _peek(target)
-    if store is None:
+    """Facts of a knowledge base, without opening it; none where there is none, or opening it will say what is wrong."""
+    try:
+        with look(target) as found:
+            return found.facts(*keys) if found is not None else {}
+    except KnowledgeBaseDamaged:
         return {}
-    found = {key: store.meta(key) for key in keys}
-    store.close()
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def bundle_to_serve(target: str | Path, named: Bundle) -> Bundle:
@@ -67,22 +104,23 @@ def bundle_to_serve(target: str | Path, named: Bundle) -> Bundle:
     Raises:
         BundleInvalid: the bundle that goes with the live generation is not where it was, or is another one by now.
     """
-    store = _peek(target)
-    if store is None:
-        return named
-    live, known = store.generations.live(), store.generations.all()
-    store.close()
-    if live is None or live.bundle.id in ("", named.id) or named.id not in {generation.bundle.id for generation in known}:
+    try:
+        with look(target) as found:
+            live, known = found.bundles() if found is not None else ("", {})
+    except KnowledgeBaseDamaged:
+        return named  # opening it says what is wrong
+    place = known.get(live, BundlePlace())
+    if place.id in ("", named.id) or named.id not in {bundle.id for bundle in known.values()}:
         return named
     log.warning(
         "%s: its live generation %s goes with the bundle in %s: serving that one, not the one in %s, which goes with an older "
         "generation (openbook generations rollback goes back to it)",
-        target,
-        live.name,
-        live.bundle.folder,
+        unsecret(target),
+        live,
+        place.folder,
         named.folder,
     )
-    return recorded_bundle(live.name, live.bundle, f"openbook serve BUNDLE {target}")
+    return recorded_bundle(live, place, f"openbook serve BUNDLE {unsecret(target)}")
 
 
 def recorded_bundle(generation: str, place: BundlePlace, way_out: str) -> Bundle:
@@ -102,23 +140,33 @@ def recorded_bundle(generation: str, place: BundlePlace, way_out: str) -> Bundle
     return bundle
 
 
-def open_generation(folder: Path, name: str) -> tuple[EmbeddedKnowledgeBase, Bundle]:
-    """A generation of a folder that no process has open, live or not, and the bundle that goes with it."""
-    store = Store(folder, read_only=True)
-    [generation] = [known for known in store.generations.all() if known.name == name]
-    store.close()
-    bundle = recorded_bundle(name, generation.bundle, f"openbook index BUNDLE {folder} --new-generation")
+def open_generation(target: str | Path, name: str) -> tuple[KnowledgeBase, Bundle]:
+    """A generation of a knowledge base, live or not, and the bundle that goes with it; a folder must be open in no process.
+
+    Raises:
+        InvalidRequest: there is none of that name.
+        BundleInvalid: the bundle is not where it was.
+    """
+    with look(target) as found:
+        _, known = found.bundles() if found is not None else ("", {})
+    if name not in known:
+        raise InvalidRequest("NAME", f"{name!r} is none of {', '.join(known)}")
+    bundle = recorded_bundle(name, known[name], f"openbook index BUNDLE {unsecret(target)} --new-generation")
     fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
-    return EmbeddedKnowledgeBase(folder, fingerprint=fingerprint, dim=dim, name=name), bundle
+    if "://" not in str(target):
+        return EmbeddedKnowledgeBase(Path(target), fingerprint=fingerprint, dim=dim, name=name), bundle
+    from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
+
+    return ElasticsearchKnowledgeBase(str(target), fingerprint=fingerprint, dim=dim, name=name), bundle
 
 
-def _peek(target: str | Path) -> Store | None:
-    if "://" in str(target) or not (Path(target) / FILE).is_file():
-        return None
-    try:
-        return Store(Path(target), read_only=True, checked=True)
-    except KnowledgeBaseDamaged:
-        return None
+def unsecret(target: str | Path) -> str:
+    """What a user named, fit for a message: an address without user, password and options."""
+    if "://" not in str(target):
+        return str(target)
+    from openbook_server.knowledge.elastic.address import parse_address
+
+    return parse_address(str(target)).name
 
 
 def place_of(bundle: Bundle) -> BundlePlace:
@@ -129,7 +177,7 @@ def place_of(bundle: Bundle) -> BundlePlace:
 def describe_address(address: str) -> dict[str, str | int]:
     """What there is to say of elasticsearch://HOST:PORT/ALIAS without a bundle."""
     _require_client()
-    from openbook_server.knowledge.elastic.knowledge_base import describe
+    from openbook_server.knowledge.elastic.inventory import describe
 
     return describe(address)
 

@@ -11,6 +11,7 @@ from openbook_server.knowledge.lexical import searched_text
 
 SearchMode = Literal["hybrid", "dense", "lexical"]
 Fusion = Literal["weighted", "reciprocal_rank"]
+State = Literal["live", "kept", "new"]  # answers; answered before and was replaced; never answered yet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,3 +72,35 @@ class Hit(NamedTuple):
 class Counts:
     documents: int
     passages: int
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePlace:
+    """Which bundle, and where it was seen last; both empty where nobody said."""
+
+    id: str = ""
+    folder: str = ""  # absolute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationState:
+    """One generation."""
+
+    name: str
+    state: State
+    previous: bool  # the one that was live before the live one
+    fingerprint: str  # of its embedder
+    dim: int
+    graph_dims: int  # asked for; 0 = as few as the data allow; in Elasticsearch all of them
+    bundle: BundlePlace
+    passages: int  # that it has vectors of
+    lacking: int  # that it has none of
+    vector_bytes: int  # on the disk; a folder's generations of one embedder share them; in Elasticsearch, of the whole index
+    snapshot_bytes: int
+
+    def __str__(self) -> str:
+        done = f"{self.passages} passages" + (f", lacks {self.lacking}" if self.lacking else "")
+        size = f"{(self.vector_bytes + self.snapshot_bytes) / 1e6:.1f} MB on the disk"
+        place = f"bundle {self.bundle.id[:12]} in {self.bundle.folder}" if self.bundle.id else "bundle unknown"
+        state = self.state + (", live before" if self.previous else "")
+        return f"{state}; {done}; embedder {self.fingerprint[:12]}, {self.dim} dimensions; {size}; {place}"

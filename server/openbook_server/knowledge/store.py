@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge import filters, generations
 from openbook_server.knowledge.database import Database
-from openbook_server.knowledge.generations import BundlePlace, Generation, Generations, marks
+from openbook_server.knowledge.generations import Generation, Generations, marks
 from openbook_server.knowledge.lexical import searched_text
 from openbook_server.knowledge.recent import RecentPassages
-from openbook_server.knowledge.records import Counts, Document, Passage
+from openbook_server.knowledge.records import BundlePlace, Counts, Document, Passage
 
 log = logging.getLogger(__name__)
 

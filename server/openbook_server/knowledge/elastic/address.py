@@ -28,9 +28,9 @@ class Address:
     api_key: str = field(default="", repr=False)
     ca: str = ""  # file with the certificates to trust; empty = the system's
     timeout: float = 30.0  # seconds, of one request
-    shards: int = 1  # into which a new index is split: about one for each 20 million passages, or for each node
-    replicas: int = 1  # copies of each shard of a new index, beside the first; 0 = a lost node takes its passages with it
-    active_copies: int = 1  # that must be there for a write to a new index; more = writes wait while a node is gone
+    shards: int | None = None  # of a new index: about one for each 20 million passages, or node; None = as the live one's, at first 1
+    replicas: int | None = None  # copies of each shard of a new index, beside the first; 0 = a lost node takes its passages with it
+    active_copies: int | None = None  # that must be there for a write to a new index; more = writes wait while a node is gone
 
     @property
     def name(self) -> str:
@@ -80,10 +80,9 @@ def parse_address(target: str) -> Address:
         timeout=float(numbers.pop("timeout", 30)),
         **numbers,
     )
-    if address.active_copies > address.replicas + 1:
-        raise _wrong(
-            f"active_copies={address.active_copies} exceed the {address.replicas + 1} copies that replicas={address.replicas} gives"
-        )
+    replicas = 1 if address.replicas is None else address.replicas
+    if (address.active_copies or 1) > replicas + 1:
+        raise _wrong(f"active_copies={address.active_copies} exceed the {replicas + 1} copies that replicas={replicas} gives")
     if address.ca and not os.path.isfile(address.ca):
         raise _wrong(f"ca={address.ca} is no file")
     return address

@@ -30,6 +30,8 @@ _BULK_BYTES = 4_000_000  # of one bulk request, about
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 3.0  # seconds between two tries
 _MAY_HEAL = frozenset({408, 429, 502, 503, 504})
 _CONFLICT = 409
+_GONE = "index_not_found_exception"
+_HELD = "held"  # our own word for an index that is closed to writes and will be open again
 _OLDEST = 9  # version of Elasticsearch
 _CONNECTIONS = 32  # to one node, kept: one for each thread that may search or write at the same time
 
@@ -49,6 +51,7 @@ class Connection:
 
     def __init__(self, address: Address) -> None:
         logging.getLogger("elastic_transport.transport").setLevel(logging.WARNING)  # it logs every request
+        logging.getLogger("elastic_transport.node_pool").setLevel(logging.ERROR)  # and every try to reach a node that is gone
         self.name = address.name
         self._timeout = address.timeout
         login: dict[str, Any] = {}
@@ -94,26 +97,27 @@ class Connection:
                 self._pause_or_raise(error, attempt, until)
         raise AssertionError("the loop ends by returning or raising")
 
-    def bulk(self, index: str, actions: Iterable[Action]) -> list[dict[str, Any] | None]:
+    def bulk(self, alias: str, actions: Iterable[Action], *, will_open: Callable[[], bool]) -> list[dict[str, Any] | None]:
         """Write entries; returns what Elasticsearch says of each, None where another writer was faster (HTTP 409).
 
         Args:
-            index: an alias, so that nothing is written into an index that Elasticsearch makes up because this one is gone.
+            alias: so that nothing is written into an index that Elasticsearch makes up because this one is gone.
             actions: taken one by one, and held only as many as are sent together.
+            will_open: asked where no index has the alias, or the index is blocked: whether to try again; it may raise, too.
 
         Raises:
             KnowledgeBaseUnavailable and others: some of the entries may be written.
         """
         results: list[dict[str, Any] | None] = []
         for chunk in _chunks(actions):
-            results += self._bulk(index, chunk)
+            results += self._bulk(alias, chunk, will_open)
         return results
 
     def refresh(self, index: str) -> None:
         """Make everything written searchable."""
         self.call(lambda client: client.indices.refresh(index=index), patience=WRITING_PATIENCE)
 
-    def _bulk(self, index: str, actions: Sequence[Action]) -> list[dict[str, Any] | None]:
+    def _bulk(self, alias: str, actions: Sequence[Action], will_open: Callable[[], bool]) -> list[dict[str, Any] | None]:
         """Only what failed in a way that may heal is sent again."""
         results: dict[int, dict[str, Any] | None] = {}
         until = time.monotonic() + WRITING_PATIENCE
@@ -122,10 +126,10 @@ class Connection:
             if not waiting:
                 break
             lines = [line for at in waiting for line in actions[at] if line is not None]
-            failed = None
+            failed: Exception | None = None
             try:
                 wait = f"{max(1, int(self._timeout / 2))}s"  # for shards that are not there; shorter than the client waits
-                body = self._client.bulk(index=index, operations=lines, require_alias=True, timeout=wait).body
+                body = self._client.bulk(index=alias, operations=lines, require_alias=True, timeout=wait).body
                 for at, item in zip(waiting, body["items"], strict=True):
                     [answer] = item.values()
                     status, problem = answer["status"], answer.get("error")
@@ -134,14 +138,13 @@ class Connection:
                     elif problem is None:  # also where what was to be deleted is not there
                         results[at] = answer
                     else:
-                        failed = _Failed(status, problem.get("type", ""), problem.get("reason", ""))
-                        if not _may_heal(failed):
-                            raise failed
-            except (elasticsearch.ApiError, elastic_transport.TransportError, _Failed) as error:
-                self._pause_or_raise(error, attempt, until)
-            else:
-                if failed is not None:
-                    self._pause_or_raise(failed, attempt, until)
+                        refused = _Failed(status, problem.get("type", ""), problem.get("reason", ""))
+                        failed = refused if failed is None or not _may_heal(refused) else failed
+            except (elasticsearch.ApiError, elastic_transport.TransportError) as error:
+                failed = error
+            if failed is not None:
+                held = _is_closed(failed) and will_open()
+                self._pause_or_raise(_Failed(503, _HELD, "") if held else failed, attempt, until)
         return [results[at] for at in range(len(actions))]
 
     def _pause_or_raise(self, error: Exception, attempt: int, until: float) -> None:
@@ -202,6 +205,14 @@ def _may_heal(error: Exception) -> bool:
     return failure.status in _MAY_HEAL and not _disk_is_full(failure)
 
 
+def _is_closed(error: Exception) -> bool:
+    """To writes: the index has not the name that they use, or the block that `publication` and operators use."""
+    failure = _failure(error)
+    return failure is not None and (
+        failure.kind == _GONE or (failure.kind == "cluster_block_exception" and "index write" in failure.reason)
+    )
+
+
 def _disk_is_full(failure: _Failed) -> bool:
     return failure.kind == "cluster_block_exception" and "read-only-allow-delete" in failure.reason
 
@@ -233,8 +244,12 @@ def _explained(name: str, error: Exception) -> OpenBookError:
         return KnowledgeBaseRefused(f"{name} takes no writes: an operator made the index read-only; see its setting index.blocks")
     if failure.kind == "media_type_header_exception":
         return KnowledgeBaseRefused(f"{name} is older than Elasticsearch 9; upgrade it")
-    if failure.kind == "index_not_found_exception":
+    if failure.kind == _GONE:
         return KnowledgeBaseDamaged(f"{name}: the index that this process opened is gone; restart it to follow the alias")
+    if failure.kind == _HELD:
+        return KnowledgeBaseUnavailable(
+            f"{name}: writes wait for a generation that is being published, for too long by now; try again later"
+        )
     if failure.status in _MAY_HEAL:
         return KnowledgeBaseUnavailable(
             f"{name}: {failure.reason or failure.kind or failure.status}; nothing is answered from a part of the knowledge base. "

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Action
-from openbook_server.knowledge.records import Document, Passage
+from openbook_server.knowledge.records import Passage
 
 PASSAGE_FIELDS = ["number", "id", "start", "title", "text"]  # that `parse_passage` needs
 
@@ -25,6 +25,10 @@ class Range:
     count: int
     since: float = 0.0  # seconds of the epoch, by the clock of who wrote it
 
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + self.count)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
@@ -36,13 +40,14 @@ class Record:
     digest: str = ""
     source: str = ""
     metadata: str = "{}"
+    mark: int = 0  # see `schema.mark`; 0 where an older version wrote it
     live: Range | None = None
     stale: tuple[Range, ...] = ()
     seen: tuple[int, int] | None = None  # sequence number and primary term of the entry when it was read; None = there was none
 
     def holds(self, number: int) -> bool:
         """Whether a passage of that number is the document's now."""
-        return self.live is not None and self.live.first <= number < self.live.first + self.live.count
+        return self.live is not None and number in self.live.numbers
 
     @property
     def settled(self) -> bool:
@@ -57,6 +62,7 @@ class Record:
             "digest": self.digest,
             "source": self.source,
             "metadata": self.metadata,
+            "mark": self.mark,
             "live": self.live is not None,
             "first": self.live.first if self.live else 0,
             "passages": self.live.count if self.live else 0,
@@ -77,8 +83,8 @@ def forget_action(record: Record) -> Action:
     return {"delete": {"_id": record.key, "routing": record.key, **(_unchanged(record.seen) if record.seen else {})}}, None
 
 
-def passage_action(key: str, number: int, document: Document, passage: Passage, vector: NDArray[np.float32]) -> Action:
-    """Writes a passage of the document that `key` names."""
+def passage_action(key: str, number: int, passage: Passage, metadata: Mapping[str, str], vector: NDArray[np.float32]) -> Action:
+    """Writes a passage of the document that `key` names, with the document's metadata."""
     entry = {
         "kind": "passage",
         "number": number,
@@ -87,7 +93,7 @@ def passage_action(key: str, number: int, document: Document, passage: Passage, 
         "title": passage.title,
         "text": passage.text,
         "vector": vector.astype(np.float64).round(9).tolist(),  # shorter, and the same float32 but for its last bit
-        **schema.terms(document.metadata),
+        **schema.terms(metadata),
     }
     return {"index": {"_id": schema.passage_key(key, number), "routing": key}}, entry
 
@@ -111,6 +117,7 @@ def parse_record(entry: Mapping[str, Any]) -> Record:
         digest=row["digest"],
         source=row["source"],
         metadata=row["metadata"],
+        mark=row.get("mark", 0),
         live=Range(row["first"], row["passages"]) if row["live"] else None,
         stale=tuple(Range(*part) for part in row["stale"]),
         seen=(entry["_seq_no"], entry["_primary_term"]),

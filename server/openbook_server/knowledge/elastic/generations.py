@@ -1,28 +1,43 @@
-"""Which index an alias means; making a new one; switching the alias to it.
+"""Which generations an alias has, and which one it means; their names, and removing one.
 
-    ALIAS                        what users name; means one index at a time
-    ALIAS-next                   means the one that is being built beside it, while there is one
-    ALIAS-<number>-<digest>      an index: a generation of the knowledge base
-    ALIAS-<number>-<digest>-here means that index alone; what is opened is used by this name
+    ALIAS                        what users name; means the live index
+    ALIAS-previous               means the one that was live before it
+    ALIAS-kept                   means all that were live before and were replaced
+    ALIAS-<number>-<digest>      an index: a generation of the knowledge base, with passages of its own
+    ALIAS-<number>-<digest>-here the same while it is live: whatever users write goes in by this name
+    ALIAS-<number>-<digest>-next the same while it may take the live one's place: what is copied into it goes in by this name
+    ALIAS-<number>-<digest>-held-<milliseconds>-<random>  the live one while another one is taking its place: nobody writes
 
-A process stays with the index that the alias meant when it opened it, so a switch never lets one embedder's questions meet
-another one's passages. The index before a switch is kept; its deletion is the operator's.
+Names are moved all together (`publication`), so a process that opened an index as the live one cannot write to it any more once it is
+not, and one that fills an index cannot once it is live. A process searches the index that it opened, whatever the names mean by then, so
+one embedder's questions never meet another one's passages.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseUnavailable
+from openbook_server.errors import GenerationNotReady, InvalidRequest, KnowledgeBaseDamaged
 from openbook_server.knowledge.elastic import schema
-from openbook_server.knowledge.elastic.address import Address
-from openbook_server.knowledge.elastic.connection import PATIENCE, WRITING_PATIENCE, Connection
-from openbook_server.knowledge.graph import EF_CONSTRUCTION, M
+from openbook_server.knowledge.elastic.connection import WRITING_PATIENCE, Connection
+from openbook_server.knowledge.records import BundlePlace
 
 log = logging.getLogger(__name__)
+
+Alias = dict[str, Any]  # one action of `update_aliases`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How an index lies on the nodes."""
+
+    shards: int = 1
+    replicas: int = 1
+    active_copies: str = "1"  # that must be there for a write; an operator may have written "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,162 +45,164 @@ class Generation:
     """One index."""
 
     index: str
-    facts: dict[str, str]  # format, fingerprint, dim, generation
+    facts: dict[str, str]  # format, fingerprint, dim, generation; where known: bundle_id, bundle, newest (number of a generation)
+    aliases: frozenset[str]
+    layout: Layout
+    closed: bool  # to all writes, by a block
+    fields: frozenset[str]
 
     @property
-    def alias(self) -> str:
+    def name(self) -> str:
+        return self.facts["generation"]
+
+    @property
+    def number(self) -> int:
+        return int(self.name.partition("-")[0])
+
+    @property
+    def bundle(self) -> BundlePlace:
+        return BundlePlace(self.facts.get("bundle_id", ""), self.facts.get("bundle", ""))
+
+    @property
+    def writing(self) -> str:
         return f"{self.index}-here"
+
+    @property
+    def filling(self) -> str:
+        return f"{self.index}-next"
+
+    @property
+    def holding(self) -> str:
+        """What the names of holders begin with."""
+        return f"{self.index}-held-"
+
+    @property
+    def held(self) -> str | None:
+        """The name that its holder gave it; None where nobody holds it."""
+        return min((alias for alias in self.aliases if alias.startswith(self.holding)), default=None)
+
+
+def previous_name(alias: str) -> str:
+    return f"{alias}-previous"
+
+
+def kept_name(alias: str) -> str:
+    return f"{alias}-kept"
 
 
 def find_generation(connection: Connection, alias: str) -> Generation | None:
-    """The one that an alias means, None where there is no such alias.
+    """The live one, which an alias means; None where there is no such alias.
 
     Raises:
         KnowledgeBaseDamaged: it means something else than one knowledge base of a format that is known here.
     """
-    meant = connection.call(lambda client: client.indices.get_alias(name=alias), accept=[404])
-    if meant is None:
-        if connection.call(lambda client: client.indices.get_settings(index=alias), accept=[404]) is not None:
-            raise KnowledgeBaseDamaged(f"{connection.name}: {alias} is an index, not the alias of a knowledge base; choose another name")
+    meant = _get(connection, alias)  # names and settings as they were at one moment, for others may move them
+    if not meant:
         return None
+    if alias in meant:
+        raise KnowledgeBaseDamaged(f"{connection.name}: {alias} is an index, not the alias of a knowledge base; choose another name")
     if len(meant) > 1:
         raise KnowledgeBaseDamaged(f"{connection.name} means {len(meant)} indices ({', '.join(sorted(meant))}); it must mean one")
-    [index] = meant
-    mapping = connection.call(lambda client: client.indices.get_mapping(index=index))
-    facts = mapping[index]["mappings"].get("_meta", {}).get("openbook")
-    if facts is None:
+    found = _parse(meant)
+    if not found:
         raise KnowledgeBaseDamaged(
-            f"{connection.name} means the index {index}, which is no knowledge base of openbook's; choose another name"
+            f"{connection.name} means the index {next(iter(meant))}, which is no knowledge base of openbook's; choose another name"
         )
-    if int(facts["format"]) > schema.FORMAT:
-        raise KnowledgeBaseDamaged(
-            f"{index} has format {facts['format']}, this server reads {schema.FORMAT}; upgrade it: pip install -U openbook"
-        )
-    return Generation(index, facts)
+    return found[0]
 
 
-def check_fingerprint(connection: Connection, generation: Generation, fingerprint: str) -> None:
-    """Raises FingerprintMismatch where another embedder built it."""
-    built_by = generation.facts["fingerprint"]
-    if built_by != fingerprint:
-        raise FingerprintMismatch(
-            f"{connection.name} was built by embedder {built_by[:12]}, the bundle's is {fingerprint[:12]}; their vectors do not compare. "
-            f"Serve the bundle it was built with, or build a new generation: openbook index BUNDLE ADDRESS SOURCES... --new-generation"
-        )
-
-
-def open_generation(connection: Connection, address: Address, *, fingerprint: str, dim: int, create: bool) -> Generation:
-    """The one that the alias means; where there is none and `create` says so, a new, empty one.
-
-    Raises:
-        KnowledgeBaseDamaged: there is none, or it is none.
-        FingerprintMismatch: another embedder built it.
-    """
-    generation = find_generation(connection, address.alias)
+def existing_generation(connection: Connection, alias: str) -> Generation:
+    """As `find_generation`; raises KnowledgeBaseDamaged where there is none."""
+    generation = find_generation(connection, alias)
     if generation is None:
-        if not create:
+        raise KnowledgeBaseDamaged(
+            f"{connection.name} does not exist; make it: openbook index BUNDLE {connection.name} SOURCES... (or check the alias's name)"
+        )
+    return generation
+
+
+def all_generations(connection: Connection, alias: str) -> list[Generation]:
+    """Every generation of an alias, by number."""
+    name = re.compile(re.escape(alias) + r"-\d+-[0-9a-f]{12}")
+    found = [generation for generation in _parse(_get(connection, f"{alias}-*")) if name.fullmatch(generation.index)]
+    return sorted(found, key=lambda generation: generation.number)
+
+
+def named_generation(connection: Connection, alias: str, name: str) -> Generation:
+    """Raises InvalidRequest: there is none of that name."""
+    known = {generation.name: generation for generation in all_generations(connection, alias)}
+    if name not in known:
+        raise InvalidRequest("generation", f"{name!r} is none of {', '.join(known)}")
+    return known[name]
+
+
+def _get(connection: Connection, pattern: str) -> Mapping[str, Any]:
+    """What Elasticsearch says of each index that a name or a pattern means."""
+    found: Mapping[str, Any] | None = connection.call(lambda client: client.indices.get(index=pattern), accept=[404])
+    return found or {}
+
+
+def _parse(entries: Mapping[str, Any]) -> list[Generation]:
+    """Those that are knowledge bases."""
+    found = []
+    for index, entry in entries.items():
+        facts, settings = entry["mappings"].get("_meta", {}).get("openbook"), entry["settings"]["index"]
+        if facts is None:
+            continue
+        if int(facts["format"]) > schema.FORMAT:
             raise KnowledgeBaseDamaged(
-                f"{connection.name} does not exist; make it: openbook index BUNDLE {connection.name} SOURCES... (or check the alias's name)"
+                f"{index} has format {facts['format']}, this server reads {schema.FORMAT}; upgrade it: pip install -U openbook"
             )
-        _create(connection, address, address.alias, 1, fingerprint, dim)
-        generation = find_generation(connection, address.alias)
-        if generation is None:
-            raise KnowledgeBaseDamaged(f"{connection.name} was made and is gone again")
-    check_fingerprint(connection, generation, fingerprint)
-    _check_health(connection, generation)
-    return generation
+        closed = settings.get("blocks", {}).get("write") == "true"
+        fields = frozenset(entry["mappings"].get("properties", {}))
+        layout = Layout(
+            shards=int(settings["number_of_shards"]),
+            replicas=int(settings["number_of_replicas"]),
+            active_copies=settings.get("write", {}).get("wait_for_active_shards", "1"),
+        )
+        found.append(Generation(index, facts, frozenset(entry["aliases"]), layout, closed, fields))
+    return found
 
 
-def open_next_generation(connection: Connection, address: Address, *, fingerprint: str, dim: int) -> Generation:
-    """The one that is being built beside the one in use; a new one where there is none; the first where none is in use.
+def still_live(alias: str, live: Generation) -> list[Alias]:
+    """Actions that change nothing, and let all that come with them fail where another index is live by now."""
+    return [{"remove": {"index": live.index, "alias": alias, "must_exist": True}}, {"add": {"index": live.index, "alias": alias}}]
+
+
+def move_names(connection: Connection, actions: Sequence[Alias]) -> None:
+    """All or none of them.
 
     Raises:
-        FingerprintMismatch: another embedder began to build one.
+        GenerationNotReady: one that must exist does not; another process was faster.
     """
-    current = find_generation(connection, address.alias)
-    if current is None:
-        return open_generation(connection, address, fingerprint=fingerprint, dim=dim, create=True)
-    following = f"{address.alias}-next"
-    generation = find_generation(connection, following)
-    if generation is None:
-        number = 1 + int(current.facts["generation"].partition("-")[0])
-        while find_generation(connection, _index(address, number, fingerprint, dim) + "-here") is not None:
-            number += 1  # built once and left behind
-        _create(connection, address, following, number, fingerprint, dim)
-        generation = find_generation(connection, following)
-        if generation is None:
-            raise KnowledgeBaseDamaged(f"{connection.name}: {following} was made and is gone again")
-    built_by = generation.facts["fingerprint"]
-    if built_by != fingerprint:
-        raise FingerprintMismatch(
-            f"{connection.name}: embedder {built_by[:12]} began to build {generation.index}, the bundle's is {fingerprint[:12]}; "
-            f"go on with that bundle, or delete that index first: DELETE /{generation.index}"
-        )
-    _check_health(connection, generation)
-    return generation
+    # 404: a name is not where it was, by others' doing or by our own first try whose answer got lost
+    moved = connection.call(lambda client: client.indices.update_aliases(actions=actions), patience=WRITING_PATIENCE, accept=[404])
+    if moved is None:
+        raise GenerationNotReady(f"{connection.name}: another process changed its generations at this moment; look at them and try again")
 
 
-def publish(connection: Connection, address: Address, generation: Generation) -> None:
-    """Let the alias mean this generation from now on, in one step; nothing to do where it does already."""
-    current = find_generation(connection, address.alias)
-    if current is None or current.index == generation.index:
-        return
-    actions: list[dict[str, Any]] = [
-        {"remove": {"index": current.index, "alias": address.alias}},
-        {"add": {"index": generation.index, "alias": address.alias}},
-        {"remove": {"index": generation.index, "alias": f"{address.alias}-next", "must_exist": False}},
-    ]
-    # 404: the alias was moved meanwhile, by others or by our own first try whose answer got lost
-    connection.call(lambda client: client.indices.update_aliases(actions=actions), patience=WRITING_PATIENCE, accept=[404])
-    meant = find_generation(connection, address.alias)
-    if meant is None or meant.index != generation.index:
-        raise KnowledgeBaseDamaged(f"{connection.name}: another process moved the alias at the same time; run the same command again")
-    log.info(
-        "%s now means %s; servers follow when they are restarted. %s is kept: DELETE /%s once nothing serves it",
-        address.alias,
-        generation.index,
-        current.index,
-        current.index,
-    )
+def open_to_writes(connection: Connection, generation: Generation) -> None:
+    settings = {"index.blocks.write": None}
+    connection.call(lambda client: client.indices.put_settings(index=generation.index, settings=settings), patience=WRITING_PATIENCE)
 
 
-def _name(number: int, fingerprint: str, dim: int) -> str:
-    return f"{number}-" + hashlib.sha256(f"{fingerprint}/{dim}/{M}/{EF_CONSTRUCTION}".encode()).hexdigest()[:12]
+def change_facts(connection: Connection, generation: Generation, **facts: str) -> Generation:
+    """Record facts of an index, beside those it has; works while it takes no writes."""
+    facts = generation.facts | facts
+    if facts != generation.facts:
+        meta = {"openbook": facts}
+        connection.call(lambda client: client.indices.put_mapping(index=generation.index, meta=meta), patience=WRITING_PATIENCE)
+    return replace(generation, facts=facts)
 
 
-def _index(address: Address, number: int, fingerprint: str, dim: int) -> str:
-    return f"{address.alias}-{_name(number, fingerprint, dim)}"
+def remove_generation(connection: Connection, alias: str, name: str) -> None:
+    """Delete the index of a generation.
 
-
-def _create(connection: Connection, address: Address, alias: str, number: int, fingerprint: str, dim: int) -> None:
-    """Index, alias and facts come into being in one step, so there is never half of a knowledge base."""
-    index = _index(address, number, fingerprint, dim)
-    connection.call(
-        lambda client: client.indices.create(
-            index=index,
-            aliases={alias: {}, f"{index}-here": {}},
-            settings=schema.settings(shards=address.shards, replicas=address.replicas, active_copies=address.active_copies),
-            mappings=schema.mappings(fingerprint=fingerprint, dim=dim, generation=_name(number, fingerprint, dim)),
-            wait_for_active_shards="1",
-            timeout=f"{max(1, int(address.timeout / 2))}s",  # for the shards; shorter than the client waits
-        ),
-        patience=WRITING_PATIENCE,
-        accept=["resource_already_exists_exception"],  # another process was faster, or this is our own second try
-    )
-
-
-def _check_health(connection: Connection, generation: Generation) -> None:
-    """Raises KnowledgeBaseUnavailable while a shard is missing; says so where only copies are."""
-    wait = f"{int(PATIENCE)}s"
-    health = connection.call(
-        lambda client: client.options(ignore_status=408).cluster.health(index=generation.index, wait_for_status="yellow", timeout=wait)
-    )
-    if health["status"] == "red":
-        raise KnowledgeBaseUnavailable(
-            f"{connection.name} is red: {health['unassigned_primary_shards']} of its shards are on no node; "
-            "GET _cluster/allocation/explain says why"
-        )
-    if health["status"] == "yellow":
-        log.warning(
-            "%s is yellow: %d copies of shards are missing; another node less may stop it", connection.name, health["unassigned_shards"]
-        )
+    Raises:
+        InvalidRequest: there is none of that name, or it is the live one.
+        GenerationNotReady: another process published at the same moment.
+    """
+    live, wanted = existing_generation(connection, alias), named_generation(connection, alias, name)
+    if live.index == wanted.index:
+        raise InvalidRequest("generation", f"{name} is live; publish another one first")
+    move_names(connection, [*still_live(alias, live), {"remove_index": {"index": wanted.index}}])

@@ -1,22 +1,28 @@
-"""The knowledge base in Elasticsearch. Any number of processes may have it open, reading and writing."""
+"""The knowledge base in Elasticsearch: one generation of an alias. Any number of processes may have it open, reading and writing."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.errors import GenerationNotReady, GenerationReplaced, InvalidRequest, KnowledgeBaseDamaged
+from openbook_server.knowledge.elastic import publication
 from openbook_server.knowledge.elastic.address import parse_address
 from openbook_server.knowledge.elastic.candidates import Searcher
 from openbook_server.knowledge.elastic.connection import Connection
+from openbook_server.knowledge.elastic.copying import Copying
 from openbook_server.knowledge.elastic.documents import Documents
-from openbook_server.knowledge.elastic.generations import find_generation, open_generation, open_next_generation, publish
+from openbook_server.knowledge.elastic.generations import change_facts, existing_generation, named_generation, remove_generation
+from openbook_server.knowledge.elastic.inventory import describe_generations, index_bytes
+from openbook_server.knowledge.elastic.opening import Asked, make_first, open_live, open_next
+from openbook_server.knowledge.elastic.publication import Entrance, Held
 from openbook_server.knowledge.elastic.state import State
 from openbook_server.knowledge.graph import EF
-from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
+from openbook_server.knowledge.interface import Gap
+from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.vectors import check_vectors
 
 log = logging.getLogger(__name__)
@@ -29,39 +35,86 @@ class ElasticsearchKnowledgeBase:
     ef = EF
     recall = None
 
-    def __init__(self, address: str, *, fingerprint: str, dim: int, create: bool = False, new_generation: bool = False) -> None:
-        """Open the generation that the alias means.
+    def __init__(
+        self,
+        address: str,
+        *,
+        fingerprint: str,
+        dim: int,
+        create: bool = False,
+        graph_dims: int | None = None,
+        bundle: BundlePlace | None = None,
+        new_generation: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Open the generation that the alias means, or the one that is to take its place.
 
         Args:
             address: elasticsearch://..., see `address`.
             fingerprint: of the embedder that will query it.
             dim: of its vectors.
             create: make an empty knowledge base where there is none.
-            new_generation: open, or make, the one that is built beside it and takes its place when it is published.
+            graph_dims: there is no choice: all of them.
+            bundle: recorded as the one that a generation is served with, when it is made.
+            new_generation: open the one of this embedder, this bundle and the address's number of shards, live or not; where there is
+                none, add it.
+            name: open the generation of this name; `fingerprint` must be its own.
 
         Raises:
-            InvalidRequest: the address is none.
+            InvalidRequest: the address is none, or `graph_dims` asks for fewer.
             KnowledgeBaseUnavailable: the cluster does not answer, or is red.
             KnowledgeBaseRefused: wrong user or certificate, or no Elasticsearch 9.
             KnowledgeBaseDamaged: there is no such knowledge base.
             FingerprintMismatch: another embedder built it.
         """
-        self._address, self._dim = parse_address(address), dim
-        self.name = self._address.name
+        if graph_dims not in (None, dim):
+            raise InvalidRequest("graph_dims", "Elasticsearch keeps whole vectors; leave it out")
+        self._given, self._address, self._dim = address, parse_address(address), dim
+        self.name, alias = self._address.name, self._address.alias
         self._connection = Connection(self._address)
         try:
             self._connection.check_version()
-            if new_generation:
-                self._generation = open_next_generation(self._connection, self._address, fingerprint=fingerprint, dim=dim)
+            asked = Asked(fingerprint, dim, bundle or BundlePlace())
+            if create:
+                make_first(self._connection, self._address, asked)
+            if name is not None or new_generation:
+                self._generation = open_next(self._connection, self._address, asked, name)
             else:
-                self._generation = open_generation(self._connection, self._address, fingerprint=fingerprint, dim=dim, create=create)
+                self._generation = open_live(self._connection, self._address, asked)
+            live = existing_generation(self._connection, alias).index == self._generation.index
         except BaseException:
             self._connection.close()
             raise
-        self.generation = self._generation.facts["generation"]
-        self._state = State(self._connection, self._generation.alias)
-        self._documents = Documents(self._connection, self._generation.alias, self._state)
-        self._searcher = Searcher(self._connection, self._generation.alias)
+        index = self._generation.index
+        self._entrance = Entrance(self._connection, alias, self._generation, live=live)
+        self._state = State(self._connection, index, self._entrance)
+        self._live_state = State(self._connection, alias)
+        self._documents = Documents(self._connection, index, self._state, self._entrance)
+        live_documents = Documents(self._connection, alias, self._live_state, self._entrance)
+        self._copying = Copying(self._connection, live_documents, self._documents)
+        self._searcher = Searcher(self._connection, index)
+        self._held: Held | None = None
+
+    def open_beside(
+        self, *, fingerprint: str, dim: int, bundle: BundlePlace, graph_dims: int | None = None, name: str | None = None
+    ) -> ElasticsearchKnowledgeBase:
+        return ElasticsearchKnowledgeBase(
+            self._given,
+            fingerprint=fingerprint,
+            dim=dim,
+            graph_dims=graph_dims,
+            bundle=bundle,
+            new_generation=name is None,
+            name=name,
+        )
+
+    @property
+    def generation(self) -> str:
+        return self._generation.name
+
+    @property
+    def live_generation(self) -> str:
+        return existing_generation(self._connection, self._address.alias).name
 
     @property
     def sequence(self) -> int:
@@ -76,7 +129,7 @@ class ElasticsearchKnowledgeBase:
         return self._dim
 
     def size_bytes(self) -> int:
-        return index_bytes(self._connection, self._generation.alias)
+        return index_bytes(self._connection, self._generation.index)
 
     def counts(self) -> Counts:
         return self._documents.counts()
@@ -85,14 +138,19 @@ class ElasticsearchKnowledgeBase:
         self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: NDArray[np.float32]
     ) -> None:
         check_vectors(vectors, len(passages), self._dim)
+        self._check_live()
         self._documents.replace(documents, passages, vectors)
 
     def delete_documents(self, ids: Sequence[str]) -> int:
+        self._check_live()
         return self._documents.delete(ids)
 
+    def _check_live(self) -> None:
+        if not self._entrance.live:
+            raise RuntimeError(f"{self.generation} is not live: what is stored must be in the generation that answers")
+
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
-        found = {id_: self._documents.passages(record) for id_, record in self._documents.records(ids).items()}
-        return {id_: passages for id_, passages in found.items() if passages}
+        return {id_: passages for id_, passages in self._documents.documents(ids).items() if passages}
 
     def page(self, after: int, size: int) -> list[tuple[int, str, str, int]]:
         return self._documents.page(after, size)
@@ -101,10 +159,11 @@ class ElasticsearchKnowledgeBase:
         return {id_: record.digest for id_, record in self._documents.records(ids).items()}
 
     def facts(self, *keys: str) -> dict[str, str]:
-        known = self._generation.facts | self._state.facts()
+        known = self._generation.facts | self._live_state.facts()
         return {key: known[key] for key in keys if key in known}
 
     def record(self, facts: Mapping[str, str]) -> None:
+        self._check_live()
         self._state.record(facts)
 
     def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
@@ -118,53 +177,62 @@ class ElasticsearchKnowledgeBase:
 
     def snapshot(self) -> None:
         """Remove what stopped writes left behind; Elasticsearch keeps its indexes itself."""
-        swept = self._documents.sweep()
+        try:
+            swept = self._documents.sweep()
+        except GenerationReplaced:  # whoever makes it the live one again does
+            return
         if swept:
             log.info("%s: removed what stopped writes of %d documents had left", self.name, swept)
 
-    def build(
-        self, embed: Callable[[Sequence[Passage]], NDArray[np.float32]], report: Callable[[int, int], None], stopping: Callable[[], bool]
-    ) -> bool:
-        """Nothing: each generation is an index with passages of its own, filled by storing the documents."""
-        return False
+    def lacking(self, limit: int) -> Gap | None:
+        return self._copying.gap(limit)
+
+    def serve_with(self, bundle: BundlePlace) -> None:
+        now = named_generation(self._connection, self._address.alias, self.generation)
+        self._generation = change_facts(self._connection, now, bundle_id=bundle.id, bundle=bundle.folder)
+
+    def hold(self) -> None:
+        if self.live_generation != self.generation:
+            self._held = publication.hold(self._connection, self._address.alias)
+
+    def release(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            publication.release(self._connection, self._address.alias, held)
+
+    def went_live(self) -> None:
+        if self.live_generation != self.generation:
+            raise GenerationNotReady(f"{self.name}: generation {self.generation} is not live any more")
+        self._entrance.live = True
 
     def publish(self) -> None:
-        publish(self._connection, self._address, self._generation)
+        if self.live_generation != self.generation:
+            if self._held is None:
+                self.hold()
+            try:
+                self._publish()
+            except BaseException:
+                self.release()
+                raise
+        self._entrance.live = True
+
+    def _publish(self) -> None:
+        assert self._held is not None  # noqa: S101
+        while gap := self.lacking(limit=1):
+            if gap.passages:
+                lacks = f"{self.name}: generation {self.generation} lacks {self._copying.lacking()} passages"
+                raise KnowledgeBaseDamaged(f"{lacks}; build it to the end first")
+            gap.fill(np.empty((0, self._dim), np.float32))
+        self._state.go_on_from(self._live_state)
+        publication.publish(self._connection, self._address.alias, self._held, self._generation)
+        self._held = None
+
+    def generation_states(self) -> list[GenerationState]:
+        return describe_generations(self._connection, self._address.alias)
+
+    def remove_generation(self, name: str) -> None:
+        remove_generation(self._connection, self._address.alias, name)
 
     def close(self) -> None:
         self._searcher.close()
         self._connection.close()
-
-
-def describe(address: str) -> dict[str, str | int]:
-    """What `openbook info` says of an address; needs no bundle. Raises as `ElasticsearchKnowledgeBase` does."""
-    parsed = parse_address(address)
-    connection = Connection(parsed)
-    try:
-        connection.check_version()
-        generation = find_generation(connection, parsed.alias)
-        if generation is None:
-            raise KnowledgeBaseDamaged(f"{connection.name} does not exist; make it: openbook index BUNDLE {connection.name} SOURCES...")
-        state = State(connection, generation.alias)
-        counts = Documents(connection, generation.alias, state).counts()
-        health = connection.call(lambda client: client.cluster.health(index=generation.index))
-        return {
-            "kind": "knowledge base in Elasticsearch",
-            "documents": counts.documents,
-            "passages": counts.passages,
-            "generation": generation.facts["generation"],
-            "fingerprint": generation.facts["fingerprint"],
-            "dimensions": generation.facts["dim"],
-            "writes": state.sequence,
-            "bytes": index_bytes(connection, generation.alias),
-            "index": generation.index,
-            "health": f"{health['status']}, {health['active_shards']} shards and copies active, {health['unassigned_shards']} missing",
-        }
-    finally:
-        connection.close()
-
-
-def index_bytes(connection: Connection, index: str) -> int:
-    """On disk, without copies."""
-    stats = connection.call(lambda client: client.indices.stats(index=index, metric="store"))
-    return int(stats["_all"]["primaries"]["store"]["size_in_bytes"])

@@ -23,26 +23,27 @@ _STORED = {"type": "keyword", "index": False, "doc_values": False}  # only given
 _WORDS = {"type": "custom", "tokenizer": "standard", "filter": ["lowercase", "asciifolding", "porter_stem"]}
 
 
-def settings(*, shards: int, replicas: int, active_copies: int) -> dict[str, Any]:
+def settings(*, shards: int, replicas: int, active_copies: str) -> dict[str, Any]:
     return {
         "number_of_shards": shards,
         "number_of_replicas": replicas,
-        "write.wait_for_active_shards": str(active_copies),
+        "write.wait_for_active_shards": active_copies,
         "translog.durability": "request",  # on disk before it is acknowledged; Elasticsearch's default, but not to be left to a template
         "analysis": {"analyzer": {"words": _WORDS}},
     }
 
 
+MARK: Mapping[str, Any] = {"type": "long", "index": False}  # see `mark`
 OVERSAMPLE = 2.0  # candidates that are compared exactly, for each one that is wanted
 
 
-def mappings(*, fingerprint: str, dim: int, generation: str) -> dict[str, Any]:
-    facts = {"format": str(FORMAT), "fingerprint": fingerprint, "dim": str(dim), "generation": generation}
+def mappings(dim: int, facts: Mapping[str, str]) -> dict[str, Any]:
+    """Of an index of vectors of `dim` dimensions that records `facts` about itself."""
     # The graph holds a byte a dimension, a quarter of the memory; what it proposes is compared by the float32 vectors, so scores are exact.
     graph = {"type": "int8_hnsw", "m": M, "ef_construction": EF_CONSTRUCTION, "rescore_vector": {"oversample": OVERSAMPLE}}
     return {
         "dynamic": "strict",
-        "_meta": {"openbook": facts},
+        "_meta": {"openbook": {"format": str(FORMAT), **facts}},
         "_routing": {"required": True},
         "properties": {
             "kind": {"type": "keyword"},  # state, document or passage
@@ -54,6 +55,7 @@ def mappings(*, fingerprint: str, dim: int, generation: str) -> dict[str, Any]:
             "facts": {"type": "object", "enabled": False},
             # of a document
             "digest": _STORED,
+            "mark": MARK,
             "source": _STORED,
             "metadata": _STORED,  # JSON
             "live": {"type": "boolean"},  # false: not stored yet, or being deleted
@@ -81,6 +83,11 @@ def document_key(id_: str) -> str:
 
 def passage_key(document: str, number: int) -> str:
     return f"{document}.{number}"
+
+
+def mark(number: int) -> int:
+    """32 bits that look random, of a document's number: sums of them tell sets of documents apart that sums of numbers do not."""
+    return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:4])
 
 
 def inner_product(score: float) -> float:

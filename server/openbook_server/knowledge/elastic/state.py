@@ -8,6 +8,7 @@ from typing import Any
 from openbook_server.errors import KnowledgeBaseUnavailable
 from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Connection
+from openbook_server.knowledge.elastic.publication import Entrance
 
 _TRIES = 200  # while other writers count too
 _NEW: Mapping[str, Any] = {"kind": "state", "sequence": 0, "next_number": 1, "facts": {}}
@@ -17,8 +18,9 @@ _TARGET = {"_id": schema.STATE, "routing": schema.STATE}
 class State:
     """Of one index; thread-safe, and beside writers in other processes."""
 
-    def __init__(self, connection: Connection, index: str) -> None:
-        self._connection, self._index = connection, index
+    def __init__(self, connection: Connection, index: str, entrance: Entrance | None = None) -> None:
+        """`index` may be an alias; `entrance` is the way to write to it, and not needed to read."""
+        self._connection, self._index, self._entrance = connection, index, entrance
 
     @property
     def sequence(self) -> int:
@@ -36,17 +38,25 @@ class State:
         """Count a write and reserve numbers that nobody else gets; returns the first."""
         return int(self._change(lambda entry: {"next_number": entry["next_number"] + count})["next_number"])
 
+    def go_on_from(self, before: State) -> None:
+        """Count writes and numbers on where another index is now, and know what is recorded there."""
+        entry = before._entry(before._read())
+        self._change(lambda own: entry | {"next_number": max(own["next_number"], entry["next_number"])})
+
     def _change(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """Compare and set, again where another writer was faster; returns the entry before."""
+        if self._entrance is None:
+            raise RuntimeError(f"{self._index} was opened to read")
         for _ in range(_TRIES):
             found = self._read()
             entry = self._entry(found)
-            after = entry | change(entry) | {"sequence": entry["sequence"] + 1}
+            after = entry | change(entry)
+            after["sequence"] += 1
             if found is None:
                 action: dict[str, Any] = {"create": _TARGET}
             else:
                 action = {"index": {**_TARGET, "if_seq_no": found["_seq_no"], "if_primary_term": found["_primary_term"]}}
-            [result] = self._connection.bulk(self._index, [(action, after)])
+            [result] = self._entrance.bulk([(action, after)])
             if result is not None:
                 return entry
         raise KnowledgeBaseUnavailable(f"{self._connection.name}: too many others write at the same time; try again later")

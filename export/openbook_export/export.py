@@ -103,9 +103,7 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         if reader is not None:
             models.append(_reader(reader, tokenizer, sep_id, options))
         heads = {name: load_head(checkpoint, name, trained) for name, trained in options.heads.items()}
-        for name, head in heads.items():
-            inputs = (pair_inputs if head.facts["pair"] else text_inputs)(tokenizer, head.facts["max_tokens"])
-            models.append(_Exported(name, head.graph.eval(), inputs, head.facts))
+        models += [_Exported(name, head.graph.eval(), head.inputs(tokenizer), head.facts) for name, head in heads.items()]
         writing = {"generator": options.generator, "language_model": options.language_model}
         writers = [load_writer(name, trained) for name, trained in writing.items() if trained]
         adapters = {"embedder": options.embedder, "reader": options.reader, **options.heads, **writing}

@@ -62,7 +62,7 @@ class ReaderInfo:
 class HeadInfo:
     """What a caller of another task's graph must know."""
 
-    objective: str  # classifier, verification or vocab_head
+    objective: str  # classifier, verification, vocab_head or masked_lm
     pair: bool  # takes pairs of texts, the second in segment 1
     max_tokens: int  # longest text or pair, special tokens included; the longer side of a pair is cut
     labels: tuple[str, ...]  # of the distribution's columns; none: the columns are the tokenizer's ids

@@ -20,6 +20,7 @@ from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.heads import HeadModel, LabelHead, RowEncoder, VocabHead, build_head_model, load_backbone, load_head_model
+from openbook_training.masked_language_model import build_masked_lm
 from torch import nn
 
 LABELS = ["cold", "leafy", "warm"]
@@ -136,6 +137,46 @@ def test_golden_vectors_and_digests_cover_the_heads(bundle: Bundle, tmp_path: Pa
         load_bundle(copy)
     with pytest.raises(BundleInvalid, match=r"it has no sentiment, only embedder, reader, claims, .*`openbook export --task` adds one"):
         bundle.graph_path("sentiment", "fp32")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])
+def test_a_masked_language_model_tells_the_first_hidden_token(checkpoint: Checkpoint, tmp_path: Path, whole: bool) -> None:
+    """The oracle is the model as training has it; what is hidden further on changes nothing but what is read."""
+    torch.manual_seed(5)
+    trained = build_masked_lm(checkpoint, lora_rank=0 if whole else 2, lora_alpha=2).eval()
+    for parameter in trained.head.transform.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    for name, parameter in trained.backbone.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+            parameter.data = parameter.data.half().float()  # as it is saved
+    trained.save(tmp_path / "trained", checkpoint)
+    source = str(tmp_path / "trained" / "checkpoint") if whole else checkpoint.name
+    bundle = export_bundle(ExportOptions(checkpoint=source, bundle=tmp_path / "bundle", heads={"fill": tmp_path / "trained"}), silent)
+    head = bundle.heads["fill"]
+    assert (head.objective, head.pair, head.labels, head.max_tokens) == ("masked_lm", False, (), 128)
+    golden = bundle.golden()
+    encoder = RowEncoder(checkpoint, max_tokens=64)
+    assert (golden["fill/input_ids"] == encoder.mask).sum(axis=1).tolist() == [1] * len(golden["fill/input_ids"])
+    inputs = encoder.batch(encoder.rows(TEXTS[1:]), torch.device("cpu"))
+    hidden = [2, 3, 1]
+    inputs["input_ids"][range(3), hidden] = encoder.mask
+    inputs["input_ids"][1, 6] = encoder.mask  # another one, after the first
+    with torch.inference_mode():
+        expected = trained(inputs, torch.arange(3), torch.tensor(hidden)).exp().numpy()
+    feed = {what: values.numpy() for what, values in inputs.items()}
+    for precision, tolerance in (("fp32", 1e-4), ("fp16", 0.02)):
+        actual = Graph(bundle.graph_path("fill", precision), build_device("cpu", precision)).run(feed)["probability"]
+        assert np.abs(actual - expected).sum(1).max() / 2 <= tolerance, precision
+    assert np.abs(expected[0] - expected[2]).sum() > 0.05
+
+
+def test_a_masked_language_model_of_another_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    build_masked_lm(checkpoint, lora_rank=2, lora_alpha=2).save(tmp_path / "trained", checkpoint)
+    file = tmp_path / "trained" / "masked_lm.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_digest": "0" * 64}))
+    with pytest.raises(CheckpointNotFound, match=r"was trained on .* with digest 0000"):
+        load_head(checkpoint, "fill", tmp_path / "trained")
 
 
 def stating(folder: Path, **changes: object) -> None:

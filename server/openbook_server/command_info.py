@@ -47,9 +47,9 @@ def _facts(target: str) -> dict[str, Any]:
         return describe_address(target)
     if not folder.exists() and ":" in target:
         return _server(target)  # needs no more than the client's own install
-    from openbook_server.bundle import MANIFEST
     from openbook_server.errors import BundleInvalid
     from openbook_server.knowledge.store import FILE
+    from openbook_server.manifest import MANIFEST
 
     if (folder / MANIFEST).is_file():
         return _bundle(folder)

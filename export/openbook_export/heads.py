@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from openbook_server.heads import CLASSIFYING
 from openbook_server.runtime import Arrays
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.heads import RowEncoder, load_head_model
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 from openbook_export.errors import CheckpointUnsupported
 from openbook_export.graphs import HeadGraph, MaskedGraph, TaskGraph
+from openbook_export.neighbours import NeighbourPart, neighbour_part
 from openbook_export.parity import pair_inputs, text_inputs
 
 
@@ -27,6 +29,12 @@ class Head:
     digest: str  # of the adapter's and the head's weights
     facts: dict[str, Any]
     mask_id: int | None = None  # of the token that hides others, in what the graph reads
+    neighbours: NeighbourPart | None = None  # what makes more of the graph's result
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a server labels texts with it."""
+        return self.facts["objective"] in CLASSIFYING
 
     def inputs(self, tokenizer: Tokenizer) -> Arrays:
         """Sample rows for the parity gate, in every one of which something is hidden where the graph tells what."""
@@ -67,7 +75,8 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
         "max_tokens": min(limit, int(merged.config.max_position_embeddings)),
         "labels": labels,
     }
-    return Head(HeadGraph(merged, checkpoint.pooling, model.head), _digest(folder), facts)
+    graph = HeadGraph(merged, checkpoint.pooling, model.head)
+    return Head(graph, _digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
 
 
 def _masked_language_model(checkpoint: Checkpoint, name: str, folder: Path) -> Head:

@@ -82,6 +82,7 @@ class Bundle:
         """By model name: precision -> file name."""
         reader = {"reader": self.reader.graphs} if self.reader else {}
         heads = {name: head.graphs for name, head in self.heads.items()}
+        heads |= {f"{name}.neighbours": head.neighbours.graphs for name, head in self.heads.items() if head.neighbours}
         written = {model: graphs for writer in self.writers.values() for model, graphs in writer.graphs.items()}
         return {"embedder": self.embedder.graphs} | reader | heads | written
 

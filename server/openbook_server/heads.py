@@ -10,6 +10,17 @@ from typing import Any
 from openbook_server.manifest import MANIFEST, get, graphs_of, invalid, positive
 from openbook_server.writers import RESERVED
 
+CLASSIFYING = ("classifier", "verification", "vocab_head")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighboursInfo:
+    """What a caller of a classifier's graph for labelled neighbours must know; it is run in fp32 on the processor."""
+
+    count: int  # neighbours that a text was read beside in training
+    label_key: str  # of the metadata that hold a neighbour's label
+    graphs: Mapping[str, str]  # precision -> file name
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadInfo:
@@ -20,6 +31,12 @@ class HeadInfo:
     max_tokens: int  # longest text or pair, special tokens included; the longer side of a pair is cut
     labels: tuple[str, ...]  # of the distribution's columns; none: the columns are the tokenizer's ids
     graphs: Mapping[str, str]  # precision -> file name
+    neighbours: NeighboursInfo | None  # what makes more of the graph's result; None = texts are labelled by themselves
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a server labels texts with it: whole texts or pairs, not hidden words."""
+        return self.objective in CLASSIFYING
 
 
 def parse_heads(manifest: Mapping[str, Any], folder: Path) -> dict[str, HeadInfo]:
@@ -43,5 +60,14 @@ def parse_heads(manifest: Mapping[str, Any], folder: Path) -> dict[str, HeadInfo
             max_tokens=positive(table, "max_tokens", folder),
             labels=tuple(labels),
             graphs=graphs_of(table, folder),
+            neighbours=_neighbours(get(table, "neighbours", dict, folder), folder) if "neighbours" in table else None,
         )
     return heads
+
+
+def _neighbours(table: Mapping[str, Any], folder: Path) -> NeighboursInfo:
+    return NeighboursInfo(
+        count=positive(table, "count", folder),
+        label_key=get(table, "label_key", str, folder),
+        graphs=graphs_of(table, folder),
+    )

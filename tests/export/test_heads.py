@@ -32,7 +32,16 @@ TEXTS = [
 ]
 PAIRS = [(text, "the river was blue") for text, _ in TEXTS]
 OBJECTIVES = {
-    "topics": {"objective": "classifier", "pair": False, "max_tokens": 24, "labels": LABELS, "temperature": 0.05},
+    "topics": {
+        "objective": "classifier",
+        "pair": False,
+        "max_tokens": 24,
+        "labels": LABELS,
+        "temperature": 0.05,
+        "neighbours": 5,
+        "label_column": "shelf",
+        "mixture": {"weight": 0.6, "temperature": 0.1},
+    },
     "claims": {"objective": "verification", "pair": True, "max_tokens": 40, "labels": ["no", "yes"], "temperature": 0.0},
     "words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": True},
     "own_words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": False},
@@ -104,7 +113,10 @@ def test_a_caller_learns_labels_and_limits_from_the_bundle(bundle: Bundle, heads
     assert (topics.objective, topics.pair, topics.max_tokens, topics.labels) == ("classifier", False, 24, tuple(LABELS))
     assert (claims.objective, claims.pair, claims.labels) == ("verification", True, ("no", "yes"))
     assert words.labels == ()
-    assert bundle.tasks == ("embed", "answer")  # what a server does with it; it serves no heads
+    assert bundle.tasks == ("embed", "answer", "classify")
+    assert topics.neighbours is not None
+    assert (topics.neighbours.count, topics.neighbours.label_key) == (5, "shelf")
+    assert claims.neighbours is words.neighbours is None
     measured = bundle.manifest["heads"]["topics"]["measured"]
     assert measured["fp32"]["fused"]["Attention"] == 2
     assert measured["fp32"]["parity"]["distance"] <= 1e-4
@@ -125,6 +137,7 @@ def test_heads_change_nothing_of_embedder_and_reader(bundle: Bundle, tiny_bundle
 
 def test_golden_vectors_and_digests_cover_the_heads(bundle: Bundle, tmp_path: Path) -> None:
     golden = bundle.golden()
+    assert golden["topics.neighbours/combined"].shape == golden["topics.neighbours/alone"].shape == (6, 3)
     for name in OBJECTIVES:
         assert golden[f"{name}/probability"].shape[0] == len(golden[f"{name}/input_ids"])
     arrays = {name.removeprefix("topics/"): values for name, values in golden.items() if name.startswith("topics/")}
@@ -192,6 +205,7 @@ def stating(folder: Path, **changes: object) -> None:
         ({"labels": [1, 2, 3]}, CheckpointUnsupported, r"--task topics=.*'labels' is no list of texts"),
         ({"pair": "no", "objective": None}, CheckpointUnsupported, r"'objective' is None, 'pair' is 'no'"),
         ({"max_tokens": 2}, CheckpointUnsupported, r"max_tokens 2 holds no token"),
+        ({"mixture": {}}, CheckpointUnsupported, r"task.json states mixture {}, neighbours 5"),
         ({"labels": 3}, CheckpointNotFound, r"does not load"),
     ],
 )

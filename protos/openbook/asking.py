@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from openbook.errors import ClientError
-from openbook.messages import FUSIONS, SearchOptions
+from openbook.errors import ClientError, RequestRejected
+from openbook.messages import FUSIONS, TEXTS_A_MESSAGE, SearchOptions
 from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3
@@ -22,6 +24,12 @@ _AROUND = 160  # characters of a passage shown on each side of an answer
 
 class InvalidFile(ClientError):
     """A file of texts cannot be read, or a file of results cannot be written."""
+
+
+class Result(Protocol):
+    """What became of one text."""
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,67 @@ def _row(number: int, line: bytes) -> InputRow:
     except UnicodeEncodeError as error:
         return InputRow(number, str(given), "", f"text that is no valid Unicode ({error.reason})")
     return InputRow(number, str(given), text)
+
+
+def work_through(
+    command: str,
+    file: str,
+    out: str,
+    ask: Callable[[list[InputRow]], Sequence[Result | RequestRejected]],
+    *,
+    counted: str,
+    fields: tuple[str, ...],
+) -> int:
+    """Every row of a file in order, a message at a time; a bad row fails alone and is named.
+
+    Args:
+        command: the subcommand's name, for messages.
+        out: gets a JSON object a row; - is standard output.
+        ask: the results of some good rows.
+        counted: of what this is, e.g. "questions answered".
+        fields: of a request, that one row's text is in.
+
+    Returns:
+        The exit status.
+    """
+    asked = failed = 0
+    began = shown = time.monotonic()
+    rows = read_rows(file)
+    with written_aside(out) as stream:
+        while batch := list(itertools.islice(rows, TEXTS_A_MESSAGE)):
+            for row, line in _lines(batch, ask, fields):
+                asked += 1
+                if "error" in line:
+                    failed += 1
+                    print(f"openbook {command}: {file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{asked} {counted.partition(' ')[0]}, {asked / (shown - began):.1f} a second", file=sys.stderr)
+    print(f"{asked - failed} of {asked} {counted} in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return SOME_FAILED if failed else 0
+
+
+def _lines(
+    batch: list[InputRow], ask: Callable[[list[InputRow]], Sequence[Result | RequestRejected]], fields: tuple[str, ...]
+) -> list[tuple[InputRow, dict[str, Any]]]:
+    good = [row for row in batch if not row.problem]
+    results: Sequence[Result | RequestRejected]
+    try:
+        results = ask(good) if good else []
+    except RequestRejected as error:
+        if not error.field.startswith(fields):
+            raise
+        results = [error] * len(good)  # the only text of its message is bad
+    answered = {row.line: result for row, result in zip(good, results, strict=True)}
+    lines: list[tuple[InputRow, dict[str, Any]]] = []
+    for row in batch:
+        result = answered.get(row.line)
+        if result is None or isinstance(result, RequestRejected):
+            lines.append((row, {"id": row.id, "error": row.problem or str(result)}))
+        else:
+            lines.append((row, {"id": row.id, **result.to_json()}))
+    return lines
 
 
 @contextmanager

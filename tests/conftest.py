@@ -10,6 +10,22 @@ import pytest
 
 WORDS = "red blue green one two three city river king book the of was in case what who read and a to is it by"
 DIM = 32
+LABELS = ["cold", "leafy", "warm"]
+HEADS: dict[str, dict[str, object]] = {
+    "topics": {
+        "objective": "classifier",
+        "pair": False,
+        "max_tokens": 24,
+        "labels": LABELS,
+        "temperature": 0.05,
+        "neighbours": 5,
+        "label_column": "shelf",
+        "mixture": {"weight": 0.6, "temperature": 0.1},
+    },
+    "claims": {"objective": "verification", "pair": True, "max_tokens": 40, "labels": ["no", "yes"], "temperature": 0.0},
+    "words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": True},
+    "own_words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": False},
+}
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +117,42 @@ def tuned_bundle(tiny_checkpoint: Path, tiny_reader: Path) -> Path:
     )
     export_bundle(options, lambda line: None)
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_heads(tiny_checkpoint: Path) -> dict[str, Path]:
+    """A folder of every objective in `HEADS` as `openbook train` leaves one; random, so that adapter and head matter."""
+    import torch
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.heads import LabelHead, VocabHead, build_head_model
+    from openbook_training.pretrained import load_backbone
+
+    torch.manual_seed(2)
+    checkpoint, folders = resolve_checkpoint(str(tiny_checkpoint)), {}
+    for name, settings in HEADS.items():
+        backbone, labels = load_backbone(checkpoint), settings.get("labels")
+        head: torch.nn.Module = (
+            LabelHead(DIM, len(labels), temperature=settings["temperature"])  # type: ignore[arg-type]
+            if isinstance(labels, list)
+            else VocabHead(backbone.embeddings.word_embeddings.weight, tied=bool(settings["tied"]))
+        )
+        model = build_head_model(checkpoint, head, backbone, lora_rank=2, lora_alpha=2)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        folders[name] = tiny_checkpoint.parent / "heads" / name
+        model.save(folders[name], checkpoint, settings)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def labelling_bundle(tiny_checkpoint: Path, tiny_reader: Path, tiny_heads: dict[str, Path]) -> Path:
+    """As `tiny_bundle`, without int8 graphs, with every one of `tiny_heads`."""
+    from openbook_export.export import ExportOptions, export_bundle
+
+    folder = tiny_checkpoint.parent / "labelling"
+    export_bundle(
+        ExportOptions(checkpoint=str(tiny_checkpoint), bundle=folder, reader=tiny_reader, heads=tiny_heads, name="labelling"),
+        lambda line: None,
+    )
+    return folder

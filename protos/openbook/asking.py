@@ -19,6 +19,7 @@ from openbook.messages import FUSIONS, TEXTS_A_MESSAGE, SearchOptions
 from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3
+TEXT_KEYS = ("text", "question", "claim")  # the first that a row has
 _AROUND = 160  # characters of a passage shown on each side of an answer
 
 
@@ -40,6 +41,7 @@ class InputRow:
     id: str
     text: str
     problem: str = ""
+    evidence: tuple[str, ...] = ()  # passages that came with it
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,7 @@ def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iter
     parser.add_argument(
         "--filter",
         action="append",
-        type=_condition,
+        type=condition,
         default=[],
         metavar="KEY=VALUE",
         help="only documents whose metadata has this value; may be given several times, all must hold",
@@ -77,7 +79,8 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     )
 
 
-def _condition(text: str) -> tuple[str, str]:
+def condition(text: str) -> tuple[str, str]:
+    """A KEY=VALUE of the command line."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
@@ -85,7 +88,8 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def read_rows(name: str) -> Iterator[InputRow]:
-    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`, and `text` or `question`. Bad rows say why.
+    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`; `text`, `question` or `claim`; and perhaps `evidence`, a text or
+    a list of them. Bad rows say why.
 
     Raises:
         InvalidFile: the file cannot be read.
@@ -107,14 +111,18 @@ def _row(number: int, line: bytes) -> InputRow:
     if not isinstance(row, dict):
         return InputRow(number, str(number), "", "no JSON object")
     given = row.get("_id", row.get("id", number))
-    text = row.get("text", row.get("question"))
+    text = next((row[name] for name in TEXT_KEYS if name in row), None)
     if not isinstance(text, str):
-        return InputRow(number, str(given), "", "neither `text` nor `question` is a string")
+        return InputRow(number, str(given), "", "none of `text`, `question` and `claim` is a string")
+    evidence = row.get("evidence", [])
+    evidence = [evidence] if isinstance(evidence, str) else evidence
+    if not isinstance(evidence, list) or not all(isinstance(passage, str) for passage in evidence):
+        return InputRow(number, str(given), "", "`evidence` is neither a string nor a list of strings")
     try:
-        text.encode()
+        "".join([text, *evidence]).encode()
     except UnicodeEncodeError as error:
         return InputRow(number, str(given), "", f"text that is no valid Unicode ({error.reason})")
-    return InputRow(number, str(given), text)
+    return InputRow(number, str(given), text, evidence=tuple(evidence))
 
 
 def work_through(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.errors import BundleInvalid
-from openbook_server.heads import HeadInfo, parse_heads
+from openbook_server.heads import HeadInfo, neighbours_graph, parse_heads
 from openbook_server.manifest import AGAIN, MANIFEST, get, graphs_of, invalid, positive
 from openbook_server.ranking import Settling
 from openbook_server.writers import WRITERS, WriterInfo
@@ -82,7 +82,7 @@ class Bundle:
         """By model name: precision -> file name."""
         reader = {"reader": self.reader.graphs} if self.reader else {}
         heads = {name: head.graphs for name, head in self.heads.items()}
-        heads |= {f"{name}.neighbours": head.neighbours.graphs for name, head in self.heads.items() if head.neighbours}
+        heads |= {neighbours_graph(name): head.neighbours.graphs for name, head in self.heads.items() if head.neighbours}
         written = {model: graphs for writer in self.writers.values() for model, graphs in writer.graphs.items()}
         return {"embedder": self.embedder.graphs} | reader | heads | written
 

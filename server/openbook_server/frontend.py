@@ -57,6 +57,7 @@ class Frontend:
             "Embed": self._unary("Embed", pb.EmbedRequest, lambda served: served.openbook.embed),
             "Search": self._unary("Search", pb.SearchRequest, lambda served: served.openbook.search),
             "Answer": self._unary("Answer", pb.AnswerRequest, lambda served: served.openbook.answer),
+            "Classify": self._unary("Classify", pb.ClassifyRequest, lambda served: served.classification.classify),
             "Describe": self._unary("Describe", pb.DescribeRequest, lambda served: served.openbook.describe),
         }
         writes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {

@@ -39,6 +39,11 @@ class HeadInfo:
         return self.objective in CLASSIFYING
 
 
+def neighbours_graph(name: str) -> str:
+    """What a bundle calls a classifier's graph for neighbours; no head has a dot in its name."""
+    return f"{name}.neighbours"
+
+
 def parse_heads(manifest: Mapping[str, Any], folder: Path) -> dict[str, HeadInfo]:
     """The heads that a manifest states, by name.
 

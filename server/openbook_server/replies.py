@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from openbook.v1 import openbook_pb2 as pb
 
+from openbook_server.bundle import Bundle
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge import Hit
+from openbook_server.knowledge import Hit, KnowledgeBase
 from openbook_server.pipeline import QuestionAnswered, Timings
 from openbook_server.ranking import RankedAnswer
 
@@ -15,6 +16,10 @@ def to_item_errors(errors: dict[int, InvalidRequest]) -> list[pb.ItemError]:
         pb.ItemError(index=at, code=error.status.value[0], reason=error.reason, field=error.field, message=error.description)
         for at, error in errors.items()
     ]
+
+
+def to_provenance(bundle: Bundle, knowledge_base: KnowledgeBase | None) -> pb.Provenance:
+    return pb.Provenance(bundle_id=bundle.id, generation=knowledge_base.generation if knowledge_base is not None else "")
 
 
 def to_hit(hit: Hit, *, omit_text: bool) -> pb.Hit:

@@ -22,14 +22,13 @@ from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_options
 from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
-from openbook_server.replies import to_answer_result, to_hit, to_item_errors, to_timings
+from openbook_server.replies import to_answer_result, to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import Validated, bounded, validate_texts
+from openbook_server.validation import LONG_CHARACTERS, SPLIT, Validated, bounded, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_ANSWERS = 3
-LONG_CHARACTERS = 4_096  # of a request, a few milliseconds of tokenising: longer ones are not tokenised to be refused then
 
 Request = TypeVar("Request", bound=Message)
 
@@ -46,16 +45,18 @@ class Service:
         device: Device,
         encoder: TextEncoder,
         pipeline: Pipeline,
+        classifiers: Sequence[pb.DescribeResponse.Classifier] = (),
     ) -> None:
+        """`classifiers` are what Describe tells of them."""
         self._bundle, self._knowledge_base, self._config, self._device = bundle, knowledge_base, config, device
-        self._encoder, self._pipeline = encoder, pipeline
+        self._encoder, self._pipeline, self._classifiers = encoder, pipeline, classifiers
         self.asked: Callable[[Asked], None] | None = None  # is told of every question that was answered
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
         request = parsed.message
         if sum(map(len, request.texts)) > LONG_CHARACTERS and len(request.texts) <= self._config.max_texts:
             self._pipeline.check(len(request.texts), deadline)
-        valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate)
+        valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate, way_out=SPLIT)
         timings.tokenise += timings.lap()
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")
         tokens = [0] * len(request.texts)
@@ -125,6 +126,7 @@ class Service:
                 embedder_fingerprint=bundle.embedder.fingerprint,
                 tasks=bundle.tasks,
                 dim=bundle.embedder.dim,
+                classifiers=self._classifiers,
             ),
             limits=pb.DescribeResponse.Limits(
                 max_texts=config.max_texts,
@@ -168,11 +170,26 @@ class Service:
         reader, embedder = self._bundle.reader, self._bundle.embedder
         return min(embedder.max_tokens, reader.max_question_tokens + self._encoder.special_tokens) if reader else embedder.max_tokens
 
-    def _validate(self, field: str, texts: Iterable[str], parsed: Parsed[Request], max_tokens: int, *, truncate: bool = False) -> Validated:
+    def _validate(
+        self,
+        field: str,
+        texts: Iterable[str],
+        parsed: Parsed[Request],
+        max_tokens: int,
+        *,
+        truncate: bool = False,
+        way_out: str = "shorten it",
+    ) -> Validated:
         return validate_texts(
-            field, list(texts), parsed.not_utf8, config=self._config, encoder=self._encoder, max_tokens=max_tokens, truncate=truncate
+            field,
+            list(texts),
+            parsed.not_utf8,
+            config=self._config,
+            encoder=self._encoder,
+            max_tokens=max_tokens,
+            truncate=truncate,
+            way_out=way_out,
         )
 
     def _provenance(self) -> pb.Provenance:
-        generation = self._knowledge_base.generation if self._knowledge_base is not None else ""
-        return pb.Provenance(bundle_id=self._bundle.id, generation=generation)
+        return to_provenance(self._bundle, self._knowledge_base)

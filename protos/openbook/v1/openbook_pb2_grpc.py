@@ -49,6 +49,11 @@ class OpenBookStub:
                 request_serializer=openbook_dot_v1_dot_openbook__pb2.AnswerRequest.SerializeToString,
                 response_deserializer=openbook_dot_v1_dot_openbook__pb2.AnswerResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/openbook.v1.OpenBook/Classify',
+                request_serializer=openbook_dot_v1_dot_openbook__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_openbook__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/openbook.v1.OpenBook/Describe',
                 request_serializer=openbook_dot_v1_dot_openbook__pb2.DescribeRequest.SerializeToString,
@@ -80,6 +85,14 @@ class OpenBookServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+        base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """What is being served, and within which limits.
         """
@@ -104,6 +117,11 @@ def add_OpenBookServicer_to_server(servicer, server):
                     servicer.Answer,
                     request_deserializer=openbook_dot_v1_dot_openbook__pb2.AnswerRequest.FromString,
                     response_serializer=openbook_dot_v1_dot_openbook__pb2.AnswerResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=openbook_dot_v1_dot_openbook__pb2.ClassifyRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_openbook__pb2.ClassifyResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -192,6 +210,33 @@ class OpenBook:
             '/openbook.v1.OpenBook/Answer',
             openbook_dot_v1_dot_openbook__pb2.AnswerRequest.SerializeToString,
             openbook_dot_v1_dot_openbook__pb2.AnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.OpenBook/Classify',
+            openbook_dot_v1_dot_openbook__pb2.ClassifyRequest.SerializeToString,
+            openbook_dot_v1_dot_openbook__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,10 @@ class OpenBookStub:
     """Finds the passages of the knowledge base that fit each question best."""
     Answer: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.AnswerRequest, _openbook_pb2.AnswerResponse]
     """Finds passages, reads them, and returns the most probable spans with their sources."""
+    Classify: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.ClassifyRequest, _openbook_pb2.ClassifyResponse]
+    """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+    base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.DescribeRequest, _openbook_pb2.DescribeResponse]
     """What is being served, and within which limits."""
 
@@ -58,6 +62,10 @@ class OpenBookAsyncStub(OpenBookStub):
     """Finds the passages of the knowledge base that fit each question best."""
     Answer: _aio.UnaryUnaryMultiCallable[_openbook_pb2.AnswerRequest, _openbook_pb2.AnswerResponse]  # type: ignore[assignment]
     """Finds passages, reads them, and returns the most probable spans with their sources."""
+    Classify: _aio.UnaryUnaryMultiCallable[_openbook_pb2.ClassifyRequest, _openbook_pb2.ClassifyResponse]  # type: ignore[assignment]
+    """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+    base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+    """
     Describe: _aio.UnaryUnaryMultiCallable[_openbook_pb2.DescribeRequest, _openbook_pb2.DescribeResponse]  # type: ignore[assignment]
     """What is being served, and within which limits."""
 
@@ -85,6 +93,16 @@ class OpenBookServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_openbook_pb2.AnswerResponse, _abc.Awaitable[_openbook_pb2.AnswerResponse]]:
         """Finds passages, reads them, and returns the most probable spans with their sources."""
+
+    @_abc_1.abstractmethod
+    def Classify(
+        self,
+        request: _openbook_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_openbook_pb2.ClassifyResponse, _abc.Awaitable[_openbook_pb2.ClassifyResponse]]:
+        """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+        base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+        """
 
     @_abc_1.abstractmethod
     def Describe(

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
-from openbook_server.rows import Row, collate
+from openbook_server.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class Runnable(Protocol):
     @property
     def buckets(self) -> Buckets: ...
 
-    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> Arrays: ...
+    def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
+        """One batch of rows of the same padded length; outputs by name, the first axis being the rows."""
 
 
 class Lane(IntEnum):
@@ -149,7 +150,7 @@ class Engine:
         now = time.monotonic()
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
         with self._wake:
-            lengths = self._padded(graph, (len(row.ids) for row in rows))
+            lengths = self._padded(graph, (row.tokens for row in rows))
             self._admit(graph, lengths, deadline, lane, now)
             for number, length in enumerate(lengths):
                 heapq.heappush(self._groups.setdefault((graph, length), []), (lane, deadline, next(self._order), number, job))
@@ -269,7 +270,7 @@ class Engine:
     def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
         began = time.monotonic()
         try:
-            outputs = self._graphs[graph].run(collate([job.rows[number] for number, job in batch], length))
+            outputs = self._graphs[graph].run_rows([job.rows[number] for number, job in batch], length)
         except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
             if len(batch) > 1:
                 for one in batch:

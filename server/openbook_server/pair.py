@@ -29,7 +29,7 @@ from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.models import Models
 from openbook_server.pipeline import Pipeline
-from openbook_server.rows import Row, collate
+from openbook_server.rows import Row
 from openbook_server.runtime import Device, Graph, build_device
 from openbook_server.served import Served
 from openbook_server.service import Service
@@ -77,7 +77,7 @@ def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[st
     for name, limit in limits.items() if device.prepares_lengths else ():
         for length in graphs[name].buckets.padded_lengths(limit):
             half = length // 2
-            graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))
+            graphs[name].run_rows([Row([1] * length, [0] * half + [1] * (length - half))], length)
     exact = build_device("cpu", "fp32", 1)  # whatever the device: they are a few small products, and no half precision holds their votes
     votes = {neighbours_graph(name): head for name, head in bundle.heads.items() if head.neighbours and head.classifies}
     voting = {name: Graph(bundle.graph_path(name, exact.precision), exact, 1) for name in votes}

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from openbook_server.buckets import PADDED, PADDING_FREE, Buckets
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
+from openbook_server.rows import Row, collate
 
 DISTRIBUTIONS = {"onnxruntime": "server", "onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}  # -> our extra
 PROVIDERS = {"cpu": "CPUExecutionProvider", "openvino": "OpenVINOExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -160,6 +161,10 @@ class Graph:
         if self._memory:
             return self._run_bound(feed)
         return dict(zip(self.output_names, self._session.run(self.output_names, feed), strict=True))
+
+    def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
+        """As `run`, of rows padded to `length`."""
+        return self.run(collate(rows, length))
 
     def _run_bound(self, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
         """Copy in, run, copy out, in buffers allocated once per shape: no allocation, and no copy that onnxruntime decides on."""

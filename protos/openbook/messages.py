@@ -65,6 +65,20 @@ class ClassifyOptions(TypedDict, total=False):
     label_key: str | None  # of the metadata in which neighbours' labels stand
 
 
+class GenerateOptions(TypedDict, total=False):
+    """How a text is written, and from what; what is left out, or None, is the server's default."""
+
+    writer: str | None  # language_model or generator; needed where the bundle has both
+    max_tokens: int | None  # to write at most
+    temperature: float | None  # 0 = the most probable token at each step
+    top_p: float | None  # draw among the fewest tokens whose probabilities sum to it
+    seed: int | None  # the same seed gives the same text
+    stop: Sequence[str] | None  # the text ends before the first of them
+    top_k: int | None  # passages that are read, at most as many as in training
+    mode: str | None  # of MODES; "none" reads no passages
+    filter: Conditions | None  # as in SearchOptions
+
+
 def embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
     return [pb.EmbedRequest(texts=part, truncate=truncate) for part in parts(texts, "texts")]
 
@@ -87,6 +101,13 @@ def classify_requests(texts: Sequence[str], **options: Unpack[ClassifyOptions]) 
         sendable = [passage for part in parts(passages, f"evidence[{at}]") for passage in part]
         requests[at // TEXTS_A_MESSAGE].evidence.append(pb.Evidence(passages=sendable))
     return requests
+
+
+def generate_request(text: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+    given = _given(options, GenerateOptions)
+    given["stop"] = [stop for part in parts(given.get("stop", []), "stop") for stop in part]
+    [[sendable]] = parts([text], "text")
+    return pb.GenerateRequest(text=sendable, **given)
 
 
 def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
@@ -120,7 +141,7 @@ def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
         yield list(texts[at : at + TEXTS_A_MESSAGE])
 
 
-def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions]) -> dict[str, Any]:
+def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
@@ -132,7 +153,9 @@ def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[Classify
     if isinstance(given.get("filter"), Mapping):
         equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
         given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))
-    for name in ("top_k", "max_answers", "max_labels", "ef", "rerank"):
+    if "seed" in given and not 0 <= given["seed"] < 2**64:
+        raise RequestRejected(f"{given['seed']} is not a number from 0 to 2^64 - 1", field="seed")
+    for name in ("top_k", "max_answers", "max_labels", "max_tokens", "ef", "rerank"):
         if name in given and not -(2**31) <= given[name] < 2**31:
             raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
     return given

@@ -137,6 +137,35 @@ class Classified:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """What is known of a written text once it has ended."""
+
+    text: str  # the whole of it
+    finish: str  # end (of the model's own accord), length or stop
+    tokens: int
+    hits: tuple[Hit, ...]  # the passages that were read, best first
+    seed: int
+    writer: str
+    timings_ms: Mapping[str, float]
+    bundle_id: str
+    generation: str
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("text", "finish", "tokens", "seed", "writer")
+        told = {name: getattr(self, name) for name in names}
+        return told | {"hits": [hit.to_json() for hit in self.hits], "timings_ms": dict(self.timings_ms)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of a text that is being written."""
+
+    text: str  # since the piece before
+    tokens: int  # written so far
+    ending: Ending | None  # of the last piece
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """What `upsert` stores: named by its id, replaced whole when it is written again."""
 
@@ -201,3 +230,19 @@ def label(message: pb.Label) -> Label:
 
 def neighbour(message: pb.Neighbour) -> Neighbour:
     return Neighbour(label=message.label, hit=hit(message.hit))
+
+
+def piece(message: pb.GenerateResponse) -> Piece:
+    ending = message.ending
+    ended = Ending(
+        text=ending.text,
+        finish=pb.Finish.Name(ending.finish).removeprefix("FINISH_").lower(),
+        tokens=message.tokens,
+        hits=tuple(map(hit, ending.hits)),
+        seed=ending.seed,
+        writer=ending.writer,
+        timings_ms=timings_ms(ending.timings),
+        bundle_id=ending.provenance.bundle_id,
+        generation=ending.provenance.generation,
+    )
+    return Piece(text=message.text, tokens=message.tokens, ending=ended if message.HasField("ending") else None)

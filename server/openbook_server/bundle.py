@@ -226,6 +226,10 @@ def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> Wri
     return WriterInfo(
         architecture=get(table, "architecture", str, folder),
         max_tokens=positive(table, "max_tokens", folder),
+        passages=get(table, "passages", int, folder),
+        passage_tokens=get(table, "passage_tokens", int, folder) if "passage_tokens" in table else 0,
+        query_tokens=get(table, "query_tokens", int, folder) if "query_tokens" in table else 0,
+        max_answer_tokens=get(table, "max_answer_tokens", int, folder) if "max_answer_tokens" in table else 0,
         start_token=get(table, "start_token", int, folder),
         end_token=get(table, "end_token", int, folder),
         tokenizer=get(table, "tokenizer", str, folder),

@@ -138,6 +138,9 @@ def _server(address: str) -> dict[str, Any]:
         classes = f"{len(one.labels)} labels" if one.labels else "the vocabulary"
         beside = f", {one.neighbours} neighbours labelled by {one.label_key!r}" if one.neighbours else ""
         facts[f"classifier {one.name}"] = f"{one.objective}, {classes}, {one.max_text_tokens} tokens a text{beside}"
+    for writer in reply.bundle.writers:
+        unit = "a question" if writer.name == "generator" else "a prompt and its text"
+        facts[writer.name] = f"{writer.architecture}, {writer.max_text_tokens} tokens {unit}, beside {writer.passages} passages"
     if knowledge is not None and knowledge.HasField("comparison"):
         compared = "; ".join(comparison_lines(knowledge.comparison)) or "no question yet"
         facts["the generation that follows"] = f"lacks nothing; {compared}"

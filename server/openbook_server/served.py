@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from openbook_server.classify_service import ClassifyService
 from openbook_server.errors import InvalidRequest
+from openbook_server.generate_service import GenerateService
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.service import Service
 
@@ -19,6 +20,7 @@ class Served:
 
     openbook: Service
     classification: ClassifyService
+    generation: GenerateService
     knowledge_base: KnowledgeService | None
     running: int = 0  # requests
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -46,10 +46,11 @@ class Service:
         encoder: TextEncoder,
         pipeline: Pipeline,
         classifiers: Sequence[pb.DescribeResponse.Classifier] = (),
+        writers: Sequence[pb.DescribeResponse.Writer] = (),
     ) -> None:
-        """`classifiers` are what Describe tells of them."""
+        """`classifiers` and `writers` are what Describe tells of them."""
         self._bundle, self._knowledge_base, self._config, self._device = bundle, knowledge_base, config, device
-        self._encoder, self._pipeline, self._classifiers = encoder, pipeline, classifiers
+        self._encoder, self._pipeline, self._classifiers, self._writers = encoder, pipeline, classifiers, writers
         self.asked: Callable[[Asked], None] | None = None  # is told of every question that was answered
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
@@ -127,6 +128,7 @@ class Service:
                 tasks=bundle.tasks,
                 dim=bundle.embedder.dim,
                 classifiers=self._classifiers,
+                writers=self._writers,
             ),
             limits=pb.DescribeResponse.Limits(
                 max_texts=config.max_texts,

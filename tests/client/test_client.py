@@ -82,6 +82,15 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer):
             timings=pb.Timings(total_ms=3),
         )
 
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+        self._next(request, context)
+        yield pb.GenerateResponse(text="one", tokens=1)
+        if request.text == "broken":
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        yield pb.GenerateResponse(
+            text=" two", tokens=2, ending=pb.GenerateResponse.Ending(finish=pb.FINISH_STOP, text="one two", seed=7, writer="generator")
+        )
+
     @staticmethod
     def _errors(field: str, texts: list[str]) -> list[pb.ItemError]:
         return [
@@ -153,6 +162,23 @@ def test_evidence_travels_with_its_claim(client: Client, scripted: Scripted) -> 
     client.classify(claims, evidence=[[f"of {claim}", "more"] for claim in claims])
     sent = [(text, list(one.passages)) for request in scripted.requests for text, one in zip(request.texts, request.evidence, strict=True)]  # type: ignore[attr-defined]
     assert sent == [(claim, [f"of {claim}", "more"]) for claim in claims]
+
+
+def test_a_text_comes_in_pieces_and_is_asked_for_again_only_before_the_first(client: Client, scripted: Scripted) -> None:
+    scripted.script = [failure(grpc.StatusCode.UNAVAILABLE, "starting", ErrorInfo(reason="NOT_SERVING"), come_back(1))]
+    pieces = list(client.generate("prompt", stop=["three"], seed=7, mode="none"))
+    assert [(piece.text, piece.tokens) for piece in pieces] == [("one", 1), (" two", 2)]
+    assert pieces[0].ending is None
+    assert pieces[1].ending is not None
+    told = pieces[1].ending.to_json()
+    assert (told["text"], told["finish"], told["tokens"], told["seed"], told["hits"]) == ("one two", "stop", 2, 7, [])
+    sent = scripted.requests[-1]
+    assert isinstance(sent, pb.GenerateRequest)
+    assert (list(sent.stop), sent.seed, sent.mode) == (["three"], 7, pb.SEARCH_MODE_NONE)
+    asked = len(scripted.requests)
+    with pytest.raises(ServerUnavailable, match=r"no server at|gone"):
+        list(client.generate("broken"))
+    assert len(scripted.requests) == asked + 1
 
 
 def test_long_lists_travel_as_several_messages_and_come_back_in_order(client: Client, scripted: Scripted) -> None:
@@ -244,6 +270,9 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.search(["a"], top_k=2**40), "top_k"),
         (lambda client: client.search(["a"], mode="psychic"), "mode"),
         (lambda client: client.classify(["a"], max_labels=2**40), "max_labels"),
+        (lambda client: list(client.generate("a", seed=-1)), "seed"),
+        (lambda client: list(client.generate("a", stop="b")), "stop is one string"),
+        (lambda client: list(client.generate("\ud800")), r"text\[0\]"),
         (lambda client: client.classify(["a", "b"], evidence=[["c"]]), "evidence: 1 entries for 2 texts"),
         (lambda client: client.classify(["a"], evidence=["c"]), r"evidence\[0\] is one string"),
         (lambda client: client.classify(["a"], evidence=[["\ud800"]]), r"evidence\[0\]\[0\]"),
@@ -269,6 +298,7 @@ async def test_the_async_client_does_the_same(server: tuple[Scripted, str]) -> N
         assert isinstance(first, AnswerResult)
         assert isinstance(second, RequestRejected)
         assert isinstance((await client.search(["a"]))[0], SearchResult)
+        assert [piece.text async for piece in client.generate("prompt")] == ["one", " two"]
         assert [type(result) for result in await client.classify(["a", ""], evidence=[["b"], ["c"]])] == [Classified, RequestRejected]
         scripted.script = [failure(grpc.StatusCode.INTERNAL, "broken")]
         with pytest.raises(ServerFailed):

@@ -83,6 +83,31 @@ FUSION_RECIPROCAL_RANK: Fusion.ValueType  # 2
 """sum of 1 / (60 + rank); scores from 0 to 0.033"""
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
 
+class _Finish:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FinishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Finish.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINISH_UNSPECIFIED: _Finish.ValueType  # 0
+    FINISH_END: _Finish.ValueType  # 1
+    """the model ended the text"""
+    FINISH_LENGTH: _Finish.ValueType  # 2
+    """it has max_tokens tokens"""
+    FINISH_STOP: _Finish.ValueType  # 3
+    """a stop string came"""
+
+class Finish(_Finish, metaclass=_FinishEnumTypeWrapper): ...
+
+FINISH_UNSPECIFIED: Finish.ValueType  # 0
+FINISH_END: Finish.ValueType  # 1
+"""the model ended the text"""
+FINISH_LENGTH: Finish.ValueType  # 2
+"""it has max_tokens tokens"""
+FINISH_STOP: Finish.ValueType  # 3
+"""a stop string came"""
+Global___Finish: _TypeAlias = Finish  # noqa: Y015
+
 @_typing.final
 class EmbedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -838,6 +863,157 @@ class Label(_message.Message):
 Global___Label: _TypeAlias = Label  # noqa: Y015
 
 @_typing.final
+class GenerateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    OMIT_TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """a language model's prompt, or a generator's question"""
+    writer: _builtins.str
+    """language_model or generator; may be empty where the bundle has only one of them"""
+    max_tokens: _builtins.int
+    """to write at most; default 64, and of a generator what it was trained to write"""
+    temperature: _builtins.float
+    """0 (the default) to 10: logits are divided by it; 0 = the most probable token at each step"""
+    top_p: _builtins.float
+    """above 0, up to 1 (the default): draw among the fewest tokens whose probabilities sum to it"""
+    seed: _builtins.int
+    """the same seed gives the same text from the same models and passages; by default one is drawn"""
+    top_k: _builtins.int
+    """Passages that are read, found as in SearchRequest; as many as in training where `top_k` is left out, and never more. A language model
+    looks them up by the end of its prompt, once. SEARCH_MODE_NONE, or no knowledge base: none is read.
+    """
+    mode: Global___SearchMode.ValueType
+    omit_text: _builtins.bool
+    """as in SearchRequest, of `hits`"""
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """at most 8: the text ends before the first of them"""
+
+    @_builtins.property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        writer: _builtins.str = ...,
+        max_tokens: _builtins.int | None = ...,
+        temperature: _builtins.float = ...,
+        top_p: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        top_k: _builtins.int | None = ...,
+        mode: Global___SearchMode.ValueType = ...,
+        filter: Global___Filter | None = ...,
+        omit_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_k", b"_top_k", "_top_p", b"_top_p", "filter", b"filter", "max_tokens", b"max_tokens", "seed", b"seed", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_k", b"_top_k", "_top_p", b"_top_p", "filter", b"filter", "max_tokens", b"max_tokens", "mode", b"mode", "omit_text", b"omit_text", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "top_k", b"top_k", "top_p", b"top_p", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Ending(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FINISH_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        HITS_FIELD_NUMBER: _builtins.int
+        SEED_FIELD_NUMBER: _builtins.int
+        WRITER_FIELD_NUMBER: _builtins.int
+        PROVENANCE_FIELD_NUMBER: _builtins.int
+        TIMINGS_FIELD_NUMBER: _builtins.int
+        finish: Global___Finish.ValueType
+        text: _builtins.str
+        """the whole of it; a generator's takes the characters of a passage where its tokens stand in one"""
+        seed: _builtins.int
+        writer: _builtins.str
+        @_builtins.property
+        def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
+            """the passages that were read, best first"""
+
+        @_builtins.property
+        def provenance(self) -> Global___Provenance: ...
+        @_builtins.property
+        def timings(self) -> Global___Timings:
+            """`read` is all of the model's time"""
+
+        def __init__(
+            self,
+            *,
+            finish: Global___Finish.ValueType = ...,
+            text: _builtins.str = ...,
+            hits: _abc.Iterable[Global___Hit] | None = ...,
+            seed: _builtins.int = ...,
+            writer: _builtins.str = ...,
+            provenance: Global___Provenance | None = ...,
+            timings: Global___Timings | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "timings", b"timings"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "hits", b"hits", "provenance", b"provenance", "seed", b"seed", "text", b"text", "timings", b"timings", "writer", b"writer"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ENDING_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """written since the message before"""
+    tokens: _builtins.int
+    """written so far"""
+    @_builtins.property
+    def ending(self) -> Global___GenerateResponse.Ending:
+        """of the last message"""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        ending: Global___GenerateResponse.Ending | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending", b"ending"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ending", b"ending", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
 class Hit(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1062,6 +1238,7 @@ class DescribeResponse(_message.Message):
         TASKS_FIELD_NUMBER: _builtins.int
         DIM_FIELD_NUMBER: _builtins.int
         CLASSIFIERS_FIELD_NUMBER: _builtins.int
+        WRITERS_FIELD_NUMBER: _builtins.int
         id: _builtins.str
         name: _builtins.str
         license: _builtins.str
@@ -1071,6 +1248,8 @@ class DescribeResponse(_message.Message):
         def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
         @_builtins.property
         def classifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribeResponse.Classifier]: ...
+        @_builtins.property
+        def writers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribeResponse.Writer]: ...
         def __init__(
             self,
             *,
@@ -1081,10 +1260,11 @@ class DescribeResponse(_message.Message):
             tasks: _abc.Iterable[_builtins.str] | None = ...,
             dim: _builtins.int = ...,
             classifiers: _abc.Iterable[Global___DescribeResponse.Classifier] | None = ...,
+            writers: _abc.Iterable[Global___DescribeResponse.Writer] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["classifiers", b"classifiers", "dim", b"dim", "embedder_fingerprint", b"embedder_fingerprint", "id", b"id", "license", b"license", "name", b"name", "tasks", b"tasks"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["classifiers", b"classifiers", "dim", b"dim", "embedder_fingerprint", b"embedder_fingerprint", "id", b"id", "license", b"license", "name", b"name", "tasks", b"tasks", "writers", b"writers"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1124,6 +1304,40 @@ class DescribeResponse(_message.Message):
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
         _ClearFieldArgType: _TypeAlias = _typing.Literal["label_key", b"label_key", "labels", b"labels", "max_text_tokens", b"max_text_tokens", "name", b"name", "neighbours", b"neighbours", "objective", b"objective"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Writer(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        ARCHITECTURE_FIELD_NUMBER: _builtins.int
+        MAX_TOKENS_FIELD_NUMBER: _builtins.int
+        PASSAGES_FIELD_NUMBER: _builtins.int
+        MAX_TEXT_TOKENS_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """language_model or generator"""
+        architecture: _builtins.str
+        """gpt2; bert2bert, t5 or bart"""
+        max_tokens: _builtins.int
+        """of all that a language model reads and writes; of a generator's question and one passage"""
+        passages: _builtins.int
+        """that it reads at most"""
+        max_text_tokens: _builtins.int
+        """of a question; of a prompt and what is written after it, beside `passages`"""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            architecture: _builtins.str = ...,
+            max_tokens: _builtins.int = ...,
+            passages: _builtins.int = ...,
+            max_text_tokens: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "max_text_tokens", b"max_text_tokens", "max_tokens", b"max_tokens", "name", b"name", "passages", b"passages"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,8 @@ class OpenBookStub:
     """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
     base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
     """
+    Generate: _grpc.UnaryStreamMultiCallable[_openbook_pb2.GenerateRequest, _openbook_pb2.GenerateResponse]
+    """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it."""
     Describe: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.DescribeRequest, _openbook_pb2.DescribeResponse]
     """What is being served, and within which limits."""
 
@@ -66,6 +68,8 @@ class OpenBookAsyncStub(OpenBookStub):
     """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
     base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
     """
+    Generate: _aio.UnaryStreamMultiCallable[_openbook_pb2.GenerateRequest, _openbook_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it."""
     Describe: _aio.UnaryUnaryMultiCallable[_openbook_pb2.DescribeRequest, _openbook_pb2.DescribeResponse]  # type: ignore[assignment]
     """What is being served, and within which limits."""
 
@@ -103,6 +107,14 @@ class OpenBookServicer(metaclass=_abc_1.ABCMeta):
         """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
         base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
         """
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _openbook_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_openbook_pb2.GenerateResponse], _abc.AsyncIterator[_openbook_pb2.GenerateResponse]]:
+        """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it."""
 
     @_abc_1.abstractmethod
     def Describe(

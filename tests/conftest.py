@@ -10,6 +10,22 @@ import pytest
 
 WORDS = "red blue green one two three city river king book the of was in case what who read and a to is it by"
 DIM = 32
+LABELS = ["cold", "leafy", "warm"]
+HEADS: dict[str, dict[str, object]] = {
+    "topics": {
+        "objective": "classifier",
+        "pair": False,
+        "max_tokens": 24,
+        "labels": LABELS,
+        "temperature": 0.05,
+        "neighbours": 5,
+        "label_column": "shelf",
+        "mixture": {"weight": 0.6, "temperature": 0.1},
+    },
+    "claims": {"objective": "verification", "pair": True, "max_tokens": 40, "labels": ["no", "yes"], "temperature": 0.0},
+    "words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": True},
+    "own_words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": False},
+}
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +117,101 @@ def tuned_bundle(tiny_checkpoint: Path, tiny_reader: Path) -> Path:
     )
     export_bundle(options, lambda line: None)
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_heads(tiny_checkpoint: Path) -> dict[str, Path]:
+    """A folder of every objective in `HEADS` as `openbook train` leaves one; random, so that adapter and head matter."""
+    import torch
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.heads import LabelHead, VocabHead, build_head_model
+    from openbook_training.pretrained import load_backbone
+
+    torch.manual_seed(2)
+    checkpoint, folders = resolve_checkpoint(str(tiny_checkpoint)), {}
+    for name, settings in HEADS.items():
+        backbone, labels = load_backbone(checkpoint), settings.get("labels")
+        head: torch.nn.Module = (
+            LabelHead(DIM, len(labels), temperature=settings["temperature"])  # type: ignore[arg-type]
+            if isinstance(labels, list)
+            else VocabHead(backbone.embeddings.word_embeddings.weight, tied=bool(settings["tied"]))
+        )
+        model = build_head_model(checkpoint, head, backbone, lora_rank=2, lora_alpha=2)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        folders[name] = tiny_checkpoint.parent / "heads" / name
+        model.save(folders[name], checkpoint, settings)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def labelling_bundle(tiny_checkpoint: Path, tiny_reader: Path, tiny_heads: dict[str, Path]) -> Path:
+    """As `tiny_bundle`, without int8 graphs, with every one of `tiny_heads`."""
+    from openbook_export.export import ExportOptions, export_bundle
+
+    folder = tiny_checkpoint.parent / "labelling"
+    export_bundle(
+        ExportOptions(checkpoint=str(tiny_checkpoint), bundle=folder, reader=tiny_reader, heads=tiny_heads, name="labelling"),
+        lambda line: None,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tiny_checkpoint: Path) -> Path:
+    """A GPT-2 of two layers that reads two passages, as `openbook train causal_lm` leaves one; random, and loud, so that tokens differ."""
+    import torch
+    from openbook_training.language_model import Prompts, ReadingConfig, new_model, new_tokenizer, save_language_model
+
+    torch.manual_seed(4)
+    folder = tiny_checkpoint.parent / "language_model"
+    prompts = Prompts(new_tokenizer([WORDS], 300))
+    model = new_model(prompts.tokenizer, layers=2, dim=16, heads=2, positions=100, dropout=0.0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    settings = ReadingConfig(
+        stride_tokens=16, context_tokens=16, passages=2, passage_tokens=16, query_tokens=8, embedder=str(tiny_checkpoint)
+    )
+    save_language_model(model, prompts, settings, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny_checkpoint: Path) -> Path:
+    """`tiny_checkpoint` twice, as `openbook train generator` leaves it; random, and loud, so that tokens differ."""
+    import torch
+    from openbook_training.checkpoint import resolve_checkpoint
+    from openbook_training.generator import AnswerEncoder, GeneratorSettings, build_generator, save_generator
+
+    torch.manual_seed(3)
+    checkpoint, folder = resolve_checkpoint(str(tiny_checkpoint)), tiny_checkpoint.parent / "generator"
+    encoder = AnswerEncoder(checkpoint, max_tokens=64, max_answer_tokens=8)
+    model = build_generator(checkpoint, encoder, dropout=0.0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    settings = GeneratorSettings(passages=2, max_tokens=64, max_answer_tokens=8, embedder=str(tiny_checkpoint))
+    save_generator(model, encoder, settings, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def writing_bundle(tiny_checkpoint: Path, tiny_reader: Path, tiny_generator: Path, tiny_language_model: Path) -> Path:
+    """As `tiny_bundle`, without int8 graphs, with both models that write."""
+    from openbook_export.export import ExportOptions, export_bundle
+
+    folder = tiny_checkpoint.parent / "writing"
+    export_bundle(
+        ExportOptions(
+            checkpoint=str(tiny_checkpoint),
+            bundle=folder,
+            reader=tiny_reader,
+            generator=tiny_generator,
+            language_model=tiny_language_model,
+            name="writing",
+        ),
+        lambda line: None,
+    )
+    return folder

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 WORDS = "red blue green one two three city river king book".split()
+LABELLED = [
+    (f"the {WORDS[number % 2]} {WORDS[6 + number % 4]} of {WORDS[3 + number % 3]}", ("warm", "cold")[number % 2]) for number in range(16)
+]
 
 
 def openbook(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -27,7 +30,7 @@ def openbook(*arguments: object, status: int = 0) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose reader went through `openbook train` and whose graphs through `openbook export`."""
+    """A bundle whose reader and classifier went through `openbook train` and whose graphs through `openbook export`."""
     folder = tmp_path_factory.mktemp("product")
     rows = []
     for number in range(16):
@@ -41,7 +44,15 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         'lora_rank = 2\nlora_alpha = 2\n[loop]\nepochs = 1\nbatch_examples = 4\nprecision = "fp32"\n'
     )
     openbook("train", "reader", folder / "reader.toml")
-    openbook("export", tiny_checkpoint, folder / "bundle", "--reader", folder / "run" / "best")
+    (folder / "labelled.csv").write_text("text,colour\n" + "".join(f"{text},{colour}\n" for text, colour in LABELLED))
+    (folder / "classifier.toml").write_text(
+        f'output = "{folder}/colours"\ncheckpoint = "{tiny_checkpoint}"\ntrain = "{folder}/labelled.csv"\nlabel_column = "colour"\n'
+        "held_out = 4\nmax_tokens = 24\nneighbours = 3\nlora_rank = 2\nlora_alpha = 2\n"
+        '[loop]\nepochs = 1\nbatch_examples = 4\nprecision = "fp32"\n'
+    )
+    openbook("train", "classifier", folder / "classifier.toml")
+    task = f"colours={folder / 'colours' / 'best'}"
+    openbook("export", tiny_checkpoint, folder / "bundle", "--reader", folder / "run" / "best", "--task", task)
     return folder / "bundle"
 
 
@@ -129,6 +140,27 @@ def test_documents_come_and_go_while_the_server_answers(server: str, tmp_path: P
     assert not json.loads(openbook("search", "zebra", "--server", server, "--mode", "lexical", "--json").stdout)["hits"]
     refused = openbook("delete", " ", "--server", server, status=3)
     assert "ids[0]" in refused.stderr
+
+
+def test_texts_are_labelled_beside_labelled_texts_that_are_stored(server: str, tmp_path: Path) -> None:
+    before = json.loads(openbook("classify", "the red king", "--server", server, "--json").stdout)
+    assert {label["label"] for label in before["labels"]} == {"warm", "cold"}
+    assert before["passages"] == 0
+    rows = [{"_id": f"l{number}", "text": text, "colour": colour} for number, (text, colour) in enumerate(LABELLED)]
+    (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    openbook("upsert", tmp_path / "labelled.jsonl", "--server", server)
+    shown = openbook("classify", "the red king of one", "--server", server, "--explain").stdout
+    assert shown.count("neighbour ") == 3
+    assert "their vote" in shown
+    openbook("classify", "--file", tmp_path / "labelled.jsonl", "--out", tmp_path / "labels.jsonl", "--server", server, "--explain")
+    labelled = list(map(json.loads, (tmp_path / "labels.jsonl").read_text().splitlines()))
+    assert [row["id"] for row in labelled] == [row["_id"] for row in rows]
+    for row, given in zip(labelled, rows, strict=True):
+        assert row["passages"] == len(row["neighbours"]) == 3
+        assert row["neighbours"][0]["label"] == given["colour"]  # its own stored self
+        assert sum(label["probability"] for label in row["labels"]) == pytest.approx(1, abs=1e-4)
+    openbook("delete", *(row["_id"] for row in rows), "--server", server)
+    assert "classifier colours" in openbook("info", server).stdout
 
 
 def test_a_second_server_on_the_same_knowledge_base_is_refused(server: str, bundle: Path, knowledge_base: Path) -> None:

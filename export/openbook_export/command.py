@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_head,
         action="append",
         default=[],
-        help="what `openbook train classifier`, `verification` or `vocab_head` wrote, and its name in the bundle; may be repeated",
+        help="what `openbook train classifier`, `verification`, `vocab_head` or `masked_lm` wrote, and its name in the bundle; repeatable",
     )
     parser.add_argument("--generator", metavar="FOLDER", type=Path, help="what `openbook train generator` wrote: an encoder and a decoder")
     parser.add_argument(

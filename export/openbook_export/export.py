@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openbook_server.bundle import FORMAT, GOLDEN, MANIFEST, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
+from openbook_server.bundle import FORMAT, GOLDEN, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
 from openbook_server.golden import verify_golden
+from openbook_server.manifest import MANIFEST
 from openbook_server.runtime import Arrays, Graph, build_device
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import InvalidData
@@ -32,6 +33,7 @@ from openbook_export.errors import ExportFailed
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, TaskGraph, write_onnx
 from openbook_export.heads import Head, load_head
 from openbook_export.models import EmbedderModel, ReaderModel, load_embedder, load_reader, load_tokenizer
+from openbook_export.neighbours import NeighbourPart
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
 from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
@@ -103,9 +105,7 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         if reader is not None:
             models.append(_reader(reader, tokenizer, sep_id, options))
         heads = {name: load_head(checkpoint, name, trained) for name, trained in options.heads.items()}
-        for name, head in heads.items():
-            inputs = (pair_inputs if head.facts["pair"] else text_inputs)(tokenizer, head.facts["max_tokens"])
-            models.append(_Exported(name, head.graph.eval(), inputs, head.facts))
+        models += [_Exported(name, head.graph.eval(), head.inputs(tokenizer), head.facts) for name, head in heads.items()]
         writing = {"generator": options.generator, "language_model": options.language_model}
         writers = [load_writer(name, trained) for name, trained in writing.items() if trained]
         adapters = {"embedder": options.embedder, "reader": options.reader, **options.heads, **writing}
@@ -114,12 +114,19 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
             _export_model(model, folder, int8=options.int8, report=report)
         if questions and reader is not None:
             _measure_quality(models[1], reader, checkpoint, questions, folder, options.quality_budget, report)
+        neighbours = {name: head.neighbours for name, head in heads.items() if head.neighbours is not None}
+        if neighbours and options.embedder:  # the untouched embedder's cosines are what their constants were chosen for
+            report(f"{', '.join(neighbours)}: without neighbours, for --embedder finds others than they were trained with")
+            neighbours = {}
+        for part in neighbours.values():
+            part.export(folder, report)
         for writer in writers:
             export_writer(writer, folder, report)
         golden = {model.name: (model.inputs, model.expected) for model in models}
+        golden |= {part.name: (part.inputs, part.expected) for part in neighbours.values()}
         golden |= {name: part.golden() for writer in writers for name, part in writer.parts.items()}
         write_golden(folder / GOLDEN, golden)
-        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, models, writers, folder))
+        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, neighbours, models, writers, folder))
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
@@ -198,6 +205,7 @@ def _manifest(
     embedder: EmbedderModel,
     reader: ReaderModel | None,
     heads: Mapping[str, Head],
+    neighbours: Mapping[str, NeighbourPart],
     models: list[_Exported],
     writers: list[Writer],
     folder: Path,
@@ -212,7 +220,7 @@ def _manifest(
         "license": options.license or _stated_license(checkpoint.folder, *_trained(options)),
         "source": source | adapters,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
-        "tasks": ["embed", "answer"] if reader else ["embed"],
+        "tasks": ["embed", *(["answer"] if reader else []), *(["classify"] if any(head.classifies for head in heads.values()) else [])],
         "files": {
             file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
         },
@@ -225,6 +233,8 @@ def _manifest(
             "graphs": model.files,
             "measured": model.measured,
         }
+    for name, part in neighbours.items():
+        manifest["heads"][name]["neighbours"] = part.facts
     for writer in writers:
         parts = {name: {"graphs": part.files, "measured": part.measured} for name, part in writer.parts.items()}
         manifest[writer.name] = writer.facts | parts

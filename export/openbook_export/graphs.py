@@ -154,6 +154,38 @@ class HeadGraph(TaskGraph):
         return {"probability": self.scoring(self.pooling(states, attention_mask))}
 
 
+class FirstMask(nn.Module):
+    """Token states to the one state at a row's first [MASK]; a row without any has none and gives zeros."""
+
+    def __init__(self, mask_id: int) -> None:
+        super().__init__()
+        self.mask_id = mask_id
+
+    def forward(self, states: Tensor, input_ids: Tensor) -> Tensor:
+        """(B, L, d) states and (B, L) token ids to (B, d)."""
+        masks = (input_ids == self.mask_id).to(torch.int64)
+        first = ((masks.cumsum(1) == 1) & (masks == 1)).to(states.dtype)
+        return torch.bmm(first.unsqueeze(1), states).squeeze(1)
+
+
+class MaskedGraph(TaskGraph):
+    """A text with words hidden by [MASK] to the distribution of its first hidden token over the vocabulary.
+
+    Several hidden tokens are filled one after another from the left: a distribution at every position would be (B, L, vocabulary).
+    """
+
+    outputs: ClassVar = {"probability": {0: "batch_size"}}
+
+    def __init__(self, model: nn.Module, mask_id: int, head: nn.Module) -> None:
+        super().__init__()
+        self.config = model.config
+        self.model, self.pooling, self.scoring = model, FirstMask(mask_id), Distribution(head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        return {"probability": self.scoring(self.pooling(states, input_ids))}
+
+
 def write_onnx(graph: TaskGraph, file: Path) -> None:
     """Trace `graph` into `file` (opset 18, batch and length left open) by optimum's TorchScript exporter."""
 

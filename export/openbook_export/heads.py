@@ -1,4 +1,4 @@
-"""Heads that `openbook train` left, ready to export: classifiers, verifiers, the vocabulary head."""
+"""Heads that `openbook train` left, ready to export: classifiers, verifiers, the vocabulary head, masked language models."""
 
 from __future__ import annotations
 
@@ -6,20 +6,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from openbook_server.heads import CLASSIFYING
+from openbook_server.runtime import Arrays
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.heads import load_head_model
+from openbook_training.heads import RowEncoder, load_head_model
+from openbook_training.masked_language_model import SETTINGS, build_masked_lm
+from peft import PeftModel
+from tokenizers import Tokenizer
 
 from openbook_export.errors import CheckpointUnsupported
-from openbook_export.graphs import HeadGraph
+from openbook_export.graphs import HeadGraph, MaskedGraph, TaskGraph
+from openbook_export.neighbours import NeighbourPart, neighbour_part
+from openbook_export.parity import pair_inputs, text_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A head's graph with the adapter merged, and what a bundle states of it."""
 
-    graph: HeadGraph
+    graph: TaskGraph
     digest: str  # of the adapter's and the head's weights
     facts: dict[str, Any]
+    mask_id: int | None = None  # of the token that hides others, in what the graph reads
+    neighbours: NeighbourPart | None = None  # what makes more of the graph's result
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a server labels texts with it."""
+        return self.facts["objective"] in CLASSIFYING
+
+    def inputs(self, tokenizer: Tokenizer) -> Arrays:
+        """Sample rows for the parity gate, in every one of which something is hidden where the graph tells what."""
+        inputs = (pair_inputs if self.facts["pair"] else text_inputs)(tokenizer, self.facts["max_tokens"])
+        if self.mask_id is not None:
+            lengths = inputs["attention_mask"].sum(axis=1)
+            rows = np.arange(len(lengths))
+            inputs["input_ids"][rows, 1 + rows % (lengths - 2)] = self.mask_id
+        return inputs
 
 
 def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
@@ -32,6 +56,8 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
         CheckpointNotFound: the folder is incomplete or damaged, or was trained on another checkpoint.
         CheckpointUnsupported: what it states of itself cannot be put into a bundle.
     """
+    if (folder / SETTINGS).is_file():
+        return _masked_language_model(checkpoint, name, folder)
     model, settings = load_head_model(checkpoint, folder)
     backbone: Any = model.backbone
     merged = backbone.merge_and_unload()
@@ -49,5 +75,21 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
         "max_tokens": min(limit, int(merged.config.max_position_embeddings)),
         "labels": labels,
     }
-    digest = Checkpoint(name=name, folder=folder, pooling="", max_tokens=0).digest()
-    return Head(HeadGraph(merged, checkpoint.pooling, model.head), digest, facts)
+    graph = HeadGraph(merged, checkpoint.pooling, model.head)
+    return Head(graph, _digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
+
+
+def _masked_language_model(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
+    mask_id = RowEncoder(checkpoint, max_tokens=checkpoint.max_tokens).mask
+    if mask_id is None:
+        raise CheckpointUnsupported(f"--task {name}={folder}: the tokenizer of {checkpoint.name!r} has no [MASK] token")
+    model = build_masked_lm(checkpoint, lora_rank=0, lora_alpha=0, folder=str(folder)).eval()
+    backbone: Any = model.backbone
+    merged = backbone.merge_and_unload() if isinstance(backbone, PeftModel) else backbone
+    limit = min(checkpoint.max_tokens, int(merged.config.max_position_embeddings))
+    facts = {"objective": "masked_lm", "pair": False, "max_tokens": limit, "labels": []}
+    return Head(MaskedGraph(merged, mask_id, model.head), _digest(folder), facts, mask_id)
+
+
+def _digest(folder: Path) -> str:
+    return Checkpoint(name="", folder=folder, pooling="", max_tokens=0).digest()

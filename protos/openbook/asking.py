@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from openbook.errors import ClientError
-from openbook.messages import FUSIONS, SearchOptions
+from openbook.errors import ClientError, RequestRejected
+from openbook.messages import FUSIONS, TEXTS_A_MESSAGE, SearchOptions
 from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3
+TEXT_KEYS = ("text", "question", "claim")  # the first that a row has
 _AROUND = 160  # characters of a passage shown on each side of an answer
 
 
 class InvalidFile(ClientError):
     """A file of texts cannot be read, or a file of results cannot be written."""
+
+
+class Result(Protocol):
+    """What became of one text."""
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,7 @@ class InputRow:
     id: str
     text: str
     problem: str = ""
+    evidence: tuple[str, ...] = ()  # passages that came with it
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +56,7 @@ def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iter
     parser.add_argument(
         "--filter",
         action="append",
-        type=_condition,
+        type=condition,
         default=[],
         metavar="KEY=VALUE",
         help="only documents whose metadata has this value; may be given several times, all must hold",
@@ -69,7 +79,8 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     )
 
 
-def _condition(text: str) -> tuple[str, str]:
+def condition(text: str) -> tuple[str, str]:
+    """A KEY=VALUE of the command line."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
@@ -77,7 +88,8 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def read_rows(name: str) -> Iterator[InputRow]:
-    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`, and `text` or `question`. Bad rows say why.
+    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`; `text`, `question` or `claim`; and perhaps `evidence`, a text or
+    a list of them. Bad rows say why.
 
     Raises:
         InvalidFile: the file cannot be read.
@@ -99,14 +111,79 @@ def _row(number: int, line: bytes) -> InputRow:
     if not isinstance(row, dict):
         return InputRow(number, str(number), "", "no JSON object")
     given = row.get("_id", row.get("id", number))
-    text = row.get("text", row.get("question"))
+    text = next((row[name] for name in TEXT_KEYS if name in row), None)
     if not isinstance(text, str):
-        return InputRow(number, str(given), "", "neither `text` nor `question` is a string")
+        return InputRow(number, str(given), "", "none of `text`, `question` and `claim` is a string")
+    evidence = row.get("evidence", [])
+    evidence = [evidence] if isinstance(evidence, str) else evidence
+    if not isinstance(evidence, list) or not all(isinstance(passage, str) for passage in evidence):
+        return InputRow(number, str(given), "", "`evidence` is neither a string nor a list of strings")
     try:
-        text.encode()
+        "".join([text, *evidence]).encode()
     except UnicodeEncodeError as error:
         return InputRow(number, str(given), "", f"text that is no valid Unicode ({error.reason})")
-    return InputRow(number, str(given), text)
+    return InputRow(number, str(given), text, evidence=tuple(evidence))
+
+
+def work_through(
+    command: str,
+    file: str,
+    out: str,
+    ask: Callable[[list[InputRow]], Sequence[Result | RequestRejected]],
+    *,
+    counted: str,
+    fields: tuple[str, ...],
+) -> int:
+    """Every row of a file in order, a message at a time; a bad row fails alone and is named.
+
+    Args:
+        command: the subcommand's name, for messages.
+        out: gets a JSON object a row; - is standard output.
+        ask: the results of some good rows.
+        counted: of what this is, e.g. "questions answered".
+        fields: of a request, that one row's text is in.
+
+    Returns:
+        The exit status.
+    """
+    asked = failed = 0
+    began = shown = time.monotonic()
+    rows = read_rows(file)
+    with written_aside(out) as stream:
+        while batch := list(itertools.islice(rows, TEXTS_A_MESSAGE)):
+            for row, line in _lines(batch, ask, fields):
+                asked += 1
+                if "error" in line:
+                    failed += 1
+                    print(f"openbook {command}: {file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{asked} {counted.partition(' ')[0]}, {asked / (shown - began):.1f} a second", file=sys.stderr)
+    print(f"{asked - failed} of {asked} {counted} in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return SOME_FAILED if failed else 0
+
+
+def _lines(
+    batch: list[InputRow], ask: Callable[[list[InputRow]], Sequence[Result | RequestRejected]], fields: tuple[str, ...]
+) -> list[tuple[InputRow, dict[str, Any]]]:
+    good = [row for row in batch if not row.problem]
+    results: Sequence[Result | RequestRejected]
+    try:
+        results = ask(good) if good else []
+    except RequestRejected as error:
+        if not error.field.startswith(fields):
+            raise
+        results = [error] * len(good)  # the only text of its message is bad
+    answered = {row.line: result for row, result in zip(good, results, strict=True)}
+    lines: list[tuple[InputRow, dict[str, Any]]] = []
+    for row in batch:
+        result = answered.get(row.line)
+        if result is None or isinstance(result, RequestRejected):
+            lines.append((row, {"id": row.id, "error": row.problem or str(result)}))
+        else:
+            lines.append((row, {"id": row.id, **result.to_json()}))
+    return lines
 
 
 @contextmanager

@@ -34,6 +34,8 @@ SUBCOMMANDS = {
     "tune": Subcommand("openbook_server.command_tune", "find the settings that serve a bundle best on this machine", "server"),
     "ask": Subcommand("openbook.command_ask", "ask a server a question, or a file of questions", ""),
     "search": Subcommand("openbook.command_search", "find the passages for a question", ""),
+    "classify": Subcommand("openbook.command_classify", "label texts, or check claims", ""),
+    "generate": Subcommand("openbook.command_generate", "let a model write after a prompt, or of a question", ""),
     "embed": Subcommand("openbook.command_embed", "turn texts into vectors", ""),
     "evaluate": Subcommand("openbook_export.command_evaluate", "measure a server or a checkpoint on known answers", "server,export"),
     "info": Subcommand("openbook_server.command_info", "say what a bundle, a knowledge base or a server is", "server"),

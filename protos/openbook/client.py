@@ -20,8 +20,8 @@ import grpc.aio
 from openbook import __version__, messages, results
 from openbook.calls import AsyncCalling, Call, Calling, GenerationMethods, T
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import AnswerOptions, RankedSearchOptions
-from openbook.results import AnswerResult, Document, SearchResult, Written
+from openbook.messages import AnswerOptions, ClassifyOptions, GenerateOptions, RankedSearchOptions
+from openbook.results import AnswerResult, Classified, Document, Piece, SearchResult, Written
 from openbook.retrying import Attempts
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
@@ -76,6 +76,30 @@ class Client(GenerationMethods, Calling):
         for request in messages.answer_requests(questions, **options):
             found += messages.answer_results(request, self._call(self._stub.Answer, request))
         return found
+
+    def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classified | RequestRejected]:
+        """The labels of each text, most probable first; of a verifier the texts are claims."""
+        found: list[Classified | RequestRejected] = []
+        for request in messages.classify_requests(texts, **options):
+            found += messages.classify_results(request, self._call(self._stub.Classify, request))
+        return found
+
+    def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[Piece]:
+        """What a model writes after a prompt, or of a question, piece by piece; the last one has an `ending`.
+
+        Nothing is sent before the first piece is asked for, and nothing again once one has come.
+        """
+        request, attempts = messages.generate_request(text, **options), Attempts(self.address, self._timeout)
+        begun = False
+        while True:
+            try:
+                for reply in self._stub.Generate(request, timeout=attempts.seconds_left):
+                    begun = True
+                    yield results.piece(reply)
+                return
+            except grpc.RpcError as failure:
+                delay = attempts.delay_after(failure, again=not begun)
+            time.sleep(delay)
 
     def upsert(self, documents: Iterable[Document]) -> Iterator[Written]:
         """Store documents; yields what became of each, in order, as soon as it is durable and searchable.
@@ -140,6 +164,26 @@ class AsyncClient(GenerationMethods, AsyncCalling):
         requests = messages.answer_requests(questions, **options)
         replies = await self._calls(self._stub.Answer, requests)
         return [result for request, reply in zip(requests, replies, strict=True) for result in messages.answer_results(request, reply)]
+
+    async def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classified | RequestRejected]:
+        """As `Client.classify`."""
+        requests = messages.classify_requests(texts, **options)
+        replies = await self._calls(self._stub.Classify, requests)
+        return [result for request, reply in zip(requests, replies, strict=True) for result in messages.classify_results(request, reply)]
+
+    async def generate(self, text: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[Piece]:
+        """As `Client.generate`."""
+        request, attempts = messages.generate_request(text, **options), Attempts(self.address, self._timeout)
+        begun = False
+        while True:
+            try:
+                async for reply in self._stub.Generate(request, timeout=attempts.seconds_left):
+                    begun = True
+                    yield results.piece(reply)
+                return
+            except grpc.RpcError as failure:
+                delay = attempts.delay_after(failure, again=not begun)
+            await asyncio.sleep(delay)
 
     async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
         """As `Client.upsert`."""

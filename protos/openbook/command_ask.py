@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
-import time
 
 from openbook.asking import (
     FAILED,
-    SOME_FAILED,
     InputRow,
     add_search_arguments,
     add_server_arguments,
     marked,
-    read_rows,
     search_options,
     spent,
-    written_aside,
+    work_through,
 )
 from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import MODES, TEXTS_A_MESSAGE
+from openbook.messages import MODES
 from openbook.results import AnswerResult
 
 
@@ -52,7 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
-            return _ask_file(client, arguments) if arguments.file else _ask_one(client, arguments)
+            if not arguments.file:
+                return _ask_one(client, arguments)
+
+            def ask(rows: list[InputRow]) -> list[AnswerResult | RequestRejected]:
+                return _ask(client, [row.text for row in rows], arguments)
+
+            client.describe()  # a server that is not there is told before a file is opened for writing
+            return work_through("ask", arguments.file, arguments.out, ask, counted="questions answered", fields=("questions",))
     except ClientError as error:
         print(f"openbook ask: {error}", file=sys.stderr)
         return FAILED
@@ -87,44 +90,3 @@ def render(result: AnswerResult) -> str:
         ]
     lines += [f"  no answer in these passages: {result.no_answer_probability:.0%}", f"  {spent(dict(result.timings_ms))}"]
     return "\n".join(lines)
-
-
-def _ask_file(client: Client, arguments: argparse.Namespace) -> int:
-    """Answer every row in order, a message at a time; a bad row fails alone and is named."""
-    asked = failed = 0
-    began = shown = time.monotonic()
-    client.describe()  # a server that is not there is told before a file is opened for writing
-    rows = read_rows(arguments.file)
-    with written_aside(arguments.out) as out:
-        while batch := list(itertools.islice(rows, TEXTS_A_MESSAGE)):
-            for row, line in _answer_batch(client, batch, arguments):
-                asked += 1
-                if "error" in line:
-                    failed += 1
-                    print(f"openbook ask: {arguments.file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if time.monotonic() - shown > 5:
-                shown = time.monotonic()
-                print(f"{asked} questions, {asked / (shown - began):.1f} a second", file=sys.stderr)
-    print(f"{asked - failed} of {asked} questions answered in {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return SOME_FAILED if failed else 0
-
-
-def _answer_batch(client: Client, batch: list[InputRow], arguments: argparse.Namespace) -> list[tuple[InputRow, dict[str, object]]]:
-    good = [row for row in batch if not row.problem]
-    try:
-        results = _ask(client, [row.text for row in good], arguments) if good else []
-    except RequestRejected as error:
-        if error.field.startswith("questions"):  # the only question of its message is bad
-            results = [error] * len(good)
-        else:
-            raise
-    answered = {row.line: result for row, result in zip(good, results, strict=True)}
-    lines: list[tuple[InputRow, dict[str, object]]] = []
-    for row in batch:
-        result = answered.get(row.line)
-        if isinstance(result, AnswerResult):
-            lines.append((row, {"id": row.id, **result.to_json()}))
-        else:
-            lines.append((row, {"id": row.id, "error": row.problem or str(result)}))
-    return lines

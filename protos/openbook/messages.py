@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from openbook import results
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult, Document, SearchResult
+from openbook.results import AnswerResult, Classified, Document, SearchResult
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
@@ -51,6 +51,34 @@ class AnswerOptions(SearchOptions, total=False):
     max_answers: int | None  # answers a question
 
 
+class ClassifyOptions(TypedDict, total=False):
+    """By what texts are labelled, and what is returned; what is left out, or None, is the server's default."""
+
+    classifier: str | None  # its name; needed where the bundle has several
+    truncate: bool | None  # cut texts that are too long instead of refusing them
+    max_labels: int | None  # labels a text
+    explain: bool | None  # return the neighbours, or the evidence found, that a result rests on
+    evidence: Sequence[Sequence[str]] | None  # verifiers: the passages that each claim is read beside; None = they are searched for
+    top_k: int | None  # neighbours, or passages of evidence searched for
+    mode: str | None  # of MODES; "none" labels a text by itself
+    filter: Conditions | None  # as in SearchOptions, of the documents that are searched
+    label_key: str | None  # of the metadata in which neighbours' labels stand
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How a text is written, and from what; what is left out, or None, is the server's default."""
+
+    writer: str | None  # language_model or generator; needed where the bundle has both
+    max_tokens: int | None  # to write at most
+    temperature: float | None  # 0 = the most probable token at each step
+    top_p: float | None  # draw among the fewest tokens whose probabilities sum to it
+    seed: int | None  # the same seed gives the same text
+    stop: Sequence[str] | None  # the text ends before the first of them
+    top_k: int | None  # passages that are read, at most as many as in training
+    mode: str | None  # of MODES; "none" reads no passages
+    filter: Conditions | None  # as in SearchOptions
+
+
 def embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
     return [pb.EmbedRequest(texts=part, truncate=truncate) for part in parts(texts, "texts")]
 
@@ -61,6 +89,25 @@ def search_requests(questions: Sequence[str], **options: Unpack[RankedSearchOpti
 
 def answer_requests(questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[pb.AnswerRequest]:
     return [pb.AnswerRequest(questions=part, **_given(options, AnswerOptions)) for part in parts(questions, "questions")]
+
+
+def classify_requests(texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[pb.ClassifyRequest]:
+    given = _given(options, ClassifyOptions)
+    evidence = given.pop("evidence", None)
+    requests = [pb.ClassifyRequest(texts=part, **given) for part in parts(texts, "texts")]
+    if evidence is not None and len(evidence) != len(texts):
+        raise RequestRejected(f"{len(evidence)} entries for {len(texts)} texts; give one for each", field="evidence")
+    for at, passages in enumerate(evidence or ()):
+        sendable = [passage for part in parts(passages, f"evidence[{at}]") for passage in part]
+        requests[at // TEXTS_A_MESSAGE].evidence.append(pb.Evidence(passages=sendable))
+    return requests
+
+
+def generate_request(text: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+    given = _given(options, GenerateOptions)
+    given["stop"] = [stop for part in parts(given.get("stop", []), "stop") for stop in part]
+    [[sendable]] = parts([text], "text")
+    return pb.GenerateRequest(text=sendable, **given)
 
 
 def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
@@ -94,7 +141,7 @@ def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
         yield list(texts[at : at + TEXTS_A_MESSAGE])
 
 
-def _given(options: Mapping[str, Any], kind: type[SearchOptions]) -> dict[str, Any]:
+def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
@@ -106,7 +153,9 @@ def _given(options: Mapping[str, Any], kind: type[SearchOptions]) -> dict[str, A
     if isinstance(given.get("filter"), Mapping):
         equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
         given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))
-    for name in ("top_k", "max_answers", "ef", "rerank"):
+    if "seed" in given and not 0 <= given["seed"] < 2**64:
+        raise RequestRejected(f"{given['seed']} is not a number from 0 to 2^64 - 1", field="seed")
+    for name in ("top_k", "max_answers", "max_labels", "max_tokens", "ef", "rerank"):
         if name in given and not -(2**31) <= given[name] < 2**31:
             raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
     return given
@@ -159,4 +208,24 @@ def answer_results(request: pb.AnswerRequest, reply: pb.AnswerResponse) -> list[
             generation=reply.provenance.generation,
         )
         for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
+    ]
+
+
+def classify_results(request: pb.ClassifyRequest, reply: pb.ClassifyResponse) -> list[Classified | RequestRejected]:
+    bad = {error.index: _item_error(error) for error in reply.errors}
+    timings = results.timings_ms(reply.timings)
+    return [
+        bad.get(at)
+        or Classified(
+            text=text,
+            labels=tuple(map(results.label, result.labels)),
+            passages=result.passages,
+            neighbours=tuple(map(results.neighbour, result.neighbours)),
+            evidence=tuple(map(results.hit, result.evidence)),
+            classifier=reply.classifier,
+            timings_ms=timings,
+            bundle_id=reply.provenance.bundle_id,
+            generation=reply.provenance.generation,
+        )
+        for at, (text, result) in enumerate(zip(request.texts, reply.results, strict=True))
     ]

@@ -90,6 +90,82 @@ class AnswerResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Label:
+    """A label of a text, and how probable it is."""
+
+    label: str
+    probability: float  # what labels are ordered by
+    alone: float | None  # of the model without neighbours; this and the next two only where the text has some
+    model: float | None  # of the model, summed over the neighbours
+    knn: float | None  # of the neighbours' vote
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name in Label.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbour:
+    """A labelled passage that took part."""
+
+    label: str
+    hit: Hit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classified:
+    """The labels of one text, most probable first, and what they rest on where that was asked for."""
+
+    text: str
+    labels: tuple[Label, ...]
+    passages: int  # neighbours that took part, or passages of evidence of which something was read
+    neighbours: tuple[Neighbour, ...]
+    evidence: tuple[Hit, ...]  # that was found
+    classifier: str
+    timings_ms: Mapping[str, float]  # of the message the text travelled in
+    bundle_id: str
+    generation: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "labels": [label.to_json() for label in self.labels],
+            "passages": self.passages,
+            "neighbours": [{"label": one.label, **one.hit.to_json()} for one in self.neighbours],
+            "evidence": [hit.to_json() for hit in self.evidence],
+            "timings_ms": dict(self.timings_ms),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """What is known of a written text once it has ended."""
+
+    text: str  # the whole of it
+    finish: str  # end (of the model's own accord), length or stop
+    tokens: int
+    hits: tuple[Hit, ...]  # the passages that were read, best first
+    seed: int
+    writer: str
+    timings_ms: Mapping[str, float]
+    bundle_id: str
+    generation: str
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("text", "finish", "tokens", "seed", "writer")
+        told = {name: getattr(self, name) for name in names}
+        return told | {"hits": [hit.to_json() for hit in self.hits], "timings_ms": dict(self.timings_ms)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of a text that is being written."""
+
+    text: str  # since the piece before
+    tokens: int  # written so far
+    ending: Ending | None  # of the last piece
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """What `upsert` stores: named by its id, replaced whole when it is written again."""
 
@@ -145,3 +221,28 @@ def hit(message: pb.Hit) -> Hit:
 
 def answer(message: pb.Answer) -> Answer:
     return Answer(**{name: getattr(message, name) for name in Answer.__dataclass_fields__})
+
+
+def label(message: pb.Label) -> Label:
+    readings = {name: getattr(message, name) if message.HasField(name) else None for name in ("alone", "model", "knn")}
+    return Label(label=message.label, probability=message.probability, **readings)
+
+
+def neighbour(message: pb.Neighbour) -> Neighbour:
+    return Neighbour(label=message.label, hit=hit(message.hit))
+
+
+def piece(message: pb.GenerateResponse) -> Piece:
+    ending = message.ending
+    ended = Ending(
+        text=ending.text,
+        finish=pb.Finish.Name(ending.finish).removeprefix("FINISH_").lower(),
+        tokens=message.tokens,
+        hits=tuple(map(hit, ending.hits)),
+        seed=ending.seed,
+        writer=ending.writer,
+        timings_ms=timings_ms(ending.timings),
+        bundle_id=ending.provenance.bundle_id,
+        generation=ending.provenance.generation,
+    )
+    return Piece(text=message.text, tokens=message.tokens, ending=ended if message.HasField("ending") else None)

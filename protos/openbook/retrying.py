@@ -28,8 +28,8 @@ class Attempts:
     def seconds_left(self) -> float:
         return max(1e-3, self._deadline - time.monotonic())
 
-    def delay_after(self, failure: grpc.RpcError) -> float:
-        """Seconds to wait before the next try.
+    def delay_after(self, failure: grpc.RpcError, *, again: bool = True) -> float:
+        """Seconds to wait before the next try; `again`: whether there may be one.
 
         Raises:
             ClientError: there will be none.
@@ -39,6 +39,6 @@ class Attempts:
         patience = isinstance(error, ServerOverloaded) or asked is not None or self._failed < _UNREACHABLE_TRIES
         delay = asked if asked is not None else min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._failed)
         delay *= random.uniform(1.0, 1.5)  # callers that were refused together shall not come back together
-        if not isinstance(error, ServerOverloaded | ServerUnavailable) or not patience or delay >= self.seconds_left:
+        if not again or not isinstance(error, ServerOverloaded | ServerUnavailable) or not patience or delay >= self.seconds_left:
             raise error from failure
         return delay

@@ -15,23 +15,23 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from openbook_server.errors import BundleInvalid
+from openbook_server.heads import HeadInfo, neighbours_graph, parse_heads
+from openbook_server.manifest import AGAIN, MANIFEST, get, graphs_of, invalid, positive
 from openbook_server.ranking import Settling
-from openbook_server.writers import RESERVED, WRITERS, WriterInfo
+from openbook_server.writers import WRITERS, WriterInfo
 
 FORMAT = 1  # raised whenever an older server would misread a bundle
-MANIFEST, TOKENIZER, GOLDEN = "manifest.json", "tokenizer.json", "golden.npz"
+TOKENIZER, GOLDEN = "tokenizer.json", "golden.npz"
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a plain name: no folder, no "..", nothing hidden
-_AGAIN = "write it again with `openbook export`"
-_COPY = f"copy the bundle again, or {_AGAIN}"
+_COPY = f"copy the bundle again, or {AGAIN}"
 _DIGESTS_AT_ONCE = 4
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,17 +59,6 @@ class ReaderInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadInfo:
-    """What a caller of another task's graph must know."""
-
-    objective: str  # classifier, verification or vocab_head
-    pair: bool  # takes pairs of texts, the second in segment 1
-    max_tokens: int  # longest text or pair, special tokens included; the longer side of a pair is cut
-    labels: tuple[str, ...]  # of the distribution's columns; none: the columns are the tokenizer's ids
-    graphs: Mapping[str, str]  # precision -> file name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
     """A checked bundle; its files may be opened."""
 
@@ -93,6 +82,7 @@ class Bundle:
         """By model name: precision -> file name."""
         reader = {"reader": self.reader.graphs} if self.reader else {}
         heads = {name: head.graphs for name, head in self.heads.items()}
+        heads |= {neighbours_graph(name): head.neighbours.graphs for name, head in self.heads.items() if head.neighbours}
         written = {model: graphs for writer in self.writers.values() for model, graphs in writer.graphs.items()}
         return {"embedder": self.embedder.graphs} | reader | heads | written
 
@@ -105,10 +95,10 @@ class Bundle:
         graphs = self.graphs.get(model)
         if graphs is None:
             option = next((f"--{kind.replace('_', '-')}" for kind in ("reader", *WRITERS) if model.startswith(kind)), "--task")
-            raise _invalid(self.folder, f"it has no {model}, only {', '.join(self.graphs)}", f"`openbook export {option}` adds one")
+            raise invalid(self.folder, f"it has no {model}, only {', '.join(self.graphs)}", f"`openbook export {option}` adds one")
         stored = "fp32" if precision == "bf16" else precision
         if stored not in graphs:
-            way_out = "`openbook export --int8` writes it" if stored == "int8" else _AGAIN
+            way_out = "`openbook export --int8` writes it" if stored == "int8" else AGAIN
             raise BundleInvalid(f"bundle {self.folder} has no {stored} graph of the {model}, only {', '.join(sorted(graphs))}; {way_out}")
         return self.folder / graphs[stored]
 
@@ -122,7 +112,7 @@ class Bundle:
             with np.load(self.folder / GOLDEN, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise _invalid(self.folder, f"{GOLDEN} is unreadable ({error})") from error
+            raise invalid(self.folder, f"{GOLDEN} is unreadable ({error})") from error
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -134,16 +124,16 @@ def load_bundle(folder: Path) -> Bundle:
     """
     manifest = _read_manifest(folder)
     bundle = _parse(folder, manifest)
-    files = _get(manifest, "files", dict, folder)
+    files = get(manifest, "files", dict, folder)
     tokenizers = [writer.tokenizer for writer in bundle.writers.values()]
     for name in (TOKENIZER, GOLDEN, *tokenizers, *(file for graphs in bundle.graphs.values() for file in graphs.values())):
         if name not in files:
-            raise _invalid(folder, f"{MANIFEST} lists no digest for {name}")
+            raise invalid(folder, f"{MANIFEST} lists no digest for {name}")
     with ThreadPoolExecutor(_DIGESTS_AT_ONCE) as threads:  # reading and hashing let the interpreter go
         list(threads.map(lambda item: _check_file(folder, *item), files.items()))
     stated, actual = bundle.embedder.fingerprint, embedder_fingerprint(manifest)
     if stated != actual:
-        raise _invalid(folder, f"{MANIFEST} gives the embedder's fingerprint as {stated}, its files say {actual}")
+        raise invalid(folder, f"{MANIFEST} gives the embedder's fingerprint as {stated}, its files say {actual}")
     return bundle
 
 
@@ -170,10 +160,6 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _invalid(folder: Path, problem: str, way_out: str = _AGAIN) -> BundleInvalid:
-    return BundleInvalid(f"bundle {folder}: {problem}; {way_out}")
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not folder.is_dir():
@@ -183,130 +169,92 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _invalid(folder, f"{MANIFEST} is unreadable ({error})") from error
+        raise invalid(folder, f"{MANIFEST} is unreadable ({error})") from error
     if not isinstance(manifest, dict):
-        raise _invalid(folder, f"{MANIFEST} holds no JSON object")
+        raise invalid(folder, f"{MANIFEST} holds no JSON object")
     version = manifest.get("format")
     if type(version) is not int or version < 1:
-        raise _invalid(folder, f"{MANIFEST} has the format version {version!r}, expected {FORMAT}")
+        raise invalid(folder, f"{MANIFEST} has the format version {version!r}, expected {FORMAT}")
     if version != FORMAT:
-        way_out = "upgrade this server (pip install --upgrade openbook)" if version > FORMAT else _AGAIN
-        raise _invalid(folder, f"it has format version {version}, this server reads {FORMAT}", way_out)
+        way_out = "upgrade this server (pip install --upgrade openbook)" if version > FORMAT else AGAIN
+        raise invalid(folder, f"it has format version {version}, this server reads {FORMAT}", way_out)
     try:
         actual = bundle_id(manifest)
     except ValueError as error:  # NaN or infinity, which canonical JSON has not
-        raise _invalid(folder, f"{MANIFEST} holds a number that is none ({error})") from error
+        raise invalid(folder, f"{MANIFEST} holds a number that is none ({error})") from error
     if manifest.get("id") != actual:
         problem = f"{MANIFEST} was changed after the export: its id is {manifest.get('id')!r}, its content says {actual}"
-        raise _invalid(folder, problem, _COPY)
+        raise invalid(folder, problem, _COPY)
     return manifest
 
 
 def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
-    embedder, reader = _get(manifest, "embedder", dict, folder), None
+    embedder, reader = get(manifest, "embedder", dict, folder), None
     if manifest.get("reader") is not None:
-        table = _get(manifest, "reader", dict, folder)
+        table = get(manifest, "reader", dict, folder)
         reader = ReaderInfo(
-            max_tokens=_positive(table, "max_tokens", folder),
-            max_question_tokens=_positive(table, "max_question_tokens", folder),
-            max_answer_tokens=_positive(table, "max_answer_tokens", folder),
-            spans=_positive(table, "spans", folder),
-            prior_weight=_get(table, "prior_weight", float, folder),
-            null_bias=_get(table, "null_bias", float, folder),
+            max_tokens=positive(table, "max_tokens", folder),
+            max_question_tokens=positive(table, "max_question_tokens", folder),
+            max_answer_tokens=positive(table, "max_answer_tokens", folder),
+            spans=positive(table, "spans", folder),
+            prior_weight=get(table, "prior_weight", float, folder),
+            null_bias=get(table, "null_bias", float, folder),
             settling=_settling(table, folder),
-            graphs=_graphs(table, folder),
+            graphs=graphs_of(table, folder),
         )
     return Bundle(
         folder=folder,
-        id=_get(manifest, "id", str, folder),
-        name=_get(manifest, "name", str, folder),
-        license=_get(manifest, "license", str, folder),
-        tasks=tuple(str(task) for task in _get(manifest, "tasks", list, folder)),
+        id=get(manifest, "id", str, folder),
+        name=get(manifest, "name", str, folder),
+        license=get(manifest, "license", str, folder),
+        tasks=tuple(str(task) for task in get(manifest, "tasks", list, folder)),
         embedder=EmbedderInfo(
-            fingerprint=_get(embedder, "fingerprint", str, folder),
-            dim=_positive(embedder, "dim", folder),
-            max_tokens=_positive(embedder, "max_tokens", folder),
-            graphs=_graphs(embedder, folder),
+            fingerprint=get(embedder, "fingerprint", str, folder),
+            dim=positive(embedder, "dim", folder),
+            max_tokens=positive(embedder, "max_tokens", folder),
+            graphs=graphs_of(embedder, folder),
         ),
         reader=reader,
-        heads=_heads(manifest, folder),
-        writers={name: _writer(_get(manifest, name, dict, folder), models, folder) for name, models in WRITERS.items() if name in manifest},
+        heads=parse_heads(manifest, folder),
+        writers={name: _writer(get(manifest, name, dict, folder), models, folder) for name, models in WRITERS.items() if name in manifest},
         manifest=manifest,
     )
 
 
-def _heads(manifest: dict[str, Any], folder: Path) -> dict[str, HeadInfo]:
-    tables = _get(manifest, "heads", dict, folder) if "heads" in manifest else {}
-    heads = {}
-    for name in tables:
-        if name in RESERVED:
-            raise _invalid(folder, f'{MANIFEST} key "heads" names one {name!r}, which is a model of its own')
-        table = _get(tables, name, dict, folder)
-        labels = _get(table, "labels", list, folder)
-        if not all(isinstance(label, str) for label in labels):
-            raise _invalid(folder, f'{MANIFEST} key "labels" of {name!r} holds something other than texts')
-        heads[name] = HeadInfo(
-            objective=_get(table, "objective", str, folder),
-            pair=_get(table, "pair", bool, folder),
-            max_tokens=_positive(table, "max_tokens", folder),
-            labels=tuple(labels),
-            graphs=_graphs(table, folder),
-        )
-    return heads
-
-
 def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> WriterInfo:
-    parts = {model: _get(table, model, dict, folder) for model in models}
+    parts = {model: get(table, model, dict, folder) for model in models}
     return WriterInfo(
-        architecture=_get(table, "architecture", str, folder),
-        max_tokens=_positive(table, "max_tokens", folder),
-        start_token=_get(table, "start_token", int, folder),
-        end_token=_get(table, "end_token", int, folder),
-        tokenizer=_get(table, "tokenizer", str, folder),
-        graphs={model: _graphs(part, folder) for model, part in parts.items()},
+        architecture=get(table, "architecture", str, folder),
+        max_tokens=positive(table, "max_tokens", folder),
+        passages=get(table, "passages", int, folder),
+        passage_tokens=get(table, "passage_tokens", int, folder) if "passage_tokens" in table else 0,
+        query_tokens=get(table, "query_tokens", int, folder) if "query_tokens" in table else 0,
+        max_answer_tokens=get(table, "max_answer_tokens", int, folder) if "max_answer_tokens" in table else 0,
+        start_token=get(table, "start_token", int, folder),
+        end_token=get(table, "end_token", int, folder),
+        tokenizer=get(table, "tokenizer", str, folder),
+        graphs={model: graphs_of(part, folder) for model, part in parts.items()},
     )
-
-
-def _get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:
-    value = table.get(key)
-    if type(value) is not kind:  # exactly: True is no number here
-        found = type(value).__name__ if key in table else "missing"
-        raise _invalid(folder, f'{MANIFEST} key "{key}" is {found}, expected {kind.__name__}')
-    return value
-
-
-def _positive(table: Mapping[str, Any], key: str, folder: Path) -> int:
-    value = _get(table, key, int, folder)
-    if value < 1:
-        raise _invalid(folder, f'{MANIFEST} key "{key}" is {value}, expected 1 or more')
-    return value
 
 
 def _settling(table: Mapping[str, Any], folder: Path) -> Settling | None:
     if "settling" not in table:
         return None
-    settling = _get(table, "settling", dict, folder)
-    return Settling(probability=_get(settling, "probability", float, folder), unread_weight=_get(settling, "unread_weight", float, folder))
-
-
-def _graphs(table: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    graphs = _get(table, "graphs", dict, folder)
-    if "fp32" not in graphs:
-        raise _invalid(folder, f'{MANIFEST} key "graphs" has no fp32 graph')
-    return {precision: _get(graphs, precision, str, folder) for precision in graphs}
+    settling = get(table, "settling", dict, folder)
+    return Settling(probability=get(settling, "probability", float, folder), unread_weight=get(settling, "unread_weight", float, folder))
 
 
 def _check_file(folder: Path, name: str, listed: object) -> None:
     if not _FILE_NAME.fullmatch(name):
-        raise _invalid(folder, f"{MANIFEST} names the file {name!r}, which is no plain file name", "do not trust this bundle")
+        raise invalid(folder, f"{MANIFEST} names the file {name!r}, which is no plain file name", "do not trust this bundle")
     sha256, size = (listed.get("sha256"), listed.get("bytes")) if isinstance(listed, dict) else (None, None)
     if not isinstance(sha256, str) or type(size) is not int:
-        raise _invalid(folder, f"{MANIFEST} has no sha256 and bytes for {name}")
+        raise invalid(folder, f"{MANIFEST} has no sha256 and bytes for {name}")
     file = folder / name
     if not file.is_file():
-        raise _invalid(folder, f"it lacks {name}", _COPY)
+        raise invalid(folder, f"it lacks {name}", _COPY)
     if file.stat().st_size != size:
-        raise _invalid(folder, f"{name} has {file.stat().st_size} bytes, expected {size}", _COPY)
+        raise invalid(folder, f"{name} has {file.stat().st_size} bytes, expected {size}", _COPY)
     actual = file_digest(file)
     if actual != sha256:
-        raise _invalid(folder, f"{name} has sha256 {actual}, expected {sha256}", _COPY)
+        raise invalid(folder, f"{name} has sha256 {actual}, expected {sha256}", _COPY)

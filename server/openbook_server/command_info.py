@@ -47,9 +47,9 @@ def _facts(target: str) -> dict[str, Any]:
         return describe_address(target)
     if not folder.exists() and ":" in target:
         return _server(target)  # needs no more than the client's own install
-    from openbook_server.bundle import MANIFEST
     from openbook_server.errors import BundleInvalid
     from openbook_server.knowledge.store import FILE
+    from openbook_server.manifest import MANIFEST
 
     if (folder / MANIFEST).is_file():
         return _bundle(folder)
@@ -78,7 +78,8 @@ def _bundle(folder: Path) -> dict[str, Any]:
     for name, head in bundle.heads.items():
         classes = f"{len(head.labels)} labels" if head.labels else "the vocabulary"
         unit = "a pair" if head.pair else "a text"
-        facts[name] = f"{head.objective}, {classes}, {head.max_tokens} tokens {unit}, graphs {', '.join(head.graphs)}"
+        beside = f", {head.neighbours.count} neighbours labelled by {head.neighbours.label_key!r}" if head.neighbours else ""
+        facts[name] = f"{head.objective}, {classes}, {head.max_tokens} tokens {unit}{beside}, graphs {', '.join(head.graphs)}"
     for name, writer in bundle.writers.items():
         unit = "a question and passage" if name == "generator" else "read and written"
         precisions = ", ".join(next(iter(writer.graphs.values())))
@@ -133,6 +134,13 @@ def _server(address: str) -> dict[str, Any]:
         "limits": f"{limits.max_texts} texts a request, {limits.max_text_tokens} tokens a text, {limits.max_question_tokens} a question, "
         f"top_k {limits.max_top_k}, {limits.max_message_bytes} bytes a message",
     }
+    for one in reply.bundle.classifiers:
+        classes = f"{len(one.labels)} labels" if one.labels else "the vocabulary"
+        beside = f", {one.neighbours} neighbours labelled by {one.label_key!r}" if one.neighbours else ""
+        facts[f"classifier {one.name}"] = f"{one.objective}, {classes}, {one.max_text_tokens} tokens a text{beside}"
+    for writer in reply.bundle.writers:
+        unit = "a question" if writer.name == "generator" else "a prompt and its text"
+        facts[writer.name] = f"{writer.architecture}, {writer.max_text_tokens} tokens {unit}, beside {writer.passages} passages"
     if knowledge is not None and knowledge.HasField("comparison"):
         compared = "; ".join(comparison_lines(knowledge.comparison)) or "no question yet"
         facts["the generation that follows"] = f"lacks nothing; {compared}"

@@ -26,14 +26,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from openbook_server.backlog import Arrays, Backlog, Job, Lane
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
-from openbook_server.rows import Row, collate
+from openbook_server.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +41,8 @@ class Runnable(Protocol):
     @property
     def buckets(self) -> Buckets: ...
 
-    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> Arrays: ...
+    def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
+        """One batch of rows of the same padded length; outputs by name, the first axis being the rows."""
 
 
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
@@ -120,7 +118,7 @@ class Engine:
         now = time.monotonic()
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
         with self._wake:
-            lengths = self._padded(graph, (len(row.ids) for row in rows))
+            lengths = self._padded(graph, (row.tokens for row in rows))
             self._admit(graph, lengths, deadline, lane, now)
             self._backlog.add(job, lengths)
             self._wake.notify()
@@ -205,7 +203,7 @@ class Engine:
     def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
         began = time.monotonic()
         try:
-            outputs = self._graphs[graph].run(collate([job.rows[number] for number, job in batch], length))
+            outputs = self._graphs[graph].run_rows([job.rows[number] for number, job in batch], length)
         except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
             if len(batch) > 1:
                 for one in batch:

@@ -1,10 +1,10 @@
 """Every failure a caller or an operator can meet, each with the gRPC status it becomes.
 
-A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest), queued (Overloaded, DeadlineExceeded), then inferred
-(InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is opened (DeviceUnavailable), a
-knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable, KnowledgeBaseRefused,
-FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages (PassageTooLong) and published
-(GenerationNotReady), perhaps by another process (GenerationReplaced).
+A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest, NotInBundle), queued (Overloaded,
+DeadlineExceeded), then inferred (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is
+opened (DeviceUnavailable), a knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable,
+KnowledgeBaseRefused, FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages
+(PassageTooLong) and published (GenerationNotReady), perhaps by another process (GenerationReplaced).
 `reason` is stable and goes into google.rpc.ErrorInfo; the message names the value, the limit and the way out.
 """
 
@@ -74,6 +74,13 @@ class InferenceFailed(OpenBookError):
     """onnxruntime failed on a batch; the message holds its own words, never the caller's text."""
 
     reason = "INFERENCE_FAILED"
+
+
+class NotInBundle(OpenBookError):
+    """The request needs a model that the server's bundle has not."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "NOT_IN_BUNDLE"
 
 
 class BundleInvalid(OpenBookError):

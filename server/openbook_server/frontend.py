@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import nullcontext
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 import grpc
@@ -37,6 +37,7 @@ KNOWLEDGE_SERVICE = kb.DESCRIPTOR.services_by_name["KnowledgeBase"].full_name
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
 Method = Callable[[Parsed[Request], float, Timings], Awaitable[Reply]]
+StreamMethod = Callable[[Parsed[Request], float, Timings], AsyncIterator[Reply]]
 
 
 class Frontend:
@@ -56,6 +57,8 @@ class Frontend:
             "Embed": self._unary("Embed", pb.EmbedRequest, lambda served: served.openbook.embed),
             "Search": self._unary("Search", pb.SearchRequest, lambda served: served.openbook.search),
             "Answer": self._unary("Answer", pb.AnswerRequest, lambda served: served.openbook.answer),
+            "Classify": self._unary("Classify", pb.ClassifyRequest, lambda served: served.classification.classify),
+            "Generate": self._replies("Generate", pb.GenerateRequest, lambda served: served.generation.generate),
             "Describe": self._unary("Describe", pb.DescribeRequest, lambda served: served.openbook.describe),
         }
         writes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -86,6 +89,18 @@ class Frontend:
 
         return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
 
+    def _replies(
+        self, name: str, kind: type[Request], method_of: Callable[[Served], StreamMethod[Request, Reply]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """One request, several replies."""
+
+        async def handle(parsed: Parsed[Request], context: Call) -> AsyncIterator[Reply]:
+            async with self._serving(name, parsed, context, writes=False) as (served, deadline, timings):
+                async for reply in method_of(served)(parsed, deadline, timings):
+                    yield reply
+
+        return grpc.unary_stream_rpc_method_handler(handle, **self._serialisers(kind))
+
     def _stream(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
@@ -112,6 +127,14 @@ class Frontend:
         *,
         writes: bool,
     ) -> Reply:
+        async with self._serving(name, parsed, context, writes=writes) as (served, deadline, timings):
+            return await method_of(served)(parsed, deadline, timings)
+
+    @asynccontextmanager
+    async def _serving(
+        self, name: str, parsed: Parsed[Request], context: Call, *, writes: bool
+    ) -> AsyncIterator[tuple[Served, float, Timings]]:
+        """What a request is served by, until when, and where its time is noted; its failures become statuses, its end a metric."""
         timings, began = Timings(), time.perf_counter()
         status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
         self._running += 1
@@ -128,7 +151,7 @@ class Frontend:
                 if served is None:
                     raise self._not_serving()
                 with served.request():
-                    reply = await method_of(served)(parsed, deadline, timings)
+                    yield served, deadline, timings
             status = grpc.StatusCode.OK
         except OpenBookError as error:
             status = error.status
@@ -140,7 +163,6 @@ class Frontend:
         finally:
             self._running -= 1
             self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
-        return reply
 
     @property
     def _generations(self) -> GenerationService:

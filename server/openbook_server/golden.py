@@ -16,6 +16,7 @@ from openbook_server.bundle import GOLDEN, Bundle
 from openbook_server.errors import BundleInvalid
 from openbook_server.runtime import Arrays, Device, Graph
 
+DISTRIBUTIONS = ("probability", "model", "knn", "combined")  # outputs of graphs that label texts, by themselves and with neighbours
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of a graph that reads texts, as `rows.collate` makes them
 
 
@@ -112,8 +113,8 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
     if left := sorted(name for name in expected if name.startswith("present.")):
         one, other = (np.concatenate([of[name].reshape(len(of[name]), -1) for name in left], axis=1) for of in (expected, actual))
         return {"cosine": lowest_cosine(*(of / np.linalg.norm(of, axis=1, keepdims=True) for of in (one, other)))}
-    if "probability" in expected:
-        return {"distance": largest_distance(expected["probability"], actual["probability"])}
+    if distributions := [name for name in DISTRIBUTIONS if name in expected]:
+        return {"distance": max(largest_distance(expected[name], actual[name]) for name in distributions)}
     return {"difference": largest_difference(expected, actual)}
 
 

@@ -35,8 +35,7 @@ def parse_options(request: pb.SearchRequest | pb.AnswerRequest, max_top_k: int) 
     Raises:
         InvalidRequest: one is out of range or unknown; the field names it.
     """
-    if request.mode not in MODES:
-        raise InvalidRequest("mode", f"{request.mode} is no SearchMode; see openbook.proto")
+    mode = parse_mode(request.mode)
     if request.fusion not in FUSIONS:
         raise InvalidRequest("fusion", f"{request.fusion} is no Fusion; see openbook.proto")
     if not 0 <= request.diversity <= 1:  # NaN is refused too
@@ -47,7 +46,6 @@ def parse_options(request: pb.SearchRequest | pb.AnswerRequest, max_top_k: int) 
     top_k = bounded("top_k", request.top_k if request.HasField("top_k") else None, DEFAULT_TOP_K, 1, max_top_k)
     ef = bounded("ef", request.ef, 0, top_k, MAX_EF) if request.HasField("ef") else None
     condition = parse_filter(request.filter) if request.HasField("filter") else None
-    mode = MODES[request.mode]
     if mode is None:
         return None
     return SearchOptions(
@@ -59,6 +57,17 @@ def parse_options(request: pb.SearchRequest | pb.AnswerRequest, max_top_k: int) 
         min_score=min_score,
         diversity=request.diversity,
     )
+
+
+def parse_mode(mode: int) -> SearchMode | None:
+    """A request's mode; None where it wants no retrieval.
+
+    Raises:
+        InvalidRequest: there is no such mode.
+    """
+    if mode not in MODES:
+        raise InvalidRequest("mode", f"{mode} is no SearchMode; see openbook.proto")
+    return MODES[mode]
 
 
 def parse_filter(message: pb.Filter) -> Filter:

@@ -10,16 +10,22 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
+from openbook_server.classification import Classification
+from openbook_server.classify_service import ClassifyService
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
+from openbook_server.decoding import Decoder, decoders_of
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine
+from openbook_server.generate_service import GenerateService
+from openbook_server.generation import TextWriter
 from openbook_server.golden import verify_golden
+from openbook_server.heads import neighbours_graph
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase
@@ -27,8 +33,8 @@ from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
 from openbook_server.models import Models
 from openbook_server.pipeline import Pipeline
-from openbook_server.rows import Row, collate
-from openbook_server.runtime import Device, Graph
+from openbook_server.rows import Row
+from openbook_server.runtime import Device, Graph, build_device
 from openbook_server.served import Served
 from openbook_server.service import Service
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -63,18 +69,34 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
 
 
 def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[str, Graph]:
-    """A bundle's graphs, verified, and warm where the first batch of a length would be slow; blocking.
+    """Those of a bundle's graphs that are served, verified, and warm where the first batch of a length would be slow; blocking.
 
     Raises:
         BundleInvalid: one does not load, or computes something else than at export.
     """
     limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
+    limits |= {name: head.max_tokens for name, head in bundle.heads.items() if head.classifies}
     graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
     verify_golden(bundle, graphs, device)
     for name, limit in limits.items() if device.prepares_lengths else ():
         for length in graphs[name].buckets.padded_lengths(limit):
             half = length // 2
-            graphs[name].run(collate([Row([1] * length, [0] * half + [1] * (length - half))], length))
+            graphs[name].run_rows([Row([1] * length, [0] * half + [1] * (length - half))], length)
+    graphs |= _writing(bundle, device, config)
+    exact = build_device("cpu", "fp32", 1)  # whatever the device: they are a few small products, and no half precision holds their votes
+    votes = {neighbours_graph(name): head for name, head in bundle.heads.items() if head.neighbours and head.classifies}
+    voting = {name: Graph(bundle.graph_path(name, exact.precision), exact, 1) for name in votes}
+    verify_golden(bundle, voting, exact)
+    return graphs | voting
+
+
+def _writing(bundle: Bundle, device: Device, config: ServerConfig) -> dict[str, Graph]:
+    """Graphs that write text. Their shapes grow with the text: on CUDA no buffers are kept for any, and other processors' kernels are
+    onnxruntime's, which are made for no shape."""
+    on = replace(device, memory="") if device.name == "cuda" else build_device("cpu", "fp32", config.threads)
+    names = [name for writer in bundle.writers.values() for name in writer.graphs]
+    graphs = {name: Graph(bundle.graph_path(name, on.precision), on, config.threads) for name in names}
+    verify_golden(bundle, graphs, on)
     return graphs
 
 
@@ -92,14 +114,31 @@ class Pair:
     ) -> None:
         """`lane` is the most urgent one that its work gets; see `go_live`."""
         self.bundle, self.knowledge_base = bundle, knowledge_base
-        self.models = Models(shared.engine, graphs, lane=lane)
+        voting = {name: graphs[graph] for name in bundle.heads if (graph := neighbours_graph(name)) in graphs}
+        decoders, writing = decoders_of(bundle.writers, graphs)
+        read = [name for name in ("embedder", "reader", *bundle.heads) if name in graphs]
+        self.models = Models(shared.engine, {name: graphs[name] for name in read} | writing, lane=lane)
         self.tokenizer = load_tokenizer(bundle.tokenizer_path)
         self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
         config = self._config = shared.config
         self._metrics = shared.metrics
         self.embedder = Embedder(self.models, cache_bytes=config.cache_mb << 20, observe=self._observe_cache)
         self.pipeline = Pipeline(bundle, self.encoder, self.embedder, self.models, knowledge_base, observe=self._observe_reading)
-        service = Service(bundle, knowledge_base, config=config, device=shared.device, encoder=self.encoder, pipeline=self.pipeline)
+        classification = Classification(bundle, self.encoder, self.pipeline, self.models, voting)
+        classify = ClassifyService(bundle, knowledge_base, config=config, encoder=self.encoder, classification=classification)
+        generate = GenerateService(
+            bundle, knowledge_base, config=config, encoder=self.encoder, pipeline=self.pipeline, writers=self._writers(decoders)
+        )
+        service = Service(
+            bundle,
+            knowledge_base,
+            config=config,
+            device=shared.device,
+            encoder=self.encoder,
+            pipeline=self.pipeline,
+            classifiers=classify.describe(),
+            writers=generate.describe(),
+        )
         knowledge = None
         if knowledge_base is not None:
             writer = None
@@ -107,7 +146,14 @@ class Pair:
                 splitting = choose_splitting(bundle, knowledge_base.facts(*FACTS))
                 writer = Writer(bundle, knowledge_base, self.tokenizer, self.models, splitting, shared.thread)
             knowledge = KnowledgeService(bundle, knowledge_base, writer, config)
-        self.served = Served(service, knowledge)
+        self.served = Served(service, classify, generate, knowledge)
+
+    def _writers(self, decoders: dict[str, Decoder]) -> dict[str, TextWriter]:
+        infos = self.bundle.writers
+        return {
+            name: TextWriter(infos[name], load_tokenizer(self.bundle.folder / infos[name].tokenizer), decoder, self.models)
+            for name, decoder in decoders.items()
+        }
 
     def go_live(self) -> None:
         """From now on its work is what people wait for."""

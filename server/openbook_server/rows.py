@@ -18,6 +18,11 @@ class Row:
     ids: Sequence[int]
     types: Sequence[int] | None = None  # segment of each token; None = all zero
 
+    @property
+    def tokens(self) -> int:
+        """What it counts for in a batch."""
+        return len(self.ids)
+
 
 def collate(rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
     """Rows as the (rows, length) int64 arrays that a graph takes, zero-padded on the right."""

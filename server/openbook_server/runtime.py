@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from openbook_server.buckets import PADDED, PADDING_FREE, Buckets
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
+from openbook_server.rows import Row, collate
 
 DISTRIBUTIONS = {"onnxruntime": "server", "onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}  # -> our extra
 PROVIDERS = {"cpu": "CPUExecutionProvider", "openvino": "OpenVINOExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -141,6 +142,7 @@ class Graph:
             raise DeviceUnavailable(f"{wanted} did not start, only {', '.join(running)}; are its libraries installed? or use --device cpu")
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+        self._shapes = {value.name: value.shape for value in self._session.get_inputs()}
         padding_free = PADDING_FREE_KEY in self._session.get_modelmeta().custom_metadata_map
         self.buckets: Buckets = PADDING_FREE if padding_free else PADDED  # what rows are padded to
         self._memory = device.memory
@@ -160,6 +162,15 @@ class Graph:
         if self._memory:
             return self._run_bound(feed)
         return dict(zip(self.output_names, self._session.run(self.output_names, feed), strict=True))
+
+    def heads_and_dim(self, name: str) -> tuple[int, int]:
+        """Of an input of keys or values, (batch, heads, tokens, dim)."""
+        _, heads, _, dim = self._shapes[name]
+        return int(heads), int(dim)
+
+    def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
+        """As `run`, of rows padded to `length`."""
+        return self.run(collate(rows, length))
 
     def _run_bound(self, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
         """Copy in, run, copy out, in buffers allocated once per shape: no allocation, and no copy that onnxruntime decides on."""

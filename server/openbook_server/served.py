@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from openbook_server.classify_service import ClassifyService
 from openbook_server.errors import InvalidRequest
+from openbook_server.generate_service import GenerateService
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.service import Service
 
@@ -19,6 +21,8 @@ class Served:
     """The services behind the methods, once everything is loaded. A request is served by one of these from beginning to end."""
 
     openbook: Service
+    classification: ClassifyService
+    generation: GenerateService
     knowledge_base: KnowledgeService | None
     running: int = 0  # requests
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -22,14 +22,13 @@ from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_options
 from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
-from openbook_server.ranking import RankedAnswer
+from openbook_server.replies import to_answer_result, to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import Validated, bounded, validate_texts
+from openbook_server.validation import LONG_CHARACTERS, SPLIT, Validated, bounded, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_ANSWERS = 3
-LONG_CHARACTERS = 128  # of a request: what is longer is not tokenised only to be refused
 
 Request = TypeVar("Request", bound=Message)
 
@@ -46,16 +45,19 @@ class Service:
         device: Device,
         encoder: TextEncoder,
         pipeline: Pipeline,
+        classifiers: Sequence[pb.DescribeResponse.Classifier] = (),
+        writers: Sequence[pb.DescribeResponse.Writer] = (),
     ) -> None:
+        """`classifiers` and `writers` are what Describe tells of them."""
         self._bundle, self._knowledge_base, self._config, self._device = bundle, knowledge_base, config, device
-        self._encoder, self._pipeline = encoder, pipeline
+        self._encoder, self._pipeline, self._classifiers, self._writers = encoder, pipeline, classifiers, writers
         self.asked: Callable[[Asked], None] | None = None  # is told of every question that was answered
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
         request = parsed.message
         if sum(map(len, request.texts)) > LONG_CHARACTERS and len(request.texts) <= self._config.max_texts:
             self._pipeline.check(len(request.texts), deadline)
-        valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate)
+        valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate, way_out=SPLIT)
         timings.tokenise += timings.lap()
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")
         tokens = [0] * len(request.texts)
@@ -67,9 +69,9 @@ class Service:
             vectors=vectors.tobytes(),
             dim=self._bundle.embedder.dim,
             tokens=tokens,
-            errors=_item_errors(valid.errors),
+            errors=to_item_errors(valid.errors),
             provenance=pb.Provenance(bundle_id=self._bundle.id),
-            timings=_timings(timings),
+            timings=to_timings(timings),
         )
 
     async def search(self, parsed: Parsed[pb.SearchRequest], deadline: float, timings: Timings) -> pb.SearchResponse:
@@ -88,10 +90,10 @@ class Service:
             if rerank:
                 found = await self._pipeline.rerank(valid.texts, found, rerank, deadline, timings)
             for at, hits in zip(valid.kept, found, strict=True):
-                results[at].hits.extend(_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
+                results[at].hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
             self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)
         return pb.SearchResponse(
-            results=results, errors=_item_errors(valid.errors), provenance=self._provenance(), timings=_timings(timings)
+            results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)
         )
 
     async def answer(self, parsed: Parsed[pb.AnswerRequest], deadline: float, timings: Timings) -> pb.AnswerResponse:
@@ -108,10 +110,10 @@ class Service:
         if valid.rows:
             answered = await self._pipeline.answer(valid.texts, valid.rows, options, max_answers, deadline, timings)
             for at, outcome in zip(valid.kept, answered, strict=True):
-                results[at].CopyFrom(_answer_result(outcome, omit_text=request.omit_text))
+                results[at].CopyFrom(to_answer_result(outcome, omit_text=request.omit_text))
             self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered)
         return pb.AnswerResponse(
-            results=results, errors=_item_errors(valid.errors), provenance=self._provenance(), timings=_timings(timings)
+            results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)
         )
 
     async def describe(self, parsed: Parsed[pb.DescribeRequest], deadline: float, timings: Timings) -> pb.DescribeResponse:
@@ -125,6 +127,8 @@ class Service:
                 embedder_fingerprint=bundle.embedder.fingerprint,
                 tasks=bundle.tasks,
                 dim=bundle.embedder.dim,
+                classifiers=self._classifiers,
+                writers=self._writers,
             ),
             limits=pb.DescribeResponse.Limits(
                 max_texts=config.max_texts,
@@ -168,71 +172,26 @@ class Service:
         reader, embedder = self._bundle.reader, self._bundle.embedder
         return min(embedder.max_tokens, reader.max_question_tokens + self._encoder.special_tokens) if reader else embedder.max_tokens
 
-    def _validate(self, field: str, texts: Iterable[str], parsed: Parsed[Request], max_tokens: int, *, truncate: bool = False) -> Validated:
+    def _validate(
+        self,
+        field: str,
+        texts: Iterable[str],
+        parsed: Parsed[Request],
+        max_tokens: int,
+        *,
+        truncate: bool = False,
+        way_out: str = "shorten it",
+    ) -> Validated:
         return validate_texts(
-            field, list(texts), parsed.not_utf8, config=self._config, encoder=self._encoder, max_tokens=max_tokens, truncate=truncate
+            field,
+            list(texts),
+            parsed.not_utf8,
+            config=self._config,
+            encoder=self._encoder,
+            max_tokens=max_tokens,
+            truncate=truncate,
+            way_out=way_out,
         )
 
     def _provenance(self) -> pb.Provenance:
-        generation = self._knowledge_base.generation if self._knowledge_base is not None else ""
-        return pb.Provenance(bundle_id=self._bundle.id, generation=generation)
-
-
-def _item_errors(errors: dict[int, InvalidRequest]) -> list[pb.ItemError]:
-    return [
-        pb.ItemError(index=at, code=error.status.value[0], reason=error.reason, field=error.field, message=error.description)
-        for at, error in errors.items()
-    ]
-
-
-def _hit(hit: Hit, *, omit_text: bool) -> pb.Hit:
-    passage = hit.passage
-    message = pb.Hit(
-        passage_id=passage.id,
-        document_id=passage.document_id,
-        score=hit.score,
-        dense_score=hit.dense_score,
-        lexical_score=hit.lexical_score,
-        overlap_score=hit.overlap_score,
-        answer_probability=hit.answer_probability,
-        document_start=passage.start,
-    )
-    if not omit_text:
-        message.title, message.text, message.source = passage.title, passage.text, passage.source
-        message.metadata.update(passage.metadata)
-    return message
-
-
-def _answer_result(outcome: QuestionAnswered, *, omit_text: bool) -> pb.AnswerResult:
-    return pb.AnswerResult(
-        answers=[_answer(answer, outcome.hits[answer.best.passage]) for answer in outcome.answers],
-        hits=[_hit(hit, omit_text=omit_text) for hit in outcome.hits],
-        no_answer_probability=outcome.no_answer_probability,
-        passages_read=outcome.read,
-    )
-
-
-def _answer(answer: RankedAnswer, hit: Hit) -> pb.Answer:
-    return pb.Answer(
-        text=answer.text,
-        probability=answer.probability,
-        passage_id=hit.passage.id,
-        document_id=hit.passage.document_id,
-        start=answer.best.start,
-        end=answer.best.end,
-        document_start=hit.passage.start + answer.best.start,
-        document_end=hit.passage.start + answer.best.end,
-    )
-
-
-def _timings(timings: Timings) -> pb.Timings:
-    stages = [timings.tokenise, timings.embed, timings.search, timings.read, timings.rank]
-    return pb.Timings(
-        tokenise_ms=timings.tokenise,
-        embed_ms=timings.embed,
-        search_ms=timings.search,
-        read_ms=timings.read,
-        rank_ms=timings.rank,
-        queue_ms=timings.queue,
-        total_ms=sum(stages),
-    )
+        return to_provenance(self._bundle, self._knowledge_base)

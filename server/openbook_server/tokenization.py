@@ -85,12 +85,17 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._passages: OrderedDict[bytes, bytes] = OrderedDict()  # by digest of the text, packed
-        self.special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
+        self.special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=False)
+        self.pair_special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._frame = _Frame(tokenizer)
 
     def texts(self, texts: Sequence[str]) -> list[Row]:
         """One row a text, special tokens included."""
         return [Row(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def token(self, number: int) -> str:
+        """The text of a token; empty where the vocabulary has none of that number."""
+        return self._tokenizer.id_to_token(number) or ""
 
     def cut(self, row: Row, max_tokens: int) -> Row:
         """The row's first tokens and its closing special token, `max_tokens` in all."""
@@ -99,7 +104,7 @@ class TextEncoder:
     def pairs(self, question: str, passages: Sequence[str], max_tokens: int) -> list[Pair]:
         """The question beside each passage, which is cut to what fits in `max_tokens`."""
         asked = self._tokenizer.encode(question, add_special_tokens=False).ids
-        room = max_tokens - len(asked) - self._tokenizer.num_special_tokens_to_add(is_pair=True)
+        room = max_tokens - len(asked) - self.pair_special_tokens
         before = self._frame.before(asked)
         return [Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed) for packed in self._packed(passages)]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from openbook_server.bundle import Bundle
 from openbook_server.engine import Engine, Runnable
-from openbook_server.rows import Row, collate
+from openbook_server.rows import Row
 from openbook_server.runtime import Graph, choose_device
 
 TOP_K = 5
@@ -170,7 +170,7 @@ def _graphs(bundle: Bundle, device: str, precision: str | None, threads: int, wo
             graphs[name] = Graph(bundle.graph_path(name, chosen.precision), chosen, threads)
             buckets = graphs[name].buckets
             for length in sorted({buckets.padded_length(count) for count in range(tokens[0], tokens[1] + 1)}):
-                graphs[name].run(collate([Row([1] * length)], length))
+                graphs[name].run_rows([Row([1] * length)], length)
     return graphs
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.rows import Row
 from openbook_server.tokenization import TextEncoder
+
+SPLIT = "split it, or set truncate"  # the way out where a longer text may be cut
+LONG_CHARACTERS = 128  # of a request: what is longer is not tokenised only to be refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ def validate_texts(
     encoder: TextEncoder,
     max_tokens: int,
     truncate: bool = False,
+    way_out: str = "shorten it",
+    found: Mapping[int, InvalidRequest] = MappingProxyType({}),
 ) -> Validated:
     """Sort a request's texts into good ones, tokenised, and bad ones, each with its error.
 
@@ -38,6 +44,8 @@ def validate_texts(
         not_utf8: what `wire` found undecodable.
         max_tokens: of a row, special tokens included.
         truncate: cut longer rows instead of refusing them.
+        way_out: what to do about a longer row.
+        found: what is wrong with what belongs to a text, by position.
 
     Raises:
         InvalidRequest: no texts, too many of them, or the only one is bad.
@@ -46,8 +54,10 @@ def validate_texts(
         raise InvalidRequest(field, "no texts in the request; send at least one")
     if len(texts) > config.max_texts:
         raise InvalidRequest(field, f"{len(texts)} texts exceed the limit of {config.max_texts} a request; send several requests")
-    errors: dict[int, InvalidRequest] = {}
+    errors = dict(found)
     for at, text in enumerate(texts):
+        if at in found:
+            continue
         name = f"{field}[{at}]"
         if (field, at) in not_utf8:
             errors[at] = InvalidRequest(name, "not valid UTF-8; encode the text as UTF-8 before sending it")
@@ -64,9 +74,8 @@ def validate_texts(
         elif tokens > max_tokens and truncate:
             rows[at] = encoder.cut(rows[at], max_tokens)
         elif tokens > max_tokens:
-            way = "split it, or set truncate" if field == "texts" else "shorten it"
             room = max_tokens - encoder.special_tokens
-            errors[at] = InvalidRequest(f"{field}[{at}]", f"{tokens - encoder.special_tokens} tokens exceed the limit of {room}; {way}")
+            errors[at] = InvalidRequest(f"{field}[{at}]", f"{tokens - encoder.special_tokens} tokens exceed the limit of {room}; {way_out}")
     if errors and len(texts) == 1:
         raise errors[0]
     kept = [at for at in kept if at not in errors]

@@ -15,6 +15,10 @@ class WriterInfo:
 
     architecture: str  # bert2bert, t5, bart; gpt2
     max_tokens: int  # longest question + passage of a generator; of a language model, all that is read and written
+    passages: int  # that it was trained beside, and reads at most
+    passage_tokens: int  # of each, of a language model; a generator's share max_tokens with the question
+    query_tokens: int  # of the end of a prompt that passages are looked up by, of a language model
+    max_answer_tokens: int  # that it was trained to write, the end included, of a generator
     start_token: int  # what an answer or a text begins with
     end_token: int
     tokenizer: str  # file name; it need not be the bundle's

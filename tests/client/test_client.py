@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
 from openbook.messages import TEXTS_A_MESSAGE
-from openbook.results import AnswerResult, SearchResult
+from openbook.results import AnswerResult, Classified, SearchResult
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 
@@ -68,6 +68,29 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer):
             timings=pb.Timings(total_ms=3),
         )
 
+    def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:  # noqa: N802
+        self._next(request, context)
+        hit = pb.Hit(passage_id="d#0", document_id="d", score=0.75, text="the passage")
+        labels = [pb.Label(label="yes", probability=0.75, alone=0.5, model=0.5, knn=1.0), pb.Label(label="no", probability=0.25)]
+        return pb.ClassifyResponse(
+            results=[
+                pb.ClassifyResult(labels=labels, passages=1, neighbours=[pb.Neighbour(label="yes", hit=hit)] if request.explain else [])
+                for _ in request.texts
+            ],
+            errors=self._errors("texts", request.texts),
+            classifier="answers",
+            timings=pb.Timings(total_ms=3),
+        )
+
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+        self._next(request, context)
+        yield pb.GenerateResponse(text="one", tokens=1)
+        if request.text == "broken":
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        yield pb.GenerateResponse(
+            text=" two", tokens=2, ending=pb.GenerateResponse.Ending(finish=pb.FINISH_STOP, text="one two", seed=7, writer="generator")
+        )
+
     @staticmethod
     def _errors(field: str, texts: list[str]) -> list[pb.ItemError]:
         return [
@@ -115,6 +138,47 @@ def test_results_are_plain_objects_with_the_documented_json(client: Client) -> N
     [searched] = client.search(["what?"])
     assert isinstance(searched, SearchResult)
     assert (searched.hits[0].dense_score, searched.hits[0].lexical_score) == (None, 0.0)
+
+
+def test_labels_are_plain_objects_with_the_documented_json(client: Client, scripted: Scripted) -> None:
+    one, bad = client.classify(["a", ""], classifier="answers", explain=True, filter={"kind": "odd"})
+    assert isinstance(one, Classified)
+    assert isinstance(bad, RequestRejected)
+    assert bad.field == "texts[1]"
+    told = one.to_json()
+    assert told["labels"] == [
+        {"label": "yes", "probability": 0.75, "alone": 0.5, "model": 0.5, "knn": 1.0},
+        {"label": "no", "probability": 0.25},
+    ]
+    assert told["neighbours"] == [{"label": "yes", "passage_id": "d#0", "document_id": "d", "score": 0.75}]
+    assert (told["text"], told["passages"], told["evidence"], told["timings_ms"]["total"]) == ("a", 1, [], 3.0)
+    [request] = scripted.requests
+    assert isinstance(request, pb.ClassifyRequest)
+    assert (request.classifier, request.filter.all.filters[0].equals.key) == ("answers", "kind")
+
+
+def test_evidence_travels_with_its_claim(client: Client, scripted: Scripted) -> None:
+    claims = [str(number) for number in range(TEXTS_A_MESSAGE + 2)]
+    client.classify(claims, evidence=[[f"of {claim}", "more"] for claim in claims])
+    sent = [(text, list(one.passages)) for request in scripted.requests for text, one in zip(request.texts, request.evidence, strict=True)]  # type: ignore[attr-defined]
+    assert sent == [(claim, [f"of {claim}", "more"]) for claim in claims]
+
+
+def test_a_text_comes_in_pieces_and_is_asked_for_again_only_before_the_first(client: Client, scripted: Scripted) -> None:
+    scripted.script = [failure(grpc.StatusCode.UNAVAILABLE, "starting", ErrorInfo(reason="NOT_SERVING"), come_back(1))]
+    pieces = list(client.generate("prompt", stop=["three"], seed=7, mode="none"))
+    assert [(piece.text, piece.tokens) for piece in pieces] == [("one", 1), (" two", 2)]
+    assert pieces[0].ending is None
+    assert pieces[1].ending is not None
+    told = pieces[1].ending.to_json()
+    assert (told["text"], told["finish"], told["tokens"], told["seed"], told["hits"]) == ("one two", "stop", 2, 7, [])
+    sent = scripted.requests[-1]
+    assert isinstance(sent, pb.GenerateRequest)
+    assert (list(sent.stop), sent.seed, sent.mode) == (["three"], 7, pb.SEARCH_MODE_NONE)
+    asked = len(scripted.requests)
+    with pytest.raises(ServerUnavailable, match=r"no server at|gone"):
+        list(client.generate("broken"))
+    assert len(scripted.requests) == asked + 1
 
 
 def test_long_lists_travel_as_several_messages_and_come_back_in_order(client: Client, scripted: Scripted) -> None:
@@ -205,6 +269,13 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.answer([None]), r"questions\[0\]"),
         (lambda client: client.search(["a"], top_k=2**40), "top_k"),
         (lambda client: client.search(["a"], mode="psychic"), "mode"),
+        (lambda client: client.classify(["a"], max_labels=2**40), "max_labels"),
+        (lambda client: list(client.generate("a", seed=-1)), "seed"),
+        (lambda client: list(client.generate("a", stop="b")), "stop is one string"),
+        (lambda client: list(client.generate("\ud800")), r"text\[0\]"),
+        (lambda client: client.classify(["a", "b"], evidence=[["c"]]), "evidence: 1 entries for 2 texts"),
+        (lambda client: client.classify(["a"], evidence=["c"]), r"evidence\[0\] is one string"),
+        (lambda client: client.classify(["a"], evidence=[["\ud800"]]), r"evidence\[0\]\[0\]"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_by_name(client: Client, call: Callable[[Client], object], field: str) -> None:
@@ -227,6 +298,8 @@ async def test_the_async_client_does_the_same(server: tuple[Scripted, str]) -> N
         assert isinstance(first, AnswerResult)
         assert isinstance(second, RequestRejected)
         assert isinstance((await client.search(["a"]))[0], SearchResult)
+        assert [piece.text async for piece in client.generate("prompt")] == ["one", " two"]
+        assert [type(result) for result in await client.classify(["a", ""], evidence=[["b"], ["c"]])] == [Classified, RequestRejected]
         scripted.script = [failure(grpc.StatusCode.INTERNAL, "broken")]
         with pytest.raises(ServerFailed):
             await client.embed(["a"])

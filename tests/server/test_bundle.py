@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from openbook_server.bundle import GOLDEN, MANIFEST, bundle_id, embedder_fingerprint, file_digest, load_bundle
+from openbook_server.bundle import GOLDEN, bundle_id, embedder_fingerprint, file_digest, load_bundle
 from openbook_server.errors import BundleInvalid
+from openbook_server.manifest import MANIFEST
 
 
 @pytest.fixture

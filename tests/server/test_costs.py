@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from openbook_server.buckets import PADDED
 from openbook_server.costs import BatchCost
 from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, Overloaded
-from openbook_server.rows import Row
+from openbook_server.rows import Row, collate
 
 BUDGET = 2_048
 LENGTHS = (4, 8, 12, 20, 32, 64, 128, 200, 384)
@@ -112,7 +112,8 @@ class TimedGraph:
     def __init__(self, clock: Clock, law: Law) -> None:
         self._clock, self._law = clock, law
 
-    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
+    def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
+        inputs = collate(rows, length)
         rows, length = inputs["input_ids"].shape
         self._clock.now += self._law(rows, length)
         return {"total": inputs["input_ids"].sum(axis=1)}

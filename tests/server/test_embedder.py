@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from openbook_server.buckets import PADDED
 from openbook_server.embedder import ENTRY_BYTES, Embedded, Embedder
 from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, Overloaded
-from openbook_server.rows import Row
+from openbook_server.rows import Row, collate
 
 DIM, POISON = 4, 666
 ENTRY = 3 * 4 + DIM * 4 + ENTRY_BYTES  # bytes of a row of three tokens
@@ -32,7 +32,8 @@ class GatedGraph:
         self.gate = threading.Event()
         self.gate.set()
 
-    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
+    def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.float32]]:
+        inputs = collate(rows, length)
         first = inputs["input_ids"][:, 0]
         self.ran += first.tolist()
         self.entered.release()

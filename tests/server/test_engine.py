@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 import pytest
@@ -29,7 +29,8 @@ class GatedGraph:
         self.entered = threading.Semaphore(0)
         self.gate = threading.Semaphore(0)
 
-    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
+    def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
+        inputs = collate(rows, length)
         self.batches.append(inputs["input_ids"][:, 0].tolist())
         self.entered.release()
         assert self.gate.acquire(timeout=30)

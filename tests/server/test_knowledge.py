@@ -66,6 +66,16 @@ def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
             assert score == pytest.approx(float(query @ vectors[label]), abs=1e-5)
 
 
+@pytest.mark.parametrize("allowed", [None, frozenset(range(0, 300, 2))])
+@pytest.mark.parametrize("flat_limit", [1_000, 100])
+def test_a_question_s_scores_have_the_same_bits_alone_and_among_others(flat_limit: int, allowed: frozenset[int] | None) -> None:
+    rows, questions = unit(300), unit(7, seed=1)
+    index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
+    index.add(range(300), rows)
+    together = index.search(questions, 9, allowed=allowed)
+    assert [index.search(question[None], 9, allowed=allowed)[0] for question in questions] == together
+
+
 @pytest.mark.parametrize("flat_limit", [0, 10_000])
 def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_what_there_is(flat_limit: int) -> None:
     vectors = unit(300)

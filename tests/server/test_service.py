@@ -20,11 +20,12 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
-from openbook_server.bundle import MANIFEST, bundle_id
+from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
+from openbook_server.manifest import MANIFEST
 from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder
 

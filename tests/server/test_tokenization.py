@@ -8,7 +8,7 @@ import pytest
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.tokenization import TextEncoder, load_tokenizer
-from openbook_server.validation import bounded, validate_texts
+from openbook_server.validation import SPLIT, bounded, validate_texts
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def validate(
     not_utf8: frozenset[tuple[str, int]] = frozenset(),
 ):  # type: ignore[no-untyped-def]
     config = ServerConfig(max_texts=4, max_text_bytes=100)
-    return validate_texts("texts", texts, not_utf8, config=config, encoder=encoder, max_tokens=max_tokens, truncate=truncate)
+    return validate_texts("texts", texts, not_utf8, config=config, encoder=encoder, max_tokens=max_tokens, truncate=truncate, way_out=SPLIT)
 
 
 def test_a_bad_text_among_good_ones_fails_alone_and_is_named(encoder: TextEncoder) -> None:

@@ -121,6 +121,7 @@ def test_the_folder_that_is_left_gives_the_probabilities_that_were_reported(
     assert np.abs(alone - latent).max() > 1e-3  # neighbours do matter
     assert settings["labels"] == sorted(COLOURS)
     assert settings["mixture"] == {"weight": metrics["model_weight"], "temperature": metrics["knn_temperature"]}
+    assert (settings["neighbours"], settings["label_column"]) == (5, "label")
     assert settings["base_digest"] == checkpoint.digest()
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from openbook_training.objectives import NEGATIVE
 
+NEIGHBOURS = 16  # labelled texts that each text is read beside, unless a recipe says otherwise
 TEMPERATURES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 WEIGHTS = tuple(step / 20 for step in range(21))
 

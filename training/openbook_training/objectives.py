@@ -122,7 +122,7 @@ def neighbour_prior(scores: Tensor, null_score: Tensor, temperature: Tensor) -> 
     Returns:
         (texts, k + 1) log-probabilities.
     """
-    return torch.log_softmax(torch.cat([scores, null_score.expand(len(scores), 1)], dim=1) / temperature, dim=1)
+    return torch.log_softmax(torch.cat([scores, null_score.expand(scores.shape[0], 1)], dim=1) / temperature, dim=1)
 
 
 def marginal_label_log_probabilities(logits: Tensor, shift: Tensor, labels: Tensor, prior: Tensor) -> Tensor:

@@ -83,6 +83,31 @@ FUSION_RECIPROCAL_RANK: Fusion.ValueType  # 2
 """sum of 1 / (60 + rank); scores from 0 to 0.033"""
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
 
+class _Finish:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FinishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Finish.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINISH_UNSPECIFIED: _Finish.ValueType  # 0
+    FINISH_END: _Finish.ValueType  # 1
+    """the model ended the text"""
+    FINISH_LENGTH: _Finish.ValueType  # 2
+    """it has max_tokens tokens"""
+    FINISH_STOP: _Finish.ValueType  # 3
+    """a stop string came"""
+
+class Finish(_Finish, metaclass=_FinishEnumTypeWrapper): ...
+
+FINISH_UNSPECIFIED: Finish.ValueType  # 0
+FINISH_END: Finish.ValueType  # 1
+"""the model ended the text"""
+FINISH_LENGTH: Finish.ValueType  # 2
+"""it has max_tokens tokens"""
+FINISH_STOP: Finish.ValueType  # 3
+"""a stop string came"""
+Global___Finish: _TypeAlias = Finish  # noqa: Y015
+
 @_typing.final
 class EmbedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -594,6 +619,401 @@ class Answer(_message.Message):
 Global___Answer: _TypeAlias = Answer  # noqa: Y015
 
 @_typing.final
+class ClassifyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASSIFIER_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
+    MAX_LABELS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    OMIT_TEXT_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    LABEL_KEY_FIELD_NUMBER: _builtins.int
+    classifier: _builtins.str
+    """its name in the bundle, see Describe.bundle.classifiers; may be empty where there is only one"""
+    truncate: _builtins.bool
+    """cut a text that is too long for the model; otherwise it is refused. Claims are never cut"""
+    max_labels: _builtins.int
+    """labels returned a text, 1 to 1000; default 5"""
+    explain: _builtins.bool
+    """return what each result rests on: neighbours with their labels, or the evidence that was read"""
+    omit_text: _builtins.bool
+    """as in SearchRequest, of `explain`"""
+    top_k: _builtins.int
+    """How neighbours or evidence are found. A classifier's neighbours are the nearest by their vectors (dense, its default and only mode
+    beside none), as many as it was trained with where `top_k` is left out; of evidence the defaults are hybrid and 5.
+    SEARCH_MODE_NONE classifies the text alone: the baseline that shows what retrieval adds.
+    """
+    mode: Global___SearchMode.ValueType
+    label_key: _builtins.str
+    """The key of the metadata in which a neighbour's label stands; empty = the column that the classifier's training data had it in.
+    Passages that carry no label of the classifier's there are no neighbours.
+    """
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of a verifier the claims"""
+
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evidence]:
+        """Verifiers only: what each claim is read beside, an entry a text. Left out, evidence is searched for in the knowledge base."""
+
+    @_builtins.property
+    def filter(self) -> Global___Filter:
+        """only passages of documents that match"""
+
+    def __init__(
+        self,
+        *,
+        classifier: _builtins.str = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        truncate: _builtins.bool = ...,
+        max_labels: _builtins.int | None = ...,
+        explain: _builtins.bool = ...,
+        omit_text: _builtins.bool = ...,
+        evidence: _abc.Iterable[Global___Evidence] | None = ...,
+        top_k: _builtins.int | None = ...,
+        mode: Global___SearchMode.ValueType = ...,
+        filter: Global___Filter | None = ...,
+        label_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels", "_top_k", b"_top_k", "filter", b"filter", "max_labels", b"max_labels", "top_k", b"top_k"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels", "_top_k", b"_top_k", "classifier", b"classifier", "evidence", b"evidence", "explain", b"explain", "filter", b"filter", "label_key", b"label_key", "max_labels", b"max_labels", "mode", b"mode", "omit_text", b"omit_text", "texts", b"texts", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_labels: _TypeAlias = _typing.Literal["max_labels"]  # noqa: Y015
+    _WhichOneofArgType__max_labels: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_labels) -> _WhichOneofReturnType__max_labels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+
+Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PASSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def passages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """read as one text, in this order; cut at its end where claim and evidence are too long for the model"""
+
+    def __init__(
+        self,
+        *,
+        passages: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["passages", b"passages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
+
+@_typing.final
+class ClassifyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    CLASSIFIER_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    classifier: _builtins.str
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassifyResult]:
+        """one a text"""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemError]: ...
+    @_builtins.property
+    def provenance(self) -> Global___Provenance: ...
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """`read` is the classifier's pass, `rank` what is made of neighbours"""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ClassifyResult] | None = ...,
+        errors: _abc.Iterable[Global___ItemError] | None = ...,
+        classifier: _builtins.str = ...,
+        provenance: Global___Provenance | None = ...,
+        timings: Global___Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classifier", b"classifier", "errors", b"errors", "provenance", b"provenance", "results", b"results", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyResponse: _TypeAlias = ClassifyResponse  # noqa: Y015
+
+@_typing.final
+class ClassifyResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    PASSAGES_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    passages: _builtins.int
+    """neighbours that took part, or passages of evidence of which something was read"""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
+        """most probable first"""
+
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbour]:
+        """with `explain`: the labelled passages that took part, the nearest first"""
+
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
+        """with `explain`: the passages found of which something was read, in that order"""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[Global___Label] | None = ...,
+        passages: _builtins.int = ...,
+        neighbours: _abc.Iterable[Global___Neighbour] | None = ...,
+        evidence: _abc.Iterable[Global___Hit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "labels", b"labels", "neighbours", b"neighbours", "passages", b"passages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyResult: _TypeAlias = ClassifyResult  # noqa: Y015
+
+@_typing.final
+class Neighbour(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    HIT_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    @_builtins.property
+    def hit(self) -> Global___Hit: ...
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        hit: Global___Hit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hit", b"hit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hit", b"hit", "label", b"label"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Neighbour: _TypeAlias = Neighbour  # noqa: Y015
+
+@_typing.final
+class Label(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    ALONE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    KNN_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """of a vocabulary head a token"""
+    probability: _builtins.float
+    """what labels are ordered by: `combined` where the text has neighbours, otherwise the model's own"""
+    alone: _builtins.float
+    """Only where the text has neighbours: of the model without them, of the model with each of them summed, and of their vote."""
+    model: _builtins.float
+    knn: _builtins.float
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        probability: _builtins.float = ...,
+        alone: _builtins.float | None = ...,
+        model: _builtins.float | None = ...,
+        knn: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone", b"_alone", "_knn", b"_knn", "_model", b"_model", "alone", b"alone", "knn", b"knn", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone", b"_alone", "_knn", b"_knn", "_model", b"_model", "alone", b"alone", "knn", b"knn", "label", b"label", "model", b"model", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alone: _TypeAlias = _typing.Literal["alone"]  # noqa: Y015
+    _WhichOneofArgType__alone: _TypeAlias = _typing.Literal["_alone", b"_alone"]  # noqa: Y015
+    _WhichOneofReturnType__knn: _TypeAlias = _typing.Literal["knn"]  # noqa: Y015
+    _WhichOneofArgType__knn: _TypeAlias = _typing.Literal["_knn", b"_knn"]  # noqa: Y015
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alone) -> _WhichOneofReturnType__alone | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__knn) -> _WhichOneofReturnType__knn | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___Label: _TypeAlias = Label  # noqa: Y015
+
+@_typing.final
+class GenerateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    OMIT_TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """a language model's prompt, or a generator's question"""
+    writer: _builtins.str
+    """language_model or generator; may be empty where the bundle has only one of them"""
+    max_tokens: _builtins.int
+    """to write at most; default 64, and of a generator what it was trained to write"""
+    temperature: _builtins.float
+    """0 (the default) to 10: logits are divided by it; 0 = the most probable token at each step"""
+    top_p: _builtins.float
+    """above 0, up to 1 (the default): draw among the fewest tokens whose probabilities sum to it"""
+    seed: _builtins.int
+    """the same seed gives the same text from the same models and passages; by default one is drawn"""
+    top_k: _builtins.int
+    """Passages that are read, found as in SearchRequest; as many as in training where `top_k` is left out, and never more. A language model
+    looks them up by the end of its prompt, once. SEARCH_MODE_NONE, or no knowledge base: none is read.
+    """
+    mode: Global___SearchMode.ValueType
+    omit_text: _builtins.bool
+    """as in SearchRequest, of `hits`"""
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """at most 8: the text ends before the first of them"""
+
+    @_builtins.property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        writer: _builtins.str = ...,
+        max_tokens: _builtins.int | None = ...,
+        temperature: _builtins.float = ...,
+        top_p: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        top_k: _builtins.int | None = ...,
+        mode: Global___SearchMode.ValueType = ...,
+        filter: Global___Filter | None = ...,
+        omit_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_k", b"_top_k", "_top_p", b"_top_p", "filter", b"filter", "max_tokens", b"max_tokens", "seed", b"seed", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_k", b"_top_k", "_top_p", b"_top_p", "filter", b"filter", "max_tokens", b"max_tokens", "mode", b"mode", "omit_text", b"omit_text", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "top_k", b"top_k", "top_p", b"top_p", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Ending(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FINISH_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        HITS_FIELD_NUMBER: _builtins.int
+        SEED_FIELD_NUMBER: _builtins.int
+        WRITER_FIELD_NUMBER: _builtins.int
+        PROVENANCE_FIELD_NUMBER: _builtins.int
+        TIMINGS_FIELD_NUMBER: _builtins.int
+        finish: Global___Finish.ValueType
+        text: _builtins.str
+        """the whole of it; a generator's takes the characters of a passage where its tokens stand in one"""
+        seed: _builtins.int
+        writer: _builtins.str
+        @_builtins.property
+        def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
+            """the passages that were read, best first"""
+
+        @_builtins.property
+        def provenance(self) -> Global___Provenance: ...
+        @_builtins.property
+        def timings(self) -> Global___Timings:
+            """`read` is all of the model's time"""
+
+        def __init__(
+            self,
+            *,
+            finish: Global___Finish.ValueType = ...,
+            text: _builtins.str = ...,
+            hits: _abc.Iterable[Global___Hit] | None = ...,
+            seed: _builtins.int = ...,
+            writer: _builtins.str = ...,
+            provenance: Global___Provenance | None = ...,
+            timings: Global___Timings | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "timings", b"timings"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "hits", b"hits", "provenance", b"provenance", "seed", b"seed", "text", b"text", "timings", b"timings", "writer", b"writer"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ENDING_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """written since the message before"""
+    tokens: _builtins.int
+    """written so far"""
+    @_builtins.property
+    def ending(self) -> Global___GenerateResponse.Ending:
+        """of the last message"""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        ending: Global___GenerateResponse.Ending | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending", b"ending"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ending", b"ending", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
 class Hit(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -817,6 +1237,8 @@ class DescribeResponse(_message.Message):
         EMBEDDER_FINGERPRINT_FIELD_NUMBER: _builtins.int
         TASKS_FIELD_NUMBER: _builtins.int
         DIM_FIELD_NUMBER: _builtins.int
+        CLASSIFIERS_FIELD_NUMBER: _builtins.int
+        WRITERS_FIELD_NUMBER: _builtins.int
         id: _builtins.str
         name: _builtins.str
         license: _builtins.str
@@ -824,6 +1246,10 @@ class DescribeResponse(_message.Message):
         dim: _builtins.int
         @_builtins.property
         def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        @_builtins.property
+        def classifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribeResponse.Classifier]: ...
+        @_builtins.property
+        def writers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribeResponse.Writer]: ...
         def __init__(
             self,
             *,
@@ -833,10 +1259,85 @@ class DescribeResponse(_message.Message):
             embedder_fingerprint: _builtins.str = ...,
             tasks: _abc.Iterable[_builtins.str] | None = ...,
             dim: _builtins.int = ...,
+            classifiers: _abc.Iterable[Global___DescribeResponse.Classifier] | None = ...,
+            writers: _abc.Iterable[Global___DescribeResponse.Writer] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["dim", b"dim", "embedder_fingerprint", b"embedder_fingerprint", "id", b"id", "license", b"license", "name", b"name", "tasks", b"tasks"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["classifiers", b"classifiers", "dim", b"dim", "embedder_fingerprint", b"embedder_fingerprint", "id", b"id", "license", b"license", "name", b"name", "tasks", b"tasks", "writers", b"writers"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Classifier(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        OBJECTIVE_FIELD_NUMBER: _builtins.int
+        LABELS_FIELD_NUMBER: _builtins.int
+        MAX_TEXT_TOKENS_FIELD_NUMBER: _builtins.int
+        NEIGHBOURS_FIELD_NUMBER: _builtins.int
+        LABEL_KEY_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        objective: _builtins.str
+        """classifier, verification or vocab_head"""
+        max_text_tokens: _builtins.int
+        """of a text that is taken in whole, or of a claim"""
+        neighbours: _builtins.int
+        """labelled neighbours that a text is read beside; 0 = none"""
+        label_key: _builtins.str
+        """of the metadata that hold their labels"""
+        @_builtins.property
+        def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """none of a vocabulary head: its labels are tokens"""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            objective: _builtins.str = ...,
+            labels: _abc.Iterable[_builtins.str] | None = ...,
+            max_text_tokens: _builtins.int = ...,
+            neighbours: _builtins.int = ...,
+            label_key: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["label_key", b"label_key", "labels", b"labels", "max_text_tokens", b"max_text_tokens", "name", b"name", "neighbours", b"neighbours", "objective", b"objective"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Writer(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        ARCHITECTURE_FIELD_NUMBER: _builtins.int
+        MAX_TOKENS_FIELD_NUMBER: _builtins.int
+        PASSAGES_FIELD_NUMBER: _builtins.int
+        MAX_TEXT_TOKENS_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """language_model or generator"""
+        architecture: _builtins.str
+        """gpt2; bert2bert, t5 or bart"""
+        max_tokens: _builtins.int
+        """of all that a language model reads and writes; of a generator's question and one passage"""
+        passages: _builtins.int
+        """that it reads at most"""
+        max_text_tokens: _builtins.int
+        """of a question; of a prompt and what is written after it, beside `passages`"""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            architecture: _builtins.str = ...,
+            max_tokens: _builtins.int = ...,
+            passages: _builtins.int = ...,
+            max_text_tokens: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "max_text_tokens", b"max_text_tokens", "max_tokens", b"max_tokens", "name", b"name", "passages", b"passages"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,16 @@ class OpenBookStub:
                 request_serializer=openbook_dot_v1_dot_openbook__pb2.AnswerRequest.SerializeToString,
                 response_deserializer=openbook_dot_v1_dot_openbook__pb2.AnswerResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/openbook.v1.OpenBook/Classify',
+                request_serializer=openbook_dot_v1_dot_openbook__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_openbook__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/openbook.v1.OpenBook/Generate',
+                request_serializer=openbook_dot_v1_dot_openbook__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=openbook_dot_v1_dot_openbook__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/openbook.v1.OpenBook/Describe',
                 request_serializer=openbook_dot_v1_dot_openbook__pb2.DescribeRequest.SerializeToString,
@@ -80,6 +90,21 @@ class OpenBookServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+        base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Generate(self, request, context):
+        """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """What is being served, and within which limits.
         """
@@ -104,6 +129,16 @@ def add_OpenBookServicer_to_server(servicer, server):
                     servicer.Answer,
                     request_deserializer=openbook_dot_v1_dot_openbook__pb2.AnswerRequest.FromString,
                     response_serializer=openbook_dot_v1_dot_openbook__pb2.AnswerResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=openbook_dot_v1_dot_openbook__pb2.ClassifyRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_openbook__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=openbook_dot_v1_dot_openbook__pb2.GenerateRequest.FromString,
+                    response_serializer=openbook_dot_v1_dot_openbook__pb2.GenerateResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -192,6 +227,60 @@ class OpenBook:
             '/openbook.v1.OpenBook/Answer',
             openbook_dot_v1_dot_openbook__pb2.AnswerRequest.SerializeToString,
             openbook_dot_v1_dot_openbook__pb2.AnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openbook.v1.OpenBook/Classify',
+            openbook_dot_v1_dot_openbook__pb2.ClassifyRequest.SerializeToString,
+            openbook_dot_v1_dot_openbook__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/openbook.v1.OpenBook/Generate',
+            openbook_dot_v1_dot_openbook__pb2.GenerateRequest.SerializeToString,
+            openbook_dot_v1_dot_openbook__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

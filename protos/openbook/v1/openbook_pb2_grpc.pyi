@@ -46,6 +46,12 @@ class OpenBookStub:
     """Finds the passages of the knowledge base that fit each question best."""
     Answer: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.AnswerRequest, _openbook_pb2.AnswerResponse]
     """Finds passages, reads them, and returns the most probable spans with their sources."""
+    Classify: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.ClassifyRequest, _openbook_pb2.ClassifyResponse]
+    """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+    base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+    """
+    Generate: _grpc.UnaryStreamMultiCallable[_openbook_pb2.GenerateRequest, _openbook_pb2.GenerateResponse]
+    """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it."""
     Describe: _grpc.UnaryUnaryMultiCallable[_openbook_pb2.DescribeRequest, _openbook_pb2.DescribeResponse]
     """What is being served, and within which limits."""
 
@@ -58,6 +64,12 @@ class OpenBookAsyncStub(OpenBookStub):
     """Finds the passages of the knowledge base that fit each question best."""
     Answer: _aio.UnaryUnaryMultiCallable[_openbook_pb2.AnswerRequest, _openbook_pb2.AnswerResponse]  # type: ignore[assignment]
     """Finds passages, reads them, and returns the most probable spans with their sources."""
+    Classify: _aio.UnaryUnaryMultiCallable[_openbook_pb2.ClassifyRequest, _openbook_pb2.ClassifyResponse]  # type: ignore[assignment]
+    """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+    base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+    """
+    Generate: _aio.UnaryStreamMultiCallable[_openbook_pb2.GenerateRequest, _openbook_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it."""
     Describe: _aio.UnaryUnaryMultiCallable[_openbook_pb2.DescribeRequest, _openbook_pb2.DescribeResponse]  # type: ignore[assignment]
     """What is being served, and within which limits."""
 
@@ -85,6 +97,24 @@ class OpenBookServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_openbook_pb2.AnswerResponse, _abc.Awaitable[_openbook_pb2.AnswerResponse]]:
         """Finds passages, reads them, and returns the most probable spans with their sources."""
+
+    @_abc_1.abstractmethod
+    def Classify(
+        self,
+        request: _openbook_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_openbook_pb2.ClassifyResponse, _abc.Awaitable[_openbook_pb2.ClassifyResponse]]:
+        """Labels texts with a classifier of the bundle: topics, intents, sentiment with the help of labelled neighbours from the knowledge
+        base; claims as supported or refuted by evidence, given or found; texts by the words they are about.
+        """
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _openbook_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_openbook_pb2.GenerateResponse], _abc.AsyncIterator[_openbook_pb2.GenerateResponse]]:
+        """Writes a text, token by token: what a language model makes of a prompt, or a generator of a question and the passages found for it."""
 
     @_abc_1.abstractmethod
     def Describe(

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from openbook_server.engine import Runnable
 from openbook_server.errors import PassageTooLong
 from openbook_server.knowledge import Passage
-from openbook_server.rows import Row, collated
+from openbook_server.rows import Row
 
 TITLE_TOKENS = 32  # of a title that stand before its passage; the rest is cut
 SEPARATOR = "\n"
@@ -60,6 +60,8 @@ class PassageEmbedder:
         """(passages, dim) unit vectors; each depends on its own passage alone, never on its neighbours."""
         rows = self._encode(passages)
         vectors = np.empty((len(rows), self._dim), np.float32)
-        for batch, inputs in collated(rows, self._graph.buckets, self._budget):
-            vectors[batch] = self._graph.run(inputs)["sentence_embedding"]
+        buckets = self._graph.buckets
+        for batch in buckets.batches([row.tokens for row in rows], self._budget):
+            length = buckets.padded_length(rows[batch[0]].tokens)
+            vectors[batch] = self._graph.run_rows([rows[at] for at in batch], length)["sentence_embedding"]
         return vectors

@@ -95,9 +95,12 @@ class Graph:
         return self._nearest(queries, labels, k)
 
     def _nearest(self, shadows: Vectors, labels: Sequence[int], k: int) -> list[dict[int, float]]:
-        scores = shadows @ self.stored(labels).T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [{labels[at]: float(scores[row, at]) for at in best} for row, best in enumerate(order)]
+        stored = self.stored(labels)
+        order = np.argsort(-(shadows @ stored.T), axis=1, kind="stable")[:, :k]
+        return [
+            dict(zip([labels[at] for at in best], inner_products(stored[best], shadow), strict=True))
+            for shadow, best in zip(shadows, order, strict=True)
+        ]
 
     def stored(self, labels: Sequence[int]) -> NDArray[np.float32]:
         """(labels, width) what it holds of live rows."""
@@ -107,3 +110,10 @@ class Graph:
         """Write it; returns the live labels. hnswlib reports no error: check what it wrote."""
         self._index.save_index(str(file))
         return sorted(self.live)
+
+
+def inner_products(rows: NDArray[np.float32], query: NDArray[np.float32]) -> list[float]:
+    """Of (n, dim) rows with one (dim,) query, the same bits whatever rows and queries there are beside: a product of matrices adds in
+    another order for one query than for several."""
+    found: list[float] = np.einsum("nd,d->n", rows, query).tolist()
+    return found

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.knowledge.graph import EF, Graph
+from openbook_server.knowledge.graph import EF, Graph, inner_products
 from openbook_server.knowledge.precedence import Precedence
 from openbook_server.knowledge.projection import Vectors, learn
 
@@ -167,7 +167,7 @@ class VectorIndex:
         for query, row in zip(queries, proposed, strict=True):
             labels = [label for label in row if label in stored]
             rows = np.array([stored[label] for label in labels], np.float32).reshape(len(labels), self.dim)
-            found.append(dict(zip(labels, (rows @ query).tolist(), strict=True)))
+            found.append(dict(zip(labels, inner_products(rows, query), strict=True)))
         return found
 
     def vectors(self, labels: Sequence[int]) -> dict[int, Vectors]:
@@ -264,7 +264,7 @@ def _add_nearest(found: Sequence[dict[int, float]], queries: Vectors, labels: ND
         scores = queries @ vectors.T
         depth = min(k, len(labels))
         for row, best in enumerate(np.argpartition(-scores, depth - 1, axis=1)[:, :depth]):
-            found[row].update(zip(labels[best].tolist(), scores[row, best].tolist(), strict=True))
+            found[row].update(zip(labels[best].tolist(), inner_products(vectors[best], queries[row]), strict=True))
 
 
 def _best(row: Mapping[int, float], k: int) -> dict[int, float]:

@@ -23,7 +23,7 @@ from torch import nn
 from openbook_training.errors import InvalidConfig
 from openbook_training.labelled import Columns
 from openbook_training.negatives import embed_once
-from openbook_training.neighbours import Mixture, Neighbours, choose_mixture, knn_probabilities, nearest
+from openbook_training.neighbours import NEIGHBOURS, Mixture, Neighbours, choose_mixture, knn_probabilities, nearest
 from openbook_training.objectives import NEGATIVE
 from openbook_training.tasks.labels import Found, LabelConfig, LabelTask, Probabilities
 
@@ -35,7 +35,7 @@ class ClassifierConfig(LabelConfig):
     output: str = "runs/classifier"  # run folder: config, metrics, checkpoints, adapter and head
     text_column: str = "text"
     max_tokens: int = 128  # special tokens included; the rest of a longer text is cut
-    neighbours: int = 16  # labelled texts that each text is read beside
+    neighbours: int = NEIGHBOURS  # labelled texts that each text is read beside
     temperature: float = 0.05  # of p(z|x), in cosines, at the start; it is trained
 
 
@@ -47,7 +47,8 @@ class ClassifierTask(LabelTask):
             raise InvalidConfig(f"neighbours {config.neighbours} and temperature {config.temperature} must be above 0")
         columns = Columns(text=config.text_column, label=config.label_column)
         super().__init__(config, console, columns, max_tokens=config.max_tokens, temperature=config.temperature)
-        self._neighbours = self._find(self._vectors(config, console), min(config.neighbours, len(self.train) - 1))
+        self._k = min(config.neighbours, len(self.train) - 1)
+        self._neighbours = self._find(self._vectors(config, console), self._k)
         self._mixture = Mixture(1.0, config.temperature)  # until the first evaluation chooses one
 
     def _vectors(self, config: ClassifierConfig, console: Console) -> NDArray[np.float32]:
@@ -89,4 +90,5 @@ class ClassifierTask(LabelTask):
         return metrics | {"model_weight": self._mixture.weight, "knn_temperature": self._mixture.temperature}
 
     def settings(self) -> dict[str, Any]:
-        return {"objective": "classifier", "pair": False, "mixture": asdict(self._mixture)}
+        found = {"neighbours": self._k, "label_column": self._config.label_column, "mixture": asdict(self._mixture)}
+        return {"objective": "classifier", "pair": False} | found

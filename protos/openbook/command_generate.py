@@ -1,0 +1,76 @@
+"""`openbook generate`: what a model of the server's bundle writes after a prompt, or of a question and the passages found for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from openbook.asking import FAILED, add_server_arguments, condition, spent
+from openbook.client import Client
+from openbook.errors import ClientError
+from openbook.messages import MODES, GenerateOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Let a model of the server's bundle write: a language model goes on with a prompt, a generator answers a question. Both read the\n"
+        "passages that are found in the knowledge base. What is written appears as it comes."
+    )
+    parser.epilog = (
+        'example: openbook generate "The river rises in" --max-tokens 40 --temperature 0.8 --seed 1\n'
+        '         openbook generate "Who signed the lease?" --writer generator --json\n'
+        "exit status: 0 written; 1 nothing or only a part was; 2 wrong usage; 130 stopped"
+    )
+    parser.add_argument("text", help="the prompt, or the question")
+    parser.add_argument("--writer", choices=["language_model", "generator"], help="which model (default: the only one of the bundle)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="to write at most (default: 64; of a generator as in training)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 = the most probable token at each step (default: 0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the fewest tokens whose probabilities sum to it (default: 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="the text ends before it; may be repeated")
+    parser.add_argument("--top-k", type=int, metavar="N", help="passages that are read, at most as many as in training (the default)")
+    parser.add_argument("--mode", choices=sorted(MODES), help="how passages are found (default: hybrid); none reads none")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        type=condition,
+        default=[],
+        metavar="KEY=VALUE",
+        help="only documents whose metadata has this value; may be given several times, all must hold",
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole as JSON when it is written")
+    add_server_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = GenerateOptions(
+        writer=arguments.writer,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        top_k=arguments.top_k,
+        mode=arguments.mode,
+        filter=dict(arguments.filter) or None,
+    )
+    try:
+        with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
+            for piece in client.generate(arguments.text, **options):
+                if not arguments.json:
+                    print(piece.text, end="", flush=True)
+                elif piece.ending is not None:
+                    print(json.dumps(piece.ending.to_json(), ensure_ascii=False))
+                if piece.ending is not None and not arguments.json:
+                    ending = piece.ending
+                    print(
+                        f"\n\n{ending.tokens} tokens, {ending.finish}, seed {ending.seed}; {spent(dict(ending.timings_ms))}",
+                        file=sys.stderr,
+                    )
+                    for hit in ending.hits:
+                        print(f"read: {hit.passage_id}  {' '.join(hit.text.split())[:120]}", file=sys.stderr)
+    except ClientError as error:
+        print(f"openbook generate: {error}", file=sys.stderr)
+        return FAILED
+    return 0

@@ -1,0 +1,51 @@
+"""The tables of a bundle's manifest, read with every mistake named: the key, what it is, what was expected, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from openbook_server.errors import BundleInvalid
+
+MANIFEST = "manifest.json"
+AGAIN = "write it again with `openbook export`"
+_T = TypeVar("_T")
+
+
+def invalid(folder: Path, problem: str, way_out: str = AGAIN) -> BundleInvalid:
+    """The error to raise of the bundle in `folder`."""
+    return BundleInvalid(f"bundle {folder}: {problem}; {way_out}")
+
+
+def get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:
+    """The value of a key.
+
+    Raises:
+        BundleInvalid: it is missing, or of another type.
+    """
+    value = table.get(key)
+    if type(value) is not kind:  # exactly: True is no number here
+        found = type(value).__name__ if key in table else "missing"
+        raise invalid(folder, f'{MANIFEST} key "{key}" is {found}, expected {kind.__name__}')
+    return value
+
+
+def positive(table: Mapping[str, Any], key: str, folder: Path) -> int:
+    """As `get`, of a number from 1 up."""
+    value = get(table, key, int, folder)
+    if value < 1:
+        raise invalid(folder, f'{MANIFEST} key "{key}" is {value}, expected 1 or more')
+    return value
+
+
+def graphs_of(table: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The "graphs" of a model: precision -> file name, fp32 among them.
+
+    Raises:
+        BundleInvalid: as `get`, or there is no fp32 graph.
+    """
+    graphs: dict[str, Any] = get(table, "graphs", dict, folder)
+    if "fp32" not in graphs:
+        raise invalid(folder, f'{MANIFEST} key "graphs" has no fp32 graph')
+    return {precision: get(graphs, precision, str, folder) for precision in graphs}

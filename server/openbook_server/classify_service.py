@@ -17,7 +17,7 @@ from openbook_server.options import DEFAULT_TOP_K, parse_filter, parse_mode
 from openbook_server.pipeline import Timings
 from openbook_server.replies import to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import LONG_CHARACTERS, SPLIT, Validated, bounded, validate_texts
+from openbook_server.validation import SPLIT, Validated, bounded, choose, refused_first, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_LABELS, MAX_LABELS = 5, 1_000
@@ -60,7 +60,7 @@ class ClassifyService:
         max_labels = bounded("max_labels", request.max_labels if request.HasField("max_labels") else None, DEFAULT_LABELS, 1, MAX_LABELS)
         options = self._options(request, head)
         label_key = request.label_key or (head.neighbours.label_key if head.neighbours else "")
-        if sum(map(len, request.texts)) > LONG_CHARACTERS and len(request.texts) <= self._config.max_texts:
+        if refused_first(request.texts, self._config):
             self._classification.check(name, len(request.texts), deadline)
         valid = self._validate(parsed, head)
         timings.tokenise += timings.lap()
@@ -89,13 +89,7 @@ class ClassifyService:
     def _chosen(self, name: str) -> tuple[str, HeadInfo]:
         if not self._heads:
             raise NotInBundle("this bundle has no classifier; `openbook export --task NAME=FOLDER` adds one that `openbook train` wrote")
-        known = ", ".join(self._heads)
-        if not name and len(self._heads) > 1:
-            raise InvalidRequest("classifier", f"empty, and this bundle has several; name one of {known}")
-        name = name or next(iter(self._heads))
-        if name not in self._heads:
-            raise InvalidRequest("classifier", f"this bundle has no {name!r}; name one of {known}")
-        return name, self._heads[name]
+        return choose("classifier", name, self._heads)
 
     def _options(self, request: pb.ClassifyRequest, head: HeadInfo) -> SearchOptions | None:
         """How neighbours or evidence are to be found; None where nothing is."""

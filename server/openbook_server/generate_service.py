@@ -16,7 +16,7 @@ from openbook_server.options import parse_filter, parse_mode
 from openbook_server.pipeline import Pipeline, Timings
 from openbook_server.replies import to_hit, to_provenance, to_timings
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import bounded
+from openbook_server.validation import bounded, choose, text_error
 from openbook_server.wire import Parsed
 
 GENERATOR = "generator"
@@ -95,13 +95,7 @@ class GenerateService:
         if not self._writers:
             way_out = "`openbook export --language-model FOLDER` or `--generator FOLDER` adds one"
             raise NotInBundle(f"this bundle has no model that writes text; {way_out}")
-        known = ", ".join(self._writers)
-        if not name and len(self._writers) > 1:
-            raise InvalidRequest("writer", f"empty, and this bundle has several; name one of {known}")
-        name = name or next(iter(self._writers))
-        if name not in self._writers:
-            raise InvalidRequest("writer", f"this bundle has no {name!r}; name one of {known}")
-        return name, self._writers[name]
+        return choose("writer", name, self._writers)
 
     def _options(self, request: pb.GenerateRequest, writer: TextWriter) -> SearchOptions | None:
         mode, most = parse_mode(request.mode), min(writer.info.passages, self._config.max_top_k)
@@ -112,13 +106,10 @@ class GenerateService:
         return SearchOptions(top_k=top_k, mode=mode, condition=condition)
 
     def _check_text(self, parsed: Parsed[pb.GenerateRequest]) -> None:
-        text, limit = parsed.message.text, self._config.max_text_bytes
         if parsed.not_utf8:
             raise InvalidRequest(min(parsed.not_utf8)[0], "not valid UTF-8; encode the text as UTF-8 before sending it")
-        if not text.strip():
-            raise InvalidRequest("text", "empty; send some text")
-        if len(text.encode()) > limit:
-            raise InvalidRequest("text", f"{len(text.encode())} bytes exceed the limit of {limit}; shorten it")
+        if (error := text_error("text", parsed.message.text, self._config)) is not None:
+            raise error
 
     def _sampling(self, request: pb.GenerateRequest, left: int, default: int) -> Sampling:
         """`left`: tokens that there is room to write."""

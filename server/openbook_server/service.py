@@ -25,7 +25,7 @@ from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
 from openbook_server.replies import to_answer_result, to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
-from openbook_server.validation import LONG_CHARACTERS, SPLIT, Validated, bounded, validate_texts
+from openbook_server.validation import SPLIT, Validated, bounded, refused_first, validate_texts
 from openbook_server.wire import Parsed
 
 DEFAULT_ANSWERS = 3
@@ -55,7 +55,7 @@ class Service:
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
         request = parsed.message
-        if sum(map(len, request.texts)) > LONG_CHARACTERS and len(request.texts) <= self._config.max_texts:
+        if refused_first(request.texts, self._config):
             self._pipeline.check(len(request.texts), deadline)
         valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate, way_out=SPLIT)
         timings.tokenise += timings.lap()

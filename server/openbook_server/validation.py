@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
@@ -12,7 +13,9 @@ from openbook_server.rows import Row
 from openbook_server.tokenization import TextEncoder
 
 SPLIT = "split it, or set truncate"  # the way out where a longer text may be cut
-LONG_CHARACTERS = 128  # of a request: what is longer is not tokenised only to be refused
+_LONG_CHARACTERS = 128  # of a request: what is longer is not tokenised only to be refused
+
+Model = TypeVar("Model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,8 @@ def validate_texts(
         name = f"{field}[{at}]"
         if (field, at) in not_utf8:
             errors[at] = InvalidRequest(name, "not valid UTF-8; encode the text as UTF-8 before sending it")
-        elif not text.strip():
-            errors[at] = InvalidRequest(name, "empty; send some text")
-        elif len(text) > config.max_text_bytes or len(text.encode()) > config.max_text_bytes:
-            errors[at] = InvalidRequest(name, f"{len(text.encode())} bytes exceed the limit of {config.max_text_bytes}; shorten it")
+        elif (error := text_error(name, text, config)) is not None:
+            errors[at] = error
     kept = [at for at in range(len(texts)) if at not in errors]
     rows = dict(zip(kept, encoder.texts([texts[at] for at in kept]), strict=True))
     for at in list(rows):
@@ -80,6 +81,38 @@ def validate_texts(
         raise errors[0]
     kept = [at for at in kept if at not in errors]
     return Validated(kept, [texts[at] for at in kept], [rows[at] for at in kept], dict(sorted(errors.items())))
+
+
+def text_error(name: str, text: str, config: ServerConfig) -> InvalidRequest | None:
+    """What is wrong with a text, named so, before it is tokenised."""
+    if not text.strip():
+        return InvalidRequest(name, "empty; send some text")
+    if len(text) > config.max_text_bytes or len(text.encode()) > config.max_text_bytes:
+        return InvalidRequest(name, f"{len(text.encode())} bytes exceed the limit of {config.max_text_bytes}; shorten it")
+    return None
+
+
+def refused_first(texts: Sequence[str], config: ServerConfig) -> bool:
+    """Whether the queue is asked before the texts are tokenised; too many of them are another error's."""
+    return sum(map(len, texts)) > _LONG_CHARACTERS and len(texts) <= config.max_texts
+
+
+def choose(field: str, name: str, models: Mapping[str, Model]) -> tuple[str, Model]:
+    """The model that a request names, or the only one where it names none.
+
+    Args:
+        models: by name, at least one.
+
+    Raises:
+        InvalidRequest: there is none of that name, or there are several and none is named.
+    """
+    known = ", ".join(models)
+    if not name and len(models) > 1:
+        raise InvalidRequest(field, f"empty, and this bundle has several; name one of {known}")
+    name = name or next(iter(models))
+    if name not in models:
+        raise InvalidRequest(field, f"this bundle has no {name!r}; name one of {known}")
+    return name, models[name]
 
 
 def bounded(field: str, value: int | None, default: int, low: int, high: int) -> int:

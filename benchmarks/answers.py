@@ -89,7 +89,7 @@ def main() -> None:
         parser.error(f"{arguments.bundle} has no reader; export it with --reader")
     device = choose_device(arguments.device, None, arguments.threads)
     encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
-    embedder, reader = (Graph(bundle.graph_path(name, device.precision), device, arguments.threads) for name in ("embedder", "reader"))
+    embedder, reader = (Graph(bundle.graph_path(name, device.precision), device) for name in ("embedder", "reader"))
     questions = load_texts(arguments.questions, arguments.limit)
     asked = perfect_batches(encoder, questions, bundle.embedder.max_tokens)
     raw: list[float] = []

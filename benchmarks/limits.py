@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device(arguments.device, None, arguments.threads)
-    graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
+    graph = Graph(bundle.graph_path("embedder", device.precision), device)
     encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
     texts = load_texts(arguments.texts, arguments.limit)
     batches = perfect_batches(encoder, texts, bundle.embedder.max_tokens)

@@ -61,7 +61,7 @@ def main() -> None:
     bundle = load_bundle(arguments.bundle)
     device = choose_device(arguments.device, None, arguments.threads)
     texts = load_texts(arguments.texts, arguments.limit)
-    graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
+    graph = Graph(bundle.graph_path("embedder", device.precision), device)
     batches = perfect_batches(TextEncoder(load_tokenizer(bundle.tokenizer_path)), texts, bundle.embedder.max_tokens)
     closed = {
         "32 texts a message": Load(texts_a_message=32, concurrency=4, seconds=arguments.seconds),

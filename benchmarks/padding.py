@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device(arguments.device, None, arguments.threads)
-    graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
+    graph = Graph(bundle.graph_path("embedder", device.precision), device)
     texts = TextEncoder(load_tokenizer(bundle.tokenizer_path)).texts(load_texts(arguments.texts, arguments.limit))
     report: dict[str, object] = {"machine": machine(bundle, f"{device.name} {device.precision}")}
     for count in (4, 16, 64):

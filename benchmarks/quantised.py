@@ -75,7 +75,7 @@ def stored_vectors(folder: Path) -> Vectors:
 
 def question_vectors(folder: Path, file: Path, count: int) -> Vectors:
     bundle = load_bundle(folder)
-    graph = Graph(bundle.graph_path("embedder", "fp32"), build_device("cpu", "fp32", 0), 0)
+    graph = Graph(bundle.graph_path("embedder", "fp32"), build_device("cpu", "fp32", 0))
     limits = bundle.embedder
     embed = PassageEmbedder(load_tokenizer(bundle.tokenizer_path), graph, dim=limits.dim, max_tokens=limits.max_tokens)
     with file.open() as lines:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +68,7 @@ class Batch:
     length: int  # tokens, padded
     rows: list[tuple[int, Job]]  # (number in the job, job)
     dropped: list[Job]
+    lane: Lane
     seconds: float  # that it will take, as far as is known
 
 
@@ -106,14 +106,19 @@ class Backlog:
                 seconds += self._costs[graph].predict(-(-count // size), count, length)
         return seconds
 
-    def take(self, now: float) -> Batch:
-        """The group whose head is most urgent gives rows; what is dead or too late is dropped. There must be a row."""
+    def take(self, now: float, *, free: int = 1) -> Batch:
+        """The group whose head is most urgent gives rows; what is dead or too late is dropped. There must be a row.
+
+        Args:
+            free: sessions that could run a batch now; what waits is shared out among them.
+        """
         key = min(self._groups, key=lambda name: self._groups[name][0][:3])
+        share = -(-len(self) // free)
         graph, length = key
         heap, cost = self._groups[key], self._costs[graph]
         batch: list[tuple[int, Job]] = []
         dropped: dict[int, Job] = {}
-        limit = sys.maxsize
+        limit, first = share, heap[0][0]
         while heap and len(batch) < min(limit, self._most(heap[0][0], length)):
             lane, deadline, _, number, job = heapq.heappop(heap)
             self.rows[lane] -= 1
@@ -130,13 +135,13 @@ class Backlog:
                 dropped[id(job)] = job
                 continue
             if not batch:
-                limit = max(1, cost.rows_within(min(_LONGEST, deadline - now), length))
+                limit = min(share, max(1, cost.rows_within(min(_LONGEST, deadline - now), length)))
             job.started = job.started or now
             batch.append((number, job))
         if not heap:
             del self._groups[key]
         self._waiting = +self._waiting  # without those that are empty
-        return Batch(graph, length, batch, list(dropped.values()), cost.predict(bool(batch), len(batch), length))
+        return Batch(graph, length, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
 
     def _most(self, lane: Lane, length: int) -> int:
         """Rows of a length that a lane's batch may hold."""

@@ -150,11 +150,11 @@ def _publish(target: str, name: str) -> int:
 
     knowledge_base, bundle = open_generation(target, name)
     try:
-        device = choose_device()
+        device = choose_device(sessions=0)
         graph = Graph(bundle.graph_path("embedder", device.precision), device)
         limits = bundle.embedder
         tokenizer = load_tokenizer(bundle.tokenizer_path)
-        embed = PassageEmbedder(tokenizer, graph, dim=limits.dim, max_tokens=limits.max_tokens, whole=True)
+        embed = PassageEmbedder(tokenizer, graph, dim=limits.dim, max_tokens=limits.max_tokens, whole=True, sessions=device.sessions)
         build_generation(knowledge_base, embed)
         knowledge_base.optimise()
         knowledge_base.snapshot()

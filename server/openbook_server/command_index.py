@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="documents a transaction (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "openvino", "cuda"], help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="onnxruntime threads; 0 = all cores (default)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="processor threads for inference; 0 = all cores (default)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,11 +93,11 @@ def _index(arguments: argparse.Namespace) -> int:
     if arguments.graph_dims is not None and not 0 <= arguments.graph_dims <= bundle.embedder.dim:
         raise InvalidRequest("--graph-dims", f"{arguments.graph_dims} is outside 0 to {bundle.embedder.dim}, the embedder's dimensions")
     splitting = choose_splitting(bundle, {}, arguments.passage_tokens, arguments.overlap)  # refused before a folder is made
-    device = choose_device(arguments.device, None, arguments.threads)
-    graph = Graph(bundle.graph_path("embedder", device.precision), device, arguments.threads)
+    device = choose_device(arguments.device, None, arguments.threads, sessions=0)
+    graph = Graph(bundle.graph_path("embedder", device.precision), device)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     dim, max_tokens = bundle.embedder.dim, bundle.embedder.max_tokens
-    embedder = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens)
+    embedder = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, sessions=device.sessions)
     if arguments.new_generation:  # looked at before a generation is added that nothing could fill
         check_stored_passages(bundle, recorded_facts(arguments.knowledge_base, *FACTS))
     knowledge_base = open_knowledge_base(
@@ -114,7 +114,7 @@ def _index(arguments: argparse.Namespace) -> int:
         began = time.monotonic()
         with _stop_on_signal() as stopping:
             if arguments.new_generation:
-                whole = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, whole=True)
+                whole = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, whole=True, sessions=device.sessions)
                 if build_generation(knowledge_base, whole, _report_build(), stopping):
                     knowledge_base.optimise()
                     knowledge_base.snapshot()

@@ -20,7 +20,8 @@ _FLAGS = {
     "precision": "fp32, bf16, fp16 or int8; by default the device's lossless one",
     "frontends": "processes that speak gRPC for the one that computes, which then does nothing else; 0 = one process does it all. For "
     "machines with many cores and a fast device",
-    "threads": "onnxruntime threads; 0 = all cores",
+    "threads": "processor threads for inference; 0 = all cores",
+    "sessions": "batches at once, which share the threads; 0 = as many as threads, up to 8; on a GPU 2",
     "max_batch_tokens": "tokens of one batch, padding included; raise it on a GPU until the device is busy",
     "cache_mb": "megabytes for the vectors of texts and questions asked before; 0 = compute every one, as a benchmark must",
     "max_queued": "texts and passages that may wait; beyond it callers get RESOURCE_EXHAUSTED and a time to come back",

@@ -18,9 +18,9 @@ _OBJECTIVE_MISSED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measure how many requests a second a bundle does on this machine, and how long they take at four fifths of that, with several "
-        "numbers of threads and sizes of batches; write the best settings into a profile for `openbook serve --profile`. A request embeds "
-        "a question and, where the bundle has a reader, reads five passages. Run it on an idle machine, and again when the machine, the "
-        "device or the bundle changes."
+        "numbers of threads, of batches at once and of tokens a batch; write the best settings into a profile for `openbook serve "
+        "--profile`. A request embeds a question and, where the bundle has a reader, reads five passages. Run it on an idle machine, and "
+        "again when the machine, the device or the bundle changes."
     )
     parser.epilog = (
         "example: openbook tune bundle/ --objective-ms 200 --out profile.json; openbook serve bundle/ kb/ --profile profile.json\n"
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         bundle = load_bundle(arguments.bundle)
         device = choose_device(arguments.device, arguments.precision or None)
-        print(f"{bundle.name} on {device.name} in {device.precision}\nthreads  tokens a batch  requests/s  p95 ms at {SHARE:.0%} of that")
+        print(f"{bundle.name} on {device.name} in {device.precision}")
+        print(f"threads  batches at once  tokens a batch  requests/s  p95 ms at {SHARE:.0%} of that")
         trials, best = tune(
             bundle,
             device=device.name,
@@ -59,7 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
         write_profile(
             arguments.out,
-            {"device": device.name, "precision": device.precision, "threads": best.threads, "max_batch_tokens": best.max_batch_tokens},
+            {
+                "device": device.name,
+                "precision": device.precision,
+                "threads": best.threads,
+                "sessions": best.sessions,
+                "max_batch_tokens": best.max_batch_tokens,
+            },
             {
                 "bundle_id": bundle.id,
                 "cores": os.cpu_count(),
@@ -82,4 +89,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _line(trial: Trial) -> str:
     threads = trial.threads or "own"
-    return f"{threads:>7}  {trial.max_batch_tokens:>14}  {trial.requests_per_second:>10.1f}  {trial.p95_ms:>21.1f}"
+    return f"{threads:>7}  {trial.sessions:>15}  {trial.max_batch_tokens:>14}  {trial.requests_per_second:>10.1f}  {trial.p95_ms:>21.1f}"

@@ -16,7 +16,8 @@ class ServerConfig:
     device: str = "auto"  # auto, cpu, openvino or cuda
     precision: str = ""  # fp32, bf16, fp16 or int8; empty = the device's lossless default
     frontends: int = 0  # processes that speak gRPC beside the one that computes; 0 = one process does both
-    threads: int = 0  # onnxruntime threads; 0 = all cores
+    threads: int = 0  # processor threads for inference; 0 = all cores
+    sessions: int = 0  # batches at once, which share the threads; 0 = as many as threads, up to 8; on a GPU 2
     max_batch_tokens: int = 2_048  # a batch, padding included; raise it on a GPU until the device is busy
     cache_mb: int = 64  # vectors of texts and questions kept, about 500 of them a MB; 0 = every text is computed
     max_queued: int = 2_048  # texts and passages waiting; beyond it callers get RESOURCE_EXHAUSTED
@@ -43,6 +44,7 @@ class ServerConfig:
             ("shadow_share", 0, 1),
             ("frontends", 0, 256),
             ("threads", 0, 1_024),
+            ("sessions", 0, 64),
             ("max_batch_tokens", 512, 1 << 20),
             ("cache_mb", 0, 1 << 20),
             ("max_queued", 1, 1 << 20),

@@ -1,8 +1,8 @@
-"""The engine: one thread that owns the device and feeds it batches from a deadline-ordered queue.
+"""The engine: it owns the device and feeds it batches from a deadline-ordered queue, a thread for each session that runs one.
 
 Promises
-- No timer: while a batch runs the queue grows; when the device is free it takes what fits the padded-token budget. A
-  text that arrives alone waits for nobody.
+- No timer: while batches run the queue grows; a session that is free takes what fits the padded-token budget, and no more than its
+  share where others are free too. A text that arrives alone waits for nobody.
 - Rows share a batch only with rows of the same graph and the same padded length, so that a row's result never depends
   on its neighbours.
 - Earliest deadline first, the foreground lane before the background lane (`backlog`). A row whose caller hung up or that would be too late
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class Engine:
-    """Runs graphs on one device; `submit` from the event loop, everything else happens on the engine's own thread."""
+    """Runs graphs on one device; `submit` from the event loop, everything else happens on the engine's own threads."""
 
     def __init__(
         self,
@@ -67,21 +67,29 @@ class Engine:
         *,
         max_batch_tokens: int,
         max_queued: int,
+        sessions: int = 1,
         observe: Callable[[str, int, int, float], None] = lambda graph, rows, tokens, seconds: None,
     ) -> None:
-        """`observe(graph, rows, padded tokens, seconds)` is told of every batch, for metrics."""
+        """Args:
+        sessions: batches that the device runs at once.
+        observe: told of every batch, for metrics: graph, rows, padded tokens, seconds; from several threads.
+        """
         self._graphs: dict[str, Runnable] = {}
         self._costs: dict[str, BatchCost] = {}
         self._backlog = Backlog(self._costs, max_batch_tokens=max_batch_tokens)
         self._max_queued, self._observe = max_queued, observe
-        self._busy_until = 0.0
+        self._busy_until = [0.0] * sessions  # when the batch of each session ends, as far as is known
+        self._idle = 0  # sessions that wait for work
         self._ran: dict[str, float] = {}  # when each graph last did
         self._attended, self._background_until = 0, 0.0
         self._wake = threading.Condition()
         self._closed = False
         self.add(graphs)
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._loop, args=(number,), name=f"engine-{number}", daemon=True) for number in range(sessions)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def add(self, graphs: Mapping[str, Runnable]) -> None:
         """Run these as well, from now on."""
@@ -156,7 +164,8 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = self._backlog.wait(lane) + max(0.0, self._busy_until - now)
+        sessions = len(self._threads)
+        wait = (self._backlog.wait(lane) + sum(max(0.0, until - now) for until in self._busy_until)) / sessions
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         if queued + len(lengths) > limit and queued:
@@ -165,6 +174,7 @@ class Engine:
                 retry_after_seconds=max(wait, 0.01),
             )
         run, left = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
+        run /= min(sessions, len(lengths))
         if run > left and now - self._ran.get(graph, 0.0) < _KNOWN:
             raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
         if _CAUTION * wait + run > left:
@@ -174,25 +184,33 @@ class Engine:
             )
 
     def close(self) -> None:
-        """Finish what is queued, then end the thread. Later submissions are refused as NotServing."""
+        """Finish what is queued, then end the threads. Later submissions are refused as NotServing."""
         with self._wake:
             self._closed = True
-            self._wake.notify()
-        self._thread.join()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _loop(self) -> None:
+    def _loop(self, number: int) -> None:
         while True:
             with self._wake:
                 while not self._closed and (not self.queued or self._pause()):
+                    self._idle += 1
                     self._wake.wait(self._pause() if self.queued else None)
+                    self._idle -= 1
                 if not self.queued:
                     return
                 now = time.monotonic()
-                batch = self._backlog.take(now)
-                self._busy_until = now + batch.seconds
+                batch = self._backlog.take(now, free=1 + self._idle)
+                self._busy_until[number] = now + batch.seconds
+                if batch.lane is Lane.BACKGROUND:
+                    self._background_until = now + batch.seconds
+                if self.queued:
+                    self._wake.notify()  # whoever is free as well; a wake-up for each row would be too many
             _tell(batch.dropped)
             if batch.rows:
                 self._run(batch.graph, batch.length, batch.rows)
+            self._busy_until[number] = 0.0
 
     def _pause(self) -> float:
         """Seconds that background work still keeps out of the way."""
@@ -215,17 +233,19 @@ class Engine:
             _tell([failed])
             return
         seconds = time.monotonic() - began
-        if batch[0][1].lane is Lane.BACKGROUND:
-            self._background_until = began + seconds
-        self._costs[graph].learn(len(batch), length, seconds)
-        self._ran[graph] = began + seconds
-        self._observe(graph, len(batch), len(batch) * length, seconds)
+        rows = [{name: values[at] for name, values in outputs.items()} for at in range(len(batch))]
         finished = []
-        for at, (number, job) in enumerate(batch):
-            job.results[number] = {name: values[at] for name, values in outputs.items()}
-            job.missing -= 1
-            if not job.missing:
-                finished.append(job)
+        with self._wake:
+            if batch[0][1].lane is Lane.BACKGROUND:
+                self._background_until = began + seconds
+            self._costs[graph].learn(len(batch), length, seconds)
+            self._ran[graph] = began + seconds
+            for (number, job), result in zip(batch, rows, strict=True):
+                job.results[number] = result
+                job.missing -= 1
+                if not job.missing:
+                    finished.append(job)
+        self._observe(graph, len(batch), len(batch) * length, seconds)
         _tell(finished)
 
 

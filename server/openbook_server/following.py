@@ -140,7 +140,7 @@ class Following:
         try:
             if knowledge_base.generation == self._beside.generation:
                 raise InvalidRequest("bundle", f"{knowledge_base.generation}, which is live, is the generation of this bundle already")
-            pair = Pair(bundle, load_graphs(bundle, shared.device, shared.config), knowledge_base, shared, lane=Lane.BACKGROUND)
+            pair = Pair(bundle, load_graphs(bundle, shared.device), knowledge_base, shared, lane=Lane.BACKGROUND)
         except BaseException:
             knowledge_base.close()
             raise

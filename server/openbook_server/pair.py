@@ -68,7 +68,7 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
         raise
 
 
-def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[str, Graph]:
+def load_graphs(bundle: Bundle, device: Device) -> dict[str, Graph]:
     """Those of a bundle's graphs that are served, verified, and warm where the first batch of a length would be slow; blocking.
 
     Raises:
@@ -76,26 +76,26 @@ def load_graphs(bundle: Bundle, device: Device, config: ServerConfig) -> dict[st
     """
     limits = {"embedder": bundle.embedder.max_tokens} | ({"reader": bundle.reader.max_tokens} if bundle.reader else {})
     limits |= {name: head.max_tokens for name, head in bundle.heads.items() if head.classifies}
-    graphs = {name: Graph(bundle.graph_path(name, device.precision), device, config.threads) for name in limits}
+    graphs = {name: Graph(bundle.graph_path(name, device.precision), device) for name in limits}
     verify_golden(bundle, graphs, device)
     for name, limit in limits.items() if device.prepares_lengths else ():
         for length in graphs[name].buckets.padded_lengths(limit):
             half = length // 2
-            graphs[name].run_rows([Row([1] * length, [0] * half + [1] * (length - half))], length)
-    graphs |= _writing(bundle, device, config)
+            graphs[name].warm([Row([1] * length, [0] * half + [1] * (length - half))], length)
+    graphs |= _writing(bundle, device)
     exact = build_device("cpu", "fp32", 1)  # whatever the device: they are a few small products, and no half precision holds their votes
     votes = {neighbours_graph(name): head for name, head in bundle.heads.items() if head.neighbours and head.classifies}
-    voting = {name: Graph(bundle.graph_path(name, exact.precision), exact, 1) for name in votes}
+    voting = {name: Graph(bundle.graph_path(name, exact.precision), exact) for name in votes}
     verify_golden(bundle, voting, exact)
     return graphs | voting
 
 
-def _writing(bundle: Bundle, device: Device, config: ServerConfig) -> dict[str, Graph]:
+def _writing(bundle: Bundle, device: Device) -> dict[str, Graph]:
     """Graphs that write text. Their shapes grow with the text: on CUDA no buffers are kept for any, and other processors' kernels are
     onnxruntime's, which are made for no shape."""
-    on = replace(device, memory="") if device.name == "cuda" else build_device("cpu", "fp32", config.threads)
+    on = replace(device, memory="") if device.name == "cuda" else build_device("cpu", "fp32", device.threads, device.sessions)
     names = [name for writer in bundle.writers.values() for name in writer.graphs]
-    graphs = {name: Graph(bundle.graph_path(name, on.precision), on, config.threads) for name in names}
+    graphs = {name: Graph(bundle.graph_path(name, on.precision), on) for name in names}
     verify_golden(bundle, graphs, on)
     return graphs
 

@@ -11,7 +11,13 @@ from typing import Any
 from openbook_server.errors import InvalidRequest
 
 FORMAT = 1
-SETTINGS: dict[str, type] = {"device": str, "precision": str, "threads": int, "max_batch_tokens": int}  # fields of ServerConfig
+SETTINGS: dict[str, type] = {
+    "device": str,
+    "precision": str,
+    "threads": int,
+    "sessions": int,
+    "max_batch_tokens": int,
+}  # fields of ServerConfig
 
 
 def write_profile(file: Path, settings: Mapping[str, str | int], measured: Mapping[str, Any]) -> None:

@@ -9,17 +9,18 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
-import threading
-from collections import OrderedDict
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import LifoQueue
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.binding import BoundSession
 from openbook_server.buckets import PADDED, PADDING_FREE, Buckets
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
 from openbook_server.rows import Row, collate
@@ -28,7 +29,8 @@ DISTRIBUTIONS = {"onnxruntime": "server", "onnxruntime-gpu": "server-gpu", "onnx
 PROVIDERS = {"cpu": "CPUExecutionProvider", "openvino": "OpenVINOExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # What each device runs, its default first. int8 stays on the CPU: on CUDA it is slower than fp32.
 PRECISIONS = {"cuda": ("fp16", "fp32"), "openvino": ("bf16", "fp32"), "cpu": ("fp32", "fp16", "int8")}
-BOUND_SHAPES = 32  # (batch, length) pairs that a graph keeps device buffers for, a few hundred kB each
+MOST_SESSIONS = 8  # that a processor gets unless told: so many batches at once keep any number of cores busy
+GPU_SESSIONS = 2  # one computes while the other copies
 
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
@@ -42,6 +44,8 @@ class Device:
     name: str  # cpu, openvino or cuda
     precision: str  # fp32, bf16, fp16 or int8
     providers: list[tuple[str, dict[str, str]]]  # as onnxruntime takes them, the one that must run first
+    threads: int = 0  # processor threads of a graph, shared by all that runs in it; 0 = all cores
+    sessions: int = 1  # batches that run at once
     memory: str = ""  # onnxruntime's name of the memory that inputs and outputs are preallocated in; "" = none are
     prepares_lengths: bool = False  # the first batch of a padded length takes longer than the next: kernels are made or chosen for it
 
@@ -66,14 +70,15 @@ def require_onnxruntime() -> ModuleType:
         raise DeviceUnavailable(f"{installed[0]} does not load ({error}); reinstall it") from error
 
 
-def choose_device(name: str = "auto", precision: str | None = None, threads: int = 0) -> Device:
+def choose_device(name: str = "auto", precision: str | None = None, threads: int = 0, sessions: int = 1) -> Device:
     """Find the device to run on.
 
     Args:
         name: cpu, openvino, cuda, or auto: the first of cuda, openvino, cpu that works here and runs `precision`.
         precision: of the graphs; None = the device's default (cuda fp16; openvino bf16 where the processor has bf16
             instructions, else fp32; cpu fp32).
-        threads: processor threads per graph; 0 = all cores.
+        threads: see `Device`.
+        sessions: the same; 0 = as many as keep the device busy. More than `threads` count as that many.
 
     Raises:
         DeviceUnavailable: the device is not here or does not run that precision; the message says what would help.
@@ -86,68 +91,67 @@ def choose_device(name: str = "auto", precision: str | None = None, threads: int
         chosen = precision or _default_precision(candidate)
         problem = _obstacle(candidate, chosen, available)
         if problem is None:
-            return build_device(candidate, chosen, threads)
+            return build_device(candidate, chosen, threads, sessions)
         problems.append(problem)
     raise DeviceUnavailable("; ".join(problems))
 
 
-def build_device(name: str, precision: str, threads: int = 0) -> Device:
-    """The device with its provider's options, whether or not it is here; `choose_device` asks that."""
+def build_device(name: str, precision: str, threads: int = 0, sessions: int = 1) -> Device:
+    """The device with its provider's options, whether or not it is here; `choose_device` asks that, and takes the same numbers."""
     cpu: tuple[str, dict[str, str]] = (PROVIDERS["cpu"], {})
-    if name == "openvino":
-        settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "NUM_STREAMS": "1"}
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = str(threads)
-        options = {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}  # it wants its JSON as a string
-        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu], prepares_lengths=True)
     if name == "cuda":
         # Growing by what is asked for, not by doubling, leaves memory to others; TF32 would make fp32 a third precision.
         options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-        return Device(name=name, precision=precision, providers=[(PROVIDERS[name], options), cpu], memory="cuda", prepares_lengths=True)
-    return Device(name=name, precision=precision, providers=[cpu])
+        providers = [(PROVIDERS[name], options), cpu]
+        sessions = sessions or GPU_SESSIONS
+        device = Device(name=name, precision=precision, providers=providers, threads=threads, sessions=sessions)
+        return replace(device, memory="cuda", prepares_lengths=True)
+    if sessions != 1:
+        threads = threads or cores()
+        sessions = min(sessions or MOST_SESSIONS, threads)
+    device = Device(name=name, precision=precision, providers=[cpu], threads=threads, sessions=sessions)
+    if name == "openvino":
+        settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "NUM_STREAMS": str(sessions)}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = str(threads)
+        options = {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}  # it wants its JSON as a string
+        return replace(device, providers=[(PROVIDERS[name], options), cpu], prepares_lengths=True)
+    return device
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Graph:
-    """One onnxruntime session; safe to call from several threads."""
+    """One graph, loaded; safe to call from several threads, and as many calls as the device has `sessions` run at once."""
 
-    def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
+    def __init__(self, path: Path, device: Device) -> None:
         """Load the graph in `path`.
-
-        Args:
-            threads: processor threads; 0 = all cores.
 
         Raises:
             BundleInvalid: onnxruntime does not take the file.
             DeviceUnavailable: the device's provider did not start.
         """
-        ort = self._ort = require_onnxruntime()
+        ort = require_onnxruntime()
         wanted = device.providers[0][0]
         if wanted not in ort.get_available_providers():  # it would only warn, and go on without
             raise DeviceUnavailable(f"onnxruntime here has no {wanted}, only {', '.join(ort.get_available_providers())}")
         if device.name == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a shared machine's cores
-        if device.name == "openvino":
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it optimises by itself, and better
-        try:
-            # Without its fallback onnxruntime would print to stdout and go on with another provider.
-            self._session = ort.InferenceSession(str(path), options, providers=device.providers, enable_fallback=0)
-        except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
-            raise BundleInvalid(f"{path} does not load on {device.name}: {_first_line(error)}") from error
-        running = self._session.get_providers()
-        if wanted not in running:
-            raise DeviceUnavailable(f"{wanted} did not start, only {', '.join(running)}; are its libraries installed? or use --device cpu")
+        self._session = _load(ort, path, device)
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
         self._shapes = {value.name: value.shape for value in self._session.get_inputs()}
         padding_free = PADDING_FREE_KEY in self._session.get_modelmeta().custom_metadata_map
         self.buckets: Buckets = PADDING_FREE if padding_free else PADDED  # what rows are padded to
-        self._memory = device.memory
-        self._bound: OrderedDict[tuple[int, ...], _Buffers] = OrderedDict()
-        self._lock = threading.Lock()
+        # A session's calls run side by side on a processor, in turn on a GPU: there each has a session, and buffers, of its own.
+        self._bound: LifoQueue[BoundSession] = LifoQueue()  # those that are free; the last one used is warm
+        for number in range(device.sessions if device.memory else 0):
+            session = _load(ort, path, device) if number else self._session
+            self._bound.put(BoundSession(ort, session, device.memory))
+        self._binds = bool(device.memory)
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
         """Run one batch.
@@ -159,9 +163,13 @@ class Graph:
             The outputs by name, the first axis being the batch.
         """
         feed = {name: inputs[name] for name in self.input_names}
-        if self._memory:
-            return self._run_bound(feed)
-        return dict(zip(self.output_names, self._session.run(self.output_names, feed), strict=True))
+        if not self._binds:
+            return dict(zip(self.output_names, self._session.run(self.output_names, feed), strict=True))
+        session = self._bound.get()
+        try:
+            return session.run(feed)
+        finally:
+            self._bound.put(session)
 
     def heads_and_dim(self, name: str) -> tuple[int, int]:
         """Of an input of keys or values, (batch, heads, tokens, dim)."""
@@ -172,38 +180,37 @@ class Graph:
         """As `run`, of rows padded to `length`."""
         return self.run(collate(rows, length))
 
-    def _run_bound(self, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        """Copy in, run, copy out, in buffers allocated once per shape: no allocation, and no copy that onnxruntime decides on."""
-        shape = next(iter(feed.values())).shape
-        with self._lock:
-            buffers = self._bound.pop(shape, None) or _Buffers(self._ort, self._session, self._memory, shape)
-            self._bound[shape] = buffers  # most recent last
-            if len(self._bound) > BOUND_SHAPES:
-                self._bound.popitem(last=False)
-            return buffers.run(self._session, feed)
+    def warm(self, rows: Sequence[Row], length: int) -> None:
+        """As `run_rows`, once in each session, before anybody else runs anything."""
+        sessions = [self._bound.get() for _ in range(self._bound.qsize())]
+        for session in sessions:
+            self._bound.put(session)
+            self.run_rows(rows, length)
+            self._bound.get()
+        for session in sessions:
+            self._bound.put(session)
+        if not sessions:
+            self.run_rows(rows, length)
 
 
-class _Buffers:
-    """Device memory for the inputs and outputs of one batch shape, bound to a session."""
-
-    def __init__(self, ort: ModuleType, session: Any, memory: str, shape: tuple[int, ...]) -> None:
-        self._binding = session.io_binding()
-        allocate = ort.OrtValue.ortvalue_from_shape_and_type
-        self._inputs = {value.name: allocate(list(shape), np.int64, memory, 0) for value in session.get_inputs()}
-        self._outputs = {}
-        for value in session.get_outputs():
-            kind = np.int64 if value.type == "tensor(int64)" else np.float32
-            self._outputs[value.name] = allocate([shape[0], *value.shape[1:]], kind, memory, 0)  # only the batch is open
-        for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in self._outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-
-    def run(self, session: Any, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        for name, value in self._inputs.items():
-            value.update_inplace(np.ascontiguousarray(feed[name]))
-        session.run_with_iobinding(self._binding)
-        return {name: value.numpy().copy() for name, value in self._outputs.items()}  # in host memory numpy() is a view
+def _load(ort: ModuleType, path: Path, device: Device) -> Any:
+    wanted = device.providers[0][0]
+    options = ort.SessionOptions()
+    # Calls at once share a session's threads, and each brings the one that it comes from.
+    options.intra_op_num_threads = device.threads and max(1, device.threads - device.sessions + 1)
+    options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a shared machine's cores
+    if device.name == "openvino":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it optimises by itself, and better
+    try:
+        # Without its fallback onnxruntime would print to stdout and go on with another provider.
+        session = ort.InferenceSession(str(path), options, providers=device.providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
+        raise BundleInvalid(f"{path} does not load on {device.name}: {_first_line(error)}") from error
+    running = session.get_providers()
+    if wanted not in running:
+        raise DeviceUnavailable(f"{wanted} did not start, only {', '.join(running)}; are its libraries installed? or use --device cpu")
+    return session
 
 
 def cuda_devices() -> int:

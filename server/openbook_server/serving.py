@@ -71,7 +71,13 @@ async def running_server(
     listener.report(metrics)
     try:
         loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
-        engine = Engine({}, max_batch_tokens=config.max_batch_tokens, max_queued=config.max_queued, observe=metrics.observe_batch)
+        engine = Engine(
+            {},
+            max_batch_tokens=config.max_batch_tokens,
+            max_queued=config.max_queued,
+            sessions=loaded.device.sessions,
+            observe=metrics.observe_batch,
+        )
         # Only this machine may write, unless the operator says otherwise: there is no authentication.
         writable = config.writable or config.host in LOOPBACK
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread:
@@ -97,7 +103,8 @@ async def running_server(
                 holds = f"{loaded.knowledge_base.counts().passages} passages" if loaded.knowledge_base else "no knowledge base"
                 took = time.perf_counter() - began
                 device = loaded.device
-                await listener.serving(loaded.bundle.name, f"{device.name} in {device.precision}, {holds}; ready after {took:.1f} s")
+                runs = f"{device.name} in {device.precision}, {device.sessions} batches at once"
+                await listener.serving(loaded.bundle.name, f"{runs}, {holds}; ready after {took:.1f} s")
                 yield listener.port
             finally:
                 frontend.served, frontend.refusal = None, "the server is shutting down"
@@ -141,13 +148,13 @@ def _reflection_handlers() -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
 
 def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) -> _Loaded:
     """Open, verify and warm everything; blocking, so that health answers meanwhile."""
-    device = choose_device(config.device, config.precision or None, config.threads)
+    device = choose_device(config.device, config.precision or None, config.threads, config.sessions)
     bundle = load_bundle(bundle_folder)
     bundle = bundle_to_serve(target, bundle) if target else bundle
     with ThreadPoolExecutor(1, thread_name_prefix="open") as beside:  # each takes about as long as the other
         opening = beside.submit(open_knowledge_base, target, bundle) if target else None
         try:
-            graphs = load_graphs(bundle, device, config)
+            graphs = load_graphs(bundle, device)
             knowledge_base = opening.result() if opening else None
             if knowledge_base is not None:
                 knowledge_base.serve_with(place_of(bundle))

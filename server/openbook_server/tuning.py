@@ -1,6 +1,6 @@
 """Which settings serve a bundle best on this machine: measured, not guessed.
 
-A trial is an engine with one number of threads and one token budget, and requests as a server would run them: a question
+A trial is an engine with one number of threads, of sessions and of tokens a batch, and requests as a server would run them: a question
 embedded, then `TOP_K` passages read beside it where the bundle has a reader. First as many as it can do (closed loop), then
 at `SHARE` of that, arriving at random, for the latency that somebody who asks would see. Left out is what costs the same
 whatever the settings: gRPC, tokenising, search.
@@ -9,7 +9,6 @@ whatever the settings: gRPC, tokenising, search.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,24 +17,24 @@ from dataclasses import dataclass
 from openbook_server.bundle import Bundle
 from openbook_server.engine import Engine, Runnable
 from openbook_server.rows import Row
-from openbook_server.runtime import Graph, choose_device
+from openbook_server.runtime import GPU_SESSIONS, MOST_SESSIONS, Device, Graph, choose_device, cores
 
 TOP_K = 5
 CALLERS = 32  # at once, when as many requests as possible are measured
 SHARE = 0.8  # of the measured rate, at which latency is measured
 BUDGETS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)  # tokens a batch
-FIRST_BUDGET = 2_048  # with which numbers of threads are compared
+FIRST_BUDGET = 2_048  # with which numbers of threads and sessions are compared
 QUESTION_TOKENS, PASSAGE_TOKENS = (8, 24), (150, 250)  # what requests are made of, if the models take so many
-_MAX_THREADS = 4  # numbers of threads tried
 _ALIKE = 0.97  # rates closer than this are equal, and latency decides
 _NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One pair of settings, and what they came to."""
+    """Settings, and what they came to."""
 
     threads: int  # 0 = the device has its own
+    sessions: int
     max_batch_tokens: int
     requests_per_second: float
     p95_ms: float  # at SHARE of that rate
@@ -65,7 +64,7 @@ class Workload:
 def tune(
     bundle: Bundle, *, device: str, precision: str | None, objective_ms: float | None, seconds: float, report: Callable[[Trial], None]
 ) -> tuple[list[Trial], Trial]:
-    """Try numbers of threads, then token budgets with the best of them.
+    """Try numbers of threads and sessions, then token budgets with the best of them.
 
     Args:
         device, precision: as `runtime.choose_device`.
@@ -80,34 +79,35 @@ def tune(
         DeviceUnavailable, BundleInvalid: as `choose_device` and `Graph`.
     """
     workload, trials = Workload.of(bundle), []
-    numbers = thread_numbers(choose_device(device, precision).name)
-    each = seconds / (len(numbers) + len(BUDGETS) - 1)
+    arrangements = thread_arrangements(choose_device(device, precision).name, cores())
+    each = seconds / (len(arrangements) + len(BUDGETS) - 1)
 
-    def attempt(graphs: Mapping[str, Runnable], threads: int, budget: int) -> None:
-        rate, p95_ms = measure(graphs, workload, max_batch_tokens=budget, seconds=each)
-        trials.append(Trial(threads=threads, max_batch_tokens=budget, requests_per_second=rate, p95_ms=p95_ms))
+    def attempt(graphs: Mapping[str, Runnable], threads: int, sessions: int, budget: int) -> None:
+        rate, p95_ms = measure(graphs, workload, sessions=sessions, max_batch_tokens=budget, seconds=each)
+        trials.append(Trial(threads=threads, sessions=sessions, max_batch_tokens=budget, requests_per_second=rate, p95_ms=p95_ms))
         report(trials[-1])
 
-    for threads in numbers:
-        attempt(_graphs(bundle, device, precision, threads, workload), threads, FIRST_BUDGET)
-    threads = choose(trials, objective_ms).threads
-    graphs = _graphs(bundle, device, precision, threads, workload)
+    for threads, sessions in arrangements:
+        attempt(_graphs(bundle, choose_device(device, precision, threads, sessions), workload), threads, sessions, FIRST_BUDGET)
+    best = choose(trials, objective_ms)
+    graphs = _graphs(bundle, choose_device(device, precision, best.threads, best.sessions), workload)
     for budget in BUDGETS:
         if budget != FIRST_BUDGET:
-            attempt(graphs, threads, budget)
+            attempt(graphs, best.threads, best.sessions, budget)
     return trials, choose(trials, objective_ms)
 
 
-def thread_numbers(device: str) -> list[int]:
-    """Numbers of processor threads worth trying: all cores, and halves of that. A GPU's work does not depend on them."""
+def thread_arrangements(device: str, cores: int) -> list[tuple[int, int]]:
+    """(threads, sessions) worth trying: all cores, shared by ever fewer batches at once; then half of the cores, which leaves the others to
+    gRPC and to clients. A GPU's work does not depend on processor threads."""
     if device == "cuda":
-        return [0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number, numbers = cores, list[int]()
-    while number and len(numbers) < _MAX_THREADS:
-        numbers.append(number)
-        number //= 2
-    return numbers
+        return [(0, sessions) for sessions in range(1, GPU_SESSIONS + 1)]
+    tried, sessions = [], min(cores, MOST_SESSIONS)
+    while sessions:
+        tried.append((cores, sessions))
+        sessions //= 2
+    half = cores // 2
+    return [*tried, (half, min(half, MOST_SESSIONS))] if half else tried
 
 
 def choose(trials: Sequence[Trial], objective_ms: float | None) -> Trial:
@@ -118,9 +118,11 @@ def choose(trials: Sequence[Trial], objective_ms: float | None) -> Trial:
     return min(alike or trials, key=lambda trial: trial.p95_ms)
 
 
-def measure(graphs: Mapping[str, Runnable], workload: Workload, *, max_batch_tokens: int, seconds: float) -> tuple[float, float]:
+def measure(
+    graphs: Mapping[str, Runnable], workload: Workload, *, sessions: int, max_batch_tokens: int, seconds: float
+) -> tuple[float, float]:
     """Requests a second in closed loop, and the p95 in milliseconds at SHARE of that; each takes about half of the time."""
-    engine = Engine(graphs, max_batch_tokens=max_batch_tokens, max_queued=_NO_LIMIT)
+    engine = Engine(graphs, max_batch_tokens=max_batch_tokens, max_queued=_NO_LIMIT, sessions=sessions)
     try:
         rate = asyncio.run(_closed(engine, workload, seconds / 2))
         took = sorted(asyncio.run(_open(engine, workload, seconds / 2, SHARE * rate)))
@@ -161,16 +163,15 @@ async def _open(engine: Engine, workload: Workload, seconds: float, rate: float)
     return await asyncio.gather(*tasks)
 
 
-def _graphs(bundle: Bundle, device: str, precision: str | None, threads: int, workload: Workload) -> dict[str, Graph]:
+def _graphs(bundle: Bundle, device: Device, workload: Workload) -> dict[str, Graph]:
     """The bundle's graphs, each having run once at every length that it will run at."""
-    chosen = choose_device(device, precision, threads)
     graphs = {}
     for name, tokens in (("embedder", workload.question_tokens), ("reader", workload.pair_tokens)):
         if tokens:
-            graphs[name] = Graph(bundle.graph_path(name, chosen.precision), chosen, threads)
+            graphs[name] = Graph(bundle.graph_path(name, device.precision), device)
             buckets = graphs[name].buckets
             for length in sorted({buckets.padded_length(count) for count in range(tokens[0], tokens[1] + 1)}):
-                graphs[name].run_rows([Row([1] * length)], length)
+                graphs[name].warm([Row([1] * length)], length)
     return graphs
 
 

@@ -45,7 +45,7 @@ def batch(tokenizer: Tokenizer, texts: list[str] | list[tuple[str, str]], length
 
 
 def graph(bundle: Bundle, model: str, precision: str = "fp32") -> Graph:
-    return Graph(bundle.graph_path(model, precision), build_device("cpu", precision, 1), 1)
+    return Graph(bundle.graph_path(model, precision), build_device("cpu", precision, 1))
 
 
 def options(tmp_path: Path, checkpoint: Path, **changes: object) -> ExportOptions:

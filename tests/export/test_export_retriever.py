@@ -61,7 +61,7 @@ def test_the_embedder_that_is_exported_is_the_one_that_was_trained(
     ids = np.array([row + [0] * (width - len(row)) for row in encodings])
     mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in encodings])
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    served = Graph(bundle.graph_path("embedder", "fp32"), build_device("cpu", "fp32", 1), 1).run(inputs)["sentence_embedding"]
+    served = Graph(bundle.graph_path("embedder", "fp32"), build_device("cpu", "fp32", 1)).run(inputs)["sentence_embedding"]
     assert np.allclose(served, vectors(trained, tiny_checkpoint), atol=1e-4)
     assert not np.allclose(served, vectors(load_embedder(resolve_checkpoint(str(tiny_checkpoint))).model, tiny_checkpoint), atol=0.05)
     assert bundle.embedder.fingerprint != untouched.embedder.fingerprint

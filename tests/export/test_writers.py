@@ -93,7 +93,7 @@ def bundle(tiny_checkpoint: Path, generator: Path, language_model: Path, tmp_pat
 
 
 def graph(bundle: Bundle, model: str) -> Graph:
-    return Graph(bundle.graph_path(model, "fp32"), build_device("cpu", "fp32", 1), 1)
+    return Graph(bundle.graph_path(model, "fp32"), build_device("cpu", "fp32", 1))
 
 
 def test_the_graphs_write_the_answer_that_transformers_generates(bundle: Bundle, generator: Path) -> None:

@@ -100,7 +100,7 @@ def _index(tiny_bundle: Path, target: str, folder: Path) -> None:
     (folder / "documents.jsonl").write_text(DOCUMENTS)
     bundle = load_bundle(tiny_bundle)
     device = build_device("cpu", "fp32", 1)
-    graph = Graph(bundle.graph_path("embedder", "fp32"), device, 1)
+    graph = Graph(bundle.graph_path("embedder", "fp32"), device)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embed = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
     knowledge_base = open_knowledge_base(target, bundle, create=True)

@@ -302,4 +302,4 @@ def test_a_neighbours_graph_that_computes_something_else_is_not_served(labelling
     golden["topics.neighbours/knn"] = golden["topics.neighbours/knn"][::-1]
     monkeypatch.setattr(Bundle, "golden", lambda _: golden)
     with pytest.raises(BundleInvalid, match=r"fails its golden vectors on cpu in fp32: topics.neighbours_distance"):
-        load_graphs(bundle, build_device("cpu", "fp32", 1), CONFIG)
+        load_graphs(bundle, build_device("cpu", "fp32", 1))

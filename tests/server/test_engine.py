@@ -200,6 +200,64 @@ async def test_closing_finishes_what_is_queued_and_refuses_what_comes_later(grap
         await engine.submit("embedder", [row(2)], deadline=soon())
 
 
+@pytest.fixture
+async def pair(graph: GatedGraph) -> AsyncIterator[Engine]:
+    engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=40, sessions=2)
+    yield engine
+    graph.let(1000)
+    await asyncio.to_thread(engine.close)
+
+
+async def test_two_sessions_run_two_batches_at_once_and_share_what_waits(pair: Engine, graph: GatedGraph) -> None:
+    task = await start(pair, *(row(number) for number in range(1, 6)))
+    await graph.wait_entered()
+    await graph.wait_entered()  # before the first has ended
+    assert sorted(map(len, graph.batches)) == [2, 3]
+    graph.let(2)
+    assert [int(result["total"]) for result in (await task).rows] == [4, 5, 6, 7, 8]
+
+
+async def test_a_row_that_arrives_alone_has_a_session_while_another_is_busy(pair: Engine, graph: GatedGraph) -> None:
+    first = await start(pair, row(1))
+    await graph.wait_entered()
+    second = await start(pair, row(2))
+    await graph.wait_entered()
+    graph.let(2)
+    await asyncio.gather(first, second)
+    assert sorted(graph.batches) == [[1], [2]]
+
+
+async def test_a_session_that_alone_is_free_takes_all_that_fits(pair: Engine, graph: GatedGraph) -> None:
+    first = [await start(pair, row(number)) for number in (1, 2)]
+    await graph.wait_entered()
+    await graph.wait_entered()
+    others = [await start(pair, row(number)) for number in (3, 4, 5, 6)]
+    graph.let(1)
+    await graph.wait_entered()
+    assert graph.batches[2] == [3, 4, 5, 6]
+    graph.let(2)
+    await asyncio.gather(*first, *others)
+
+
+async def test_rows_of_one_job_fail_it_once_in_whichever_session(pair: Engine, graph: GatedGraph) -> None:
+    task = await start(pair, row(POISON), row(POISON), row(3))
+    graph.let(10)
+    with pytest.raises(InferenceFailed, match="poisoned row"):
+        await task
+    assert (await pair.submit("embedder", [row(4)], deadline=soon())).rows == [{"total": 7}]
+
+
+async def test_closing_ends_every_session_once_the_queue_is_empty(graph: GatedGraph) -> None:
+    engine = Engine({"embedder": graph}, max_batch_tokens=4, max_queued=40, sessions=3)
+    tasks = [await start(engine, row(number)) for number in range(1, 8)]
+    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+    graph.let(100)
+    assert sorted(int(outcome.rows[0]["total"]) for outcome in await asyncio.gather(*tasks)) == [4, 5, 6, 7, 8, 9, 10]
+    await closing
+    with pytest.raises(NotServing):
+        await engine.submit("embedder", [row(1)], deadline=soon())
+
+
 def test_collated_rows_are_padded_on_the_right_and_masked() -> None:
     inputs = collate([Row([7, 8, 9], [0, 1, 1]), Row([5])], 4)
     assert inputs["input_ids"].tolist() == [[7, 8, 9, 0], [5, 0, 0, 0]]

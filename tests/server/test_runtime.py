@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from openbook_server import runtime
+from openbook_server.binding import BOUND_SHAPES, BoundSession
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
+from openbook_server.rows import Row
 from openbook_server.runtime import (
-    BOUND_SHAPES,
     Device,
     Graph,
     build_device,
     choose_device,
+    cores,
     has_bf16_instructions,
     require_onnxruntime,
 )
@@ -146,8 +153,45 @@ def test_buffers_of_the_least_recent_shape_are_given_up(bundle: Bundle) -> None:
     for length in range(4, 4 + BOUND_SHAPES + 5):
         ids = np.full((1, length), 7)
         graph.run({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": ids * 0})
-    assert len(graph._bound) == BOUND_SHAPES
-    assert (1, 4) not in graph._bound
+    buffers = graph._bound.get()._buffers
+    assert len(buffers) == BOUND_SHAPES
+    assert (1, 4) not in buffers
+
+
+def test_each_batch_at_once_has_a_session_of_its_own_and_each_is_warmed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    run, together = BoundSession.run, threading.Barrier(2, timeout=30)
+
+    def noted(session: BoundSession, feed: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        ran.append(id(session))
+        return run(session, feed)
+
+    monkeypatch.setattr(BoundSession, "run", noted)
+    graph = Graph(bundle.graph_path("embedder", "fp32"), replace(BOUND, sessions=2))
+    rows = [Row([5, 6, 7, 8])]
+    graph.warm(rows, 4)
+    assert len(set(ran)) == len(ran) == 2
+
+    def held(session: BoundSession, feed: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        together.wait()  # opens only if both are in
+        return noted(session, feed)
+
+    monkeypatch.setattr(BoundSession, "run", held)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda _: graph.run_rows(rows, 4)["sentence_embedding"].tobytes(), range(2))
+    assert one == other
+    assert len(set(ran[2:])) == 2
+
+
+def test_a_processors_sessions_are_as_many_as_its_threads_up_to_a_limit_and_share_them() -> None:
+    assert build_device("cpu", "fp32").sessions == 1
+    assert [build_device("cpu", "fp32", threads, sessions=0).sessions for threads in (1, 2, 8, 64)] == [1, 2, 8, 8]
+    assert build_device("cpu", "fp32", 2, sessions=5).sessions == 2
+    assert build_device("cpu", "fp32", sessions=0).threads == cores()
+    assert build_device("cuda", "fp16", sessions=0).sessions == 2
+    [(_, options), _] = build_device("openvino", "bf16", threads=4, sessions=0).providers
+    settings = json.loads(options["load_config"])["CPU"]
+    assert (settings["NUM_STREAMS"], settings["INFERENCE_NUM_THREADS"]) == ("4", "4")
 
 
 def test_a_file_that_is_no_graph_is_an_invalid_bundle(tmp_path: Path) -> None:

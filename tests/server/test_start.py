@@ -34,7 +34,7 @@ def test_every_length_is_run_once_only_where_the_device_prepares_itself_for_each
         return run(graph, inputs)  # type: ignore[arg-type]  # a dict is a mapping
 
     monkeypatch.setattr(Graph, "run", noted)
-    load_graphs(bundle, dataclasses.replace(build_device("cpu", "fp32", 1), prepares_lengths=prepares), ServerConfig(threads=1))
+    load_graphs(bundle, dataclasses.replace(build_device("cpu", "fp32", 1), prepares_lengths=prepares))
     golden = bundle.golden()
     assert bundle.reader is not None
     checked = sum(len(golden[f"{model}/input_ids"]) for model in ("embedder", "reader"))

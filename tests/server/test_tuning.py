@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.profiles import read_profile, write_profile
-from openbook_server.tuning import BUDGETS, Trial, choose, thread_numbers, tune
+from openbook_server.runtime import cores
+from openbook_server.tuning import BUDGETS, Trial, choose, thread_arrangements, tune
 
 
 def trial(threads: int, rate: float, p95_ms: float) -> Trial:
-    return Trial(threads=threads, max_batch_tokens=2_048, requests_per_second=rate, p95_ms=p95_ms)
+    return Trial(threads=threads, sessions=1, max_batch_tokens=2_048, requests_per_second=rate, p95_ms=p95_ms)
 
 
 def test_the_highest_rate_that_keeps_the_objective_is_chosen() -> None:
@@ -32,20 +32,20 @@ def test_of_about_equal_rates_the_quicker_is_chosen() -> None:
     assert choose([trial(1, 100, 30), trial(2, 99, 20), trial(3, 90, 5)], None).threads == 2
 
 
-def test_threads_are_halved_from_all_cores_and_left_alone_on_a_gpu() -> None:
-    numbers = thread_numbers("cpu")
-    assert numbers[-1] >= 1
-    assert all(after == before // 2 for before, after in itertools.pairwise(numbers))
-    assert thread_numbers("cuda") == [0]
+def test_all_cores_are_shared_by_ever_fewer_batches_and_then_half_of_them_are_left_alone() -> None:
+    assert thread_arrangements("cpu", 1) == [(1, 1)]
+    assert thread_arrangements("openvino", 2) == [(2, 2), (2, 1), (1, 1)]
+    assert thread_arrangements("cpu", 24) == [(24, 8), (24, 4), (24, 2), (24, 1), (12, 8)]
+    assert thread_arrangements("cuda", 24) == [(0, 1), (0, 2)]
 
 
-def test_every_number_of_threads_and_then_every_budget_is_tried(tiny_bundle: Path) -> None:
+def test_every_arrangement_of_threads_and_then_every_budget_is_tried(tiny_bundle: Path) -> None:
     seen: list[Trial] = []
     trials, best = tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.5, report=seen.append)
     assert seen == trials
-    numbers = thread_numbers("cpu")
-    assert [trial.threads for trial in trials[: len(numbers)]] == numbers
-    assert len({trial.threads for trial in trials[len(numbers) :]}) == 1
+    tried = thread_arrangements("cpu", cores())
+    assert [(trial.threads, trial.sessions) for trial in trials[: len(tried)]] == tried
+    assert len({(trial.threads, trial.sessions) for trial in trials[len(tried) :]}) == 1
     assert {trial.max_batch_tokens for trial in trials} == set(BUDGETS)
     assert best in trials
     assert all(trial.requests_per_second > 0 and trial.p95_ms > 0 for trial in trials)
@@ -56,10 +56,11 @@ def test_the_command_writes_a_profile_that_serve_reads(tiny_bundle: Path, tmp_pa
     arguments = ["tune", str(tiny_bundle), "--device", "cpu", "--seconds", "0.3", "--out", str(file)]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert len([line for line in out.splitlines() if line.strip()[:1].isdigit()]) == len(thread_numbers("cpu")) + len(BUDGETS)
+    assert len([line for line in out.splitlines() if line.strip()[:1].isdigit()]) == len(thread_arrangements("cpu", cores())) + len(BUDGETS)
     settings = read_profile(file)
     assert (settings["device"], settings["precision"]) == ("cpu", "fp32")
-    assert configure("--profile", str(file)).threads == settings["threads"]
+    served = configure("--profile", str(file))
+    assert (served.threads, served.sessions) == (settings["threads"], settings["sessions"])
     assert json.loads(file.read_text())["measured"]["bundle_id"] == load_bundle(tiny_bundle).id
     assert cli.main([*arguments, "--objective-ms", "0.000001"]) == 3
     assert "nothing kept" in capsys.readouterr().err

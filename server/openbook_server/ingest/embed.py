@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,17 +52,30 @@ class PassageEmbedder:
     """Embeds passages in batches of similar length."""
 
     def __init__(
-        self, tokenizer: Tokenizer, graph: Runnable, *, dim: int, max_tokens: int, whole: bool = False, max_batch_tokens: int = 4_096
+        self,
+        tokenizer: Tokenizer,
+        graph: Runnable,
+        *,
+        dim: int,
+        max_tokens: int,
+        whole: bool = False,
+        max_batch_tokens: int = 4_096,
+        sessions: int = 1,
     ) -> None:
+        """`sessions`: batches that the graph's device runs at once."""
         self._encode, self._graph = PassageEncoder(tokenizer, max_tokens, whole=whole), graph
-        self._dim, self._budget = dim, max_batch_tokens
+        self._dim, self._budget, self._sessions = dim, max_batch_tokens, sessions
 
     def __call__(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
         """(passages, dim) unit vectors; each depends on its own passage alone, never on its neighbours."""
         rows = self._encode(passages)
         vectors = np.empty((len(rows), self._dim), np.float32)
         buckets = self._graph.buckets
-        for batch in buckets.batches([row.tokens for row in rows], self._budget):
+
+        def run(batch: Sequence[int]) -> None:
             length = buckets.padded_length(rows[batch[0]].tokens)
             vectors[batch] = self._graph.run_rows([rows[at] for at in batch], length)["sentence_embedding"]
+
+        with ThreadPoolExecutor(self._sessions) as threads:
+            list(threads.map(run, buckets.batches([row.tokens for row in rows], self._budget)))
         return vectors

@@ -87,7 +87,7 @@ def main() -> None:
     bundle = load_bundle(arguments.bundle)
     if bundle.reader is None:
         parser.error(f"{arguments.bundle} has no reader; export it with --reader")
-    device = choose_device(arguments.device, None, arguments.threads)
+    device = choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
     embedder, reader = (Graph(bundle.graph_path(name, device.precision), device) for name in ("embedder", "reader"))
     questions = load_texts(arguments.questions, arguments.limit)
@@ -95,7 +95,9 @@ def main() -> None:
     raw: list[float] = []
     served: dict[str, list[dict[str, float]]] = {name: [] for name in LOADS}
     with (
-        started_server(arguments.bundle, arguments.device, arguments.threads, arguments.knowledge_base) as server,
+        started_server(
+            arguments.bundle, arguments.device, arguments.threads, arguments.knowledge_base, sessions=arguments.sessions
+        ) as server,
         multiprocessing.get_context("spawn").Pool(1) as pool,
     ):
         with Client(server.address, timeout_seconds=600) as client:
@@ -106,8 +108,8 @@ def main() -> None:
         pairs = row_batches(rows)
 
         def one_pass() -> None:
-            run_all(embedder, asked)
-            run_all(reader, pairs)
+            run_all(embedder, asked, device.sessions)
+            run_all(reader, pairs, device.sessions)
 
         for _ in range(arguments.rounds):
             raw.append(len(questions) * passes_per_second(one_pass, arguments.seconds))

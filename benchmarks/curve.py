@@ -134,7 +134,7 @@ def main() -> None:
     bundle = load_bundle(arguments.bundle)
     if bundle.reader is None:
         parser.error(f"{arguments.bundle} has no reader, and Answer is measured; export it with --reader")
-    device = choose_device(arguments.device, None, arguments.threads)
+    device = choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
     passages = load_texts(arguments.passages, arguments.limit)
     rows = encoder.texts(passages)
@@ -142,7 +142,9 @@ def main() -> None:
     questions = load_texts(arguments.questions, arguments.limit)
     curves: dict[str, dict[str, object]] = {}
     with (
-        started_server(arguments.bundle, arguments.device, arguments.threads, arguments.knowledge_base) as server,
+        started_server(
+            arguments.bundle, arguments.device, arguments.threads, arguments.knowledge_base, sessions=arguments.sessions
+        ) as server,
         Clients(arguments.clients) as clients,
     ):
         for kind in kinds(questions, passages):

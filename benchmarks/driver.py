@@ -147,6 +147,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """How the server is started."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--sessions", type=int, default=0, help="batches at once, of the raw limit too; 0 = the server's choice")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,12 +228,14 @@ def started_server(
     threads: int,
     knowledge_base: Path | None = None,
     *,
+    sessions: int = 0,
     front_ends: int = 0,
     python: str = sys.executable,
 ) -> Iterator[Server]:
     """A server on a free port of this machine, run by `python`."""
     folders = [str(folder) for folder in (bundle, knowledge_base) if folder is not None]
     options = ["--port", "0", "--device", device, "--threads", str(threads), "--cache-mb", "0"]  # texts repeat here: compute each time
+    options += ["--sessions", str(sessions)]
     options += ["--frontends", str(front_ends)] if front_ends else []
     command = [python, "-m", "openbook.cli", "serve", *folders, *options]
     began, said = time.perf_counter(), []

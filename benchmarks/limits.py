@@ -24,12 +24,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1024, help="texts used (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--sessions", type=int, default=0, help="batches at once; 0 = one a thread, up to 8")
     parser.add_argument("--seconds", type=float, default=5.0, help="a measurement (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=20_000, help="vectors in the hnswlib index (default: %(default)s)")
     add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
-    device = choose_device(arguments.device, None, arguments.threads)
+    device = choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     graph = Graph(bundle.graph_path("embedder", device.precision), device)
     encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
     texts = load_texts(arguments.texts, arguments.limit)
@@ -38,7 +39,7 @@ def main() -> None:
     result = {
         "texts": len(texts),
         "tokens_a_text": tokens / len(texts),
-        "raw_embedding_texts_per_second": raw_embedding_rate(graph, batches, arguments.seconds),
+        "raw_embedding_texts_per_second": raw_embedding_rate(graph, batches, arguments.seconds, sessions=device.sessions),
         "tokenizer_texts_per_second": tokenizer_rate(encoder, texts, arguments.seconds),
         "hnswlib": raw_search_rate(arguments.rows, bundle.embedder.dim, 10, 64, arguments.seconds),
         "machine": machine(bundle, f"{device.name} {device.precision}"),

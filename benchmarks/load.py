@@ -59,7 +59,7 @@ def main() -> None:
     add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
-    device = choose_device(arguments.device, None, arguments.threads)
+    device = choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     texts = load_texts(arguments.texts, arguments.limit)
     graph = Graph(bundle.graph_path("embedder", device.precision), device)
     batches = perfect_batches(TextEncoder(load_tokenizer(bundle.tokenizer_path)), texts, bundle.embedder.max_tokens)
@@ -70,12 +70,14 @@ def main() -> None:
     raw: list[float] = []
     served: dict[str, list[Outcome]] = {name: [] for name in closed}
     with (
-        started_server(arguments.bundle, arguments.device, arguments.threads, front_ends=arguments.frontends) as server,
+        started_server(
+            arguments.bundle, arguments.device, arguments.threads, front_ends=arguments.frontends, sessions=arguments.sessions
+        ) as server,
         Clients(arguments.clients) as clients,
     ):
         for _ in range(arguments.rounds):
             for name, load in closed.items():
-                raw.append(raw_embedding_rate(graph, batches, arguments.seconds))
+                raw.append(raw_embedding_rate(graph, batches, arguments.seconds, sessions=device.sessions))
                 served[name].append(measure(clients, server, texts, load))
         capacity = statistics.median(outcome.texts_per_second for outcome in served["unary, concurrency 64"])
         opened = {

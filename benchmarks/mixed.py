@@ -77,7 +77,7 @@ def main() -> None:
         copy = shutil.copytree(arguments.knowledge_base, Path(folder) / "kb")
         context = multiprocessing.get_context("spawn")
         with (
-            started_server(arguments.bundle, arguments.device, arguments.threads, copy) as server,
+            started_server(arguments.bundle, arguments.device, arguments.threads, copy, sessions=arguments.sessions) as server,
             Client(server.address, timeout_seconds=120) as client,
             context.Manager() as manager,
             context.Pool(1) as pool,
@@ -102,7 +102,7 @@ def main() -> None:
     for name, load in (("alone", "alone"), ("beside", f"beside a bulk load of {medians['passages_per_second']:.0f} passages/s")):
         print(f"Answer {load}: p50 {medians[f'{name}_p50_ms']:.0f} p95 {medians[f'{name}_p95_ms']:.0f} ms")
     print(f"ratio: p50 {medians['ratio_p50']:.2f} p95 {medians['ratio_p95']:.2f}")
-    bundle, device = load_bundle(arguments.bundle), choose_device(arguments.device, None, arguments.threads)
+    bundle, device = load_bundle(arguments.bundle), choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     publish({"rounds": rounds, **medians, "machine": machine(bundle, f"{device.name} {device.precision}")}, arguments, "mixed")
 
 

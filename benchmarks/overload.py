@@ -109,11 +109,14 @@ def main() -> None:
     add_results_arguments(parser)
     arguments = parser.parse_args()
     bundle, texts = load_bundle(arguments.bundle), load_texts(arguments.texts, arguments.limit)
-    device = choose_device(arguments.device, None, arguments.threads)
+    device = choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     size, deadline = arguments.texts_a_message, arguments.deadline_ms / 1000
     factors = sorted(arguments.factors)
     phases: list[dict[str, object]] = []
-    with started_server(arguments.bundle, arguments.device, arguments.threads) as server, Clients(arguments.clients) as clients:
+    with (
+        started_server(arguments.bundle, arguments.device, arguments.threads, sessions=arguments.sessions) as server,
+        Clients(arguments.clients) as clients,
+    ):
         closed = clients.drive(server, texts, Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=arguments.seconds))
         capacity = size * closed.count("OK") / closed.seconds
         before = memory_mb(server.pid)

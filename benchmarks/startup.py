@@ -34,14 +34,14 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in folders}
     for _ in range(1 + arguments.rounds):
         for name, folder in folders.items():
-            with started_server(arguments.bundle, arguments.device, arguments.threads, folder) as server:
+            with started_server(arguments.bundle, arguments.device, arguments.threads, folder, sessions=arguments.sessions) as server:
                 seconds[name].append(server.startup_seconds)
     report: dict[str, object] = {}
     for name, (first, *others) in seconds.items():
         report[name] = {"median_seconds": statistics.median(others), "seconds": others, "first_seconds": first}
         spread = f"median of {len(others)}, {min(others):.2f} to {max(others):.2f}; first {first:.2f}"
         print(f"{name}: {statistics.median(others):.2f} s ({spread})")
-    bundle, device = load_bundle(arguments.bundle), choose_device(arguments.device, None, arguments.threads)
+    bundle, device = load_bundle(arguments.bundle), choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     publish({"starts": report, "machine": machine(bundle, f"{device.name} {device.precision}")}, arguments, "startup")
 
 

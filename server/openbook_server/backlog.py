@@ -81,6 +81,7 @@ class Backlog:
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
         self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
+        self._waits: dict[Lane, float] = {}  # what `wait` found since the last change: under load it is asked more often than that
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 
     def __len__(self) -> int:
@@ -92,10 +93,13 @@ class Backlog:
             heapq.heappush(self._groups.setdefault((job.graph, length), []), (job.lane, job.deadline, next(self._order), number, job))
             self._waiting[job.graph, job.lane, length] += 1
         self.rows[job.lane] += len(lengths)
+        self._waits.clear()
 
     def wait(self, lane: Lane) -> float:
         """Seconds until everything is done that goes before a new job of a lane."""
-        return self.predict(self._waiting, lane)
+        if lane not in self._waits:
+            self._waits[lane] = self.predict(self._waiting, lane)
+        return self._waits[lane]
 
     def predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
         """Seconds until those of the rows (by graph, lane, padded length) are done that run before anything of a lane below."""
@@ -141,6 +145,7 @@ class Backlog:
         if not heap:
             del self._groups[key]
         self._waiting = +self._waiting  # without those that are empty
+        self._waits.clear()
         return Batch(graph, length, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
 
     def _most(self, lane: Lane, length: int) -> int:

@@ -164,8 +164,7 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        sessions = len(self._threads)
-        wait = (self._backlog.wait(lane) + sum(max(0.0, until - now) for until in self._busy_until)) / sessions
+        wait = (self._backlog.wait(lane) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         if queued + len(lengths) > limit and queued:
@@ -174,7 +173,7 @@ class Engine:
                 retry_after_seconds=max(wait, 0.01),
             )
         run, left = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
-        run /= min(sessions, len(lengths))
+        run /= min(len(self._threads), len(lengths))
         if run > left and now - self._ran.get(graph, 0.0) < _KNOWN:
             raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
         if _CAUTION * wait + run > left:

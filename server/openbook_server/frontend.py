@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["OpenBook"].full_name
 KNOWLEDGE_SERVICE = kb.DESCRIPTOR.services_by_name["KnowledgeBase"].full_name
 
+WAITING = ("Embed", "Search", "Answer", "Classify", "Generate")  # what waits for the models
+
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
 Method = Callable[[Parsed[Request], float, Timings], Awaitable[Reply]]
@@ -50,6 +52,8 @@ class Frontend:
         self.generations: GenerationService | None = None
         self.writes = Gate()  # every request that writes is inside
         self.refusal = "the server is starting"  # told to callers while nothing is served
+        problem = "more calls come in than can be read; try again in 1 s, or another server"
+        self._unread = grpc_status(Overloaded(problem, retry_after_seconds=1.0))
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -80,6 +84,14 @@ class Frontend:
             grpc.method_handlers_generic_handler(SERVICE, methods),
             grpc.method_handlers_generic_handler(KNOWLEDGE_SERVICE, writes),
         )
+
+    def unread(self, path: str) -> grpc.Status | None:
+        """What a call gets that came too late to be read; None of a method that everybody depends on, or that changes something."""
+        name = path.removeprefix(f"/{SERVICE}/")
+        if name not in WAITING:
+            return None
+        self._metrics.observe_request(name, self._unread.code.name, 0.0, Timings())
+        return self._unread
 
     def _unary(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]], *, writes: bool = False

@@ -13,7 +13,7 @@ from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
-from openbook_server.rpc import Otherwise, RpcServer
+from openbook_server.rpc import Otherwise, Refusal, RpcServer
 
 if TYPE_CHECKING:
     from openbook_server.metrics import Metrics
@@ -36,6 +36,9 @@ class Listener(Protocol):
 
     def report(self, metrics: Metrics) -> None:
         """Have the metrics tell of calls."""
+
+    def refuse(self, refusal: Refusal) -> None:
+        """See `RpcServer.refusal`."""
 
     async def serving(self, name: str, state: str) -> None:
         """Tell the world that requests are answered now: the bundle's name, and what else is worth a line in the log."""
@@ -80,6 +83,9 @@ class Port:
 
     def report(self, metrics: Metrics) -> None:
         metrics.observe_calls(self._server.calls)
+
+    def refuse(self, refusal: Refusal) -> None:
+        self._server.refusal = refusal
 
     async def start(self) -> None:
         """Take calls; health says NOT_SERVING."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -28,9 +29,13 @@ log = logging.getLogger(__name__)
 
 EXPECTED = 16  # calls that the core may hand over before it is asked for more
 TURN = 64  # events taken before whatever else the loop has to do gets its turn
+_LATE = 0.005  # seconds left of a call that was not read in time
+_WARY = 5.0  # seconds for which one such call makes wary
+_LAG = 0.05  # of the time that its caller still waits, a call may lie unread then
 _FLAGS = 0
 
 Otherwise = Callable[["CoreCall", set[Any]], None]
+Refusal = Callable[[str], grpc.Status | None]
 
 
 class RpcServer:
@@ -58,6 +63,9 @@ class RpcServer:
         self._drained = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._wait, name="grpc", daemon=True)
         self._stopping = False
+        self._wary_until = 0.0  # monotonic
+        self._behind: float | None = None  # since when more calls come in than the loop keeps up with; monotonic
+        self.refusal: Refusal | None = None  # by path, what calls get that came too late; None where they are served all the same
         self.calls: set[Any] = set()  # that are being served
 
     def listen(self, address: str) -> int:
@@ -119,6 +127,7 @@ class RpcServer:
             if event is None:
                 event = self._queue.poll(deadline=0.0)  # a time that has passed: what is there, or nothing
             if event.completion_type in (cygrpc.CompletionType.queue_timeout, cygrpc.CompletionType.queue_shutdown):
+                self._behind = None
                 self._drained.release()
                 return
             try:
@@ -126,6 +135,7 @@ class RpcServer:
             except Exception:  # of one call; the others must go on
                 log.exception("a call failed in its transport")
             event = None
+        self._behind = self._behind or time.monotonic()
         self._loop.call_soon(self._drain)
 
     def _begin(self, event: Any) -> None:
@@ -140,10 +150,23 @@ class RpcServer:
             call.end(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_SUCH_METHOD)
         elif len(self.calls) >= self._max_calls:
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], too_many(self._max_calls))
+        elif self._behind and (status := self._too_late(call, self._behind)):
+            call.end(status.code.value[0], status.details, status.trailing_metadata)
         elif handler is not None:
             _ServedCall(call, handler, self.calls).begin()
         elif self._otherwise is not None:
             self._otherwise(call, self.calls)
+
+    def _too_late(self, call: CoreCall, behind: float) -> grpc.Status | None:
+        """Calls are read in the order in which they came. Where that takes longer than their callers wait, all that is read is read for
+        nothing, and so is the next: so once calls came too late, for a while those are let go unread for whom the loop has been behind too
+        long, until it has caught up."""
+        left, now = call.deadline - time.time(), time.monotonic()
+        if left < _LATE:
+            self._wary_until = now + _WARY
+        if self.refusal is None or now >= self._wary_until or now - behind < _LAG * left:
+            return None
+        return self.refusal(call.path)
 
 
 class CoreCall:

@@ -69,6 +69,7 @@ async def running_server(
     frontend = Frontend(config, metrics)
     listener = await listen([*frontend.handlers(), *_reflection_handlers()], config)
     listener.report(metrics)
+    listener.refuse(frontend.unread)
     try:
         loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
         engine = Engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 import pytest
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
 from openbook_server.call import Call
 from openbook_server.rpc import RpcServer
 
@@ -218,3 +221,59 @@ async def until_idle(server: RpcServer) -> None:
     async with asyncio.timeout(30):
         while server.calls:
             await asyncio.sleep(0.01)
+
+
+class Flooded:
+    """A server, and a client that sends it more than it reads: a call holds its loop until the others are there."""
+
+    def __init__(self) -> None:
+        self._sent = threading.Event()
+        self.asked: list[str] = []
+        self.server = RpcServer([self._handler()], options=[], max_calls=10_000)
+        self.server.refusal = self._refuse
+        self.port = self.server.listen("127.0.0.1:0")
+
+    def _handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        async def echo(request: bytes, call: Call) -> bytes:
+            assert request != b"block" or self._sent.wait(30)  # the loop waits, not the task
+            return request
+
+        kinds = {"request_deserializer": bytes, "response_serializer": bytes}
+        methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            name: grpc.unary_unary_rpc_method_handler(echo, **kinds) for name in ("Echo", "Needed")
+        }
+        return grpc.method_handlers_generic_handler("test.Echo", methods)
+
+    def _refuse(self, path: str) -> grpc.Status | None:
+        self.asked.append(path)
+        refused = Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="too late")
+        return None if path.endswith("Needed") else rpc_status.to_status(refused)
+
+    def flood(self, calls: list[tuple[str, float]]) -> list[grpc.StatusCode]:
+        """The codes of calls, each of a method and with seconds that its caller waits; the loop is held for 1.5 s."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            blocking = channel.unary_unary("/test.Echo/Echo").future(b"block", timeout=60)
+            sent = [channel.unary_unary(f"/test.Echo/{name}").future(b"", timeout=seconds) for name, seconds in calls]
+            time.sleep(1.5)
+            self._sent.set()
+            assert blocking.code() is grpc.StatusCode.OK
+            return [call.code() for call in sent]
+
+
+async def test_once_calls_come_too_late_to_be_read_those_with_little_time_are_let_go_unread() -> None:
+    flooded = Flooded()
+    flooded.server.start()
+    calls = [("Echo", 1.49)] * 100 + [("Echo", 60.0), ("Needed", 1.49)] * 200
+    codes = await asyncio.to_thread(flooded.flood, calls)
+    await flooded.server.stop(0)
+    assert all(code is grpc.StatusCode.OK for (_, seconds), code in zip(calls, codes, strict=True) if seconds == 60.0)
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED not in {code for (name, _), code in zip(calls, codes, strict=True) if name == "Needed"}
+
+
+async def test_a_loop_that_is_behind_reads_every_call_while_none_comes_too_late() -> None:
+    flooded = Flooded()
+    flooded.server.start()
+    codes = await asyncio.to_thread(flooded.flood, [("Echo", 30.0)] * 400)
+    await flooded.server.stop(0)
+    assert set(codes) == {grpc.StatusCode.OK}
+    assert not flooded.asked

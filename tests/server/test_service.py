@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
@@ -23,11 +24,14 @@ from openbook.v1 import openbook_pb2_grpc
 from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
+from openbook_server.frontend import Frontend
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
 from openbook_server.manifest import MANIFEST
+from openbook_server.metrics import Metrics
 from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder
+from prometheus_client import generate_latest
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
 
@@ -380,3 +384,18 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
     assert [page.partition(name)[2].partition("\n")[0] for name in lookups.values()] == ["1.0", "1.0", "3.0"]
     assert float(page.partition("\nopenbook_cache_bytes ")[2].partition("\n")[0]) > 0
     assert "red" not in page.replace("registered", "")
+
+
+def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_models() -> None:
+    frontend = Frontend(ServerConfig(), Metrics())
+    for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):
+        assert frontend.unread(path) is None
+    refused = frontend.unread("/openbook.v1.OpenBook/Answer")
+    assert refused is not None
+    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "try again in 1 s" in refused.details
+    retry = RetryInfo()
+    assert any(detail.Unpack(retry) for detail in Status.FromString(dict(refused.trailing_metadata)["grpc-status-details-bin"]).details)
+    assert retry.retry_delay.ToSeconds() == 1
+    counted = generate_latest(frontend._metrics.registry).decode()
+    assert 'openbook_requests_total{method="Answer",status="RESOURCE_EXHAUSTED"} 1.0' in counted

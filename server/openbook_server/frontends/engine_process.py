@@ -10,6 +10,7 @@ from openbook_server.frontends.child import Supervised, run, told_to_stop
 from openbook_server.frontends.relay import Relay
 from openbook_server.listening import Handlers, Listener, max_calls, max_wire_bytes
 from openbook_server.metrics import Metrics
+from openbook_server.rpc import Refusal
 from openbook_server.serving import running_server
 
 
@@ -24,6 +25,9 @@ class _FrontEnds:
         relay, supervised = self._relay, self._supervised
         metrics.observe_calls(relay.calls)
         metrics.observe_front_ends(relay, lambda: supervised.restarts)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Front ends read the calls; here they are read already."""
 
     async def serving(self, name: str, state: str) -> None:
         self._relay.tell(ready=True)

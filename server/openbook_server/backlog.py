@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import heapq
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +83,11 @@ class Backlog:
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
         self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
-        self._waits: dict[Lane, float] = {}  # what `wait` found since the last change: under load it is asked more often than that
+        # What `wait` found since the last change, for under load it is asked more often than that: seconds by lane, and the foreground's
+        # deadlines in order with the tokens that are due until each.
+        self._waits: dict[Lane, float] = {}
+        self._due: tuple[list[float], list[int]] | None = None
+        self._latest = 0.0  # no foreground row has a later deadline
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 
     def __len__(self) -> int:
@@ -93,13 +99,26 @@ class Backlog:
             heapq.heappush(self._groups.setdefault((job.graph, length), []), (job.lane, job.deadline, next(self._order), number, job))
             self._waiting[job.graph, job.lane, length] += 1
         self.rows[job.lane] += len(lengths)
-        self._waits.clear()
+        if job.lane is Lane.FOREGROUND:
+            self._latest = max(self._latest, job.deadline)
+        self._changed()
 
-    def wait(self, lane: Lane) -> float:
-        """Seconds until everything is done that goes before a new job of a lane."""
+    def wait(self, lane: Lane, deadline: float = math.inf) -> float:
+        """Seconds until everything is done that goes before a new job of a lane; in the background, whatever its deadline."""
         if lane not in self._waits:
             self._waits[lane] = self.predict(self._waiting, lane)
-        return self._waits[lane]
+        if lane is Lane.BACKGROUND or deadline >= self._latest or not self.rows[lane]:
+            return self._waits[lane]
+        if self._due is None:
+            due = sorted((entry[1], length) for (_, length), heap in self._groups.items() for entry in heap if entry[0] is lane)
+            self._due = [one for one, _ in due], list(itertools.accumulate(length for _, length in due))
+        deadlines, tokens = self._due
+        earlier = bisect.bisect_right(deadlines, deadline)
+        return self._waits[lane] * tokens[earlier - 1] / tokens[-1] if earlier else 0.0
+
+    def _changed(self) -> None:
+        self._waits.clear()
+        self._due = None
 
     def predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
         """Seconds until those of the rows (by graph, lane, padded length) are done that run before anything of a lane below."""
@@ -145,7 +164,9 @@ class Backlog:
         if not heap:
             del self._groups[key]
         self._waiting = +self._waiting  # without those that are empty
-        self._waits.clear()
+        if not self.rows[Lane.FOREGROUND]:
+            self._latest = 0.0
+        self._changed()
         return Batch(graph, length, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
 
     def _most(self, lane: Lane, length: int) -> int:

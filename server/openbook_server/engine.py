@@ -164,7 +164,7 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = (self._backlog.wait(lane) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
+        wait = (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         if queued + len(lengths) > limit and queued:

@@ -85,6 +85,40 @@ async def test_short_deadlines_are_served_in_short_batches() -> None:
     assert served >= 6  # of the eight that can be
 
 
+async def test_a_job_waits_for_what_is_due_before_it_and_for_no_more() -> None:
+    waiting = backlog()
+    assert waiting.wait(Lane.FOREGROUND, 1.0) == 0.0
+    waiting.add(job(60.0, rows=300), [16] * 300)
+    waiting.add(job(5.0, rows=100), [16] * 100)
+    waiting.add(job(0.5, rows=1_000, lane=Lane.BACKGROUND), [16] * 1_000)
+    for deadline, seconds in ((1.0, 0.0), (5.0, 1.0), (59.0, 1.0), (60.0, 4.0), (90.0, 4.0)):
+        assert waiting.wait(Lane.FOREGROUND, deadline) == pytest.approx(seconds, rel=0.05)
+    assert waiting.wait(Lane.BACKGROUND, 0.1) == waiting.wait(Lane.BACKGROUND)  # goes after the foreground, and has waited long
+    while waiting.rows[Lane.FOREGROUND]:
+        waiting.take(0.0)
+    waiting.add(job(3.0, rows=10), [16] * 10)
+    assert waiting.wait(Lane.FOREGROUND, 2.0) == 0.0
+    assert waiting.wait(Lane.FOREGROUND, 3.0) == pytest.approx(0.1, rel=0.05)
+
+
+async def test_urgent_jobs_are_served_while_patient_ones_fill_the_queue() -> None:
+    """Bulk with a minute's time keeps four seconds of work waiting; a caller in a hurry comes by now and then."""
+    cost = known()
+    waiting, now, admitted, in_time, bulk = backlog(cost), 0.0, 0, 0, 0
+    while now < 30.0:
+        if waiting.wait(Lane.FOREGROUND) < 4.0:
+            waiting.add(job(now + 60.0, rows=100, submitted=now), [16] * 100)
+        if 2 * waiting.wait(Lane.FOREGROUND, now + 1.0) + cost.predict(1, 1, 16) < 1.0:
+            admitted += 1
+            waiting.add(job(now + 1.0, submitted=now), [16])
+        batch = waiting.take(now)
+        now += A_ROW * len(batch.rows)
+        in_time += sum(now <= one.deadline and one.deadline - one.submitted == 1.0 for _, one in batch.rows)
+        bulk += sum(one.deadline - one.submitted == 60.0 for _, one in batch.rows)
+    assert in_time == admitted > 100
+    assert bulk > 2_000
+
+
 @pytest.mark.parametrize("factor", [2.0, 10.0])
 @pytest.mark.parametrize("slowdown", [1.0, 3.0])
 async def test_what_can_be_done_in_time_is_done_in_time_however_much_is_asked_for(factor: float, slowdown: float) -> None:

@@ -144,10 +144,10 @@ async def test_what_waits_is_counted_in_batches_not_in_tokens_alone(monkeypatch:
     for rows, length in batches(60):
         await engine.submit("embedder", [Row([1] * length)] * rows, deadline=clock.now + 60)
     waiting = [Row([1] * length) for length in range(4, 24)]  # twenty batches of a row: 40 ms to launch, hardly a token
-    queued = asyncio.create_task(engine.submit("embedder", waiting, deadline=clock.now + 60))
+    queued = asyncio.create_task(engine.submit("embedder", waiting, deadline=clock.now + 0.05))
     with engine._wake:  # the engine cannot take anything meanwhile
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="the queue needs about 0.04"):
-            await engine.submit("embedder", [Row([1] * 8)], deadline=clock.now + 0.03)
+            await engine.submit("embedder", [Row([1] * 8)], deadline=clock.now + 0.06)
     await queued
     await asyncio.to_thread(engine.close)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -101,7 +101,11 @@ class Loop(Generic[Example]):
             _recompute_activations(task.model)
         self._trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self._model, self._optimizer = self.accelerator.prepare(task.model, self._optimizer)
+        # Not wrapped for several processes: a wrapper counts backward passes, and ours are as many as a process's share needs.
+        self._model = self.accelerator.prepare_model(task.model, evaluation_mode=True)
+        self._optimizer = self.accelerator.prepare_optimizer(self._optimizer)
+        if self.accelerator.num_processes > 1:
+            _copy(self._trained, broadcast([parameter.detach() for parameter in self._trained]))
         self._average = [parameter.detach().clone() for parameter in self._trained] if config.average_decay else None
         self._step = self._evaluated = 0
         self._best: dict[str, float] = {}  # metrics of the best epoch so far
@@ -148,36 +152,38 @@ class Loop(Generic[Example]):
         for batch in self._task.batches(epoch)[self._step - first : total - first]:
             row = {"epoch": epoch, "learning_rate": self._rate(total)}
             self._staged.before_step(self.accelerator.unwrap_model(self._model), self._step, total)
-            loss = self._take_step(batch, total)
+            loss, stopping = self._take_step(batch, total)
             before, ended = ended, time.monotonic()
             examples += len(batch)
             row |= {"step": self._step, "loss": loss, "examples_per_second": len(batch) / (ended - before), "memory_mb": memory_mb()}
             self._record.step(row | self._staged.observed())
             update(self._step, f"loss {loss:.3f}, {examples / (ended - began):.1f} examples/s, {row['memory_mb']:,.0f} MB")
-            if self._stopping.is_set():
+            if stopping:
                 self._checkpoint()
                 raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
             if time.monotonic() - saved > self._config.checkpoint_minutes * 60:
                 self._checkpoint()
                 saved = time.monotonic()
 
-    def _take_step(self, batch: list[Example], total: int) -> float:
+    def _take_step(self, batch: list[Example], total: int) -> tuple[float, bool]:
+        """The batch's loss, and whether a process was told to stop."""
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate(total)
         self._model.train()
-        share = batch[self.accelerator.process_index :: self.accelerator.num_processes] or batch[:1]
+        share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
         value = 0.0
-        size = len(share) if self._task.compares_examples else config.micro_batch_examples
+        size = max(1, len(share)) if self._task.compares_examples else config.micro_batch_examples
         for at in range(0, len(share), size):
             part = share[at : at + size]
             with self.accelerator.autocast():
-                loss = self._task.loss(self._model, part, rng) * (len(part) / len(share))
+                loss = self._task.loss(self._model, part, rng) * (len(part) / len(batch))
             value += float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingDiverged(f"loss is {value} at step {self._step}; lower the learning rate. Batch: {self._task.describe(part)}")
             self.accelerator.backward(loss)
+        value, stopping = self._summed(value, self._stopping.is_set())
         self.accelerator.clip_grad_norm_(self._trained, config.max_gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -186,7 +192,21 @@ class Loop(Generic[Example]):
             decay = min(config.average_decay, (1 + self._step) / (10 + self._step))
             with torch.no_grad():
                 torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._trained], 1 - decay)
-        return value
+        return value, stopping
+
+    def _summed(self, loss: float, stopping: bool) -> tuple[float, bool]:
+        """The loss over all processes, and whether any was told to stop; gradients become their sums over all. Each process has divided by
+        the whole batch, so the sum is what one process alone would have had, however the shares differ."""
+        if self.accelerator.num_processes == 1:
+            return loss, stopping
+        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._trained]
+        said = torch.tensor([loss, float(stopping)], device=self.accelerator.device)
+        summed = self.accelerator.reduce(torch.cat([*(gradient.flatten() for gradient in gradients), said]), reduction="sum")
+        sizes = [gradient.numel() for gradient in gradients]
+        *parts, said = summed.split([*sizes, 2])
+        for parameter, part in zip(self._trained, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return float(said[0]), bool(said[1])
 
     def _rate(self, total: int) -> float:
         warmup = max(1, int(self._config.warmup_share * total))
@@ -243,7 +263,7 @@ class Loop(Generic[Example]):
         aside.replace(self._file)
 
     def _restore(self, file: Path) -> None:
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         shapes = [tuple(tensor.shape) for tensor in state["trained"]]
         if shapes != [tuple(parameter.shape) for parameter in self._trained]:
             raise InvalidConfig(f"{file} was made with another model configuration; choose another output folder")
@@ -252,7 +272,7 @@ class Loop(Generic[Example]):
             _copy(self._average, state["average"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._step, self._evaluated, self._best = state["step"], state["evaluated"], state["best"]
-        torch.set_rng_state(state["torch_rng"].cpu())
+        torch.set_rng_state(state["torch_rng"])
         self._staged.restore(state.get("task", {}))
 
     @contextmanager

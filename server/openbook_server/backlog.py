@@ -14,6 +14,7 @@ import bisect
 import heapq
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,15 +134,15 @@ class Backlog:
         """The group whose head is most urgent gives rows; what is dead or too late is dropped. There must be a row.
 
         Args:
-            free: sessions that could run a batch now; what waits is shared out among them.
+            free: sessions that could run a batch now; what waits in the lane is shared out among them.
         """
         key = min(self._groups, key=lambda name: self._groups[name][0][:3])
-        share = -(-len(self) // free)
         graph, length = key
         heap, cost = self._groups[key], self._costs[graph]
         batch: list[tuple[int, Job]] = []
         dropped: dict[int, Job] = {}
-        limit, first = share, heap[0][0]
+        first = heap[0][0]
+        share = limit = -(-self.rows[first] // free) if free > 1 else sys.maxsize
         while heap and len(batch) < min(limit, self._most(heap[0][0], length)):
             lane, deadline, _, number, job = heapq.heappop(heap)
             self.rows[lane] -= 1

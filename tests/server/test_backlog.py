@@ -85,6 +85,15 @@ async def test_short_deadlines_are_served_in_short_batches() -> None:
     assert served >= 6  # of the eight that can be
 
 
+async def test_what_waits_in_a_lane_is_shared_out_among_the_sessions_that_are_free() -> None:
+    waiting = backlog()
+    waiting.add(job(60.0, rows=6), [16] * 6)
+    waiting.add(job(60.0, rows=100, lane=Lane.BACKGROUND), [16] * 100)
+    batches = [waiting.take(0.0, free=free) for free in (3, 2, 1)]
+    assert [len(batch.rows) for batch in batches] == [2, 2, 16]  # the last one has room for what waits in the background
+    assert [batch.lane for batch in batches] == [Lane.FOREGROUND] * 3
+
+
 async def test_a_job_waits_for_what_is_due_before_it_and_for_no_more() -> None:
     waiting = backlog()
     assert waiting.wait(Lane.FOREGROUND, 1.0) == 0.0

@@ -109,7 +109,7 @@ class Loop(Generic[Example]):
         self._average = [parameter.detach().clone() for parameter in self._trained] if config.average_decay else None
         self._step = self._evaluated = 0
         self._best: dict[str, float] = {}  # metrics of the best epoch so far
-        self._stopping = threading.Event()
+        self._stopping, self._agreed = threading.Event(), False  # this process was told to stop; all stop after this step
 
     def run(self, *, resume: bool) -> dict[str, float]:
         """Train to the end; returns the metrics of the best epoch.
@@ -152,21 +152,20 @@ class Loop(Generic[Example]):
         for batch in self._task.batches(epoch)[self._step - first : total - first]:
             row = {"epoch": epoch, "learning_rate": self._rate(total)}
             self._staged.before_step(self.accelerator.unwrap_model(self._model), self._step, total)
-            loss, stopping = self._take_step(batch, total)
+            loss = self._take_step(batch, total)
             before, ended = ended, time.monotonic()
             examples += len(batch)
             row |= {"step": self._step, "loss": loss, "examples_per_second": len(batch) / (ended - before), "memory_mb": memory_mb()}
             self._record.step(row | self._staged.observed())
             update(self._step, f"loss {loss:.3f}, {examples / (ended - began):.1f} examples/s, {row['memory_mb']:,.0f} MB")
-            if stopping:
+            if self._agreed if self.accelerator.num_processes > 1 else self._stopping.is_set():
                 self._checkpoint()
                 raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
             if time.monotonic() - saved > self._config.checkpoint_minutes * 60:
                 self._checkpoint()
                 saved = time.monotonic()
 
-    def _take_step(self, batch: list[Example], total: int) -> tuple[float, bool]:
-        """The batch's loss, and whether a process was told to stop."""
+    def _take_step(self, batch: list[Example], total: int) -> float:
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate(total)
@@ -183,7 +182,7 @@ class Loop(Generic[Example]):
             if not math.isfinite(value):
                 raise TrainingDiverged(f"loss is {value} at step {self._step}; lower the learning rate. Batch: {self._task.describe(part)}")
             self.accelerator.backward(loss)
-        value, stopping = self._summed(value, self._stopping.is_set())
+        value = self._summed(value)
         self.accelerator.clip_grad_norm_(self._trained, config.max_gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -192,21 +191,22 @@ class Loop(Generic[Example]):
             decay = min(config.average_decay, (1 + self._step) / (10 + self._step))
             with torch.no_grad():
                 torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._trained], 1 - decay)
-        return value, stopping
+        return value
 
-    def _summed(self, loss: float, stopping: bool) -> tuple[float, bool]:
-        """The loss over all processes, and whether any was told to stop; gradients become their sums over all. Each process has divided by
-        the whole batch, so the sum is what one process alone would have had, however the shares differ."""
+    def _summed(self, loss: float) -> float:
+        """The loss over all processes; gradients become their sums over all, and all agree on whether one was told to stop. Each process
+        has divided by the whole batch, so the sum is what one process alone would have had, however the shares differ."""
         if self.accelerator.num_processes == 1:
-            return loss, stopping
+            return loss
         gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._trained]
-        said = torch.tensor([loss, float(stopping)], device=self.accelerator.device)
+        said = torch.tensor([loss, float(self._stopping.is_set())], device=self.accelerator.device)
         summed = self.accelerator.reduce(torch.cat([*(gradient.flatten() for gradient in gradients), said]), reduction="sum")
         sizes = [gradient.numel() for gradient in gradients]
         *parts, said = summed.split([*sizes, 2])
         for parameter, part in zip(self._trained, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        return float(said[0]), bool(said[1])
+        self._agreed = bool(said[1])
+        return float(said[0])
 
     def _rate(self, total: int) -> float:
         warmup = max(1, int(self._config.warmup_share * total))

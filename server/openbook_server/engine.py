@@ -8,7 +8,8 @@ Promises
 - Earliest deadline first, the foreground lane before the background lane (`backlog`). A row whose caller hung up or that would be too late
   is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
-  answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s.
+  answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s. Of several
+  sessions, one is kept free of them as long as people ask.
 - Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
 
 It knows nothing of texts, questions or gRPC: rows of token ids in, rows of arrays out.
@@ -46,6 +47,7 @@ class Runnable(Protocol):
 
 
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
+ASKING = 1.0  # seconds since the last foreground job for which people are taken to ask
 _CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
 _KNOWN = 1.0  # seconds since a graph last ran for which its cost is taken as known: whoever refuses everything learns nothing more
 
@@ -82,6 +84,7 @@ class Engine:
         self._idle = 0  # sessions that wait for work
         self._ran: dict[str, float] = {}  # when each graph last did
         self._attended, self._background_until = 0, 0.0
+        self._asked, self._background = 0.0, 0  # when a foreground job came last; background batches that run
         self._wake = threading.Condition()
         self._closed = False
         self.add(graphs)
@@ -129,6 +132,8 @@ class Engine:
             lengths = self._padded(graph, (row.tokens for row in rows))
             self._admit(graph, lengths, deadline, lane, now)
             self._backlog.add(job, lengths)
+            if lane is Lane.FOREGROUND:
+                self._asked = now
             self._wake.notify()
         return Outcome(await job.done, job.started - job.submitted)
 
@@ -204,18 +209,24 @@ class Engine:
                 self._busy_until[number] = now + batch.seconds
                 if batch.lane is Lane.BACKGROUND:
                     self._background_until = now + batch.seconds
+                    self._background += 1
                 if self.queued:
                     self._wake.notify()  # whoever is free as well; a wake-up for each row would be too many
             _tell(batch.dropped)
             if batch.rows:
                 self._run(batch.graph, batch.length, batch.rows)
-            self._busy_until[number] = 0.0
+            with self._wake:
+                self._busy_until[number] = 0.0
+                self._background -= batch.lane is Lane.BACKGROUND
 
     def _pause(self) -> float:
         """Seconds that background work still keeps out of the way."""
-        if self._backlog.rows[Lane.FOREGROUND] or not self._attended:
+        if self._backlog.rows[Lane.FOREGROUND]:
             return 0.0
-        return max(0.0, self._background_until + PATIENCE - time.monotonic())
+        until = self._background_until + PATIENCE if self._attended else 0.0
+        if self._background and self._background == len(self._threads) - 1:
+            until = max(until, self._asked + ASKING)
+        return max(0.0, until - time.monotonic())
 
     def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
         began = time.monotonic()

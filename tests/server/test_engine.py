@@ -239,6 +239,25 @@ async def test_a_session_that_alone_is_free_takes_all_that_fits(pair: Engine, gr
     await asyncio.gather(*first, *others)
 
 
+async def test_as_long_as_people_ask_one_session_is_kept_free_of_background_work(
+    pair: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openbook_server.engine.ASKING", 1e6)
+    asked = await start(pair, row(1))
+    await graph.wait_entered()
+    bulk = await start(pair, *(row(number, length=60) for number in (2, 3, 4)), lane=Lane.BACKGROUND)
+    await graph.wait_entered()  # beside the question
+    graph.let(1)
+    await asked
+    again = await start(pair, row(5))
+    await graph.wait_entered()  # at once, though bulk was queued before
+    assert [one[0] for one in graph.batches] == [1, 2, 5]
+    monkeypatch.setattr("openbook_server.engine.ASKING", 0.0)  # nobody asks any more
+    graph.let(100)
+    await asyncio.gather(bulk, again)
+    assert sorted(one[0] for one in graph.batches) == [1, 2, 3, 4, 5]
+
+
 async def test_rows_of_one_job_fail_it_once_in_whichever_session(pair: Engine, graph: GatedGraph) -> None:
     task = await start(pair, row(POISON), row(POISON), row(3))
     graph.let(10)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -26,9 +27,11 @@ from openbook_server.errors import (
 from openbook_server.knowledge import Document, Passage, SearchOptions
 from openbook_server.knowledge.building import build_generation, publish_generation
 from openbook_server.knowledge.elastic import connection, difference, publication, schema
+from openbook_server.knowledge.elastic import knowledge_base as knowledge_base_module
 from openbook_server.knowledge.elastic.address import parse_address
 from openbook_server.knowledge.elastic.connection import Connection
 from openbook_server.knowledge.elastic.difference import differences
+from openbook_server.knowledge.elastic.generations import Generation
 from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
 from openbook_server.knowledge.records import BundlePlace
 
@@ -206,12 +209,15 @@ def test_writes_of_other_processes_while_generations_are_published_are_refused_o
     pair = {FIRST: live, SECOND: beside(live, SECOND)}
     answering = FIRST
     try:
-        for _ in range(4):
+        for _ in range(5):  # an odd number: whoever slept through all of it writes to one that is not live any more
             other = SECOND if answering == FIRST else FIRST
             pair[other] = beside(pair[answering], other, pair[other].generation)
             assert build_generation(pair[other], embed(other))
             publish_generation(pair[other], embed(other))
             answering = other
+        deadline = time.monotonic() + 60
+        while not refused and not failures and time.monotonic() < deadline:
+            time.sleep(0.05)
     finally:
         stopping.set()
         for thread in threads:
@@ -222,6 +228,27 @@ def test_writes_of_other_processes_while_generations_are_published_are_refused_o
     assert lost == {}
     assert {*found} - {*OLD, *acknowledged} <= {*refused}
     assert refused
+
+
+def test_one_that_is_replaced_while_it_is_opened_says_so_when_it_is_written_to(
+    target: str, live: ElasticsearchKnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = beside(live, SECOND)
+    assert build_generation(second, embed(SECOND))
+    really_open = knowledge_base_module.open_live
+
+    def open_and_replace(*arguments: Any) -> Generation:
+        found = really_open(*arguments)
+        publish_generation(second, embed(SECOND))
+        return found
+
+    monkeypatch.setattr(knowledge_base_module, "open_live", open_and_replace)
+    replaced = opened(target)
+    with pytest.raises(GenerationReplaced):
+        write(replaced, FIRST, "new", "d99")
+    assert stored(second, SECOND) == OLD
+    for knowledge_base in (replaced, second):
+        knowledge_base.close()
 
 
 def test_of_two_processes_that_publish_at_once_both_are_done_and_one_generation_is_live(

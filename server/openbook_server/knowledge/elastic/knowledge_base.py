@@ -79,9 +79,10 @@ class ElasticsearchKnowledgeBase:
                 make_first(self._connection, self._address, asked)
             if name is not None or new_generation:
                 self._generation = open_next(self._connection, self._address, asked, name)
+                live = existing_generation(self._connection, alias).index == self._generation.index
             else:
                 self._generation = open_live(self._connection, self._address, asked)
-            live = existing_generation(self._connection, alias).index == self._generation.index
+                live = True  # if it was replaced meanwhile, the first write says so
         except BaseException:
             self._connection.close()
             raise

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openbook_server.binding import Arrays
 from openbook_server.bundle import FORMAT, GOLDEN, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
 from openbook_server.golden import verify_golden
 from openbook_server.manifest import MANIFEST
-from openbook_server.runtime import Arrays, Graph, build_device
+from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import InvalidData
 from openbook_training.squad import Question, load_questions, spread

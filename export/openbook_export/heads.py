@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from openbook_server.binding import Arrays
 from openbook_server.heads import CLASSIFYING
-from openbook_server.runtime import Arrays
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.heads import RowEncoder, load_head_model
 from openbook_training.masked_language_model import SETTINGS, build_masked_lm

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from openbook_server.runtime import Arrays
+from openbook_server.binding import Arrays
 from openbook_training.heads import LabelHead
 from openbook_training.neighbours import NEIGHBOURS
 from openbook_training.objectives import NEGATIVE, marginal_label_log_probabilities, neighbour_prior

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from openbook_server.binding import Arrays
 from openbook_server.golden import TOLERANCES, compare
-from openbook_server.runtime import Arrays, Graph, build_device
+from openbook_server.runtime import Graph, build_device
 from tokenizers import Encoding, Tokenizer
 from torch import nn
 

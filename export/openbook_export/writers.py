@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from openbook_server.binding import Arrays
 from openbook_server.golden import TOLERANCES
-from openbook_server.runtime import Arrays, Graph, build_device
+from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.generator import AnswerEncoder, FusionInDecoder, load_generator
 from openbook_training.language_model import load_language_model

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.binding import Arrays
 from openbook_server.buckets import Buckets
 from openbook_server.engine import Runnable
 from openbook_server.rows import Row
-from openbook_server.runtime import Arrays, Graph
+from openbook_server.runtime import Graph
 from openbook_server.writers import WriterInfo
 
 LOGITS = "token_logits"  # (rows, vocabulary) of the token that follows

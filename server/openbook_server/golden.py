@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.binding import Arrays
 from openbook_server.bundle import GOLDEN, Bundle
 from openbook_server.errors import BundleInvalid
-from openbook_server.runtime import Arrays, Device, Graph
+from openbook_server.runtime import Device, Graph
 
 DISTRIBUTIONS = ("probability", "model", "knn", "combined")  # outputs of graphs that label texts, by themselves and with neighbours
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of a graph that reads texts, as `rows.collate` makes them

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.binding import BoundSession
+from openbook_server.binding import Arrays, BoundSession
 from openbook_server.buckets import PADDED, PADDING_FREE, Buckets
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
 from openbook_server.rows import Row, collate
@@ -33,8 +33,6 @@ MOST_SESSIONS = 8  # that a processor gets unless told: so many batches at once 
 GPU_SESSIONS = 2  # one computes while the other copies
 
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
-
-Arrays = dict[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -78,6 +78,11 @@ class Bundle:
         return self.folder / TOKENIZER
 
     @property
+    def tokenizer_digest(self) -> str:
+        """sha256 of the tokenizer's file, in hexadecimal."""
+        return str(self.manifest["files"][TOKENIZER]["sha256"])
+
+    @property
     def graphs(self) -> dict[str, Mapping[str, str]]:
         """By model name: precision -> file name."""
         reader = {"reader": self.reader.graphs} if self.reader else {}

@@ -82,7 +82,7 @@ def _index(arguments: argparse.Namespace) -> int:
     from openbook_server.knowledge.building import build_generation, publish_generation
     from openbook_server.knowledge.opening import open_knowledge_base, recorded_facts
     from openbook_server.runtime import Graph, choose_device
-    from openbook_server.tokenization import load_tokenizer
+    from openbook_server.tokenization import TextEncoder, load_tokenizer
 
     if not arguments.sources and not arguments.new_generation:
         raise InvalidRequest("SOURCE", "none given; only --new-generation needs none")
@@ -96,6 +96,7 @@ def _index(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, None, arguments.threads, sessions=0)
     graph = Graph(bundle.graph_path("embedder", device.precision), device)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
+    encoder = TextEncoder(tokenizer, bundle.tokenizer_digest)
     dim, max_tokens = bundle.embedder.dim, bundle.embedder.max_tokens
     embedder = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, sessions=device.sessions)
     if arguments.new_generation:  # looked at before a generation is added that nothing could fill
@@ -110,7 +111,7 @@ def _index(arguments: argparse.Namespace) -> int:
     try:
         recorded = knowledge_base.facts(*FACTS)
         splitting = choose_splitting(bundle, recorded, arguments.passage_tokens, arguments.overlap)
-        indexing = Indexing(knowledge_base, tokenizer, embedder, splitting, batch=arguments.batch)
+        indexing = Indexing(knowledge_base, encoder, embedder, splitting, batch=arguments.batch)
         began = time.monotonic()
         with _stop_on_signal() as stopping:
             if arguments.new_generation:

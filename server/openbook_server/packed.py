@@ -17,6 +17,7 @@ import numpy as np
 
 _HEADER = struct.Struct("<BI")
 _LARGEST_STEP = 15
+_EXCEPTION = 12  # bytes
 
 
 def pack(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> bytes:
@@ -42,6 +43,19 @@ def pack(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> bytes:
             written_out.tobytes(),
         )
     )
+
+
+def is_packed(data: bytes, vocabulary: int) -> bool:
+    """Whether `data`, read from a disk, is what `pack` made of ids below `vocabulary`."""
+    if len(data) < _HEADER.size:
+        return False
+    width, tokens = _HEADER.unpack_from(data)
+    rest = len(data) - _HEADER.size - tokens * (width + 1)  # exceptions, three numbers each
+    if width not in (2, 4) or rest < 0 or rest % _EXCEPTION:
+        return False
+    exceptions = np.frombuffer(data, "<u4", offset=len(data) - rest).reshape(-1, 3)
+    ids = np.frombuffer(data, f"<u{width}", tokens, _HEADER.size)
+    return bool((ids < vocabulary).all() and (exceptions[:, 0] < tokens).all())
 
 
 def unpack_ids(packed: bytes, most: int) -> array[int]:

@@ -119,7 +119,7 @@ class Pair:
         read = [name for name in ("embedder", "reader", *bundle.heads) if name in graphs]
         self.models = Models(shared.engine, {name: graphs[name] for name in read} | writing, lane=lane)
         self.tokenizer = load_tokenizer(bundle.tokenizer_path)
-        self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path))
+        self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
         config = self._config = shared.config
         self._metrics = shared.metrics
         self.embedder = Embedder(self.models, cache_bytes=config.cache_mb << 20, observe=self._observe_cache)
@@ -144,7 +144,8 @@ class Pair:
             writer = None
             if shared.writable:
                 splitting = choose_splitting(bundle, knowledge_base.facts(*FACTS))
-                writer = Writer(bundle, knowledge_base, self.tokenizer, self.models, splitting, shared.thread)
+                writer_encoder = TextEncoder(self.tokenizer, bundle.tokenizer_digest)
+                writer = Writer(bundle, knowledge_base, writer_encoder, self.models, splitting, shared.thread)
             knowledge = KnowledgeService(bundle, knowledge_base, writer, config)
         self.served = Served(service, classify, generate, knowledge)
 

@@ -159,8 +159,9 @@ class Pipeline:
         for end in (*READ_FIRST, None) if settling else (None,):
             pairs: list[tuple[int, Pair]] = []
             for at in unsettled:
-                passages = [hit.passage.text for hit in found[at][len(readings[at]) : end]]
-                pairs += [(at, pair) for pair in self._encoder.pairs(questions[at], passages, reader.max_tokens)]
+                passages = [hit.passage for hit in found[at][len(readings[at]) : end]]
+                texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
+                pairs += [(at, pair) for pair in self._encoder.pairs(questions[at], texts, reader.max_tokens, kept)]
             timings.tokenise += timings.lap()
             outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
             timings.read += timings.lap()

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from openbook_server.packed import pack, unpack_ids, unpack_offsets
+from openbook_server.packed import is_packed, pack, unpack_ids, unpack_offsets
 from openbook_server.rows import Row
 
-PASSAGE_CACHE = 100_000  # passages whose tokens are kept, about 850 bytes each
+PASSAGE_CACHE = 100_000  # passages whose tokens are remembered, about 850 bytes each
+MARK_BYTES = 8  # of the tokenizer's digest, before tokens that are kept
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
@@ -80,39 +81,66 @@ class _Frame:
 
 
 class TextEncoder:
-    """Tokenises for both models; passages are remembered, packed, for the good ones are read again and again."""
+    """Tokenises for both models.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    A passage's tokens are made once: where it is stored, and kept with it (`kept`); of one that brings none they are remembered,
+    for the good ones are read again and again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, digest: str = "") -> None:
+        """`digest`: of the tokenizer, in hexadecimal; tokens kept under another one, or all of them where it is empty, are not used."""
+        self.tokenizer = tokenizer
+        self._mark = bytes.fromhex(digest)[:MARK_BYTES]
+        self._vocabulary: int = tokenizer.get_vocab_size()
         self._passages: OrderedDict[bytes, bytes] = OrderedDict()  # by digest of the text, packed
         self.special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=False)
         self.pair_special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._frame = _Frame(tokenizer)
 
+    def kept(self, texts: Sequence[str]) -> list[bytes]:
+        """Tokens of passages as a knowledge base keeps them: packed, after the first bytes of the tokenizer's digest."""
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [self._mark + pack(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def texts(self, texts: Sequence[str]) -> list[Row]:
         """One row a text, special tokens included."""
-        return [Row(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        return [Row(encoding.ids) for encoding in self.tokenizer.encode_batch_fast(list(texts))]
 
     def token(self, number: int) -> str:
         """The text of a token; empty where the vocabulary has none of that number."""
-        return self._tokenizer.id_to_token(number) or ""
+        return self.tokenizer.id_to_token(number) or ""
 
     def cut(self, row: Row, max_tokens: int) -> Row:
         """The row's first tokens and its closing special token, `max_tokens` in all."""
         return Row([*row.ids[: max_tokens - 1], row.ids[-1]])
 
-    def pairs(self, question: str, passages: Sequence[str], max_tokens: int) -> list[Pair]:
-        """The question beside each passage, which is cut to what fits in `max_tokens`."""
-        asked = self._tokenizer.encode(question, add_special_tokens=False).ids
+    def pairs(self, question: str, passages: Sequence[str], max_tokens: int, kept: Sequence[bytes] = ()) -> list[Pair]:
+        """The question beside each passage, which is cut to what fits in `max_tokens`.
+
+        Args:
+            kept: tokens of each passage as they were stored with it, if at all; those of another tokenizer and damaged ones are made anew.
+        """
+        asked = self.tokenizer.encode(question, add_special_tokens=False).ids
         room = max_tokens - len(asked) - self.pair_special_tokens
         before = self._frame.before(asked)
-        return [Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed) for packed in self._packed(passages)]
+        return [Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed) for packed in self._packed(passages, kept)]
 
-    def _packed(self, texts: Sequence[str]) -> list[bytes]:
-        """The tokens of passages, packed; the ones read last are remembered."""
+    def _packed(self, texts: Sequence[str], kept: Sequence[bytes]) -> list[bytes]:
+        """The tokens of passages, packed."""
+        found = [self._usable(stored) for stored in kept] or [None] * len(texts)
+        made = iter(self._remembered([text for text, packed in zip(texts, found, strict=True) if packed is None]))
+        return [next(made) if packed is None else packed for packed in found]
+
+    def _usable(self, stored: bytes) -> bytes | None:
+        """What was packed, if it was by this tokenizer."""
+        packed = stored[MARK_BYTES:]
+        return packed if self._mark and stored.startswith(self._mark) and is_packed(packed, self._vocabulary) else None
+
+    def _remembered(self, texts: Sequence[str]) -> list[bytes]:
+        """As `_packed`, of passages that bring no tokens; the ones read last are remembered."""
         keys = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._passages}
-        encodings = self._tokenizer.encode_batch(list(new.values()), add_special_tokens=False)
+        encodings = self.tokenizer.encode_batch(list(new.values()), add_special_tokens=False)
         for key, encoding in zip(new, encodings, strict=True):
             self._passages[key] = pack(encoding.ids, encoding.offsets)
         for key in keys:

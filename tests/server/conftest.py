@@ -29,7 +29,7 @@ from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.listening import Handlers
 from openbook_server.rpc import RpcServer
 from openbook_server.runtime import Graph, build_device
-from openbook_server.tokenization import load_tokenizer
+from openbook_server.tokenization import TextEncoder, load_tokenizer
 
 ELASTICSEARCH = "OPENBOOK_TEST_ELASTICSEARCH"
 FINGERPRINT = "f" * 64
@@ -104,7 +104,7 @@ def _index(tiny_bundle: Path, target: str, folder: Path) -> None:
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     embed = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
     knowledge_base = open_knowledge_base(target, bundle, create=True)
-    indexing = Indexing(knowledge_base, tokenizer, embed, Splitting(20, 4))
+    indexing = Indexing(knowledge_base, TextEncoder(tokenizer, bundle.tokenizer_digest), embed, Splitting(20, 4))
     indexing.run(find_sources([str(folder / "documents.jsonl")]), lambda progress: None, lambda: False)
     knowledge_base.close()
 

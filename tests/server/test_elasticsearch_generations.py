@@ -400,18 +400,19 @@ def test_indexes_that_hold_different_documents_are_told_apart_whatever_their_num
     own.close()
 
 
-def test_an_index_from_before_marks_is_written_and_copied(
+def test_an_index_from_before_marks_and_tokens_is_written_and_copied(
     target: str, live: ElasticsearchKnowledgeBase, monkeypatch: pytest.MonkeyPatch, alias: str
 ) -> None:
     with monkeypatch.context() as before:
         real = schema.mappings
 
-        def without_marks(dim: int, facts: Any) -> dict[str, Any]:
+        def without_them(dim: int, facts: Any) -> dict[str, Any]:
             mappings = real(dim, facts)
-            del mappings["properties"]["mark"]
-            return mappings | {"dynamic": False}  # what an older server wrote has no marks; here they are not indexed
+            for name in schema.ADDED:
+                del mappings["properties"][name]
+            return mappings | {"dynamic": False}  # what an older server wrote has none; here they are not indexed
 
-        before.setattr(schema, "mappings", without_marks)
+        before.setattr(schema, "mappings", without_them)
         older = opened(target.replace(alias, f"{alias}-older"))
         write(older, FIRST, "old", "a", "b")
     write(older, FIRST, "new", "b", "c")

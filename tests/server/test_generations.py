@@ -162,6 +162,7 @@ def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: P
     [snapshot] = folder.glob("index-*.hnsw")
     with sqlite3.connect(folder / FILE) as connection:  # as format 1 was
         [table] = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'vectors_????????????????'")]
+        connection.execute("ALTER TABLE passages DROP COLUMN tokens")
         connection.execute("ALTER TABLE passages ADD COLUMN vector BLOB")
         connection.execute(f"UPDATE passages SET vector = (SELECT vector FROM {table} WHERE passage = number)")  # noqa: S608
         connection.execute(f"DROP TABLE {table}")
@@ -183,6 +184,24 @@ def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: P
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name GLOB 'words*'").fetchall()
     connection.close()
     assert states(folder) == [("live", 60, 0)]
+
+
+def test_a_folder_from_before_tokens_is_brought_to_the_new_format_and_keeps_them_from_then_on(folder: Path) -> None:
+    before = opened(folder, OLD)
+    expected = hits(before, OLD, TEXTS, "hybrid")
+    before.close()
+    with sqlite3.connect(folder / FILE) as connection:  # as format 2 was
+        connection.execute("ALTER TABLE passages DROP COLUMN tokens")
+        connection.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+    connection.close()
+    again = opened(folder, OLD)
+    assert hits(again, OLD, TEXTS, "hybrid") == expected
+    document = Document(id="new", text="a zebra")
+    passage = Passage(id="new#0", document_id="new", text="a zebra", start=0, tokens=b"its tokens")
+    again.replace_documents([(document, "digest")], [passage], Embed(OLD)([passage]))
+    found = again.documents(["new", "d0"])
+    assert [[passage.tokens for passage in found[id_]] for id_ in ("new", "d0")] == [[b"its tokens"], [b""]]
+    again.close()
 
 
 def work(folder: Path, number: int, out: int) -> None:

@@ -19,7 +19,7 @@ from openbook_server.ingest.python_docs import python_docs
 from openbook_server.ingest.sources import find_sources, read_source
 from openbook_server.knowledge import Document, Passage
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.tokenization import load_tokenizer
+from openbook_server.tokenization import TextEncoder, load_tokenizer
 from reportlab.pdfgen.canvas import Canvas
 
 
@@ -160,7 +160,7 @@ class Run:
         self.embedded = 0
         self.knowledge_base = EmbeddedKnowledgeBase(folder / "kb", fingerprint="f", dim=8, create=True)
         tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
-        self.indexing = Indexing(self.knowledge_base, tokenizer, self._embed, Splitting(8, 2), batch=4, **options)
+        self.indexing = Indexing(self.knowledge_base, TextEncoder(tokenizer), self._embed, Splitting(8, 2), batch=4, **options)
 
     def _embed(self, passages: Sequence[Passage]) -> np.ndarray:
         self.embedded += len(passages)

@@ -16,8 +16,11 @@ from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
 from openbook_server import serving
+from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
+from openbook_server.knowledge import SearchOptions, open_knowledge_base
 from openbook_server.serving import running_server
+from openbook_server.tokenization import TextEncoder, load_tokenizer
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -61,6 +64,23 @@ async def test_an_acknowledged_document_is_found_at_once_and_after_a_restart(tin
                 assert [(result.id, result.outcome, result.passages) for result in reply.results] == [("new", kb.OUTCOME_CREATED, 1)]
             assert await search(channel, "zebra", pb.SEARCH_MODE_LEXICAL) == ["new"]
             assert "new" in await search(channel, "zebra", pb.SEARCH_MODE_DENSE)
+
+
+async def test_passages_keep_their_tokens_whoever_stored_them(tiny_bundle: Path, tiny_place: Place) -> None:
+    async with (
+        running_server(tiny_bundle, tiny_place.target, CONFIG) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        await stub.Upsert(kb.UpsertRequest(documents=[document("new", "a zebra was in the city", title="zebra")]))
+    bundle = load_bundle(tiny_bundle)
+    knowledge_base = open_knowledge_base(tiny_place.target, bundle)
+    [hits] = knowledge_base.search(["zebra river city"], None, SearchOptions(top_k=20, mode="lexical"))
+    knowledge_base.close()
+    assert "new" in {hit.passage.document_id for hit in hits}
+    assert len(hits) > 1  # the others were indexed
+    encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
+    assert [hit.passage.tokens for hit in hits] == encoder.kept([hit.passage.text for hit in hits])
 
 
 async def test_writing_again_replaces_and_writing_the_same_changes_nothing(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from openbook_server.packed import pack, unpack_ids, unpack_offsets
+from openbook_server.packed import is_packed, pack, unpack_ids, unpack_offsets
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
@@ -98,3 +98,13 @@ def test_what_is_packed_comes_out_again(ids: list[int], offsets: list[tuple[int,
 def test_common_tokens_take_three_bytes() -> None:
     words = [(6 * at, 6 * at + 5) for at in range(100)]
     assert len(pack(range(1_000, 1_100), words)) <= 3 * 100 + 8
+
+
+def test_what_the_disk_changed_is_told_from_what_was_packed() -> None:
+    packed = pack([5, 70_000, 9], [(0, 4), (4, 90), (91, 95)])
+    assert is_packed(packed, 70_001)
+    assert is_packed(pack([], []), 1)
+    assert not is_packed(packed, 70_000)  # no such token
+    for damaged in (b"", packed[:3], packed[:-1], packed + b"x", b"\x03" + packed[1:], packed[:1] + b"\xff" * 4 + packed[5:]):
+        assert not is_packed(damaged, 70_001), damaged
+    assert not is_packed(packed[:-12] + b"\x03" + packed[-11:], 70_001)  # an exception for a token that there is not

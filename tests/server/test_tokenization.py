@@ -43,6 +43,26 @@ def test_a_remembered_passage_gives_the_same_pair_beside_another_question(encode
     assert encoder.pairs("what red ?", ["the red city"], 64) == fresh.pairs("what red ?", ["the red city"], 64)
 
 
+def test_tokens_that_were_kept_are_used_and_make_the_same_pairs(tiny_checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
+    texts = ["the red city", "", "blue " * 80]
+    keeping = TextEncoder(tokenizer, "ab" * 32)
+    kept = keeping.kept(texts)
+    assert keeping.pairs("what red ?", texts, 64, kept) == TextEncoder(tokenizer).pairs("what red ?", texts, 64)
+    other = keeping.pairs("what red ?", ["one two three"], 64, keeping.kept(["the red city"]))  # so the text is not tokenised
+    assert other == keeping.pairs("what red ?", ["the red city"], 64)
+
+
+@pytest.mark.parametrize("reading", ["cd" * 32, "", "ab" * 32])
+def test_tokens_of_another_tokenizer_and_damaged_or_missing_ones_are_made_anew(tiny_checkpoint: Path, reading: str) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
+    texts = ["the red city", "blue river", "the king"]
+    foreign, whole, damaged = TextEncoder(tokenizer, "ef" * 32).kept(["one two"]) + TextEncoder(tokenizer, "ab" * 32).kept(texts[1:])
+    found = TextEncoder(tokenizer, reading).pairs("what red ?", texts, 64, [foreign, whole, damaged[:-1]])
+    assert found == TextEncoder(tokenizer).pairs("what red ?", texts, 64)
+    assert TextEncoder(tokenizer, reading).pairs("what red ?", texts, 64, [b"", b"\xab" * 8, b"\xab" * 100]) == found
+
+
 def test_special_tokens_written_in_a_text_are_text(encoder: TextEncoder) -> None:
     plain, tricky = encoder.texts(["red", "red [SEP]"])
     assert tricky.ids.count(plain.ids[-1]) == 1

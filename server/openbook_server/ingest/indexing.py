@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.preparation import Splitting, prepare
 from openbook_server.ingest.sources import Source, read_source
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.tokenization import TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,14 @@ class Indexing:
     def __init__(
         self,
         knowledge_base: KnowledgeBase,
-        tokenizer: Tokenizer,
+        encoder: TextEncoder,
         embed: Callable[[Sequence[Passage]], NDArray[np.float32]],
         splitting: Splitting,
         *,
         batch: int = 64,
     ) -> None:
         """`batch` is how many documents a transaction holds."""
-        self._knowledge_base, self._tokenizer, self._embed = knowledge_base, tokenizer, embed
+        self._knowledge_base, self._encoder, self._embed = knowledge_base, encoder, embed
         self._splitting, self._batch = splitting, batch
         self.progress = Progress()
 
@@ -100,7 +100,7 @@ class Indexing:
 
     def _store(self, documents: Sequence[Document], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> bool:
         """Whether the documents are stored; False where the run was stopped while they were embedded."""
-        prepared = prepare(documents, self._knowledge_base, self._tokenizer, self._splitting)
+        prepared = prepare(documents, self._knowledge_base, self._encoder, self._splitting)
         self.progress.unchanged += len(documents) - len(prepared.documents)
         passages = prepared.passages
         if not prepared.documents:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from tokenizers import Tokenizer
+from dataclasses import dataclass, replace
 
 from openbook_server.bundle import Bundle
 from openbook_server.errors import InvalidRequest, PassageTooLong
 from openbook_server.ingest.embed import TITLE_TOKENS
 from openbook_server.ingest.splitting import split
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.tokenization import TextEncoder
 
 PASSAGE_TOKENS = 200
 OVERLAP = 40
@@ -40,7 +39,7 @@ class Prepared:
     """What is to be stored of some documents."""
 
     documents: list[tuple[Document, str]]  # those that are new or changed, each with its digest
-    passages: list[Passage]  # all passages of all of them, in order
+    passages: list[Passage]  # all passages of all of them, in order, with their tokens
     stored: frozenset[str]  # ids of those documents that are stored already, changed or not
 
 
@@ -91,15 +90,17 @@ def check_stored_passages(bundle: Bundle, recorded: Mapping[str, str]) -> None:
         )
 
 
-def prepare(documents: Sequence[Document], knowledge_base: KnowledgeBase, tokenizer: Tokenizer, splitting: Splitting) -> Prepared:
+def prepare(documents: Sequence[Document], knowledge_base: KnowledgeBase, encoder: TextEncoder, splitting: Splitting) -> Prepared:
     """Split those documents whose content, or way of being split, differs from what is stored; their ids must differ."""
     digests = {document.id: _digest(document, splitting) for document in documents}
     stored = knowledge_base.digests(list(digests))
     changed = [document for document in documents if stored.get(document.id) != digests[document.id]]
-    split_up = split(changed, tokenizer, passage_tokens=splitting.passage_tokens, overlap=splitting.overlap)
+    split_up = split(changed, encoder.tokenizer, passage_tokens=splitting.passage_tokens, overlap=splitting.overlap)
+    passages = [passage for passages in split_up for passage in passages]
+    kept = encoder.kept([passage.text for passage in passages])
     return Prepared(
         documents=[(document, digests[document.id]) for document in changed],
-        passages=[passage for passages in split_up for passage in passages],
+        passages=[replace(passage, tokens=tokens) for passage, tokens in zip(passages, kept, strict=True)],
         stored=frozenset(stored),
     )
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
@@ -22,6 +21,7 @@ from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.preparation import Prepared, Splitting, prepare
 from openbook_server.knowledge import Document, KnowledgeBase
 from openbook_server.models import Models
+from openbook_server.tokenization import TextEncoder
 
 ROWS_AT_ONCE = 256  # passages in the engine's queue for one write
 
@@ -35,14 +35,14 @@ class Writer:
         self,
         bundle: Bundle,
         knowledge_base: KnowledgeBase,
-        tokenizer: Tokenizer,
+        encoder: TextEncoder,
         models: Models,
         splitting: Splitting,
         thread: ThreadPoolExecutor,
     ) -> None:
         """`thread` is the one that writes to this knowledge base, whichever of its generations; the caller closes it."""
-        self._knowledge_base, self._tokenizer, self._models, self._splitting = knowledge_base, tokenizer, models, splitting
-        self._encode = PassageEncoder(tokenizer, bundle.embedder.max_tokens)
+        self._knowledge_base, self._encoder, self._models, self._splitting = knowledge_base, encoder, models, splitting
+        self._encode = PassageEncoder(encoder.tokenizer, bundle.embedder.max_tokens)
         self._dim = bundle.embedder.dim
         self._thread = thread
 
@@ -56,7 +56,7 @@ class Writer:
             Overloaded, DeadlineExceeded, InferenceFailed, NotServing: see `Models.submit`; nothing is stored.
             KnowledgeBaseDamaged: the disk is full or the folder cannot be written; nothing is stored.
         """
-        prepared = await self._run(lambda: prepare(documents, self._knowledge_base, self._tokenizer, self._splitting))
+        prepared = await self._run(lambda: prepare(documents, self._knowledge_base, self._encoder, self._splitting))
         if not prepared.documents:
             return prepared
         vectors = np.empty((len(prepared.passages), self._dim), np.float32)

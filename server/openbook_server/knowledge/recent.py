@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from openbook_server.knowledge.records import Passage
 
-CAPACITY = 64 << 20  # bytes: some 60,000 passages of a hundred words
+CAPACITY = 64 << 20  # bytes: some 45,000 passages of a hundred words, with their tokens
 _ENTRY_BYTES = 500  # of Python's objects around a passage's strings; measured
 
 
@@ -51,4 +51,5 @@ class RecentPassages:
 
 
 def _size(passage: Passage) -> int:
-    return _ENTRY_BYTES + sum(map(sys.getsizeof, (passage.text, passage.title, *passage.metadata, *passage.metadata.values())))
+    strings = (passage.text, passage.title, passage.tokens, *passage.metadata, *passage.metadata.values())
+    return _ENTRY_BYTES + sum(map(sys.getsizeof, strings))

@@ -49,6 +49,7 @@ class Passage:
     title: str = ""
     source: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    tokens: bytes = field(default=b"", compare=False, repr=False)  # of the text, see `TextEncoder.kept`; empty = nobody made them
 
     @property
     def searched_text(self) -> str:

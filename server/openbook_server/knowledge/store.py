@@ -24,22 +24,24 @@ from openbook_server.knowledge.records import BundlePlace, Counts, Document, Pas
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raised whenever an older server would misread the file; 1 had one generation, and an index of words in it
+FORMAT = 3  # raised whenever the tables change; see `_upgrade`
 FILE = "knowledge.sqlite"
 
+_TOKENS = "tokens BLOB NOT NULL DEFAULT x''"  # of the text, see `Passage`
 _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE documents (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, digest TEXT NOT NULL, "
     "source TEXT NOT NULL, metadata TEXT NOT NULL)",
     "CREATE TABLE passages (number INTEGER PRIMARY KEY AUTOINCREMENT, document INTEGER NOT NULL REFERENCES documents (number), "
-    "id TEXT NOT NULL UNIQUE, start INTEGER NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL)",
+    "id TEXT NOT NULL UNIQUE, start INTEGER NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, "
+    f"{_TOKENS})",
     "CREATE INDEX passages_by_document ON passages (document)",
     generations.SCHEMA,
 )
 _FILTERS_REMEMBERED = 64  # with what they match
 _ROWS_AT_ONCE = 500  # of a query that could return any number
 _PASSAGE = """
-SELECT p.number, p.id, d.id, p.text, p.start, p.title, d.source, d.metadata
+SELECT p.number, p.id, d.id, p.text, p.start, p.title, p.tokens, d.source, d.metadata
 FROM passages p JOIN documents d ON d.number = p.document WHERE p.number IN ({marks})
 """
 
@@ -72,7 +74,7 @@ class Store:
         if version < FORMAT:
             log.info("%s has format %d: bringing it to %d, in one transaction", self.path, version, FORMAT)
             with self._database.transaction(counted=False) as connection:
-                _upgrade(connection)
+                _upgrade(connection, version)
 
     def initialise(self, *, fingerprint: str, dim: int, graph_dims: int, bundle: BundlePlace) -> None:
         """Create the tables of an empty store, and its first generation, which is the live one."""
@@ -132,8 +134,10 @@ class Store:
                 numbers[document.id] = cursor.lastrowid
             added = []
             for passage in passages:
-                row = (numbers[passage.document_id], passage.id, passage.start, passage.title, passage.text)
-                cursor = connection.execute("INSERT INTO passages (document, id, start, title, text) VALUES (?, ?, ?, ?, ?)", row)
+                row = (numbers[passage.document_id], passage.id, passage.start, passage.title, passage.text, passage.tokens)
+                cursor = connection.execute(
+                    "INSERT INTO passages (document, id, start, title, text, tokens) VALUES (?, ?, ?, ?, ?, ?)", row
+                )
                 added.append(int(cursor.lastrowid or 0))
             generations.insert(connection, generation, added, vectors)
         return removed, added
@@ -159,9 +163,11 @@ class Store:
             part = numbers[at : at + _ROWS_AT_ONCE]
             with self._database.read() as connection:
                 rows = connection.execute(_PASSAGE.format(marks=marks(part)), part).fetchall()
-            for number, id_, document, text, start, title, source, metadata in rows:
+            for number, id_, document, text, start, title, tokens, source, metadata in rows:
                 facts = {} if metadata == "{}" else json.loads(metadata)
-                found[number] = Passage(id=id_, document_id=document, text=text, start=start, title=title, source=source, metadata=facts)
+                found[number] = Passage(
+                    id=id_, document_id=document, text=text, start=start, title=title, source=source, metadata=facts, tokens=tokens
+                )
         return found
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
@@ -217,7 +223,14 @@ class Store:
         self._database.close()
 
 
-def _upgrade(connection: Connection) -> None:
+def _upgrade(connection: Connection, version: int) -> None:
+    if version < 2:
+        _to_format_2(connection)
+    connection.execute(f"ALTER TABLE passages ADD COLUMN {_TOKENS}")  # format 2 had none; those that are stored stay without
+    connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT),))
+
+
+def _to_format_2(connection: Connection) -> None:
     """Format 1 had one generation: its facts among those of the store, its vectors in the rows of the passages; and it had an
     index of words, which is now beside it."""
     connection.execute("DROP TABLE IF EXISTS words")
@@ -234,4 +247,3 @@ def _upgrade(connection: Connection) -> None:
     connection.execute(f"INSERT INTO {first.table} SELECT number, vector FROM passages")  # noqa: S608
     connection.execute("ALTER TABLE passages DROP COLUMN vector")
     connection.execute("DELETE FROM meta WHERE key IN ('fingerprint', 'dim', 'graph_dims', 'generation')")
-    connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT),))

@@ -163,7 +163,7 @@ def _chunks(actions: Iterable[Action]) -> Iterator[list[Action]]:
     size = 0
     for action in actions:
         entry = action[1] or {}
-        size += 200 + len(entry.get("text", "")) + 12 * len(entry.get("vector", ())) + len(entry.get("metadata", ""))
+        size += 200 + sum(len(entry.get(field, "")) for field in ("text", "tokens", "metadata")) + 12 * len(entry.get("vector", ()))
         chunk.append(action)
         if size >= _BULK_BYTES:
             yield chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Action
 from openbook_server.knowledge.records import Passage
 
-PASSAGE_FIELDS = ["number", "id", "start", "title", "text"]  # that `parse_passage` needs
+PASSAGE_FIELDS = ["number", "id", "start", "title", "text", "tokens"]  # that `parse_passage` needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def passage_action(key: str, number: int, passage: Passage, metadata: Mapping[st
         "start": passage.start,
         "title": passage.title,
         "text": passage.text,
+        "tokens": b64encode(passage.tokens).decode(),
         "vector": vector.astype(np.float64).round(9).tolist(),  # shorter, and the same float32 but for its last bit
         **schema.terms(metadata),
     }
@@ -134,4 +136,5 @@ def parse_passage(entry: Mapping[str, Any], record: Record) -> Passage:
         title=row["title"],
         source=record.source,
         metadata=json.loads(record.metadata),
+        tokens=b64decode(row.get("tokens", "")),  # an earlier version stored none
     )

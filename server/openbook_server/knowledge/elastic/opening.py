@@ -59,7 +59,7 @@ def open_live(connection: Connection, address: Address, asked: Asked) -> Generat
             "compare. Serve the bundle it was built with, or build a new generation from what is stored: openbook index BUNDLE "
             f"{connection.name} --new-generation"
         )
-    _mark(connection, generation)
+    _add_fields(connection, generation)
     check_health(connection, generation)
     return generation
 
@@ -91,7 +91,7 @@ def open_next(connection: Connection, address: Address, asked: Asked, name: str 
             _create(connection, made, [f"{made.index}-next"], layout)
             chosen = named_generation(connection, address.alias, made.name)
     for generation in (live, chosen):
-        _mark(connection, generation)
+        _add_fields(connection, generation)
     if chosen.index != live.index:
         _let_in(connection, address.alias, live, chosen)
     check_health(connection, chosen)
@@ -106,11 +106,10 @@ def _let_in(connection: Connection, alias: str, live: Generation, chosen: Genera
         move_names(connection, [*still_live(alias, live), {"add": {"index": chosen.index, "alias": chosen.filling}}])
 
 
-def _mark(connection: Connection, generation: Generation) -> None:
-    """Give an index of an earlier version the field for documents' marks."""
-    if "mark" not in generation.fields:
-        field = {"mark": schema.MARK}
-        connection.call(lambda client: client.indices.put_mapping(index=generation.index, properties=field), patience=WRITING_PATIENCE)
+def _add_fields(connection: Connection, generation: Generation) -> None:
+    """Give an index of an earlier version the fields that it lacks."""
+    if lacking := {name: field for name, field in schema.ADDED.items() if name not in generation.fields}:
+        connection.call(lambda client: client.indices.put_mapping(index=generation.index, properties=lacking), patience=WRITING_PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)

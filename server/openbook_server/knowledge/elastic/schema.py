@@ -33,7 +33,10 @@ def settings(*, shards: int, replicas: int, active_copies: str) -> dict[str, Any
     }
 
 
-MARK: Mapping[str, Any] = {"type": "long", "index": False}  # see `mark`
+ADDED: Mapping[str, Any] = {  # to an index since its format was fixed; an earlier version left them out
+    "mark": {"type": "long", "index": False},  # of a document, see `mark`
+    "tokens": {"type": "binary"},  # of a passage's text, see `Passage`; only given back
+}
 OVERSAMPLE = 2.0  # candidates that are compared exactly, for each one that is wanted
 
 
@@ -55,7 +58,6 @@ def mappings(dim: int, facts: Mapping[str, str]) -> dict[str, Any]:
             "facts": {"type": "object", "enabled": False},
             # of a document
             "digest": _STORED,
-            "mark": MARK,
             "source": _STORED,
             "metadata": _STORED,  # JSON
             "live": {"type": "boolean"},  # false: not stored yet, or being deleted
@@ -72,6 +74,7 @@ def mappings(dim: int, facts: Mapping[str, str]) -> dict[str, Any]:
             "pairs": {"type": "keyword"},  # of the document's metadata, see `pair`
             "numbers": {"type": "keyword"},  # of the document's metadata, see `sortable`
             "vector": {"type": "dense_vector", "dims": dim, "index": True, "similarity": "max_inner_product", "index_options": graph},
+            **ADDED,
         },
     }
 

@@ -1,15 +1,13 @@
 """Which constants rank best? Fusion weight, prior weight and null bias, chosen on questions nothing was trained on.
 
-    python benchmarks/calibrate.py BUNDLE KB TRAIN.jsonl [--held-out 300] [--retrieval 1500] [--em-budget 0.5]
+    python benchmarks/calibrate.py BUNDLE KB TRAIN.jsonl [--held-out 300] [--retrieval 1500]
 
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
 same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Two choices are made:
 the weight of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file; and, for the reader,
 prior_weight by F1 where the passages found hold the answer, then null_bias by the mean log-probability of the accepted
-answer there, and of "no answer" where they do not. Last, when the server may stop reading: of all pairs of a
-probability that the best answer must keep and a weight that unread passages are given (quantiles of what passages weigh), the one that
-reads the fewest passages at a cost of at most `--em-budget` points of EM. The last line is JSON; prior_weight, null_bias and
-settling belong into the adapter's reader.json. Without settling the server reads every passage.
+answer there, and of "no answer" where they do not. The last line is JSON; prior_weight and null_bias belong into the
+adapter's reader.json. When the server may stop reading is another choice, made for those two: `settling.py`.
 """
 
 from __future__ import annotations
@@ -19,15 +17,14 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
-from openbook_server.pipeline import READ_FIRST, reading_of
-from openbook_server.ranking import Reading, Settling, is_settled, log_weight, rank_answers
+from openbook_server.pipeline import reading_of
+from openbook_server.ranking import Reading, rank_answers
 from openbook_server.rows import Row, collated
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -38,10 +35,6 @@ PRIOR_WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 NULL_BIASES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 ABSENT_SHARE = 0.1  # weight of questions whose passages were taken away, as in training
 TOP_K = 5
-PROBABILITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.99, 1.0)  # of the weights of passages
-
-Read = tuple[Question, Sequence[Hit], list[Reading]]  # a question, its passages, and what was read in them
 
 
 def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
@@ -67,12 +60,12 @@ def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight
 
 
 def read(
-    bundle: Bundle, graph: Graph, encoder: TextEncoder, questions: Sequence[Question], found: Sequence[Sequence[Hit]]
+    bundle: Bundle, graph: Graph, encoder: TextEncoder, questions: Sequence[str], found: Sequence[Sequence[Hit]]
 ) -> list[list[Reading]]:
     """What the reader makes of each question's hits."""
     assert bundle.reader is not None
     pairs = [
-        encoder.pairs(question.text, [hit.passage.text for hit in hits], bundle.reader.max_tokens)
+        encoder.pairs(question, [hit.passage.text for hit in hits], bundle.reader.max_tokens)
         for question, hits in zip(questions, found, strict=True)
     ]
     outputs = iter(run_rows(graph, [pair.row for group in pairs for pair in group]))
@@ -94,41 +87,6 @@ def rank(hits: Sequence[Hit], readings: Sequence[Reading], prior: float, bias: f
     )
 
 
-def passages_read(hits: Sequence[Hit], readings: Sequence[Reading], prior: float, bias: float, settling: Settling) -> int:
-    """How many of a question's passages the server would read, round by round."""
-    texts, priors = [hit.passage.text for hit in hits], [prior * relevance(hit) for hit in hits]
-    for read in READ_FIRST:
-        if is_settled(texts, readings[:read], priors, null_bias=bias, settling=settling):
-            return min(read, len(hits))
-    return len(hits)
-
-
-def choose_settling(rows: Sequence[Read], prior: float, bias: float, em_budget: float) -> tuple[Settling | None, float, float]:
-    """The settling that reads least within the budget (None if none reads less than everything), its EM, and passages a question."""
-
-    def quality(settling: Settling | None) -> tuple[float, float]:
-        counts = [len(hits) if settling is None else passages_read(hits, readings, prior, bias, settling) for _, hits, readings in rows]
-        right = [
-            exact_match(answers[0].text, question.answers)
-            for (question, hits, readings), count in zip(rows, counts, strict=True)
-            if (answers := rank(hits[:count], readings[:count], prior, bias, 1)[0])
-        ]
-        return 100 * sum(right) / len(rows), float(np.mean(counts))
-
-    best, em, read = None, *quality(None)
-    needed = em - em_budget
-    print(f"settling: reading all {read:.2f} passages gives EM {em:.1f}")
-    weights = [log_weight(one, bias) for _, _, readings in rows for one in readings]
-    for quantile in QUANTILES:
-        for probability in PROBABILITIES:
-            settling = Settling(probability, round(float(np.quantile(weights, quantile)), 3))
-            its_em, its_read = quality(settling)
-            print(f"settling at {probability} with unread passages at {settling.unread_weight}: EM {its_em:.1f}  passages {its_read:.2f}")
-            if its_em >= needed and its_read < read:
-                best, em, read = settling, its_em, its_read
-    return best, em, read
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -136,7 +94,6 @@ def main() -> None:
     parser.add_argument("train", help="the reader's training file")
     parser.add_argument("--held-out", type=int, default=300, help="as in the training's configuration (default: %(default)s)")
     parser.add_argument("--retrieval", type=int, default=1_500, help="questions for the fusion weight (default: %(default)s)")
-    parser.add_argument("--em-budget", type=float, default=0.5, help="points of EM that stopping early may cost (default: %(default)s)")
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device("auto")
@@ -169,7 +126,8 @@ def main() -> None:
     sets = {}
     for name, rows in (("present", present), ("absent", absent)):
         questions, hits = [q for q, _ in rows], [h for _, h in rows]
-        sets[name] = list(zip(questions, hits, read(bundle, reader, encoder, questions, hits), strict=True))
+        readings = read(bundle, reader, encoder, [q.text for q in questions], hits)
+        sets[name] = list(zip(questions, hits, readings, strict=True))
 
     def objective(prior: float, bias: float) -> float:
         means = {
@@ -189,15 +147,12 @@ def main() -> None:
     bias = max(likelihood, key=lambda value: likelihood[value])
     print("null bias: log-likelihood " + ", ".join(f"{value:g} {likelihood[value]:.3f}" for value in NULL_BIASES))
     best_fusion = max(fusion, key=lambda weight: sum(fusion[weight]))
-    settling, em, passages = choose_settling(sets["present"], prior, bias, arguments.em_budget)
     print(
         json.dumps(
             {
                 "lexical_weight": best_fusion,
                 "prior_weight": prior,
                 "null_bias": bias,
-                "settling": asdict(settling) if settling else None,
-                "settled": {"EM": em, "passages": passages, "em_budget": arguments.em_budget},
                 "questions": [len(asked), len(present), len(absent)],
             }
         )

@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1 and latency percentiles, for\n"
-        "hybrid search beside BM25 only, dense only and no retrieval. The server's knowledge base must hold the corpus of DATA_DIR."
+        "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1, passages read and latency\n"
+        "percentiles, for hybrid search beside BM25 only, dense only and no retrieval. The server's knowledge base must hold the\n"
+        "corpus of DATA_DIR."
     )
     parser.epilog = (
         "DATA_DIR is in BEIR's layout: queries.jsonl ({_id, text, metadata: {answers}}), qrels/*.tsv, corpus.jsonl.\n"
@@ -74,6 +75,7 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rerank", type=_count, default=0, metavar="N", help="passages of a search put in the order of what is read (default: %(default)s)"
     )
+    parser.add_argument("--read-all", action="store_true", help="read all of them, though the best answer be settled by the first ones")
     parser.add_argument(
         "--modes", nargs="+", choices=["hybrid", "lexical", "dense", "none"], default=["hybrid", "lexical", "dense", "none"]
     )
@@ -105,6 +107,7 @@ def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int
                 mode,
                 top_k=arguments.top_k,
                 rerank=arguments.rerank,
+                read_all=arguments.read_all,
                 concurrency=arguments.concurrency,
                 progress=progress,
             )

@@ -3,7 +3,7 @@
 Data in BEIR's layout: `queries.jsonl` with `_id`, `text` and `metadata.answers`, and `qrels/*.tsv` with query-id, corpus-id and
 score. Retrieval is scored by document: R@k is the share of questions with a relevant document among the first k
 distinct ones; answer-hit@k the share with an accepted answer, in normal form, in the text of the first k passages. Reading is
-scored as SQuAD does. Latency is that of single questions, one after the other.
+scored as SQuAD does; `read` is how many passages a question were read for that. Latency is that of single questions, one after the other.
 """
 
 from __future__ import annotations
@@ -50,26 +50,38 @@ def sample(queries: Sequence[Query], limit: int) -> list[Query]:
 
 
 def evaluate_mode(
-    client: Client, queries: Sequence[Query], mode: str, *, top_k: int, rerank: int, concurrency: int, progress: Callable[[int], None]
+    client: Client,
+    queries: Sequence[Query],
+    mode: str,
+    *,
+    top_k: int,
+    rerank: int,
+    read_all: bool,
+    concurrency: int,
+    progress: Callable[[int], None],
 ) -> dict[str, float]:
     """One row of the table: every metric in percent, latencies in milliseconds, and how many questions failed.
 
     Args:
         top_k: passages that are read for an answer; searches go 20 deep whatever it is.
         rerank: passages of a search that are read and put in the order of that.
+        read_all: read all of `top_k`, though the best answer be settled by the first ones.
         progress: told how many questions each finished batch held.
     """
     from openbook.results import AnswerResult
 
+    read: list[int] = []  # passages of each question that was answered
+
     def ask(batch: Sequence[Query]) -> list[tuple[Query, Sequence[Hit], str | None]]:
         texts = [query.text for query in batch]
         searches = client.search(texts, top_k=max(DEPTHS), mode=mode, rerank=rerank) if mode != "none" else [None] * len(texts)
-        answers = client.answer(texts, top_k=top_k, max_answers=1, mode=mode)
+        answers = client.answer(texts, top_k=top_k, max_answers=1, mode=mode, read_all=read_all)
         rows: list[tuple[Query, Sequence[Hit], str | None]] = []
         for query, found, answered in zip(batch, searches, answers, strict=True):
             if not isinstance(answered, AnswerResult):
                 rows.append((query, (), None))
                 continue
+            read.append(answered.passages_read)
             hits = getattr(found, "hits", ())
             rows.append((query, hits, answered.answers[0].text if answered.answers else ""))
         progress(len(batch))
@@ -78,7 +90,8 @@ def evaluate_mode(
     batches = [queries[at : at + _BATCH] for at in range(0, len(queries), _BATCH)]
     with ThreadPoolExecutor(concurrency) as pool:
         rows = [row for part in pool.map(ask, batches) for row in part]
-    return score(rows) | latencies(client, queries[:LATENCY_QUESTIONS], mode, top_k)
+    passages_read = {"read": sum(read) / max(1, len(read))}
+    return score(rows) | passages_read | latencies(client, queries[:LATENCY_QUESTIONS], mode, top_k=top_k, read_all=read_all)
 
 
 def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, float]:
@@ -99,12 +112,12 @@ def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, 
     return metrics
 
 
-def latencies(client: Client, queries: Sequence[Query], mode: str, top_k: int) -> dict[str, float]:
+def latencies(client: Client, queries: Sequence[Query], mode: str, *, top_k: int, read_all: bool) -> dict[str, float]:
     """Client-side milliseconds of single questions, asked one after the other."""
     took = []
     for query in queries:
         began = time.perf_counter()
-        client.answer([query.text], top_k=top_k, mode=mode)
+        client.answer([query.text], top_k=top_k, mode=mode, read_all=read_all)
         took.append(1000 * (time.perf_counter() - began))
     took.sort()
     return {f"p{share}_ms": took[min(len(took) - 1, len(took) * share // 100)] for share in (50, 95, 99)} if took else {}

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     add_search_arguments(parser, "read for each question", MODES)
     parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question (default: 3)")
+    parser.add_argument(
+        "--read-all", action="store_true", help="read every passage found, though the best answer be settled by the first ones"
+    )
     add_server_arguments(parser)
 
 
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ask(client: Client, questions: list[str], arguments: argparse.Namespace) -> list[AnswerResult | RequestRejected]:
-    return client.answer(questions, max_answers=arguments.max_answers, **search_options(arguments))
+    return client.answer(questions, max_answers=arguments.max_answers, read_all=arguments.read_all, **search_options(arguments))
 
 
 def _ask_one(client: Client, arguments: argparse.Namespace) -> int:
@@ -88,5 +91,6 @@ def render(result: AnswerResult) -> str:
             f"     {marked(hit, answer)}",
             f"     passage {answer.passage_id}{title}, {place}",
         ]
-    lines += [f"  no answer in these passages: {result.no_answer_probability:.0%}", f"  {spent(dict(result.timings_ms))}"]
+    read = f"{result.passages_read} of {len(result.hits)} passages"
+    lines += [f"  no answer in the {read} read: {result.no_answer_probability:.0%}", f"  {spent(dict(result.timings_ms))}"]
     return "\n".join(lines)

@@ -49,6 +49,7 @@ class AnswerOptions(SearchOptions, total=False):
     """`SearchOptions`, and what is made of the passages."""
 
     max_answers: int | None  # answers a question
+    read_all: bool | None  # read every passage found, though the best answer be settled by the first ones
 
 
 class ClassifyOptions(TypedDict, total=False):

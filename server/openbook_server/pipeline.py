@@ -115,11 +115,13 @@ class Pipeline:
         max_answers: int,
         deadline: float,
         timings: Timings,
+        *,
+        settle: bool = True,
     ) -> list[QuestionAnswered]:
-        """Search, read hits beside their question until its answer is settled, and rank what was read."""
+        """Search, read hits beside their question, with `settle` until its answer is settled, and rank what was read."""
         with self._models.attended():
             found = await self.search(questions, rows, options, deadline, timings)
-            readings = await self._read(questions, found, deadline, timings, settle=True)
+            readings = await self._read(questions, found, deadline, timings, settle=settle)
         answered = []
         for hits, read in zip(found, readings, strict=True):
             first = hits[: len(read)]

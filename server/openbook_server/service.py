@@ -108,7 +108,9 @@ class Service:
         timings.tokenise += timings.lap()
         results = [pb.AnswerResult() for _ in request.questions]
         if valid.rows:
-            answered = await self._pipeline.answer(valid.texts, valid.rows, options, max_answers, deadline, timings)
+            answered = await self._pipeline.answer(
+                valid.texts, valid.rows, options, max_answers, deadline, timings, settle=not request.read_all
+            )
             for at, outcome in zip(valid.kept, answered, strict=True):
                 results[at].CopyFrom(to_answer_result(outcome, omit_text=request.omit_text))
             self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered)

@@ -191,8 +191,11 @@ async def test_reading_stops_when_the_answer_is_settled_and_changes_nothing_wher
             stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
             results[name] = (await stub.Answer(request)).results
             page = await scrape(unused_tcp_port) if name == "at once" else ""
+            whole = pb.AnswerRequest(questions=request.questions, top_k=3, read_all=True)
+            results[f"{name}, all asked for"] = (await stub.Answer(whole)).results
     assert [result.passages_read for result in results["off"]] == [len(result.hits) for result in results["off"]] == [3, 3]
-    assert list(results["never"]) == list(results["off"])
+    for name in ("never", "never, all asked for", "at once, all asked for"):
+        assert list(results[name]) == list(results["off"])
     assert [(result.passages_read, len(result.hits)) for result in results["at once"]] == [(1, 3)] * 2
     assert [[hit.HasField("answer_probability") for hit in result.hits] for result in results["at once"]] == [[True, False, False]] * 2
     first = {result.hits[0].passage_id for result in results["at once"]}

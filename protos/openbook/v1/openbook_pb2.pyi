@@ -448,6 +448,7 @@ class AnswerRequest(_message.Message):
     FUSION_FIELD_NUMBER: _builtins.int
     MIN_SCORE_FIELD_NUMBER: _builtins.int
     DIVERSITY_FIELD_NUMBER: _builtins.int
+    READ_ALL_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """passages read a question, 1 to Describe.limits.max_top_k; default 5"""
     max_answers: _builtins.int
@@ -461,6 +462,10 @@ class AnswerRequest(_message.Message):
     """this and the next two as in SearchRequest"""
     min_score: _builtins.float
     diversity: _builtins.float
+    read_all: _builtins.bool
+    """Read every passage found, though the best answer be settled by the first ones: further answers, and all probabilities, then
+    rest on each of them (docs/speed.md).
+    """
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -480,10 +485,11 @@ class AnswerRequest(_message.Message):
         fusion: Global___Fusion.ValueType = ...,
         min_score: _builtins.float | None = ...,
         diversity: _builtins.float = ...,
+        read_all: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "min_score", b"min_score", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "max_answers", b"max_answers", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "max_answers", b"max_answers", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "read_all", b"read_all", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015

@@ -31,6 +31,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "openvino": "OpenVINOExecutionProvid
 PRECISIONS = {"cuda": ("fp16", "fp32"), "openvino": ("bf16", "fp32"), "cpu": ("fp32", "fp16", "int8")}
 MOST_SESSIONS = 8  # that a processor gets unless told: so many batches at once keep any number of cores busy
 GPU_SESSIONS = 2  # one computes while the other copies
+# Kernels that OpenVINO keeps, a graph and stream. It makes some for each new shape of a batch, and keeps 5,000 unless told: gigabytes, of
+# shapes that may never come again. With as many as this, nothing that repeats is slower.
+OPENVINO_KERNELS = 512
 
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
@@ -109,7 +112,11 @@ def build_device(name: str, precision: str, threads: int = 0, sessions: int = 1)
         sessions = min(sessions or MOST_SESSIONS, threads)
     device = Device(name=name, precision=precision, providers=[cpu], threads=threads, sessions=sessions)
     if name == "openvino":
-        settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "NUM_STREAMS": str(sessions)}
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "NUM_STREAMS": str(sessions),
+            "CPU_RUNTIME_CACHE_CAPACITY": str(OPENVINO_KERNELS),
+        }
         if threads:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         options = {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}  # it wants its JSON as a string

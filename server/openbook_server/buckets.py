@@ -39,7 +39,7 @@ class Buckets:
         return batches
 
 
-# Padding costs what tokens cost: at most about an eighth of what runs is padding.
-PADDED = Buckets(((32, 1), (128, 4)), 8)
-# Padding costs next to nothing, so steps are long and more rows share a batch; all of them are multiples of vector registers.
-PADDING_FREE = Buckets(((32, 8), (128, 16)), 32)
+# Where padding costs what tokens cost: at most about an eighth of what runs is padding.
+FINE = Buckets(((32, 1), (128, 4)), 8)
+# Where padding costs next to nothing, or more rows in a batch are worth more than it costs; all are multiples of vector registers.
+COARSE = Buckets(((32, 8), (128, 16)), 32)

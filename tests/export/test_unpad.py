@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 from openbook_export.errors import ExportFailed
 from openbook_export.unpad import unpad
-from openbook_server.buckets import PADDED, PADDING_FREE
+from openbook_server.buckets import COARSE, FINE
 from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, build_device
 
@@ -43,8 +43,8 @@ def test_the_padded_graph_gives_the_same(tiny_bundle: Path, graph: Graph) -> Non
 
 
 def test_a_graph_says_how_its_rows_are_padded(tiny_bundle: Path, graph: Graph) -> None:
-    assert graph.buckets == PADDING_FREE
-    assert Graph(tiny_bundle / "reader.fp32.onnx", build_device("cpu", "fp32")).buckets == PADDED
+    assert graph.buckets == COARSE
+    assert Graph(tiny_bundle / "reader.fp32.onnx", build_device("cpu", "fp32")).buckets == FINE
 
 
 def test_what_is_no_fused_bert_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from openbook_server.buckets import PADDED
+from openbook_server.buckets import FINE
 from openbook_server.costs import BatchCost
 from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, Overloaded
@@ -107,7 +107,7 @@ class Clock:
 
 
 class TimedGraph:
-    buckets = PADDED
+    buckets = FINE
 
     def __init__(self, clock: Clock, law: Law) -> None:
         self._clock, self._law = clock, law

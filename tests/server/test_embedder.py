@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from openbook_server.buckets import PADDED
+from openbook_server.buckets import FINE
 from openbook_server.embedder import ENTRY_BYTES, Embedded, Embedder
 from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, Overloaded
@@ -24,7 +24,7 @@ ENTRY = 3 * 4 + DIM * 4 + ENTRY_BYTES  # bytes of a row of three tokens
 class GatedGraph:
     """A "vector" made of a row's first token; runs wait while the gate is shut, and note what they ran."""
 
-    buckets = PADDED
+    buckets = FINE
 
     def __init__(self) -> None:
         self.ran: list[int] = []

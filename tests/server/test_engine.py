@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from openbook_server.backlog import Lane
-from openbook_server.buckets import PADDED
+from openbook_server.buckets import FINE
 from openbook_server.engine import Engine, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 from openbook_server.rows import Row, collate
@@ -22,7 +22,7 @@ POISON = 666
 class GatedGraph:
     """Echoes the sum of each row's ids; each run waits until the test lets it go."""
 
-    buckets = PADDED
+    buckets = FINE
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

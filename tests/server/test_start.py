@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from openbook_server import serving
-from openbook_server.buckets import PADDED, PADDING_FREE
+from openbook_server.buckets import COARSE, FINE
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid, FingerprintMismatch
@@ -38,7 +38,7 @@ def test_every_length_is_run_once_only_where_the_device_prepares_itself_for_each
     golden = bundle.golden()
     assert bundle.reader is not None
     checked = sum(len(golden[f"{model}/input_ids"]) for model in ("embedder", "reader"))
-    warmed = len(PADDING_FREE.padded_lengths(bundle.embedder.max_tokens)) + len(PADDED.padded_lengths(bundle.reader.max_tokens))
+    warmed = len(COARSE.padded_lengths(bundle.embedder.max_tokens)) + len(FINE.padded_lengths(bundle.reader.max_tokens))
     rows = sum(rows for rows, _ in shapes)
     assert rows == checked + (warmed if prepares else 0)
 

@@ -19,6 +19,7 @@ from openbook_server.packed import is_packed, pack, unpack_ids, unpack_offsets
 from openbook_server.rows import Row
 
 PASSAGE_CACHE = 100_000  # passages whose tokens are remembered, about 850 bytes each
+_ENCODED_AT_ONCE = 256  # passages; some 14 kB each until they are packed
 MARK_BYTES = 8  # of the tokenizer's digest, before tokens that are kept
 
 
@@ -99,8 +100,11 @@ class TextEncoder:
 
     def kept(self, texts: Sequence[str]) -> list[bytes]:
         """Tokens of passages as a knowledge base keeps them: packed, after the first bytes of the tokenizer's digest."""
-        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [self._mark + pack(encoding.ids, encoding.offsets) for encoding in encodings]
+        kept = []
+        for at in range(0, len(texts), _ENCODED_AT_ONCE):  # of a huge document the tokenizer's objects would fill the memory
+            encodings = self.tokenizer.encode_batch(list(texts[at : at + _ENCODED_AT_ONCE]), add_special_tokens=False)
+            kept += [self._mark + pack(encoding.ids, encoding.offsets) for encoding in encodings]
+        return kept
 
     def texts(self, texts: Sequence[str]) -> list[Row]:
         """One row a text, special tokens included."""

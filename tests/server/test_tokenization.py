@@ -49,6 +49,7 @@ def test_tokens_that_were_kept_are_used_and_make_the_same_pairs(tiny_checkpoint:
     keeping = TextEncoder(tokenizer, "ab" * 32)
     kept = keeping.kept(texts)
     assert keeping.pairs("what red ?", texts, 64, kept) == TextEncoder(tokenizer).pairs("what red ?", texts, 64)
+    assert keeping.kept([*texts] * 200) == kept * 200  # more than are encoded at once
     other = keeping.pairs("what red ?", ["one two three"], 64, keeping.kept(["the red city"]))  # so the text is not tokenised
     assert other == keeping.pairs("what red ?", ["the red city"], 64)
 

@@ -91,6 +91,6 @@ def render(result: AnswerResult) -> str:
             f"     {marked(hit, answer)}",
             f"     passage {answer.passage_id}{title}, {place}",
         ]
-    read = f"{result.passages_read} of {len(result.hits)} passages"
-    lines += [f"  no answer in the {read} read: {result.no_answer_probability:.0%}", f"  {spent(dict(result.timings_ms))}"]
+    read = f"{result.passages_read} of {len(result.hits)}"
+    lines += [f"  no answer in the passages read ({read}): {result.no_answer_probability:.0%}", f"  {spent(dict(result.timings_ms))}"]
     return "\n".join(lines)

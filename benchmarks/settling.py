@@ -3,11 +3,11 @@
     python benchmarks/settling.py BUNDLE KB TRAIN.jsonl --held-out 300 [--em-budget 0.5]
     python benchmarks/settling.py BUNDLE KB QUESTIONS.jsonl
 
-With --held-out the questions are those of the reader's training file that `openbook train reader` set aside; without, all of a file
-(JSON lines with `text` or `question`). Nobody need know their answers: what counts is how often the best answer is another one than
-after reading all of `--top-k` passages. Stopping early costs at most so many points of EM, and this can be counted, where EM on a few
-hundred questions hides a loss behind what is gained by chance. Questions about the corpus that is served do best; the more passages of
-other articles are in KB, the more it is like serving.
+With --held-out the questions are those of the reader's training file that `openbook train reader` set aside; without, the first
+`--limit` of a file (JSON lines with `text` or `question`). Nobody need know their answers: what counts is how often the best answer is
+another one than after reading all of `--top-k` passages. Stopping early costs at most so many points of EM, and this can be counted,
+where EM on a few hundred questions hides a loss behind what is gained by chance. Questions about the corpus that is served do best; the
+more passages of other articles are in KB, the more it is like serving.
 
 Unread passages are taken to weigh as much as nearly all do (a high quantile of what passages weigh), and the best answer must keep a
 probability nevertheless. Of such pairs the one is chosen that reads the fewest passages while at most `--em-budget` in a hundred best
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("knowledge_base", type=Path)
     parser.add_argument("questions", type=Path)
-    parser.add_argument("--held-out", type=int, default=0, help="questions set aside in training; 0 = all of the file")
+    parser.add_argument("--held-out", type=int, default=0, help="questions set aside in training; 0 = those of the file itself")
     parser.add_argument("--limit", type=int, default=1_000, help="questions of a file without --held-out (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=5, help="passages found for each (default: %(default)s)")
     parser.add_argument("--em-budget", type=float, default=0.5, help="best answers in a hundred that may change (default: %(default)s)")

@@ -36,6 +36,7 @@ class Asked:
     passages: tuple[str, ...]  # ids of the hits
     answer: str | None  # the best one's text; None = no answer was found
     read: bool  # whether an answer was asked for, or only passages
+    read_all: bool = False  # whether it was to rest on every passage
 
 
 class Comparison:
@@ -84,7 +85,7 @@ class Comparison:
             return
         deadline, timings = time.monotonic() + _PATIENCE, Timings()
         if asked.read and bundle.reader is not None:
-            [outcome] = await pipeline.answer([asked.question], rows, asked.options, 1, deadline, timings)
+            [outcome] = await pipeline.answer([asked.question], rows, asked.options, 1, deadline, timings, settle=not asked.read_all)
             hits = outcome.hits
             self._agreements.append(float(_same(asked.answer, best_answer(outcome))))
         else:

@@ -116,7 +116,7 @@ class Pipeline:
         deadline: float,
         timings: Timings,
         *,
-        settle: bool = True,
+        settle: bool,
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question, with `settle` until its answer is settled, and rank what was read."""
         with self._models.attended():

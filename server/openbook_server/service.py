@@ -113,7 +113,7 @@ class Service:
             )
             for at, outcome in zip(valid.kept, answered, strict=True):
                 results[at].CopyFrom(to_answer_result(outcome, omit_text=request.omit_text))
-            self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered)
+            self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered, read_all=request.read_all)
         return pb.AnswerResponse(
             results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)
         )
@@ -157,12 +157,15 @@ class Service:
         options: SearchOptions | None,
         found: Sequence[Sequence[Hit]],
         answered: Sequence[QuestionAnswered] | None,
+        *,
+        read_all: bool = False,
     ) -> None:
         if self.asked is None or options is None:
             return
         for at, (question, hits) in enumerate(zip(questions, found, strict=True)):
             answer = best_answer(answered[at]) if answered is not None else None
-            self.asked(Asked(question, options, tuple(hit.passage.id for hit in hits), answer, answered is not None))
+            ids = tuple(hit.passage.id for hit in hits)
+            self.asked(Asked(question, options, ids, answer, answered is not None, read_all))
 
     def _options(self, request: pb.SearchRequest | pb.AnswerRequest) -> SearchOptions | None:
         if self._knowledge_base is None:

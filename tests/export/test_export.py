@@ -23,7 +23,7 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidData
 from openbook_training.negatives import embed
 from openbook_training.objectives import null_scores, span_scores
-from openbook_training.reader import PairEncoder, build_reader, forward
+from openbook_training.reader import PairEncoder, forward, trained_reader
 from tokenizers import Tokenizer
 
 TEXTS = ["red", "the king read", "one two three city river king book", "what was it, in the case of a blue book?"]
@@ -59,7 +59,7 @@ def silent(line: str) -> None:
 def test_the_reader_that_is_exported_is_the_function_that_was_trained(tiny_checkpoint: Path, tiny_reader: Path) -> None:
     """Segments included: reading them in only one of the two costs points that no other gate sees."""
     checkpoint = resolve_checkpoint(str(tiny_checkpoint))
-    trained = build_reader(checkpoint, lora_rank=2, lora_alpha=2, adapter=str(tiny_reader)).eval()
+    trained = trained_reader(checkpoint, str(tiny_reader)).eval()
     exported = load_reader(checkpoint, tiny_reader).model
     encoder = PairEncoder(checkpoint, max_tokens=32, stride=4, max_question_tokens=8)
     pairs = [pair for row, text in enumerate(TEXTS) for pair in encoder.pairs("what was red ?", [text], row)]

@@ -10,7 +10,7 @@ import torch
 from openbook_training.average import average
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import InvalidData
-from openbook_training.reader import build_reader
+from openbook_training.reader import trained_reader
 from openbook_training.span_task import SpanConfig, SpanTask
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def adapter(checkpoint: Path, folder: Path, seed: int, rank: int) -> Path:
 
 
 def merged(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
-    model = build_reader(resolve_checkpoint(str(checkpoint)), lora_rank=1, lora_alpha=1, adapter=str(folder)).merge_and_unload()
+    model = trained_reader(resolve_checkpoint(str(checkpoint)), str(folder)).merge_and_unload()
     return {name: weight.float() for name, weight in model.named_parameters()}
 
 

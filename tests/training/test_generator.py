@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from openbook_training.config import LoopConfig, load_config
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.generator import AnswerEncoder, answer_all, build_generator, load_generator
 from openbook_training.loop import Loop, Stopped
+from openbook_training.reader import trained_reader
 from openbook_training.run import train
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.generator import Example, GeneratorConfig, GeneratorTask
@@ -95,6 +97,38 @@ def test_the_decoder_reads_what_the_encoder_made_of_each_passage_alone(checkpoin
                 single = encoder.inputs([(text, [passage] if passage else [])], torch.device("cpu"))
                 alone.append(model.network.get_encoder()(input_ids=single.ids, attention_mask=single.mask).last_hidden_state[0])
             assert states[row][mask[row].bool()].numpy() == pytest.approx(torch.cat(alone).numpy(), abs=1e-4)
+
+
+def test_the_decoder_begins_by_attending_to_what_is_alike(tiny_checkpoint: Path) -> None:
+    found = resolve_checkpoint(str(tiny_checkpoint))
+    model = build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0)
+    for layer in model.network.decoder.base_model.encoder.layer:
+        for name, weight in layer.attention.state_dict().items():
+            assert torch.equal(weight, layer.crossattention.state_dict()[name])
+
+
+def test_the_encoder_begins_as_the_reader_whose_adapter_is_given(tiny_checkpoint: Path, tiny_reader: Path) -> None:
+    found = resolve_checkpoint(str(tiny_checkpoint))
+    encoder = AnswerEncoder(found, max_tokens=40, max_answer_tokens=6)
+    model = build_generator(found, encoder, dropout=0.0, adapter=str(tiny_reader)).eval()
+    reader = trained_reader(found, str(tiny_reader), dropout=0.0).eval()
+    inputs = encoder.inputs([("what was red ?", ["the red king"])], torch.device("cpu"))
+    with torch.no_grad():
+        expected = reader.base_model.model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask).last_hidden_state
+        plain = build_generator(found, encoder, dropout=0.0).eval().fused(inputs)[0]
+        assert model.fused(inputs)[0].numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_reader_of_another_checkpoint_is_refused(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    other = tmp_path / "reader"
+    shutil.copytree(tiny_reader, other)
+    stated = json.loads((other / "reader.json").read_text())
+    (other / "reader.json").write_text(json.dumps(stated | {"base_digest": "0" * 64}))
+    found = resolve_checkpoint(str(tiny_checkpoint))
+    with pytest.raises(CheckpointNotFound, match="train again"):
+        build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0, adapter=str(other))
 
 
 def test_the_loss_is_that_of_the_answer_token_by_token(checkpoint: Path, config: GeneratorConfig) -> None:

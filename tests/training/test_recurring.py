@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidData
-from openbook_training.reader import build_reader
+from openbook_training.reader import trained_reader
 from openbook_training.recurring import clozes
 from openbook_training.run import train
 from openbook_training.squad import occurrences
@@ -80,7 +80,7 @@ def test_what_it_trains_is_a_readers_beginning(tiny_checkpoint: Path, tmp_path: 
     metrics = train(OBJECTIVES["recurring_spans"], configured(tmp_path, tiny_checkpoint), resume=False, console=quiet())
     assert set(metrics) == {"held_out_em", "held_out_f1", "score"}
     task = RecurringSpansTask(configured(tmp_path, tiny_checkpoint), quiet())
-    begun = build_reader(task.checkpoint, lora_rank=4, lora_alpha=64, adapter=str(tmp_path / "run" / "best"))
+    begun = trained_reader(task.checkpoint, str(tmp_path / "run" / "best"))
     heads = {name: weight for name, weight in begun.named_parameters() if weight.requires_grad}
     assert any("qa_outputs" in name for name in heads)
     assert any("lora_B" in name and bool(weight.any()) for name, weight in heads.items())

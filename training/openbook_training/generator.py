@@ -2,7 +2,7 @@
 
     (question, passage k) -> encoder -> H_k (L, d);  decoder: p(y_t | y_<t, [H_1 .. H_K])
 
-One wrapper serves BERT2BERT (Rothe et al. 2020: two copies of an encoder checkpoint, the second with new cross-attention and a vocabulary
+One wrapper serves BERT2BERT (Rothe et al. 2020: two copies of an encoder checkpoint, the second with cross-attention and a vocabulary
 head tied to its embeddings) and every encoder-decoder of transformers, such as T5 and BART. A folder is a transformers checkpoint with
 one file more, generator.json.
 """
@@ -24,6 +24,7 @@ from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.heads import RowEncoder
 from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model, save_whole
+from openbook_training.reader import trained_reader
 
 SETTINGS = "generator.json"
 BATCH_QUESTIONS = 16  # answered at once
@@ -133,11 +134,16 @@ class AnswerEncoder:
         return str(self.tokenizer.decode(wanted)).strip()
 
 
-def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: float) -> FusionInDecoder:
-    """T5 or BART as it is; of an encoder checkpoint two copies, the decoder's cross-attention and the head's transform of random weights.
+def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: float, adapter: str = "") -> FusionInDecoder:
+    """T5 or BART as it is; of an encoder checkpoint two copies, the head's transform of random weights.
+
+    The decoder's cross-attention begins as a copy of each layer's self-attention (Ma et al. 2020, XLM-T), which finds what is alike.
+
+    Args:
+        adapter: of a reader; the encoder begins with it, for where an answer stands is what the decoder has to learn from it.
 
     Raises:
-        CheckpointNotFound: it is neither.
+        CheckpointNotFound: it is neither, or the adapter is not one of a reader of this checkpoint.
     """
     try:
         if AutoConfig.from_pretrained(checkpoint.folder).is_encoder_decoder:
@@ -145,8 +151,10 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
             encoder.start = int(whole.config.decoder_start_token_id)  # BART begins with the token that ends a text
             whole.generation_config.forced_bos_token_id = None  # what follows is learned from answers alone
             return FusionInDecoder(whole)
-        reader = load_backbone(checkpoint, dropout=dropout)
+        reader = _reading_backbone(checkpoint, adapter, dropout) if adapter else load_backbone(checkpoint, dropout=dropout)
         writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, is_decoder=True, add_cross_attention=True)
+        for layer in writer.base_model.encoder.layer:
+            layer.crossattention.load_state_dict(layer.attention.state_dict())
         network: Any = EncoderDecoderModel(encoder=reader, decoder=writer)
     except (ValueError, TypeError, OSError, AttributeError) as error:
         reason = str(error).split("\n", 1)[0]
@@ -154,6 +162,11 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
     for config in (network.config, network.generation_config):
         config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = encoder.start, encoder.end, encoder.pad
     return FusionInDecoder(network)
+
+
+def _reading_backbone(checkpoint: Checkpoint, adapter: str, dropout: float) -> Any:
+    reader: Any = trained_reader(checkpoint, adapter, dropout=dropout).merge_and_unload()
+    return reader.base_model.requires_grad_(True)
 
 
 def save_generator(model: FusionInDecoder, encoder: AnswerEncoder, settings: GeneratorSettings, folder: Path) -> None:

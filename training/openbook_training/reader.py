@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
-from openbook_training.adapters import add_adapter, load_adapter
+from openbook_training.adapters import add_adapter, load_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
 from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
 from openbook_training.pretrained import fast_tokenizer, load_model
+
+READER_SETTINGS = "reader.json"  # beside a reader's adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +76,27 @@ class PairEncoder:
                 yield Pair(row, number, [*head, *ids[at : at + room], self.sep], len(head), offsets[at : at + room])
 
 
-def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, adapter: str = "", dropout: float = 0.1) -> PeftModel:
+def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int) -> PeftModel:
     """The backbone with a span head and trainable low-rank updates (Hu et al. 2021) on every linear layer."""
-    model = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
-    read_in_one_segment(model)
-    if adapter:
-        return load_adapter(model, adapter)
+    model = _span_model(checkpoint, dropout=0.1)
     return add_adapter(model, model.base_model, rank=lora_rank, alpha=lora_alpha, heads=["qa_outputs"])
+
+
+def trained_reader(checkpoint: Checkpoint, folder: str, *, dropout: float = 0.1) -> PeftModel:
+    """The reader whose adapter is in `folder`, to be trained further.
+
+    Raises:
+        CheckpointNotFound: there is none, it is damaged, or it is not one of this checkpoint.
+    """
+    model = load_adapter(_span_model(checkpoint, dropout=dropout), folder)
+    stated_settings(Path(folder), READER_SETTINGS, checkpoint)
+    return model
+
+
+def _span_model(checkpoint: Checkpoint, *, dropout: float) -> PreTrainedModel:
+    model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
+    read_in_one_segment(model)
+    return model
 
 
 def read_in_one_segment(model: PreTrainedModel) -> None:

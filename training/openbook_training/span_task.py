@@ -24,7 +24,7 @@ from openbook_training.config import LoopConfig
 from openbook_training.loop import length_grouped
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.pretrained import best_device
-from openbook_training.reader import PairEncoder, build_reader, forward, predict
+from openbook_training.reader import READER_SETTINGS, PairEncoder, build_reader, forward, predict, trained_reader
 from openbook_training.squad import Question, answer_scores, occurrences
 
 
@@ -63,8 +63,10 @@ class SpanTask:
         self.encoder = PairEncoder(
             self.checkpoint, max_tokens=config.max_tokens, stride=config.stride, max_question_tokens=config.max_question_tokens
         )
-        self.model: nn.Module = build_reader(
-            self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, adapter=config.initial_adapter
+        self.model: nn.Module = (
+            trained_reader(self.checkpoint, config.initial_adapter)
+            if config.initial_adapter
+            else build_reader(self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
         )
         self._device = best_device()
 
@@ -108,7 +110,7 @@ class SpanTask:
             "max_question_tokens": self._settings.max_question_tokens,
             "max_answer_tokens": self._settings.max_answer_tokens,
         }
-        (folder / "reader.json").write_text(json.dumps(reader, indent=2) + "\n")
+        (folder / READER_SETTINGS).write_text(json.dumps(reader, indent=2) + "\n")
 
 
 def answer_all(

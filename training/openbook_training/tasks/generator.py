@@ -37,6 +37,7 @@ class GeneratorConfig(GeneratorSettings):
 
     output: str = "runs/generator"  # run folder: config, metrics, checkpoints, model and tokenizer
     checkpoint: str = DEFAULT_CHECKPOINT  # an encoder (becomes both halves), T5 or BART: package:NAME, folder or hub id
+    initial_adapter: str = ""  # of a reader of this checkpoint; the encoder begins with it
     train: str  # questions: .jsonl/.json file or NAME:SPLIT of a Hugging Face dataset; all contexts are the corpus
     dev: str = ""  # questions for the report after each epoch, never chosen by; their contexts join the corpus
     dev_questions: int = 500  # at most N of them, evenly spread; 0 = all
@@ -65,7 +66,7 @@ class GeneratorTask:
             raise InvalidConfig("passages and beams should be 1 or more, max_answer_tokens 2 or more")
         checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = AnswerEncoder(checkpoint, max_tokens=config.max_tokens, max_answer_tokens=config.max_answer_tokens)
-        self.model: nn.Module = build_generator(checkpoint, self.encoder, dropout=config.dropout)
+        self.model: nn.Module = build_generator(checkpoint, self.encoder, dropout=config.dropout, adapter=config.initial_adapter)
         self._device = best_device()
         train, held_out = hold_out(_answered(config.train, console), config.held_out)
         if not train or not held_out:

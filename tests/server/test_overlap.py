@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from openbook_server.knowledge.lexical import word_line
 from openbook_server.knowledge.overlap import COVERAGE_WEIGHT, PAIR_WEIGHT, overlaps
 
-PASSAGES = ["The oil crisis began in 1973.", "A crisis of oil, a crisis of trust.", "Nothing of it.", ""]
+PASSAGES = [word_line(text) for text in ("The oil crisis began in 1973.", "A crisis of oil, a crisis of trust.", "Nothing of it.", "")]
 
 
 def test_the_bonus_is_weighted_coverage_plus_neighbouring_pairs() -> None:
@@ -24,9 +25,16 @@ def test_the_bonus_is_weighted_coverage_plus_neighbouring_pairs() -> None:
 
 def test_words_in_the_order_of_the_question_beat_the_same_words_scattered() -> None:
     scattered, ordered = overlaps(
-        "who built the red stone bridge", ["bridge of stone, red, who built?", "They built the red stone bridge."]
+        "who built the red stone bridge", [word_line("bridge of stone, red, who built?"), word_line("They built the red stone bridge.")]
     )
     assert ordered > scattered
+
+
+def test_parts_of_words_are_no_words() -> None:
+    assert overlaps("oil in art", [word_line("Soil, part, oily: spoil art"), word_line("oils in arts")]) == [
+        pytest.approx(COVERAGE_WEIGHT * math.log(3 / 1.5) / (math.log(3 / 1.5) + math.log(3 / 0.5))),
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("question", ["", "?!", "the of and", "\0", "ß…—"])

@@ -229,8 +229,7 @@ class EmbeddedKnowledgeBase:
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
             words = self._words.search(question, wanted, allowed) if options.mode != "dense" else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
-                stored = self._index.vectors([number for number in words if number not in dense])
-                dense = dense | {number: float(np.dot(row, vectors[at])) for number, row in stored.items()}
+                dense = dense | self._index.compare(vectors[at], [number for number in words if number not in dense])
             found.append(rank(question, Candidates(dense, words, load, self._index.vectors), options))
         return found
 

@@ -48,26 +48,26 @@ def depth(options: SearchOptions) -> int:
 def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> list[Hit]:
     """The best `options.top_k` hits, best first, ties by key; with diversity, in the order in which they were chosen."""
     scores, dense, lexical = _scores(candidates, options), candidates.dense, candidates.lexical
-    pool = sorted(scores, key=lambda key: (-scores[key], key))
-    pool = pool[: max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options)]
+    pool = _best(scores, max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options))
     passages = candidates.passages(pool)
-    hits = {
-        key: Hit(passages[key], scores[key], dense.get(key), lexical.get(key))
-        for key in pool
-        if key in passages  # deleted since it was found
-    }
-    order = list(hits)
+    order = [key for key in pool if key in passages]  # the others were deleted since they were found
+    overlap: Sequence[float | None] = [None] * len(order)
     if options.mode == "hybrid" and options.fusion == "weighted":
-        bonuses = overlaps(question, [hit.passage.text for hit in hits.values()])
-        hits = {
-            key: hit._replace(score=hit.score + bonus, overlap_score=bonus) for (key, hit), bonus in zip(hits.items(), bonuses, strict=True)
-        }
-        order.sort(key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
+        overlap = overlaps(question, [passages[key].word_line for key in order])
+    hits = {
+        key: Hit(passages[key], scores[key] + (bonus or 0.0), dense.get(key), lexical.get(key), bonus)
+        for key, bonus in zip(order, overlap, strict=True)
+    }
+    order.sort(key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
     if options.min_score is not None:
         order = [key for key in order if hits[key].score >= options.min_score]
     if options.diversity:
         order = _diverse(order, hits, candidates.vectors(order), options)
     return [hits[key] for key in order[: options.top_k]]
+
+
+def _best(scores: Mapping[Key, float], count: int) -> list[Key]:
+    return [key for _, key in sorted([(-score, key) for key, score in scores.items()])[:count]]
 
 
 def _pool(options: SearchOptions) -> int:

@@ -24,6 +24,11 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+def word_line(text: str) -> str:
+    """The words of a text in order, each between two spaces: what a phrase's words are found in as they would be in a string."""
+    return f" {' '.join(words(text))} "
+
+
 def content_words(asked: list[str]) -> list[str]:
     """The different words of a question without stop words, unless it has no others."""
     different = list(dict.fromkeys(asked))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 
 from openbook_server.knowledge.lexical import content_words, words
 
@@ -24,15 +24,17 @@ def overlaps(question: str, passages: Sequence[str]) -> list[float]:
     COVERAGE_WEIGHT · Σ_w idf(w) / Σ idf + PAIR_WEIGHT · pairs, where w runs over the question's content words that the
     passage holds, and idf(w) = log((n + 1) / (n_w + 1/2)) with n_w of the n given passages holding w: a word that all
     candidates share tells nothing.
+
+    Args:
+        passages: the words of each, as `word_line` puts them.
     """
     asked = words(question)
-    content, pairs = content_words(asked), set(pairwise(asked))
-    held = [words(passage) for passage in passages]
-    sets = [set(text) for text in held]
-    weights = {word: math.log((len(sets) + 1) / (sum(word in text for text in sets) + 0.5)) for word in content}
-    total = sum(weights.values()) or 1.0
+    content = [f" {word} " for word in content_words(asked)]
+    pairs = {f" {one} {other} " for one, other in pairwise(asked)}
+    held = [[word in line for word in content] for line in passages]
+    weights = [math.log((len(passages) + 1) / (sum(column) + 0.5)) for column in zip(*held, strict=True)]
+    total = sum(weights) or 1.0
     return [
-        COVERAGE_WEIGHT * sum(weight for word, weight in weights.items() if word in text) / total
-        + PAIR_WEIGHT * len(pairs.intersection(pairwise(row)))
-        for text, row in zip(sets, held, strict=True)
+        COVERAGE_WEIGHT * sum(compress(weights, row)) / total + PAIR_WEIGHT * sum(pair in line for pair in pairs)
+        for row, line in zip(held, passages, strict=True)
     ]

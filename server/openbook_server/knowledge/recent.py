@@ -51,5 +51,6 @@ class RecentPassages:
 
 
 def _size(passage: Passage) -> int:
-    strings = (passage.text, passage.title, passage.tokens, *passage.metadata, *passage.metadata.values())
+    """The text counts twice: its words are remembered beside it."""
+    strings = (passage.text, passage.text, passage.title, passage.tokens, *passage.metadata, *passage.metadata.values())
     return _ENTRY_BYTES + sum(map(sys.getsizeof, strings))

@@ -179,6 +179,12 @@ class VectorIndex:
                 return found | dict(zip(inside, self._graph.stored(inside), strict=True))
         return found | dict(self._truth(inside)) if inside else found
 
+    def compare(self, query: Vectors, labels: Sequence[int]) -> dict[int, float]:
+        """Inner products of the (dim,) query with those labels that are live."""
+        found = self.vectors(labels)
+        rows = np.array(list(found.values()), np.float32).reshape(len(found), self.dim)
+        return dict(zip(found, inner_products(rows, query), strict=True))
+
     def rows(self) -> Iterator[tuple[list[int], Vectors]]:
         """All rows that are live when it begins, some at a time; those deleted meanwhile are left out."""
         labels = sorted(self.labels)

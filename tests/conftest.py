@@ -22,7 +22,14 @@ HEADS: dict[str, dict[str, object]] = {
         "label_column": "shelf",
         "mixture": {"weight": 0.6, "temperature": 0.1},
     },
-    "claims": {"objective": "verification", "pair": True, "max_tokens": 40, "labels": ["no", "yes"], "temperature": 0.0},
+    "claims": {
+        "objective": "verification",
+        "pair": True,
+        "max_tokens": 40,
+        "labels": ["no", "yes"],
+        "temperature": 0.0,
+        "one_segment": True,
+    },
     "words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": True},
     "own_words": {"objective": "vocab_head", "pair": False, "max_tokens": 24, "tied": False},
 }
@@ -130,7 +137,7 @@ def tiny_heads(tiny_checkpoint: Path) -> dict[str, Path]:
     torch.manual_seed(2)
     checkpoint, folders = resolve_checkpoint(str(tiny_checkpoint)), {}
     for name, settings in HEADS.items():
-        backbone, labels = load_backbone(checkpoint), settings.get("labels")
+        backbone, labels = load_backbone(checkpoint, one_segment="one_segment" in settings), settings.get("labels")
         head: torch.nn.Module = (
             LabelHead(DIM, len(labels), temperature=settings["temperature"])  # type: ignore[arg-type]
             if isinstance(labels, list)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.reader import read_in_one_segment
+from openbook_training.pretrained import read_in_one_segment
 from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer

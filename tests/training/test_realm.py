@@ -104,7 +104,7 @@ def test_retrieved_passages_are_weighed_by_their_scores_and_read_one_at_a_time(c
             assert len(targets) == len(text.hidden)
             for slot, z in zip(slots, [*found[x], None], strict=True):
                 body = [] if z is None else [*task._passages.read[z], text.ids[-1]]
-                ids, segments = [*text.ids, *body], [0] * len(text.ids) + [1] * len(body)
+                ids, segments = [*text.ids, *body], [0] * (len(text.ids) + len(body))
                 inputs = {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "token_type_ids": [segments]}
                 states = model.language_model.backbone(**{name: torch.tensor(value) for name, value in inputs.items()}).last_hidden_state[0]
                 for target, position, token in zip(targets, text.hidden, text.tokens, strict=True):

@@ -64,7 +64,7 @@ def test_evidence_decides_and_the_claim_alone_is_no_better_than_chance(tiny_chec
     assert 100 * (again.argmax(1) == task.gold[task.dev]).mean() == pytest.approx(metrics["dev_model_accuracy"])
 
 
-def test_a_claim_is_read_beside_its_evidence_in_the_second_segment_or_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_claim_is_read_beside_its_evidence_or_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     task = VerificationTask(config_in(tmp_path, tiny_checkpoint), quiet())
     beside, alone = task.encoder.rows(task.found([0, 0], [False, True]).texts)
     decoded = task.encoder.tokenizer.decode(beside[0], skip_special_tokens=False)
@@ -73,6 +73,24 @@ def test_a_claim_is_read_beside_its_evidence_in_the_second_segment_or_alone(tiny
     assert beside[1] == [0] * len(alone[0]) + [1] * (len(beside[0]) - len(alone[0]))
     assert beside[0][: len(alone[0])] == alone[0]
     assert set(alone[1]) == {0}
+
+
+def test_evidence_is_read_in_the_claims_segment_unless_a_folder_of_old_says_nothing_of_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    task = VerificationTask(config_in(tmp_path, tiny_checkpoint), quiet())
+    task.save(task.model, tmp_path)
+    inputs = task.encoder.batch(task.encoder.rows(task.found([0], [False]).texts), torch.device("cpu"))
+    assert 1 in inputs["token_type_ids"]
+    told_apart = []
+    for stated in (True, False):
+        settings = json.loads((tmp_path / "task.json").read_text())
+        if not stated:
+            del settings["one_segment"]
+            (tmp_path / "task.json").write_text(json.dumps(settings))
+        model, _ = load_head_model(task.checkpoint, tmp_path)
+        with torch.inference_mode():
+            one, two = (model(inputs | {"token_type_ids": types * inputs["token_type_ids"]}) for types in (0, 1))
+        told_apart.append(not torch.equal(one, two))
+    assert told_apart == [False, True]
 
 
 def test_the_shipped_recipe_is_valid() -> None:

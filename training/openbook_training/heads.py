@@ -144,7 +144,7 @@ def load_head_model(checkpoint: Checkpoint, folder: Path) -> tuple[HeadModel, di
     """
     settings = stated_settings(folder, TASK, checkpoint)
     try:
-        backbone = load_backbone(checkpoint)
+        backbone = load_backbone(checkpoint, one_segment=settings.get("one_segment") is True)
         adapted = PeftModel.from_pretrained(backbone, str(folder))  # freezes the backbone, token embeddings included
         head = _head(settings, backbone)
         stored = load_file(folder / HEAD)

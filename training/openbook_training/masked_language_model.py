@@ -77,7 +77,7 @@ def build_masked_lm(
     Raises:
         CheckpointNotFound: the folder is incomplete, damaged, or was trained on another checkpoint.
     """
-    backbone = load_backbone(checkpoint)
+    backbone = load_backbone(checkpoint, one_segment=True)  # of the passages that `realm` reads beside a text
     head = VocabHead(backbone.embeddings.word_embeddings.weight, tied=True)
     if frequencies is not None:
         with torch.no_grad():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint
@@ -57,9 +57,23 @@ def _dropout(checkpoint: Checkpoint, share: float) -> dict[str, float]:
     return hidden | {name: 0.0 for name in attention if name in names}
 
 
-def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1) -> Any:
-    """The transformer without its own pooler, see `load_model`."""
-    return load_model(AutoModel, checkpoint, dropout=dropout, add_pooling_layer=False)
+def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1, one_segment: bool = False) -> Any:
+    """The transformer without its own pooler, see `load_model`, and `read_in_one_segment`."""
+    backbone = load_model(AutoModel, checkpoint, dropout=dropout, add_pooling_layer=False)
+    if one_segment:
+        read_in_one_segment(backbone)
+    return backbone
+
+
+def read_in_one_segment(model: PreTrainedModel) -> None:
+    """Let the passage carry the question's segment, as if token_type_ids were all zero.
+
+    Embedders are trained on single texts: their second segment is a vector that no weight of theirs has learned to read. The
+    tokens' kinds still stand in token_type_ids, which scoring needs; so it is the weights that no longer tell them apart.
+    """
+    segments = model.base_model.get_parameter("embeddings.token_type_embeddings.weight")
+    with torch.no_grad():
+        segments[1:] = segments[0]
 
 
 def best_device() -> torch.device:

@@ -22,7 +22,7 @@ from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
 from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
-from openbook_training.pretrained import fast_tokenizer, load_model
+from openbook_training.pretrained import fast_tokenizer, load_model, read_in_one_segment
 
 READER_SETTINGS = "reader.json"  # beside a reader's adapter
 
@@ -97,17 +97,6 @@ def _span_model(checkpoint: Checkpoint, *, dropout: float) -> PreTrainedModel:
     model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
     read_in_one_segment(model)
     return model
-
-
-def read_in_one_segment(model: PreTrainedModel) -> None:
-    """Let the passage carry the question's segment, as if token_type_ids were all zero.
-
-    Embedders are trained on single texts: their second segment is a vector that no weight of theirs has learned to read. The
-    tokens' kinds still stand in token_type_ids, which scoring needs; so it is the weights that no longer tell them apart.
-    """
-    segments = model.base_model.get_parameter("embeddings.token_type_embeddings.weight")
-    with torch.no_grad():
-        segments[1:] = segments[0]
 
 
 def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

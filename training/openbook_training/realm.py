@@ -2,7 +2,7 @@
 
     x, a sentence with a hidden span -> q(x) -> its k best passages z, and the null passage
     p(z|x) = softmax over those of s(x, z) = q(x)·d(z) / temperature
-    p(y|x, z): the language model reads [CLS] x [SEP] z [SEP]; the null passage is x read alone
+    p(y|x, z): the language model reads [CLS] x [SEP] z [SEP], in one segment as the reader does; the null passage is x read alone
 
 Two deviations. q and d are one embedder, for the bundle has one; the paper's are two. The null passage's score is one trained number,
 as a neighbour's is in `heads.LabelHead`, where the paper embeds an empty document.
@@ -138,7 +138,7 @@ class Realm(nn.Module):
 
 
 def _joint(text: list[int], passage: list[int]) -> TokenRow:
-    """[CLS] x [SEP] z [SEP] of the ids of [CLS] x [SEP] and z, in the segments 0 and 1."""
+    """[CLS] x [SEP] z [SEP] of the ids of [CLS] x [SEP] and z, with the segments of the template."""
     return [*text, *passage, text[-1]], [0] * len(text) + [1] * (len(passage) + 1)
 
 

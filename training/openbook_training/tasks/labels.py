@@ -95,7 +95,7 @@ class LabelTask(ABC):
         self.dev = range(len(train) + len(held_out), len(self.rows))
         self.gold = np.array([self.labels.index(row.label) for row in self.rows], np.int64)
         self._device = best_device()
-        backbone = load_backbone(self.checkpoint)
+        backbone = load_backbone(self.checkpoint, one_segment=True)
         head = LabelHead(backbone.config.hidden_size, len(self.labels), temperature=temperature)
         self.model: nn.Module = build_head_model(self.checkpoint, head, backbone, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
 
@@ -138,8 +138,8 @@ class LabelTask(ABC):
         return metrics | {"score": metrics[f"held_out_{self.chosen_by}_accuracy"]}
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        limits = {"max_tokens": self._max_tokens, "labels": self.labels, "temperature": self._temperature}
-        cast(HeadModel, model).save(folder, self.checkpoint, limits | self.settings())
+        stated = {"max_tokens": self._max_tokens, "labels": self.labels, "temperature": self._temperature, "one_segment": True}
+        cast(HeadModel, model).save(folder, self.checkpoint, stated | self.settings())
 
     def probabilities(self, model: nn.Module, numbers: Sequence[int], *, alone: bool) -> Probabilities:
         """(rows, labels) p(y|x), with what was found for each text or without."""

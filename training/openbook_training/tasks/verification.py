@@ -1,9 +1,9 @@
 """`openbook train verification`: is a claim supported or refuted by the evidence beside it?
 
-A claim and its evidence are one pair, [CLS] claim [SEP] evidence [SEP], segments 0 and 1. Reported beside each other are
-`model`, which reads both, and `claim_only`, the same weights on the claim without any evidence, trained so in a share of
-the examples: claims give away more than they should (Schuster et al. 2019), and a verifier is worth what it gains over
-that. With `alone_share = 1.0` a run trains nothing but the claim-only baseline.
+A claim and its evidence are one pair, [CLS] claim [SEP] evidence [SEP], read in one segment as the reader's are. Reported
+beside each other are `model`, which reads both, and `claim_only`, the same weights on the claim without any evidence, trained
+so in a share of the examples: claims give away more than they should (Schuster et al. 2019), and a verifier is worth what it
+gains over that. With `alone_share = 1.0` a run trains nothing but the claim-only baseline.
 """
 
 from __future__ import annotations

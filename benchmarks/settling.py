@@ -27,7 +27,7 @@ from calibrate import read, run_rows
 from openbook_server.bundle import load_bundle
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST
-from openbook_server.ranking import Reading, Settling, is_settled, log_weight, normalise, rank_answers
+from openbook_server.ranking import RankedAnswer, Reading, Settling, is_settled, log_weight, normalise, rank_answers
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import hold_out, load_questions
@@ -44,7 +44,7 @@ class Settled:
 
     def __init__(self, rows: Sequence[Read], *, prior_weight: float, null_bias: float) -> None:
         self._rows, self._prior, self._bias = rows, prior_weight, null_bias
-        self._whole = [self._best(row, len(row[0])) for row in rows]
+        self._whole = [self._text(row, len(row[0])) for row in rows]
 
     def choose(self, budget: float) -> tuple[Settling | None, float, float]:
         """The settling that reads least while at most `budget` percent of the answers change (None if none reads less than everything),
@@ -62,23 +62,28 @@ class Settled:
 
     def _effect(self, settling: Settling) -> tuple[float, float]:
         counts = [self._passages_read(row, settling) for row in self._rows]
-        changed = [self._best(row, count) != whole for row, count, whole in zip(self._rows, counts, self._whole, strict=True)]
+        changed = [self._text(row, count) != whole for row, count, whole in zip(self._rows, counts, self._whole, strict=True)]
         return float(np.mean(counts)), 100 * float(np.mean(changed))
 
     def _passages_read(self, row: Read, settling: Settling) -> int:
         """How many the server would read, round by round."""
         hits, readings = row
-        texts, priors = [hit.passage.text for hit in hits], self._priors(hits)
         for count in READ_FIRST:
-            if is_settled(texts, readings[:count], priors, null_bias=self._bias, settling=settling):
+            best = self._best(row, count)
+            probability = best.probability if best else 0.0
+            if is_settled(probability, readings[:count], self._priors(hits), null_bias=self._bias, settling=settling):
                 return min(count, len(hits))
         return len(hits)
 
-    def _best(self, row: Read, count: int) -> str:
+    def _best(self, row: Read, count: int) -> RankedAnswer | None:
         hits, readings = row[0][:count], row[1][:count]
         texts = [hit.passage.text for hit in hits]
         answers, _ = rank_answers(texts, readings, self._priors(hits), null_bias=self._bias, max_answers=1)
-        return normalise(answers[0].text) if answers else ""
+        return answers[0] if answers else None
+
+    def _text(self, row: Read, count: int) -> str:
+        best = self._best(row, count)
+        return normalise(best.text) if best else ""
 
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._prior * relevance(hit) for hit in hits]

@@ -146,7 +146,7 @@ class Classification:
 def passages_read(pair: Pair, passages: Sequence[str]) -> int:
     """Of how many passages of a pair's evidence something is in its row."""
     last = len(pair.row.ids) - 2  # before the closing special token
-    end = pair.characters(pair.first, last)[1] if last >= pair.first else 0
+    end = pair.characters([pair.first], [last])[1][0] if last >= pair.first else 0
     start = read = 0
     for passage in passages:
         read += start < end

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 _HEADER = struct.Struct("<BI")
 _LARGEST_STEP = 15
@@ -64,7 +65,7 @@ def unpack_ids(packed: bytes, most: int) -> array[int]:
     return array("q", np.frombuffer(packed, f"<u{width}", min(tokens, most), _HEADER.size).astype(np.int64).tobytes())
 
 
-def unpack_offsets(packed: bytes) -> tuple[list[int], list[int]]:
+def unpack_offsets(packed: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each token's characters start, and where they end."""
     width, tokens = _HEADER.unpack_from(packed)
     at = _HEADER.size + width * tokens
@@ -75,4 +76,4 @@ def unpack_offsets(packed: bytes) -> tuple[list[int], list[int]]:
         gaps, lengths = gaps.astype(np.int32), lengths.astype(np.int32)
         gaps[exceptions[:, 0]], lengths[exceptions[:, 0]] = exceptions[:, 1], exceptions[:, 2]
     ends = (gaps + lengths).cumsum(dtype=np.int64)
-    return (ends - lengths).tolist(), ends.tolist()
+    return ends - lengths, ends

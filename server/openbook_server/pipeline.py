@@ -56,6 +56,17 @@ class QuestionAnswered:
     no_answer_probability: float
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A question while it is read for."""
+
+    row: Row
+    hits: list[Hit]
+    readings: list[Reading] = field(default_factory=list)  # of the first hits
+    answers: list[RankedAnswer] = field(default_factory=list)  # in what was read; their spans' passages are rows of `hits`
+    no_answer_probability: float = 1.0
+
+
 class Pipeline:
     """Owns nothing but the order; the stages are handed in."""
 
@@ -98,12 +109,12 @@ class Pipeline:
         return hits
 
     async def rerank(
-        self, questions: Sequence[str], found: Sequence[list[Hit]], count: int, deadline: float, timings: Timings
+        self, rows: Sequence[Row], found: Sequence[list[Hit]], count: int, deadline: float, timings: Timings
     ) -> list[list[Hit]]:
         """The first `count` hits of each question, all of them read, in the order of their probability; then the others."""
-        first = [hits[:count] for hits in found]
-        readings = await self._read(questions, first, deadline, timings, settle=False)
-        ranked = [self._posterior(hits, read)[0] + rest[count:] for hits, read, rest in zip(first, readings, found, strict=True)]
+        asked = [_Asked(row, hits[:count]) for row, hits in zip(rows, found, strict=True)]
+        await self._read(asked, None, deadline, timings)
+        ranked = [self._posterior(one)[0] + rest[count:] for one, rest in zip(asked, found, strict=True)]
         timings.rank += timings.lap()
         return ranked
 
@@ -119,18 +130,25 @@ class Pipeline:
         settle: bool,
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question, with `settle` until its answer is settled, and rank what was read."""
+        settling = self._reader.settling if settle else None
         with self._models.attended():
             found = await self.search(questions, rows, options, deadline, timings)
-            readings = await self._read(questions, found, deadline, timings, settle=settle)
+            asked = [_Asked(row, hits) for row, hits in zip(rows, found, strict=True)]
+            unsettled = asked
+            for end in (*READ_FIRST, None) if settling else (None,):
+                await self._read(unsettled, end, deadline, timings)
+                for one in unsettled:
+                    self._rank(one, max_answers)
+                timings.rank += timings.lap()
+                unsettled = [one for one in unsettled if settling and not self._is_settled(one, settling)]
+                if not unsettled:
+                    break
         answered = []
-        for hits, read in zip(found, readings, strict=True):
-            first = hits[: len(read)]
-            texts = [hit.passage.text for hit in first]
-            answers, nothing = rank_answers(texts, read, self._priors(first), null_bias=self._reader.null_bias, max_answers=max_answers)
-            ranked, order = self._posterior(hits, read)
-            answers = [replace(answer, best=replace(answer.best, passage=order.index(answer.best.passage))) for answer in answers]
-            self._observe(len(read))
-            answered.append(QuestionAnswered(ranked, len(read), answers, nothing))
+        for one in asked:
+            ranked, order = self._posterior(one)
+            answers = [replace(answer, best=answer.best._replace(passage=order.index(answer.best.passage))) for answer in one.answers]
+            self._observe(len(one.readings))
+            answered.append(QuestionAnswered(ranked, len(one.readings), answers, one.no_answer_probability))
         timings.rank += timings.lap()
         return answered
 
@@ -143,42 +161,36 @@ class Pipeline:
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._reader.prior_weight * relevance(hit) for hit in hits]
 
-    def _posterior(self, hits: list[Hit], readings: list[Reading]) -> tuple[list[Hit], list[int]]:
+    async def _read(self, asked: Sequence[_Asked], end: int | None, deadline: float, timings: Timings) -> None:
+        """Read those of the first `end` hits of each question (None = of all) that are not read yet."""
+        limit = self._reader.max_tokens
+        pairs: list[tuple[_Asked, Pair]] = []
+        for one in asked:
+            passages = [hit.passage for hit in one.hits[len(one.readings) : end]]
+            texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
+            pairs += [(one, pair) for pair in self._encoder.pairs(one.row, texts, limit, kept)]
+        timings.tokenise += timings.lap()
+        outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
+        timings.read += timings.lap()
+        timings.queue += 1000 * outcome.queued_seconds
+        for (one, pair), outputs in zip(pairs, outcome.rows, strict=True):
+            one.readings.append(reading_of(pair, outputs, len(one.readings)))
+
+    def _rank(self, one: _Asked, max_answers: int) -> None:
+        read = one.hits[: len(one.readings)]
+        texts, priors, null_bias = [hit.passage.text for hit in read], self._priors(read), self._reader.null_bias
+        one.answers, one.no_answer_probability = rank_answers(texts, one.readings, priors, null_bias=null_bias, max_answers=max_answers)
+
+    def _is_settled(self, one: _Asked, settling: Settling) -> bool:
+        best = one.answers[0].probability if one.answers else 0.0
+        return is_settled(best, one.readings, self._priors(one.hits), null_bias=self._reader.null_bias, settling=settling)
+
+    def _posterior(self, one: _Asked) -> tuple[list[Hit], list[int]]:
         """Hits in the order of what was read in them, then those that were not read as they were; and which rows the first are of."""
-        read = len(readings)
-        probabilities = passage_probabilities(readings, self._priors(hits[:read]), null_bias=self._reader.null_bias)
+        hits, read = one.hits, len(one.readings)
+        probabilities = passage_probabilities(one.readings, self._priors(hits[:read]), null_bias=self._reader.null_bias)
         order = sorted(range(read), key=lambda at: -probabilities[at])  # stable: ties stay in retrieval's order
         return [hits[at]._replace(answer_probability=probabilities[at]) for at in order] + hits[read:], order
-
-    async def _read(
-        self, questions: Sequence[str], found: Sequence[Sequence[Hit]], deadline: float, timings: Timings, *, settle: bool
-    ) -> list[list[Reading]]:
-        """What the reader makes of each question's hits: of all, or, with `settle`, of the first until they settle the answer."""
-        reader = self._reader
-        settling = reader.settling if settle else None
-        readings: list[list[Reading]] = [[] for _ in found]
-        unsettled = [at for at, hits in enumerate(found) if hits]
-        for end in (*READ_FIRST, None) if settling else (None,):
-            pairs: list[tuple[int, Pair]] = []
-            for at in unsettled:
-                passages = [hit.passage for hit in found[at][len(readings[at]) : end]]
-                texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
-                pairs += [(at, pair) for pair in self._encoder.pairs(questions[at], texts, reader.max_tokens, kept)]
-            timings.tokenise += timings.lap()
-            outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
-            timings.read += timings.lap()
-            timings.queue += 1000 * outcome.queued_seconds
-            for (at, pair), outputs in zip(pairs, outcome.rows, strict=True):
-                readings[at].append(reading_of(pair, outputs, len(readings[at])))
-            if settling:
-                unsettled = [at for at in unsettled if not self._is_settled(found[at], readings[at], settling)]
-            if not unsettled:
-                break
-        return readings
-
-    def _is_settled(self, hits: Sequence[Hit], readings: Sequence[Reading], settling: Settling) -> bool:
-        texts = [hit.passage.text for hit in hits]
-        return is_settled(texts, readings, self._priors(hits), null_bias=self._reader.null_bias, settling=settling)
 
     def close(self) -> None:
         self._searcher.shutdown()
@@ -186,11 +198,8 @@ class Pipeline:
 
 def reading_of(pair: Pair, outputs: Arrays, passage: int) -> Reading:
     """What the reader's graph returned for one pair, in characters of its passage; `passage` is the row it gets."""
-    spans = []
-    for first, last, score in zip(
-        outputs["span_start"].tolist(), outputs["span_end"].tolist(), outputs["span_score"].tolist(), strict=True
-    ):
-        if score > NO_SPAN:
-            start, end = pair.characters(first, last)
-            spans.append(Span(passage, start, end, score))
+    listed = np.greater(outputs["span_score"], NO_SPAN)
+    first, last, scores = (outputs[name][listed] for name in ("span_start", "span_end", "span_score"))
+    starts, ends = pair.characters(first, last)
+    spans = [Span(passage, start, end, score) for start, end, score in zip(starts, ends, scores.tolist(), strict=True)]
     return Reading(spans, float(outputs["null_score"]), float(outputs["log_normaliser"]))

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Characters [start, end) of one of the passages read."""
+class Span(NamedTuple):
+    """Characters [start, end) of one of the passages read. A tuple, for there are sixteen a passage."""
 
     passage: int  # row of the passage
     start: int
@@ -50,28 +50,23 @@ class Settling:
     unread_weight: float  # nats: what an unread passage is taken to weigh at most beside its prior, see `log_weight`
 
 
-def is_settled(
-    passages: Sequence[str], readings: Sequence[Reading], priors: Sequence[float], *, null_bias: float, settling: Settling
-) -> bool:
+def is_settled(best: float, readings: Sequence[Reading], priors: Sequence[float], *, null_bias: float, settling: Settling) -> bool:
     """Whether reading on could hardly change the best answer; true where nothing is left to read.
 
     In the worst case every unread passage weighs as much as its prior and `settling.unread_weight` allow, and none of that
     is for the best answer so far.
 
     Args:
-        passages: the texts, those that were read first.
+        best: the best answer's probability after what was read; 0 where there is no answer yet.
         readings: of the first passages, at least one.
         priors: of all passages.
     """
     read = len(readings)
-    if read == len(passages):
+    if read == len(priors):
         return True
-    answers, _ = rank_answers(passages[:read], readings, priors[:read], null_bias=null_bias, max_answers=1)
-    if not answers:
-        return False
     total = _log_sum(_log_totals(readings, priors[:read], null_bias))
     worst = _log_sum([total, *(prior + settling.unread_weight for prior in priors[read:])])
-    return answers[0].probability * math.exp(total - worst) >= settling.probability
+    return best > 0 and best * math.exp(total - worst) >= settling.probability
 
 
 def log_weight(reading: Reading, null_bias: float) -> float:

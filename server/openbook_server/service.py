@@ -88,7 +88,7 @@ class Service:
             found = await self._pipeline.search(valid.texts, valid.rows, deep, deadline, timings)
             retrieved, top_k = found, options.top_k if options else 0
             if rerank:
-                found = await self._pipeline.rerank(valid.texts, found, rerank, deadline, timings)
+                found = await self._pipeline.rerank(valid.rows, found, rerank, deadline, timings)
             for at, hits in zip(valid.kept, found, strict=True):
                 results[at].hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
             self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)

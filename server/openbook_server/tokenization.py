@@ -9,10 +9,12 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from openbook_server.packed import is_packed, pack, unpack_ids, unpack_offsets
@@ -20,6 +22,7 @@ from openbook_server.rows import Row
 
 PASSAGE_CACHE = 100_000  # passages whose tokens are remembered, about 850 bytes each
 _ENCODED_AT_ONCE = 256  # passages; some 14 kB each until they are packed
+Positions = Sequence[int] | NDArray[np.generic]  # of tokens in a row
 MARK_BYTES = 8  # of the tokenizer's digest, before tokens that are kept
 
 
@@ -40,27 +43,26 @@ class _Before:
     types: array[int]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """A question beside a passage, and how to get from tokens back to the passage's characters."""
 
     row: Row
     first: int  # the passage's first token in the row
     packed: bytes  # the passage's tokens, those included that were cut
-    _offsets: tuple[list[int], list[int]] | None = field(default=None, init=False, compare=False, repr=False)  # once asked for
 
-    def characters(self, first: int, last: int) -> tuple[int, int]:
-        """(start, end) in the passage of the row's tokens first to last, both inclusive and both the passage's."""
-        if self._offsets is None:
-            self._offsets = unpack_offsets(self.packed)
-        starts, ends = self._offsets
-        return starts[first - self.first], ends[last - self.first]
+    def characters(self, first: Positions, last: Positions) -> tuple[list[int], list[int]]:
+        """Where spans from one of the row's tokens to another, inclusive and all of them the passage's, start and end in the passage."""
+        starts, ends = unpack_offsets(self.packed)
+        return starts[np.asarray(first, np.int64) - self.first].tolist(), ends[np.asarray(last, np.int64) - self.first].tolist()
 
 
 class _Frame:
     """The tokenizer's template of a pair, read off an example: special tokens and segments around any question and passage."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        alone = tokenizer.encode("a").sequence_ids
+        self.inside = slice(alone.index(0), -alone[::-1].index(0) or None)  # of a text's row, without its special tokens
         example = tokenizer.encode("a", "a")
         ids, types, sides = array("q", example.ids), array("B", example.type_ids), example.sequence_ids  # None = a special token
         question, passage = sides.index(0), sides.index(1)
@@ -118,13 +120,17 @@ class TextEncoder:
         """The row's first tokens and its closing special token, `max_tokens` in all."""
         return Row([*row.ids[: max_tokens - 1], row.ids[-1]])
 
-    def pairs(self, question: str, passages: Sequence[str], max_tokens: int, kept: Sequence[bytes] = ()) -> list[Pair]:
+    def pairs(self, question: str | Row, passages: Sequence[str], max_tokens: int, kept: Sequence[bytes] = ()) -> list[Pair]:
         """The question beside each passage, which is cut to what fits in `max_tokens`.
 
         Args:
+            question: a text, or its row, which spares tokenising it again.
             kept: tokens of each passage as they were stored with it, if at all; those of another tokenizer and damaged ones are made anew.
         """
-        asked = self.tokenizer.encode(question, add_special_tokens=False).ids
+        if isinstance(question, Row):
+            asked = question.ids[self._frame.inside]
+        else:
+            asked = self.tokenizer.encode(question, add_special_tokens=False).ids
         room = max_tokens - len(asked) - self.pair_special_tokens
         before = self._frame.before(asked)
         return [Pair(self._frame.row(before, unpack_ids(packed, room)), len(before.ids), packed) for packed in self._packed(passages, kept)]

@@ -99,8 +99,8 @@ def test_a_settled_answer_stays_the_best_and_as_probable_as_promised() -> None:
         settling = Settling(0.6, max(log_weight(one, 0.5) for one in readings))
         [final, *_], _ = rank_answers(passages, readings, priors, null_bias=0.5, max_answers=1)
         for read in range(1, 6):
-            if is_settled(passages, readings[:read], priors, null_bias=0.5, settling=settling):
-                [early, *_], _ = rank_answers(passages[:read], readings[:read], priors[:read], null_bias=0.5, max_answers=1)
+            [early, *_], _ = rank_answers(passages[:read], readings[:read], priors[:read], null_bias=0.5, max_answers=1)
+            if is_settled(early.probability, readings[:read], priors, null_bias=0.5, settling=settling):
                 assert early.text == final.text
                 assert final.probability >= 0.6 - 1e-9
                 stopped += 1
@@ -108,7 +108,8 @@ def test_a_settled_answer_stays_the_best_and_as_probable_as_promised() -> None:
 
 
 def test_an_answer_is_not_settled_while_an_unread_passage_could_outweigh_it() -> None:
-    passages, readings, priors = ["Rome", "Milan"], [reading(0, {(0, 4): 3.0}, 0.0)], [0.0, 0.0]
+    readings, priors = [reading(0, {(0, 4): 3.0}, 0.0)], [0.0, 0.0]
     for weight, settled in ((-5.0, True), (5.0, False)):
-        assert is_settled(passages, readings, priors, null_bias=0.0, settling=Settling(0.9, weight)) is settled
-    assert is_settled(passages, [*readings, reading(1, {(0, 5): 9.0}, 0.0)], priors, null_bias=0.0, settling=Settling(2.0, 0.0))
+        assert is_settled(0.95, readings, priors, null_bias=0.0, settling=Settling(0.9, weight)) is settled
+    assert is_settled(0.5, [*readings, reading(1, {(0, 5): 9.0}, 0.0)], priors, null_bias=0.0, settling=Settling(2.0, 0.0))
+    assert not is_settled(0.0, readings, priors, null_bias=0.0, settling=Settling(0.0, -5.0))

@@ -27,8 +27,8 @@ def test_a_pair_has_the_question_first_and_offsets_of_the_passage(encoder: TextE
     assert pair.row.types is not None
     first = pair.row.types.index(1)
     last = len(pair.row.ids) - 2  # before the closing [SEP]
-    assert pair.characters(first, last) == (0, len(passage))
-    assert passage[slice(*pair.characters(first, first))] == "the"
+    assert pair.characters([first, first], [last, first]) == ([0, 0], [len(passage), len("the")])
+    assert encoder.pairs(encoder.texts(["what red ?"])[0], [passage], 64) == [pair]
 
 
 def test_a_passage_too_long_for_the_question_beside_it_is_cut_to_fit(encoder: TextEncoder) -> None:

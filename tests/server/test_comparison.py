@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from pathlib import Path
+from typing import cast
 
 import grpc.aio
 import pytest
@@ -13,9 +14,13 @@ from openbook import cli
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook_server.comparison import overlap
+from openbook_server.bundle import load_bundle
+from openbook_server.comparison import Asked, Comparison, overlap
 from openbook_server.config import ServerConfig
+from openbook_server.knowledge import SearchOptions
+from openbook_server.pipeline import Pipeline, QuestionAnswered
 from openbook_server.serving import running_server
+from openbook_server.tokenization import TextEncoder, load_tokenizer
 
 CONFIG = ServerConfig(port=0, device="cpu", threads=1, drain_seconds=1.0, shadow_share=1.0)
 QUESTIONS = ["what is red ?", "who is king ?", "the green book", "river", "one two three"]
@@ -84,6 +89,27 @@ def best(result: pb.AnswerResult) -> str | None:
     if not result.answers or result.answers[0].probability < result.no_answer_probability:
         return None
     return " ".join(result.answers[0].text.casefold().split())
+
+
+async def test_the_other_pair_reads_as_much_as_the_caller_asked_for(tiny_bundle: Path) -> None:
+    settled: list[bool] = []
+
+    class Recorder:
+        async def answer(self, *arguments: object, settle: bool) -> list[QuestionAnswered]:
+            settled.append(settle)
+            return [QuestionAnswered([], 0, [], 1.0)]
+
+    bundle = load_bundle(tiny_bundle)
+    encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
+    comparison = Comparison(bundle, encoder, cast(Pipeline, Recorder()), share=1.0)
+    for read_all in (True, False):
+        comparison.offer(Asked("what is red ?", SearchOptions(top_k=2), (), None, read=True, read_all=read_all))
+    running = asyncio.create_task(comparison.run())
+    async with asyncio.timeout(WAIT):
+        while len(settled) < 2:
+            await asyncio.sleep(0)
+    running.cancel()
+    assert settled == [False, True]
 
 
 async def test_without_a_share_nothing_is_compared(tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path) -> None:

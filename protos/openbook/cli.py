@@ -24,7 +24,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "train": Subcommand("openbook_training.command", "fine-tune a model on questions with answers", "training"),
+    "train": Subcommand("openbook_training.command", "train or fine-tune a model of the system", "training"),
     "export": Subcommand("openbook_export.command", "turn a checkpoint into a bundle of verified ONNX graphs", "server,export"),
     "index": Subcommand("openbook_server.command_index", "put documents into a knowledge base", "server"),
     "generations": Subcommand("openbook_server.command_generations", "replace a knowledge base's embedder, and take it back", "server"),

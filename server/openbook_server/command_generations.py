@@ -43,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "build":
             action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
             action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
-        target = "HOST:PORT" if name == "build" else "KB|HOST:PORT"
-        action.add_argument(
-            "target", metavar=target, help="a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
-        )
+        if name == "build":
+            meaning = "a server; without one: openbook index BUNDLE KB --new-generation"
+            action.add_argument("target", metavar="HOST:PORT", help=meaning)
+        else:
+            meaning = "a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
+            action.add_argument("target", metavar="KB|HOST:PORT", help=meaning)
         if name == "remove":
             action.add_argument("name", metavar="NAME", help="as `list` shows it")
         if name == "publish":

@@ -29,7 +29,7 @@ _FLAGS = {
     "max_text_bytes": "bytes of one text",
     "max_message_bytes": "bytes of one request",
     "max_top_k": "largest top_k",
-    "default_deadline_seconds": "for callers that set no deadline",
+    "default_deadline_seconds": "for callers that set no deadline; a longer one than 600 counts as 600",
     "drain_seconds": "after SIGTERM, time for requests in flight",
     "writable": "take writes (KnowledgeBase service) although --host lets other machines in; there is no authentication",
     "recall_share": "of the dense searches, made again exactly in the background to know their recall; 0 = none",

@@ -9,7 +9,7 @@ from openbook_server.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """Each field is a flag of `openbook serve` of the same name."""
+    """Each field but max_answers and max_deadline_seconds is a flag of `openbook serve` of the same name."""
 
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 opens the server to the network
     port: int = 50051  # 0 = any free one, printed at start

@@ -13,14 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook train reader training/configs/reader.toml --resume\n"
         "The run folder (key `output`) gets config.json, metrics.jsonl, tensorboard/, plots.png, checkpoint.pt and best/, the\n"
-        "weights that `openbook export` takes (--reader, --embedder, --task). Ctrl-C saves a checkpoint; the same command with --resume\n"
-        "goes on.\n"
+        "weights that `openbook export` takes (--reader, --embedder, --task, --generator, --language-model). Ctrl-C saves a checkpoint;\n"
+        "the same command with --resume goes on.\n"
         "Several GPUs: accelerate launch -m openbook.cli train reader CONFIG.toml"
     )
     parser.add_argument(
         "objective", choices=list(OBJECTIVES), metavar="OBJECTIVE", help="; ".join(f"{name}: {o.summary}" for name, o in OBJECTIVES.items())
     )
-    parser.add_argument("config", metavar="CONFIG.toml", help="settings; training/configs/ holds recipes, training/README.md every key")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.toml",
+        help="settings: recipes are in training/configs/, and training/README.md says where keys are explained",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--output", help="run folder, instead of the configuration's")
 

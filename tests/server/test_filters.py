@@ -111,6 +111,13 @@ def test_what_a_filter_matches_changes_with_the_next_write(knowledge_base: Knowl
     assert hit.passage.document_id == "new"
 
 
+def test_numbers_are_told_from_what_only_begins_like_one() -> None:
+    for text in ("1", "-2.5", " .5 ", "3.", "+1e-3", "007"):
+        assert filters.as_number(text) == float(text)
+    for text in ("", ".", "1x", "1e", "e5", "1.2.3", "0x10", "inf", "1_000", "1" * 200_000 + "x"):  # the last in no time
+        assert filters.as_number(text) is None
+
+
 def test_a_request_s_filter_is_parsed_as_it_was_meant() -> None:
     message = pb.Filter(
         all=pb.Filter.Filters(

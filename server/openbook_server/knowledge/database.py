@@ -19,7 +19,12 @@ _PAGES_AT_ONCE = 1_000  # given back to the disk in one transaction, about 4 MB
 
 
 class Database:
-    """An open file. A writer and a reader may use it from different threads at once."""
+    """An open file; any number of threads may use it at once.
+
+    Each thread reads through a connection of its own. On a shared one a read that is under way makes every other see what it
+    sees, an old state; and one that calls Python back for a row (`filters.as_number`) waits for the interpreter's lock with
+    the connection's held, while who has the first waits for the second.
+    """
 
     def __init__(self, path: Path, *, read_only: bool = False, checked: bool = False) -> None:
         """Open it, creating an empty one where there is none (unless `read_only`).
@@ -30,19 +35,22 @@ class Database:
         Raises:
             KnowledgeBaseDamaged: the file is missing or damaged, or the folder cannot be written.
         """
-        self.path = path
+        self.path, self._read_only = path, read_only
+        self._own = threading.local()  # of each thread, the connection that it reads through
+        self._opened: list[sqlite3.Connection] = []
         with self._explained():
-            if read_only:
-                self._writer = self._reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
-            else:
-                self._writer = self._connect()
-                self._reader = self._connect()
+            self._writer = self._connect()
             if not checked and self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
         self._lock = threading.Lock()  # of the writer
 
     def _connect(self) -> sqlite3.Connection:
+        if self._read_only:
+            connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False)
+            self._opened.append(connection)
+            return connection
         connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        self._opened.append(connection)
         connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
@@ -68,7 +76,9 @@ class Database:
     def read(self) -> Iterator[sqlite3.Connection]:
         """Within, errors are explained."""
         with self._explained():
-            yield self._reader
+            if not hasattr(self._own, "connection"):
+                self._own.connection = self._connect()
+            yield self._own.connection
 
     @contextmanager
     def transaction(self, *, counted: bool = True) -> Iterator[sqlite3.Connection]:
@@ -115,5 +125,5 @@ class Database:
         return int(self.meta("sequence") or 0)
 
     def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
+        for connection in self._opened:
+            connection.close()

@@ -7,7 +7,7 @@ import re
 import sqlite3
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _VALUE = "EXISTS (SELECT 1 FROM json_each(d.metadata) m WHERE m.key = ? AND {condition})"
 
 

@@ -1,0 +1,75 @@
+"""Threads that read one file at once: none waits for another's Python, and each sees what was acknowledged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from openbook_server.knowledge import Document, Passage, SearchOptions, filters
+from openbook_server.knowledge.database import Database
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+
+WAIT = 120  # seconds, on a busy machine
+
+
+def test_a_read_under_way_in_another_thread_hides_no_write(tmp_path: Path) -> None:
+    database = Database(tmp_path / "a.sqlite")
+    with database.transaction(counted=False) as connection:
+        connection.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value)")
+    database.record({"one": "1", "two": "2"})
+    began, done = threading.Event(), threading.Event()
+
+    def read_slowly() -> None:
+        with database.read() as connection:
+            rows = connection.execute("SELECT * FROM meta")
+            rows.fetchone()
+            began.set()
+            done.wait(WAIT)
+            rows.fetchall()
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    assert began.wait(WAIT)
+    database.record({"one": "changed"})
+    assert database.meta("one") == "changed"
+    done.set()
+    reader.join()
+    database.close()
+
+
+def scan_beside_looks(folder: str) -> None:
+    """In a process of its own: where threads wait for each other's locks, no thread of it ever runs again."""
+    knowledge_base = EmbeddedKnowledgeBase(Path(folder), fingerprint="f" * 64, dim=4, create=True)
+    documents = [Document(id=f"d{n}", text="word", metadata={"year": str(n)}) for n in range(2_000)]
+    passages = [Passage(id=f"{document.id}#0", document_id=document.id, text="word", start=0) for document in documents]
+    knowledge_base.replace_documents([(one, "1") for one in documents], passages, np.tile(np.float32([1, 0, 0, 0]), (len(documents), 1)))
+    searching = threading.Event()
+
+    def search() -> None:
+        for low in range(20):  # each another condition, so that none is remembered
+            searching.set()
+            options = SearchOptions(top_k=1, mode="lexical", condition=filters.Range("year", low))
+            assert len(knowledge_base.search(["word"], None, options)[0]) == 1
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    searching.wait()
+    while thread.is_alive():
+        assert knowledge_base.live_generation == knowledge_base.generation
+    thread.join()
+    knowledge_base.close()
+
+
+def test_a_search_by_range_and_other_reads_do_not_stop_each_other(tmp_path: Path) -> None:
+    try:
+        subprocess.run([sys.executable, __file__, str(tmp_path / "kb")], timeout=WAIT, check=True)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the process stands still")
+
+
+if __name__ == "__main__":
+    scan_beside_looks(sys.argv[1])

@@ -1,7 +1,8 @@
 """Request bytes to messages, with invalid UTF-8 pinned to the text that holds it.
 
 protobuf rejects a whole message for one bad string and names neither. Clients in C, C++ or by hand do send such
-strings; here the bad text is taken out and named, so that the others are served.
+strings; here the bad text is taken out and named, so that the others are served. Where it is no item of a list, what the
+request means is not known, and it fails.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from openbook_server.errors import InvalidRequest
 
 Request = TypeVar("Request", bound=Message)
 _LENGTH_DELIMITED = 2
+_DEEPEST = 100  # messages within messages, as protobuf has it
+_MOST_FIELDS = 100_000  # that are looked through, in about a fifth of a second
 _FIXED_BYTES = {1: 8, 5: 4}  # wire type -> bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[Request]):
-    """A request as it came off the wire: the message with texts that are not UTF-8 emptied, and which those are."""
+    """A request as it came off the wire: the message with items of lists that are not UTF-8 emptied, and which those are."""
 
     message: Request
     not_utf8: frozenset[tuple[str, int]]  # (field, index)
@@ -44,21 +47,32 @@ def parser(kind: type[Request], max_message_bytes: int) -> Callable[[bytes], Par
         except DecodeError:
             pass
         try:
-            repaired, bad = _empty_bad_strings(data, kind.DESCRIPTOR)
-            return Parsed(kind.FromString(repaired), frozenset(bad))
+            repaired, bad = _empty_bad_strings(data, kind.DESCRIPTOR, iter(range(_MOST_FIELDS)))
+            message = kind.FromString(repaired)
         except (DecodeError, ValueError):
             return Parsed(kind(), frozenset(), InvalidRequest("request", f"the bytes are no {kind.DESCRIPTOR.full_name} message"))
+        for name, _ in bad:
+            if not kind.DESCRIPTOR.fields_by_name[name].is_repeated:
+                return Parsed(kind(), frozenset(), InvalidRequest(name, "not valid UTF-8; encode the text as UTF-8 before sending it"))
+        return Parsed(message, frozenset(bad))
 
     return parse
 
 
-def _empty_bad_strings(data: bytes, descriptor: Any) -> tuple[bytes, list[tuple[str, int]]]:
-    """The message with strings that are no UTF-8 emptied, and the (field, index) of each, or of the submessage that holds it."""
+def _empty_bad_strings(data: bytes, descriptor: Any, fields_left: Iterator[int], depth: int = 1) -> tuple[bytes, list[tuple[str, int]]]:
+    """The message with strings that are no UTF-8 emptied, and the (field, index) of each, or of the submessage that holds it.
+
+    ValueError for what is no message, is nested too deep or has too many fields to look through.
+    """
+    if depth > _DEEPEST:
+        raise ValueError("nested too deep")
     fields = {field.number: field for field in descriptor.fields}
     seen = dict.fromkeys(fields, 0)
     bad: list[tuple[str, int]] = []
     parts = []
     for tag, number, start, payload, end in _fields(data):
+        if next(fields_left, None) is None:
+            raise ValueError("too many fields")
         part, field = data[start:end], fields.get(number)
         if field is not None and field.type == FieldDescriptor.TYPE_STRING:
             try:
@@ -67,7 +81,7 @@ def _empty_bad_strings(data: bytes, descriptor: Any) -> tuple[bytes, list[tuple[
                 bad.append((field.name, seen[number]))
                 part = tag + b"\0"
         elif field is not None and field.type == FieldDescriptor.TYPE_MESSAGE and start + len(tag) < payload:
-            inner, found = _empty_bad_strings(data[payload:end], field.message_type)
+            inner, found = _empty_bad_strings(data[payload:end], field.message_type, fields_left, depth + 1)
             if found:
                 bad.append((field.name, seen[number]))
                 part = tag + _encoded(len(inner)) + inner

@@ -38,6 +38,31 @@ def test_a_text_inside_a_nested_message_is_pinned_to_that_message() -> None:
     assert parsed.message.documents[0] == good
 
 
+def test_what_is_no_item_of_a_list_is_never_emptied_for_that_changes_what_is_meant() -> None:
+    excluded = pb.Filter(**{"not": pb.Filter(equals=pb.Filter.Equals(key="status", value="gone"))})
+    data = pb.AnswerRequest(questions=["who?"], filter=excluded).SerializeToString().replace(b"gone", b"go\xe9e")
+    failure = parse_answer(data).failure
+    assert failure is not None
+    assert failure.field == "filter"
+    publish = parser(kb.PublishGenerationRequest, max_message_bytes=10_000)
+    failure = publish(kb.PublishGenerationRequest(name="abcd").SerializeToString().replace(b"abcd", b"ab\xffd")).failure
+    assert failure is not None
+    assert failure.field == "name"
+
+
+def test_a_message_too_deep_or_of_too_many_fields_is_refused() -> None:
+    nested = b""
+    for _ in range(1_500):  # Filter.not, which protobuf follows a hundred deep
+        size, length = len(nested), b""
+        while size > 0x7F:
+            length += bytes([size & 0x7F | 0x80])
+            size >>= 7
+        nested = bytes([pb.Filter.DESCRIPTOR.fields_by_name["not"].number << 3 | 2]) + length + bytes([size]) + nested
+    assert str(parser(pb.Filter, max_message_bytes=10_000)(nested).failure).endswith("no openbook.v1.Filter message")
+    many = b"\x0a\x00" * 200_000 + b"\x0a\x01\xff"
+    assert parser(pb.EmbedRequest, max_message_bytes=1_000_000)(many).failure is not None
+
+
 def test_bytes_that_are_no_message_name_the_message_expected() -> None:
     for data in (b"\x0a\x50short", b"\xff" * 20, b"\x0b\x0b", b"\x0a"):
         failure = parse_embed(data).failure
@@ -65,4 +90,4 @@ def test_every_damaged_valid_message_is_parsed_or_refused() -> None:
         damaged = bytearray(data)
         damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         parsed = parse_answer(bytes(damaged))
-        assert parsed.failure is None or parsed.failure.field == "request"
+        assert parsed.failure is None or parsed.failure.field in {"request", "filter"}

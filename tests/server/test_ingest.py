@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,6 +83,30 @@ def test_jsonl_keeps_given_ids_and_names_each_bad_row(tmp_path: Path) -> None:
     assert documents[0].metadata == {"year": "3"}
     assert documents[1].metadata == {"lang": "en"}
     assert [item.where for item in found if isinstance(item, Unreadable)] == ["line 4", "row 5", "row 6", "row 7"]
+
+
+def test_names_and_values_that_are_no_unicode_become_what_can_be_stored_and_sent(tmp_path: Path) -> None:
+    rows = r"""{"id": "a\ud83d", "text": "one\ud83d", "author": "cut \ud83d", "key\ud83d": "v"}
+{"id": "a\ud83e", "text": "two"}"""
+    first, second = items(write(tmp_path / "a.jsonl", rows))
+    assert isinstance(first, Document)
+    assert isinstance(second, Document)
+    assert (first.id, second.id) == (r"a\ud83d", r"a\ud83e")
+    assert (first.text, first.metadata) == ("one?", {"author": "cut ?", "key?": "v"})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("text")
+    [source] = find_sources([str(folder)])
+    [document] = read_source(source)
+    assert isinstance(document, Document)
+    assert document.id == r"caf\udce9.txt"
+    document.source.encode()
+
+
+def test_html_that_no_parser_takes_is_named(tmp_path: Path) -> None:
+    [problem] = items(write(tmp_path / "a.html", "<html><![foo[ bar"))
+    assert isinstance(problem, Unreadable)
+    assert "html" in problem.reason
 
 
 def test_csv_and_parquet_give_a_document_a_row(tmp_path: Path) -> None:

@@ -46,8 +46,12 @@ def read_markdown(path: Path, name: str) -> Iterator[Item]:
 def read_html(path: Path, name: str) -> Iterator[Item]:
     """Visible text, a block a paragraph; scripts and styles are left out."""
     from bs4 import BeautifulSoup
+    from bs4.exceptions import ParserRejectedMarkup
 
-    soup = BeautifulSoup(_whole(path), "html.parser")
+    try:
+        soup = BeautifulSoup(_whole(path), "html.parser")
+    except ParserRejectedMarkup as error:
+        raise Unreadable(f"damaged html ({str(error).splitlines()[0]})") from error
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
     for hidden in soup(["script", "style", "noscript", "template", "head"]):
         hidden.decompose()
@@ -158,13 +162,17 @@ def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Ite
         )
     if not text.strip():
         return Unreadable("no text in it", f"row {number}")
-    metadata = {str(key): str(value) for key, value in list(extra.items())[:_METADATA_KEYS] if isinstance(value, str | int | float | bool)}
+    metadata = {
+        _clean(str(key)): _clean(str(value))
+        for key, value in list(extra.items())[:_METADATA_KEYS]
+        if isinstance(value, str | int | float | bool)
+    }
     title = str(row.get("title") or "")
     return Document(
-        id=str(given) if given not in (None, "") else f"{name}:{number}",
+        id=_readable(str(given) if given not in (None, "") else f"{name}:{number}"),
         text=_clean(text),
         title=_clean(title).strip(),
-        source=source,
+        source=_readable(source),
         metadata=metadata,
     )
 
@@ -176,12 +184,17 @@ def _from_row(row: Mapping[str, Any], name: str, number: int, path: Path) -> Ite
 def _document(name: str, text: str, *, title: str, source: Path) -> Document:
     if not text.strip():
         raise Unreadable("no text in it")
-    return Document(id=name, text=_clean(text), title=" ".join(_clean(title).split()), source=str(source))
+    return Document(id=_readable(name), text=_clean(text), title=" ".join(_clean(title).split()), source=_readable(str(source)))
 
 
 def _clean(text: str) -> str:
     """Without the characters that neither UTF-8 nor SQLite's own tools can carry."""
     return text.encode("utf-8", "replace").decode().replace("\0", " ")
+
+
+def _readable(name: str) -> str:
+    """As `_clean`, but names that differ stay different: a file's need not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _whole(path: Path) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -110,19 +110,21 @@ def _row(number: int, line: bytes) -> InputRow:
         return InputRow(number, str(number), "", f"not JSON ({error})")
     if not isinstance(row, dict):
         return InputRow(number, str(number), "", "no JSON object")
-    given = row.get("_id", row.get("id", number))
+    given = (
+        str(row.get("_id", row.get("id", number))).encode("utf-8", "backslashreplace").decode()
+    )  # half a surrogate pair cannot be written
     text = next((row[name] for name in TEXT_KEYS if name in row), None)
     if not isinstance(text, str):
-        return InputRow(number, str(given), "", "none of `text`, `question` and `claim` is a string")
+        return InputRow(number, given, "", "none of `text`, `question` and `claim` is a string")
     evidence = row.get("evidence", [])
     evidence = [evidence] if isinstance(evidence, str) else evidence
     if not isinstance(evidence, list) or not all(isinstance(passage, str) for passage in evidence):
-        return InputRow(number, str(given), "", "`evidence` is neither a string nor a list of strings")
+        return InputRow(number, given, "", "`evidence` is neither a string nor a list of strings")
     try:
         "".join([text, *evidence]).encode()
     except UnicodeEncodeError as error:
-        return InputRow(number, str(given), "", f"text that is no valid Unicode ({error.reason})")
-    return InputRow(number, str(given), text, evidence=tuple(evidence))
+        return InputRow(number, given, "", f"text that is no valid Unicode ({error.reason})")
+    return InputRow(number, given, text, evidence=tuple(evidence))
 
 
 def work_through(
@@ -188,7 +190,8 @@ def _lines(
 
 @contextmanager
 def written_aside(name: str) -> Iterator[IO[str]]:
-    """A text file that gets its name only when the block ends well; `-` is standard output.
+    """A text file that gets its name only when the block ends well; `-` is standard output, and what is no file (a pipe, a device) is
+    written to as it is.
 
     Raises:
         InvalidFile: the file cannot be written.
@@ -199,13 +202,18 @@ def written_aside(name: str) -> Iterator[IO[str]]:
     path = Path(name)
     aside = path.with_name(path.name + ".part")
     try:
+        if path.exists() and not path.is_file():
+            with path.open("w", encoding="utf-8") as stream:
+                yield stream
+            return
         with aside.open("w", encoding="utf-8") as stream:
             yield stream
         aside.replace(path)
     except OSError as error:
         raise InvalidFile(f"{name}: {error.strerror}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def coloured() -> bool:

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
                 return _ask(client, [row.text for row in rows], arguments)
 
             client.describe()  # a server that is not there is told before a file is opened for writing
-            return work_through("ask", arguments.file, arguments.out, ask, counted="questions answered", fields=("questions",))
+            return work_through("ask", arguments.file, arguments.out, ask, counted="questions answered", fields=("questions[",))
     except ClientError as error:
         print(f"openbook ask: {error}", file=sys.stderr)
         return FAILED

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
             client.describe()  # a server that is not there is told before a file is opened for writing
             return work_through(
-                "classify", arguments.file, arguments.out, classify, counted="texts labelled", fields=("texts", "evidence[")
+                "classify", arguments.file, arguments.out, classify, counted="texts labelled", fields=("texts[", "evidence[")
             )
     except ClientError as error:
         print(f"openbook classify: {error}", file=sys.stderr)

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from openbook_server.packed import is_packed, pack, unpack_ids, unpack_offsets
 from openbook_server.rows import Row
 
-PASSAGE_CACHE = 100_000  # passages whose tokens are remembered, about 850 bytes each
+PASSAGE_CACHE = 80 << 20  # bytes of passages' tokens that are remembered: some 100,000 of 150 tokens each
+_ENTRY_BYTES = 250  # of Python's objects around one
 _ENCODED_AT_ONCE = 256  # passages; some 14 kB each until they are packed
 Positions = Sequence[int] | NDArray[np.generic]  # of tokens in a row
 MARK_BYTES = 8  # of the tokenizer's digest, before tokens that are kept
@@ -96,6 +97,7 @@ class TextEncoder:
         self._mark = bytes.fromhex(digest)[:MARK_BYTES]
         self._vocabulary: int = tokenizer.get_vocab_size()
         self._passages: OrderedDict[bytes, bytes] = OrderedDict()  # by digest of the text, packed
+        self._bytes = 0  # of them
         self.special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=False)
         self.pair_special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._frame = _Frame(tokenizer)
@@ -152,10 +154,11 @@ class TextEncoder:
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._passages}
         encodings = self.tokenizer.encode_batch(list(new.values()), add_special_tokens=False)
         for key, encoding in zip(new, encodings, strict=True):
-            self._passages[key] = pack(encoding.ids, encoding.offsets)
+            self._passages[key] = packed = pack(encoding.ids, encoding.offsets)
+            self._bytes += len(packed) + _ENTRY_BYTES
         for key in keys:
             self._passages.move_to_end(key)
         found = [self._passages[key] for key in keys]
-        while len(self._passages) > PASSAGE_CACHE:
-            self._passages.popitem(last=False)
+        while self._bytes > PASSAGE_CACHE:
+            self._bytes -= len(self._passages.popitem(last=False)[1]) + _ENTRY_BYTES
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from openbook_server import tokenization
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -41,6 +42,17 @@ def test_a_remembered_passage_gives_the_same_pair_beside_another_question(encode
     encoder.pairs("what blue ?", ["the red city"], 64)
     fresh = TextEncoder(load_tokenizer(tiny_checkpoint / "tokenizer.json"))
     assert encoder.pairs("what red ?", ["the red city"], 64) == fresh.pairs("what red ?", ["the red city"], 64)
+
+
+def test_remembered_passages_are_bounded_in_bytes(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "PASSAGE_CACHE", 20_000)
+    for n in range(40):
+        encoder.pairs("what red ?", ["red " * (10 * n), "blue"], 64)
+        assert encoder._bytes == sum(len(packed) + tokenization._ENTRY_BYTES for packed in encoder._passages.values()) <= 20_000
+    assert len(encoder._passages) > 5
+    [pair] = encoder.pairs("what red ?", ["red " * 20_000], 64)  # larger than all that may be remembered
+    assert len(pair.row.ids) == 64
+    assert encoder._bytes == 0
 
 
 def test_tokens_that_were_kept_are_used_and_make_the_same_pairs(tiny_checkpoint: Path) -> None:

@@ -1,0 +1,74 @@
+"""Files of questions: rows fail alone, requests that no row is to blame for stop the run, and files are written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openbook.asking import InputRow, InvalidFile, work_through, written_aside
+from openbook.errors import RequestRejected
+
+
+class Answered:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def to_json(self) -> dict[str, Any]:
+        return {"answer": self.text.upper()}
+
+
+def work(file: Path, out: Path, ask: Any) -> int:
+    return work_through("ask", str(file), str(out), ask, counted="questions answered", fields=("questions[",))
+
+
+def answers(rows: list[InputRow]) -> Sequence[Answered]:
+    return [Answered(row.text) for row in rows]
+
+
+def test_an_id_that_is_no_unicode_is_written_readably(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": "\\ud83d", "text": "who"}\n{"id": 2, "text": "cut \\ud83d"}\n{"id": 3, "text": "what"}\n')
+    assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answers) == 3
+    first, bad, last = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first == {"id": "\\ud83d", "answer": "WHO"}
+    assert "Unicode" in bad["error"]
+    assert last == {"id": "3", "answer": "WHAT"}
+
+
+def test_what_no_row_is_to_blame_for_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "text": "who"}\n')
+
+    def fails(field: str) -> Any:
+        def ask(rows: list[InputRow]) -> Sequence[Answered]:
+            raise RequestRejected("no knowledge base", field=field)
+
+        return ask
+
+    with pytest.raises(RequestRejected):
+        work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions"))
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions[0]")) == 3
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    with written_aside(str(pipe)) as stream:
+        stream.write("line\n")
+    reader.join()
+    assert read == ["line\n"]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["file/x", "folder", "absent/x"])
+def test_what_cannot_be_written_is_told_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InvalidFile, match=name), written_aside(str(tmp_path / name)):
+        pass

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from openbook_server.knowledge.records import Passage
 
-CAPACITY = 64 << 20  # bytes: some 45,000 passages of a hundred words, with their tokens
+CAPACITY = 64 << 20  # bytes: some 30,000 passages of a hundred words, with those words and their tokens
 _ENTRY_BYTES = 500  # of Python's objects around a passage's strings; measured
 
 

@@ -131,6 +131,13 @@ def test_a_reader_of_another_checkpoint_is_refused(tiny_checkpoint: Path, tiny_r
         build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0, adapter=str(other))
 
 
+def test_an_encoder_decoder_begins_with_no_reader(checkpoint: Path, tiny_checkpoint: Path, tiny_reader: Path) -> None:
+    if checkpoint != tiny_checkpoint:
+        found = resolve_checkpoint(str(checkpoint))
+        with pytest.raises(CheckpointNotFound, match="leave it out"):
+            build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0, adapter=str(tiny_reader))
+
+
 def test_the_loss_is_that_of_the_answer_token_by_token(checkpoint: Path, config: GeneratorConfig) -> None:
     task = GeneratorTask(dataclasses.replace(config, checkpoint=str(checkpoint)), quiet())
     model = task.model.eval()

@@ -147,6 +147,8 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
     """
     try:
         if AutoConfig.from_pretrained(checkpoint.folder).is_encoder_decoder:
+            if adapter:
+                raise CheckpointNotFound(f"initial_adapter {adapter!r}: {checkpoint.name!r} has a decoder of its own; leave it out")
             whole = load_model(AutoModelForSeq2SeqLM, checkpoint, dropout=dropout)
             encoder.start = int(whole.config.decoder_start_token_id)  # BART begins with the token that ends a text
             whole.generation_config.forced_bos_token_id = None  # what follows is learned from answers alone

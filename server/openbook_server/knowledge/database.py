@@ -47,14 +47,13 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         if self._read_only:
             connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False)
-            self._opened.append(connection)
-            return connection
-        connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        else:
+            connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            filters.add_functions(connection)
         self._opened.append(connection)
-        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        filters.add_functions(connection)
         return connection
 
     @contextmanager

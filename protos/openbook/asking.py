@@ -110,9 +110,8 @@ def _row(number: int, line: bytes) -> InputRow:
         return InputRow(number, str(number), "", f"not JSON ({error})")
     if not isinstance(row, dict):
         return InputRow(number, str(number), "", "no JSON object")
-    given = (
-        str(row.get("_id", row.get("id", number))).encode("utf-8", "backslashreplace").decode()
-    )  # half a surrogate pair cannot be written
+    # Half a surrogate pair cannot be written.
+    given = str(row.get("_id", row.get("id", number))).encode("utf-8", "backslashreplace").decode()
     text = next((row[name] for name in TEXT_KEYS if name in row), None)
     if not isinstance(text, str):
         return InputRow(number, given, "", "none of `text`, `question` and `claim` is a string")
@@ -200,20 +199,19 @@ def written_aside(name: str) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     path = Path(name)
-    aside = path.with_name(path.name + ".part")
+    replaced = path.is_file() or not path.exists()
+    aside = path.with_name(path.name + ".part") if replaced else path
     try:
-        if path.exists() and not path.is_file():
-            with path.open("w", encoding="utf-8") as stream:
-                yield stream
-            return
         with aside.open("w", encoding="utf-8") as stream:
             yield stream
-        aside.replace(path)
+        if replaced:
+            aside.replace(path)
     except OSError as error:
         raise InvalidFile(f"{name}: {error.strerror}") from error
     finally:
-        with suppress(OSError):
-            aside.unlink()
+        if replaced:
+            with suppress(OSError):
+                aside.unlink()
 
 
 def coloured() -> bool:

@@ -43,12 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "build":
             action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
             action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
-        if name == "build":
-            meaning = "a server; without one: openbook index BUNDLE KB --new-generation"
-            action.add_argument("target", metavar="HOST:PORT", help=meaning)
+            action.add_argument("target", metavar="HOST:PORT", help="a server; without one: openbook index BUNDLE KB --new-generation")
         else:
-            meaning = "a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
-            action.add_argument("target", metavar="KB|HOST:PORT", help=meaning)
+            action.add_argument(
+                "target", metavar="KB|HOST:PORT", help="a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
+            )
         if name == "remove":
             action.add_argument("name", metavar="NAME", help="as `list` shows it")
         if name == "publish":

@@ -23,8 +23,9 @@ from openbook_server.rows import Row
 PASSAGE_CACHE = 80 << 20  # bytes of passages' tokens that are remembered: some 100,000 of 150 tokens each
 _ENTRY_BYTES = 250  # of Python's objects around one
 _ENCODED_AT_ONCE = 256  # passages; some 14 kB each until they are packed
-Positions = Sequence[int] | NDArray[np.generic]  # of tokens in a row
 MARK_BYTES = 8  # of the tokenizer's digest, before tokens that are kept
+
+Positions = Sequence[int] | NDArray[np.generic]  # of tokens in a row
 
 
 def load_tokenizer(file: Path) -> Tokenizer:

@@ -57,6 +57,7 @@ def test_what_no_row_is_to_blame_for_stops_the_run(tmp_path: Path) -> None:
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
+    (tmp_path / "pipe.part").write_text("somebody else's")
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
     with written_aside(str(pipe)) as stream:
@@ -64,6 +65,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     reader.join()
     assert read == ["line\n"]
     assert pipe.is_fifo()
+    assert (tmp_path / "pipe.part").read_text() == "somebody else's"
 
 
 @pytest.mark.parametrize("name", ["file/x", "folder", "absent/x"])

@@ -131,11 +131,11 @@ def test_a_reader_of_another_checkpoint_is_refused(tiny_checkpoint: Path, tiny_r
         build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0, adapter=str(other))
 
 
-def test_an_encoder_decoder_begins_with_no_reader(checkpoint: Path, tiny_checkpoint: Path, tiny_reader: Path) -> None:
-    if checkpoint != tiny_checkpoint:
-        found = resolve_checkpoint(str(checkpoint))
-        with pytest.raises(CheckpointNotFound, match="leave it out"):
-            build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0, adapter=str(tiny_reader))
+@pytest.mark.parametrize("checkpoint", ["t5", "bart"], indirect=True)
+def test_an_encoder_decoder_begins_with_no_reader(checkpoint: Path, tiny_reader: Path) -> None:
+    found = resolve_checkpoint(str(checkpoint))
+    with pytest.raises(CheckpointNotFound, match="leave it out"):
+        build_generator(found, AnswerEncoder(found, max_tokens=40, max_answer_tokens=6), dropout=0.0, adapter=str(tiny_reader))
 
 
 def test_the_loss_is_that_of_the_answer_token_by_token(checkpoint: Path, config: GeneratorConfig) -> None:

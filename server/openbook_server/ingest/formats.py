@@ -51,7 +51,8 @@ def read_html(path: Path, name: str) -> Iterator[Item]:
     try:
         soup = BeautifulSoup(_whole(path), "html.parser")
     except ParserRejectedMarkup as error:
-        raise Unreadable(f"damaged html ({str(error).splitlines()[0]})") from error
+        reason, _, _ = str(error).partition("\n")
+        raise Unreadable(f"damaged html ({reason})") from error
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
     for hidden in soup(["script", "style", "noscript", "template", "head"]):
         hidden.decompose()

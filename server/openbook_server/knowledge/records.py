@@ -54,7 +54,7 @@ class Passage:
 
     @property
     def word_line(self) -> str:
-        """The text's words; made when first asked for, and as long as the text or shorter."""
+        """The text's words; made when first asked for, and about as long as the text."""
         if not self._word_line:
             object.__setattr__(self, "_word_line", word_line(self.text))
         return self._word_line

@@ -3,7 +3,8 @@
 Names follow optimum: `past_key_values.<layer>.key` goes in, `present.<layer>.key` comes out, longer by the tokens that were read; of an
 encoder-decoder `.decoder.` and `.encoder.` stand between. A decoder has one graph for the first tokens, past of length 0, and for every
 later one. An encoder's graph gives the keys and values that the decoder's cross-attention reads, which are computed once however many
-tokens are written: those of several passages, laid end to end, are fusion-in-decoder.
+tokens are written: those of several passages, laid end to end, are fusion-in-decoder. Where the decoder points into what was read, the
+pointer's keys are of one head more, `present.pointer.encoder.key`, and the step takes the tokens that were read, `encoder_input_ids`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from openbook_training.pointer import PointerGenerator, Source
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from openbook_export.graphs import OPSET, quiet_tracing
 
 KINDS = ("key", "value")
+POINTER = "pointer.encoder.key"
 # How the modules are named in BERT, T5 and BART that make keys and values of an encoder's states for a decoder's layer.
 PROJECTIONS = (
     ("crossattention.self.key", "crossattention.self.value"),
@@ -52,13 +55,15 @@ class CrossGraph(WritingGraph):
         keys, values = ([name for name, _ in network.named_modules() if name.endswith(kind)] for kind in zip(*PROJECTIONS, strict=True))
         self._projections = [name for pair in zip(keys, values, strict=True) for name in pair]
         self.inputs = {name: {0: "batch_size", 1: "source_length"} for name in ("input_ids", "attention_mask")}
-        self.outputs = {name: {0: "batch_size", 2: "source_length"} for name in _names("present", len(keys), ".encoder")}
+        names = _names("present", len(keys), ".encoder") + [f"present.{POINTER}"] * _points(network)
+        self.outputs = {name: {0: "batch_size", 2: "source_length"} for name in names}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         states = self.network.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         projected = (self.network.get_submodule(name)(states) for name in self._projections)
         # With unflatten onnxruntime's shape inference would stop, and with it attention fusion.
-        return tuple(values.view(*input_ids.shape, self._heads, values.shape[2] // self._heads).transpose(1, 2) for values in projected)
+        heads = [values.view(*input_ids.shape, self._heads, values.shape[2] // self._heads).transpose(1, 2) for values in projected]
+        return (*heads, self.network.pointer.keys(states)[:, None]) if _points(self.network) else tuple(heads)
 
 
 class StepGraph(WritingGraph):
@@ -69,18 +74,25 @@ class StepGraph(WritingGraph):
         self._layers = layers
         tokens = {"input_ids": {0: "batch_size", 1: "length"}, "encoder_attention_mask": {0: "batch_size", 1: "source_length"}}
         past = {name: {0: "batch_size", 2: "past_length"} for name in _names("past_key_values", layers, ".decoder")}
-        source = {name: {0: "batch_size", 2: "source_length"} for name in _names("past_key_values", layers, ".encoder")}
+        names = _names("past_key_values", layers, ".encoder") + [f"past_key_values.{POINTER}"] * _points(network)
+        source = {name: {0: "batch_size", 2: "source_length"} for name in names}
         self.inputs = tokens | past | source
+        if _points(network):
+            self.inputs |= {"encoder_input_ids": {0: "batch_size", 1: "source_length"}}
         present = {name: {0: "batch_size", 2: "past_and_length"} for name in _names("present", layers, ".decoder")}
         self.outputs = {"logits": {0: "batch_size", 1: "length"}} | present
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
         half = 2 * self._layers
-        cache = EncoderDecoderCache(_cache(keys_and_values[:half]), _cache(keys_and_values[half:]))
+        cache = EncoderDecoderCache(_cache(keys_and_values[:half]), _cache(keys_and_values[half : 2 * half]))
         cache.is_updated = dict.fromkeys(range(self._layers), True)  # cross-attention takes what is there
-        unread = keys_and_values[half].new_zeros((input_ids.shape[0], encoder_attention_mask.shape[1], 1))
+        unread: Any = keys_and_values[half].new_zeros((input_ids.shape[0], encoder_attention_mask.shape[1], 1))
+        source = BaseModelOutput(unread)
+        if _points(self.network):
+            keys, ids = cast(tuple[Any, Any], keys_and_values[2 * half :])
+            source = Source(unread, pointer_keys=keys[:, 0], pointer_ids=ids)
         output = self.network(
-            encoder_outputs=BaseModelOutput(cast(torch.FloatTensor, unread)),
+            encoder_outputs=source,
             attention_mask=encoder_attention_mask,
             decoder_input_ids=input_ids,
             past_key_values=cache,
@@ -128,6 +140,10 @@ def write_graph(graph: WritingGraph, example: Mapping[str, Tensor], file: Path) 
             opset_version=OPSET,
             dynamo=False,
         )
+
+
+def _points(network: Any) -> bool:
+    return isinstance(network, PointerGenerator)
 
 
 def _names(what: str, layers: int, half: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.generator import AnswerEncoder, FusionInDecoder, load_generator
 from openbook_training.language_model import load_language_model
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from openbook_export.decoders import CrossGraph, StepGraph, TextGraph, WritingGraph, write_graph
 from openbook_export.errors import CheckpointUnsupported, ExportFailed
@@ -128,11 +127,13 @@ def _generator(folder: Path) -> Writer:
     with torch.inference_mode():
         cross = CrossGraph(network, heads[0]).eval()
         keys = cross(**source)
-        steps = StepGraph(network, len(keys) // 2).eval()
+        layers = len(keys) // 2  # an odd one is the pointer's
+        steps = StepGraph(network, layers).eval()
         tokens = torch.cat([torch.full((2, 1), encoder.start), source["input_ids"][:, 1:5]], dim=1)
-        nothing = [value[:, :, :0] for value in keys]
-        past = steps(tokens[:, READ[0]], source["attention_mask"], *nothing, *keys)[1:]
-    golden = (tokens[:, READ[1]], source["attention_mask"], *past, *keys)
+        nothing = [value[:, :, :0] for value in keys[: 2 * layers]]
+        beside = (*keys, source["input_ids"])[: len(steps.inputs) - 2 - len(nothing)]
+        past = steps(tokens[:, READ[0]], source["attention_mask"], *nothing, *beside)[1:]
+    golden = (tokens[:, READ[1]], source["attention_mask"], *past, *beside)
     outside = _norms(network) - _norms(network.get_encoder())
     attention = 0 if kind == "t5" else int(config.num_hidden_layers)
     parts = {
@@ -177,16 +178,14 @@ def _same_answer(
         np.concatenate([values[pair : pair + 1, :, :length] for pair, length in enumerate(lengths)], axis=2) for values in found.values()
     ]
     source = dict(zip([name for name in steps.input_names if ".encoder." in name], joined, strict=True))
+    decoded = _renamed(source, ".encoder.", ".decoder.")
+    past: Arrays = {name: values[:, :, :0] for name, values in decoded.items() if name in steps.input_names}
     source["encoder_attention_mask"] = np.ones((1, sum(lengths)), np.int64)
-    past: Arrays = {name: values[:, :, :0] for name, values in _renamed(source, ".encoder.", ".decoder.").items()}
+    if "encoder_input_ids" in steps.input_names:
+        source["encoder_input_ids"] = inputs.ids[inputs.mask.bool()].numpy()[None]
     written, worst, same = [encoder.start], 0.0, True
     for _ in range(limit):
-        outputs = model.network(
-            encoder_outputs=BaseModelOutput(cast(torch.FloatTensor, states)),
-            attention_mask=mask,
-            decoder_input_ids=torch.tensor([written]),
-            use_cache=False,
-        )
+        outputs = model.network(encoder_outputs=states, attention_mask=mask, decoder_input_ids=torch.tensor([written]), use_cache=False)
         expected = outputs.logits[0, -1].numpy()
         actual = steps.run({"input_ids": np.array([written[-1:]]), **source, **past})
         worst, same = _compared(worst, same, expected, actual["logits"][0, -1])

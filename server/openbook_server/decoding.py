@@ -24,6 +24,7 @@ from openbook_server.rows import Row
 from openbook_server.runtime import Graph
 from openbook_server.writers import WriterInfo
 
+SOURCE_IDS = "encoder_input_ids"  # (rows, source tokens), of a decoder that points into them
 LOGITS = "token_logits"  # (rows, vocabulary) of the token that follows
 # Texts in the same step of lengths share a batch; a step as long as this costs little padding beside a pass through the model.
 GROWING = Buckets(((64, 64), (256, 128)), 256)
@@ -35,14 +36,15 @@ Floats = NDArray[np.float32]
 class Written:
     """Keys and values of one text: what was read of it, by layer; and, of an encoder's, what it is written from."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], capacity: int, source: Mapping[str, Floats]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], capacity: int, source: Mapping[str, Floats], source_ids: Sequence[int]) -> None:
         """Args:
         shapes: (heads, dim) of each array of keys or values.
         capacity: tokens at most.
         source: (heads, tokens, dim) by the names that the decoder takes them by.
+        source_ids: the tokens that they are of.
         """
         self.arrays = [np.zeros((heads, capacity, dim), np.float32) for heads, dim in shapes]
-        self.length, self.capacity, self.source = 0, capacity, source
+        self.length, self.capacity, self.source, self.source_ids = 0, capacity, source, source_ids
 
     def add(self, arrays: Sequence[Floats]) -> None:
         """(heads, tokens, dim) each."""
@@ -79,11 +81,12 @@ class Decoder:
         self.past = [name for name in graph.input_names if name.startswith("past_key_values.") and ".encoder." not in name]
         self.present = [name.replace("past_key_values.", "present.") for name in self.past]
         self.sources = [name for name in graph.input_names if ".encoder." in name]
+        self.points = SOURCE_IDS in graph.input_names  # into what the encoder read
         self._shapes = [graph.heads_and_dim(name) for name in self.past]
 
-    def begin(self, source: Mapping[str, Floats] | None = None) -> Written:
-        """A text of which nothing was read yet."""
-        return Written(self._shapes, self.capacity, source or {})
+    def begin(self, source: Mapping[str, Floats] | None = None, source_ids: Sequence[int] = ()) -> Written:
+        """A text of which nothing was read yet; see `Written`."""
+        return Written(self._shapes, self.capacity, source or {}, source_ids)
 
     def empty(self, rows: int) -> Arrays:
         """Keys and values of nothing."""
@@ -171,6 +174,10 @@ class SourcedSteps:
                 mask[at, : found.shape[1]] = 1
             sources[name] = stacked
         inputs: Arrays = {"input_ids": np.array([step.ids for step in several], np.int64), "encoder_attention_mask": mask}
+        if self._decoder.points:
+            inputs[SOURCE_IDS] = np.zeros_like(mask)
+            for at, step in enumerate(several):
+                inputs[SOURCE_IDS][at, : len(step.written.source_ids)] = step.written.source_ids
         return self._decoder.run(steps, inputs | sources | self._decoder.stacked([step.written for step in several], length - 1))
 
 

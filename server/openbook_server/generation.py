@@ -126,7 +126,8 @@ class TextWriter:
             found = name.replace("past_key_values.", "present.")
             parts = [np.asarray(one[found], np.float32)[:, : row.tokens] for one, row in zip(outcome.rows, rows, strict=True)]
             source[name] = np.concatenate(parts, axis=1)
-        first = Step([self.info.start_token], text=self._decoder.begin(source))
+        source_ids = [token for row in rows for token in row.ids]
+        first = Step([self.info.start_token], text=self._decoder.begin(source, source_ids))
         ids: list[int] = []
         async for piece in self._write(("generator_decoder", "generator_decoder"), first, sampling, deadline, timings, ids):
             if piece.finish is Finish.STOP or piece.finish is None:

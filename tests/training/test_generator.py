@@ -15,13 +15,14 @@ import torch
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig, load_config
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
-from openbook_training.generator import AnswerEncoder, answer_all, build_generator, load_generator
+from openbook_training.generator import AnswerEncoder, FusionInDecoder, answer_all, build_generator, load_generator, save_generator
 from openbook_training.loop import Loop, Stopped
 from openbook_training.reader import trained_reader
 from openbook_training.run import train
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.generator import Example, GeneratorConfig, GeneratorTask
 from rich.console import Console
+from transformers import EncoderDecoderModel
 
 WORDS = "red blue green one two three city river king book".split()
 
@@ -90,7 +91,8 @@ def test_the_decoder_reads_what_the_encoder_made_of_each_passage_alone(checkpoin
     model = build_generator(found, encoder, dropout=0.0).eval()
     questions = [("what was red ?", ["the red king", "one river of the blue city"]), ("who ?", [])]
     with torch.no_grad():
-        states, mask = model.fused(encoder.inputs(questions, torch.device("cpu")))
+        source, mask = model.fused(encoder.inputs(questions, torch.device("cpu")))
+        states = source.last_hidden_state
         for row, (text, passages) in enumerate(questions):
             alone = []
             for passage in passages or [""]:
@@ -107,6 +109,45 @@ def test_the_decoder_begins_by_attending_to_what_is_alike(tiny_checkpoint: Path)
             assert torch.equal(weight, layer.crossattention.state_dict()[name])
 
 
+def test_a_new_pointer_goes_on_to_the_right_of_what_was_written(tiny_checkpoint: Path) -> None:
+    found = resolve_checkpoint(str(tiny_checkpoint))
+    encoder = AnswerEncoder(found, max_tokens=40, max_answer_tokens=6)
+    model = build_generator(found, encoder, dropout=0.0).eval()
+    inputs = encoder.inputs([("who ?", ["the red king", "one river of the blue city"]), ("what was red ?", [])], torch.device("cpu"))
+    with torch.no_grad():
+        source, mask = model.fused(inputs)
+        written = torch.tensor([[encoder.start, 7], [encoder.start, 9]])
+        asked = {"encoder_outputs": source, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}
+        output = model.network(**asked)
+        plain = EncoderDecoderModel.forward(model.network, output_hidden_states=True, **asked)
+    states, read = plain.decoder_hidden_states[-1].double().numpy(), source.last_hidden_state.double().numpy()
+    length = inputs.ids.shape[1]
+    for row in range(2):
+        keys = [read[row, j - 1 if j % length else j] for j in range(2 * length)]  # each pair begins anew
+        for t in range(2):
+            weights = [np.exp(states[row, t] @ key / np.sqrt(key.size)) * int(mask[row, j]) for j, key in enumerate(keys)]
+            logits = plain.logits[row, t].double().numpy()
+            expected = np.exp(logits) / np.exp(logits).sum() / 2
+            for j, weight in enumerate(weights):
+                expected[source.pointer_ids[row, j]] += weight / sum(weights) / 2
+            assert output.logits[row, t].exp().numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_generator_that_cannot_point_is_read_as_it_was_written(tiny_checkpoint: Path, config: GeneratorConfig, tmp_path: Path) -> None:
+    """Folders of openbook before decoders pointed, and of transformers' own BERT2BERT."""
+    found = resolve_checkpoint(str(tiny_checkpoint))
+    encoder = AnswerEncoder(found, max_tokens=48, max_answer_tokens=6)
+    halves = build_generator(found, encoder, dropout=0.0).network
+    network = EncoderDecoderModel(encoder=halves.encoder, decoder=halves.decoder)
+    network.generation_config.decoder_start_token_id = network.config.decoder_start_token_id = encoder.start
+    save_generator(FusionInDecoder(network), encoder, config, tmp_path / "plain")
+    model, encoder, _ = load_generator(str(tmp_path / "plain"))
+    assert type(model.network) is EncoderDecoderModel
+    inputs, written = encoder.inputs([("who ?", ["the red king"])], torch.device("cpu")), torch.tensor([[encoder.start, 7]])
+    with torch.no_grad():
+        assert model(inputs, written).numpy() == pytest.approx(FusionInDecoder(network.eval())(inputs, written).numpy(), abs=1e-5)
+
+
 def test_the_encoder_begins_as_the_reader_whose_adapter_is_given(tiny_checkpoint: Path, tiny_reader: Path) -> None:
     found = resolve_checkpoint(str(tiny_checkpoint))
     encoder = AnswerEncoder(found, max_tokens=40, max_answer_tokens=6)
@@ -115,8 +156,8 @@ def test_the_encoder_begins_as_the_reader_whose_adapter_is_given(tiny_checkpoint
     inputs = encoder.inputs([("what was red ?", ["the red king"])], torch.device("cpu"))
     with torch.no_grad():
         expected = reader.base_model.model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask).last_hidden_state
-        plain = build_generator(found, encoder, dropout=0.0).eval().fused(inputs)[0]
-        assert model.fused(inputs)[0].numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+        plain = build_generator(found, encoder, dropout=0.0).eval().fused(inputs)[0].last_hidden_state
+        assert model.fused(inputs)[0].last_hidden_state.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
     assert (plain - expected).abs().max() > 1e-3
     assert all(weight.requires_grad for weight in model.parameters())
 

@@ -108,8 +108,12 @@ def test_retrieved_passages_are_weighed_by_their_scores_and_read_one_at_a_time(c
                 inputs = {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "token_type_ids": [segments]}
                 states = model.language_model.backbone(**{name: torch.tensor(value) for name, value in inputs.items()}).last_hidden_state[0]
                 for target, position, token in zip(targets, text.hidden, text.tokens, strict=True):
-                    expected = model.language_model.head(states[position][None])[0, token]
-                    assert float(reading.given[target, slot]) == pytest.approx(float(expected), rel=1e-4)
+                    expected = float(model.language_model.head(states[position][None])[0, token].exp())
+                    if z is not None:  # one hidden token in ten is copied from the passage, from what is most like it
+                        weights = [np.exp(float(states[position] @ states[at]) / np.sqrt(32)) for at in range(len(text.ids), len(ids))]
+                        copied = sum(w for w, of in zip(weights, body, strict=True) if of == token) / sum(weights)
+                        expected = 0.9 * expected + 0.1 * copied
+                    assert float(reading.given[target, slot].exp()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_passage_that_holds_a_text_is_never_read_beside_it_and_some_texts_are_read_alone(
@@ -234,10 +238,11 @@ def test_training_lowers_the_loss_and_leaves_two_models_that_go_on(config: Realm
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=20, evaluate_every_epochs=20))
     metrics = train(OBJECTIVES["realm"], config, resume=False, console=quiet())
     history = list(losses(tmp_path / "run").values())
-    assert sum(history[-8:]) < 0.8 * sum(history[:8])
+    assert sum(history[-8:]) < 0.85 * sum(history[:8])
     best = tmp_path / "run" / "best"
     assert {file.name for file in best.iterdir()} == {"retriever", "language_model", "realm.json"}
     assert "queries_only" not in json.loads((best / "retriever" / "retriever.json").read_text())
+    assert (best / "language_model" / "pointer.safetensors").is_file()
     stated = json.loads((best / "realm.json").read_text())
     again = dataclasses.replace(
         config,

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from openbook_training.sequence_objectives import interpolated, neighbour_log_probabilities, sequence_loss, target_log_probabilities
+from openbook_training.objectives import NEGATIVE
+from openbook_training.sequence_objectives import (
+    interpolated,
+    neighbour_log_probabilities,
+    pointer_log_probabilities,
+    sequence_loss,
+    target_log_probabilities,
+)
 
 
 def test_the_loss_of_sequences_is_the_mean_of_their_summed_surprises() -> None:
@@ -20,6 +27,26 @@ def test_the_loss_of_sequences_is_the_mean_of_their_summed_surprises() -> None:
                 expected -= np.log(p) / 3
     found = sequence_loss(target_log_probabilities(torch.tensor(logits), torch.tensor(tokens)), torch.tensor(owner), 3)
     assert float(found) == pytest.approx(expected)
+
+
+def test_a_pointer_adds_what_it_copies_to_what_the_vocabulary_gives() -> None:
+    rng = np.random.default_rng(3)
+    logits, scores, gate = rng.normal(size=(2, 3, 6)), rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 1))
+    tokens = np.array([[5, 1, 5, 0], [2, 3, 3, 4]])
+    scores[1, :, 3] = NEGATIVE  # nothing was read there
+    expected = np.zeros((2, 3, 6))
+    for row in range(2):
+        for t in range(3):
+            g = 1 / (1 + np.exp(-gate[row, t, 0]))
+            weights = [np.exp(score) for score in scores[row, t]]
+            for v in range(6):
+                vocabulary = np.exp(logits[row, t, v]) / sum(np.exp(logits[row, t]))
+                copied = sum(weight for weight, token in zip(weights, tokens[row], strict=True) if token == v) / sum(weights)
+                expected[row, t, v] = (1 - g) * vocabulary + g * copied
+    found = pointer_log_probabilities(*(torch.tensor(part) for part in (logits, scores, gate, tokens)))
+    assert found.exp().numpy() == pytest.approx(expected)
+    sure = pointer_log_probabilities(torch.tensor(logits), torch.tensor(scores), torch.full((2, 3, 1), 999.0), torch.tensor(tokens))
+    assert torch.isfinite(sure).all()  # though what was not read has probability 0
 
 
 def test_neighbours_vote_for_the_token_that_followed_them_by_their_distance() -> None:

@@ -2,9 +2,9 @@
 
     (question, passage k) -> encoder -> H_k (L, d);  decoder: p(y_t | y_<t, [H_1 .. H_K])
 
-One wrapper serves BERT2BERT (Rothe et al. 2020: two copies of an encoder checkpoint, the second with cross-attention and a vocabulary
-head tied to its embeddings) and every encoder-decoder of transformers, such as T5 and BART. A folder is a transformers checkpoint with
-one file more, generator.json.
+One wrapper serves BERT2BERT (Rothe et al. 2020: two copies of an encoder checkpoint, the second with cross-attention, a vocabulary head
+tied to its embeddings, and a pointer into what was read) and every encoder-decoder of transformers, such as T5 and BART. A folder is a
+transformers checkpoint with one file more, generator.json.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.heads import RowEncoder
+from openbook_training.pointer import PointerGenerator, Source
 from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model, save_whole
 from openbook_training.reader import trained_reader
 
@@ -50,6 +51,11 @@ class Inputs:
     owner: Tensor  # (pairs,) which question
     slot: Tensor  # (pairs,) which of its passages, from 0
 
+    def together(self, values: Tensor) -> Any:
+        """(pairs, L, ...) of pairs to (questions, K * L, ...) of questions, zero where one has fewer passages."""
+        laid = values.new_zeros((int(self.owner.max()) + 1, int(self.slot.max()) + 1, *values.shape[1:]))
+        return laid.index_put((self.owner, self.slot), values).flatten(1, 2)
+
 
 class FusionInDecoder(nn.Module):
     """An encoder-decoder whose encoder reads pairs and whose decoder reads all pairs of a question."""
@@ -58,33 +64,27 @@ class FusionInDecoder(nn.Module):
         super().__init__()
         self.network = network
 
-    def fused(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def fused(self, inputs: Inputs) -> tuple[BaseModelOutput, Tensor]:
         """(questions, K * L, d) states of all pairs of each question, and their (questions, K * L) mask."""
         states = self.network.get_encoder()(input_ids=inputs.ids, attention_mask=inputs.mask).last_hidden_state
-        questions, most = int(inputs.owner.max()) + 1, int(inputs.slot.max()) + 1
-        together = states.new_zeros((questions, most, *states.shape[1:]))
-        together = together.index_put((inputs.owner, inputs.slot), states)
-        mask = inputs.mask.new_zeros((questions, most, inputs.mask.shape[1]))
-        mask = mask.index_put((inputs.owner, inputs.slot), inputs.mask)
-        return together.flatten(1, 2), mask.flatten(1, 2)
+        source = BaseModelOutput(inputs.together(states))
+        if isinstance(self.network, PointerGenerator):
+            keys = inputs.together(self.network.pointer.keys(states))
+            source = Source(source.last_hidden_state, pointer_keys=keys, pointer_ids=inputs.together(inputs.ids))
+        return source, inputs.together(inputs.mask)
 
     def forward(self, inputs: Inputs, answers: Tensor) -> Tensor:
         """(questions, T) tokens, the first of which begins the answer, to (questions, T, vocabulary) float32 logits of the next."""
-        states, mask = self.fused(inputs)
-        output = self.network(
-            encoder_outputs=BaseModelOutput(cast(torch.FloatTensor, states)),
-            attention_mask=mask,
-            decoder_input_ids=answers,
-            use_cache=False,
-        )
+        source, mask = self.fused(inputs)
+        output = self.network(encoder_outputs=source, attention_mask=mask, decoder_input_ids=answers, use_cache=False)
         logits: Tensor = output.logits.float()
         return logits
 
     def write(self, inputs: Inputs, *, beams: int, max_answer_tokens: int) -> list[list[int]]:
         """The most probable answers by beam search, one beam being greedy; token ids."""
-        states, mask = self.fused(inputs)
+        source, mask = self.fused(inputs)
         found = self.network.generate(
-            encoder_outputs=BaseModelOutput(cast(torch.FloatTensor, states)),
+            encoder_outputs=source,
             attention_mask=mask,
             num_beams=beams,
             do_sample=False,
@@ -146,10 +146,12 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
         CheckpointNotFound: it is neither, or the adapter is not one of a reader of this checkpoint.
     """
     try:
-        if AutoConfig.from_pretrained(checkpoint.folder).is_encoder_decoder:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        if config.is_encoder_decoder:
             if adapter:
                 raise CheckpointNotFound(f"initial_adapter {adapter!r}: {checkpoint.name!r} has a decoder of its own; leave it out")
-            whole = load_model(AutoModelForSeq2SeqLM, checkpoint, dropout=dropout)
+            points = PointerGenerator.__name__ in (config.architectures or [])
+            whole = load_model(PointerGenerator if points else AutoModelForSeq2SeqLM, checkpoint, dropout=dropout)
             encoder.start = int(whole.config.decoder_start_token_id)  # BART begins with the token that ends a text
             whole.generation_config.forced_bos_token_id = None  # what follows is learned from answers alone
             return FusionInDecoder(whole)
@@ -157,7 +159,7 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
         writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, is_decoder=True, add_cross_attention=True)
         for layer in writer.base_model.encoder.layer:
             layer.crossattention.load_state_dict(layer.attention.state_dict())
-        network: Any = EncoderDecoderModel(encoder=reader, decoder=writer)
+        network: Any = PointerGenerator(encoder=reader, decoder=writer)
     except (ValueError, TypeError, OSError, AttributeError) as error:
         reason = str(error).split("\n", 1)[0]
         raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} becomes no encoder with a decoder: {reason}") from error

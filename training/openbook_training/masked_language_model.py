@@ -39,9 +39,12 @@ class MaskedLanguageModel(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
         """(B, L) inputs and the (targets,) rows and columns of positions, to (targets, vocabulary) float32 log-probabilities."""
-        states = self.backbone(**inputs).last_hidden_state[rows, columns].float()
+        return self.predicted(self.backbone(**inputs).last_hidden_state[rows, columns])
+
+    def predicted(self, states: Tensor) -> Tensor:
+        """(targets, d) states of positions to (targets, vocabulary) float32 log-probabilities."""
         with torch.autocast(states.device.type, enabled=False):  # bf16 keeps 8 bits of a logit
-            log_probabilities: Tensor = self.head(states)
+            log_probabilities: Tensor = self.head(states.float())
         return log_probabilities
 
     def save(self, folder: Path, checkpoint: Checkpoint) -> None:

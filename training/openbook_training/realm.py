@@ -2,10 +2,12 @@
 
     x, a sentence with a hidden span -> q(x) -> its k best passages z, and the null passage
     p(z|x) = softmax over those of s(x, z) = q(x)·d(z) / temperature
-    p(y|x, z): the language model reads [CLS] x [SEP] z [SEP], in one segment as the reader does; the null passage is x read alone
+    p(y|x, z): the language model reads [CLS] x [SEP] z [SEP], in one segment as the reader does, and may copy y from z (pointer.py);
+               the null passage is x read alone
 
-Two deviations. q and d are one embedder, for the bundle has one; the paper's are two. The null passage's score is one trained number,
-as a neighbour's is in `heads.LabelHead`, where the paper embeds an empty document.
+Three deviations. q and d are one embedder, for the bundle has one; the paper's are two. The null passage's score is one trained number,
+as a neighbour's is in `heads.LabelHead`, where the paper embeds an empty document. And the pointer: to copy a name by way of the vocabulary
+is what a language model learns in far more steps than a small machine can make.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from openbook_training.embedding import encode
 from openbook_training.heads import RowEncoder, TokenRow
 from openbook_training.masked_language_model import MaskedLanguageModel
 from openbook_training.objectives import NEGATIVE, neighbour_prior
+from openbook_training.pointer import Pointer
 from openbook_training.retriever import save_retriever
 
 RETRIEVER, LANGUAGE_MODEL, SETTINGS = "retriever", "language_model", "realm.json"
+COPIED = 0.1  # probability that a new pointer copies a hidden token
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +76,14 @@ class Realm(nn.Module):
         pooling: str,
         null_score: float,
         temperature: float,
+        pointer: str = "",
     ) -> None:
+        """`pointer`: the folder of a language model of REALM, whose pointer is gone on with; empty, or without one: a new one."""
         super().__init__()
         self.retriever, self.language_model = retriever, language_model
+        self.pointer = Pointer(int(retriever.config.hidden_size), to_the_right=False, copied=COPIED)
+        if pointer:
+            self.pointer.load(Path(pointer))
         self.null_score = nn.Parameter(torch.tensor(null_score))
         self._encoder, self._pooling, self._temperature = encoder, pooling, temperature
 
@@ -124,8 +133,13 @@ class Realm(nn.Module):
                 pairs = enumerate(zip(text.hidden, text.tokens, strict=True), first[number])
                 places += [(place, position, token, target, slot) for target, (position, token) in pairs]
             row, position, token, target, column = (torch.tensor(values, device=device) for values in zip(*places, strict=True))
-            log_probabilities = self.language_model(inputs, row, position).gather(1, token[:, None])[:, 0]
-            given = given.index_put((target, column), log_probabilities)
+            states = self.language_model.backbone(**inputs).last_hidden_state
+            here, read = states[row, position], inputs["token_type_ids"][row]  # 1 where a passage stands
+            log_probabilities = self.language_model.predicted(here)
+            pointed = self.pointer(
+                log_probabilities[:, None], here[:, None], self.pointer.keys(states)[row], inputs["input_ids"][row], read
+            )
+            given = given.index_put((target, column), pointed[:, 0].gather(1, token[:, None])[:, 0])
         owner = torch.tensor([number for number, text in enumerate(texts) for _ in text.tokens], device=device)
         return given, owner
 
@@ -133,6 +147,7 @@ class Realm(nn.Module):
         """Write a retriever's folder, a language model's, and what holds them together."""
         save_retriever(self.retriever, folder / RETRIEVER, checkpoint, [int(self.retriever.config.hidden_size)], queries_only=queries_only)
         self.language_model.save(folder / LANGUAGE_MODEL, checkpoint)
+        self.pointer.save(folder / LANGUAGE_MODEL)
         stated = {"null_score": self.null_score.item(), "temperature": self._temperature}
         (folder / SETTINGS).write_text(json.dumps(stated, indent=2) + "\n")
 

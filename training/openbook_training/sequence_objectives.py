@@ -10,6 +10,8 @@ from torch import Tensor
 
 from openbook_training.objectives import NEGATIVE
 
+LEAST = 1e-30  # that stands for a probability of 0, whose logarithm is no number
+
 
 def target_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     """(targets,) log p of each target token; (targets, vocabulary) logits, (targets,) token ids."""
@@ -26,6 +28,24 @@ def sequence_loss(log_probabilities: Tensor, owner: Tensor, sequences: int) -> T
     """
     sums = log_probabilities.new_zeros(sequences).index_add(0, owner, -log_probabilities)
     return sums.mean()
+
+
+def pointer_log_probabilities(logits: Tensor, scores: Tensor, gate: Tensor, tokens: Tensor) -> Tensor:
+    """(B, T, V) log of (1 - g) softmax(logits) + g · the softmax over places, summed over the places of each token.
+
+    See et al. 2017, equation 9; with g the probability of copying.
+
+    Args:
+        logits: (B, T, V) of the vocabulary.
+        scores: (B, T, S) of the places that may be copied from; NEGATIVE where none is.
+        gate: (B, T, 1) logit of g.
+        tokens: (B, S) which token stands in each place.
+    """
+    places = tokens[:, None].expand(-1, scores.shape[1], -1)
+    copied = torch.zeros_like(logits).scatter_add(2, places, torch.softmax(scores, dim=2))
+    share = torch.sigmoid(gate)
+    mixed = (1 - share) * torch.softmax(logits, dim=2) + share * copied
+    return torch.log(mixed.clamp(min=LEAST))
 
 
 def neighbour_log_probabilities(distances: Tensor, tokens: Tensor, targets: Tensor, temperature: float) -> Tensor:

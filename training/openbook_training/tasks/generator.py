@@ -110,7 +110,8 @@ class GeneratorTask:
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         answers = [self.encoder.answer(example.question.answers[0]) for example in batch]
         longest = max(map(len, answers))
-        before = [[self.encoder.start, *answer[:-1], *[self.encoder.pad] * (longest - len(answer))] for answer in answers]
+        # What stands after an answer changes nothing before it; padding there makes transformers warn that it lacks a mask.
+        before = [[self.encoder.start, *answer[:-1], *[self.encoder.end] * (longest - len(answer))] for answer in answers]
         inputs = self.encoder.inputs([(example.question.text, example.passages) for example in batch], self._device)
         logits = model(inputs, torch.tensor(before, device=self._device))
         owner = torch.tensor([row for row, answer in enumerate(answers) for _ in answer], device=self._device)

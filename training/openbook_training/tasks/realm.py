@@ -139,6 +139,7 @@ class RealmTask(Staged):
             pooling=self.checkpoint.pooling,
             null_score=config.null_score,
             temperature=config.temperature,
+            pointer=config.language_model,
         )
 
     def summary(self) -> str:

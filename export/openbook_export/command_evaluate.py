@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from openbook.asking import written_aside
     from openbook.errors import ClientError
     from openbook_training.errors import TrainingError
 
     from openbook_export.errors import ExportError
 
     try:
-        text, report, status = arguments.measure(arguments)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        with written_aside(str(arguments.json)) if arguments.json else nullcontext() as file:  # a file that cannot be is told before hours
+            text, report, status = arguments.measure(arguments)
+            print(text)
+            print(json.dumps(report, allow_nan=False), flush=True)
+            if file is not None:
+                file.write(json.dumps(report, indent=2) + "\n")
     except (ExportError, TrainingError, ClientError, OSError) as error:
         print(f"openbook evaluate: {error}", file=sys.stderr)
         return 1
-    print(text)
-    print(json.dumps(report))
     return int(status)
 
 
@@ -71,7 +74,7 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with queries.jsonl and qrels/")
     parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
     parser.add_argument("--limit", type=_count, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
-    parser.add_argument("--top-k", type=int, default=5, metavar="N", help="passages read (default: %(default)s)")
+    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="passages read (default: %(default)s)")
     parser.add_argument(
         "--rerank", type=_count, default=0, metavar="N", help="passages of a search put in the order of what is read (default: %(default)s)"
     )
@@ -79,7 +82,9 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=["hybrid", "lexical", "dense", "none"], default=["hybrid", "lexical", "dense", "none"]
     )
-    parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="messages of 32 questions in flight (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency", type=_positive, default=2, metavar="N", help="messages of 32 questions in flight (default: %(default)s)"
+    )
 
 
 def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
@@ -211,4 +216,11 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value

@@ -97,7 +97,7 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
     """
     checkpoint = resolve_checkpoint(options.checkpoint)
     questions = _spread(load_questions(options.quality), options.quality_questions) if options.quality else []
-    with staged(options.bundle.absolute(), marker=MANIFEST, force=options.force) as folder:
+    with staged(options.bundle.absolute(), is_ours=_is_bundle, force=options.force) as folder:
         tokenizer, sep_id = load_tokenizer(checkpoint)
         tokenizer.save(str(folder / TOKENIZER))
         reader = load_reader(checkpoint, options.reader) if options.reader else None
@@ -245,6 +245,16 @@ def _manifest(
 
 def _trained(options: ExportOptions) -> list[Path | None]:
     return [options.embedder, options.reader, *options.heads.values(), options.generator, options.language_model]
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a folder, of any version of the format, holds what its manifest lists and nothing else."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = {MANIFEST, *manifest["files"]}
+        return isinstance(manifest["format"], int) and {entry.name for entry in folder.iterdir()} <= listed
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

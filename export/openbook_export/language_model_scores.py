@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 TUNED_SHARE = 0.1  # of the memory, its end, where no text to tune on is given
+LARGEST_EXPONENT = 700.0  # whose exponential is a float
 TUNED_STRETCHES = 400  # at most: their neighbours are held at once
 
 Rows = Sequence[Sequence[int]]
@@ -136,7 +137,8 @@ def _compared(losses: Mapping[str, NDArray[np.float64]], mixtures: Mapping[str, 
     rows: dict[str, Any] = {}
     for name, values in losses.items():
         rows[name] = {"perplexity": _exponential(asdict(interval(values)))}
-        rows[name]["word_perplexity"] = math.exp(float(values.mean()) * tokens_a_word)
+        of_a_word = float(values.mean()) * tokens_a_word
+        rows[name]["word_perplexity"] = math.exp(of_a_word) if of_a_word < LARGEST_EXPONENT else None  # a text of few spaces, or none
         rows[name] |= asdict(mixtures[name]) if name in mixtures else {}
         if name != "alone":
             change = asdict(paired_difference(values, losses["alone"]))
@@ -153,7 +155,12 @@ def perplexity_table(report: Mapping[str, Any]) -> str:
     lines = [["", "perplexity", "95 % interval", "of a word", "ratio to alone", "95 % interval", "better", "lambda"]]
     for name, row in report["readings"].items():
         own, ratio = row["perplexity"], row.get("ratio")
-        line = [name, f"{own['mean']:.2f}", f"{own['low']:.2f} to {own['high']:.2f}", f"{row['word_perplexity']:.1f}"]
+        line = [
+            name,
+            f"{own['mean']:.2f}",
+            f"{own['low']:.2f} to {own['high']:.2f}",
+            "–" if row["word_perplexity"] is None else f"{row['word_perplexity']:.1f}",
+        ]
         line += (
             [f"{ratio['mean']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}", f"{100 * row['better']:.1f} %"] if ratio else [""] * 3
         )

@@ -6,24 +6,24 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from openbook_export.errors import OutputExists
 
 
 @contextlib.contextmanager
-def staged(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
+def staged(destination: Path, *, is_ours: Callable[[Path], bool], force: bool) -> Iterator[Path]:
     """A temporary folder that becomes `destination` when the block ends, and vanishes when it raises.
 
     Args:
-        marker: a file that every folder of this kind holds; without it nothing is ever replaced.
+        is_ours: whether a folder is of this kind and holds nothing else; no other is ever replaced.
         force: replace an existing folder of this kind. The old one stays in use until the new one is complete.
 
     Raises:
         OutputExists: something stands at `destination` that must not be replaced.
     """
-    _require_free(destination, marker, force)
+    _require_free(destination, is_ours, force)
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
@@ -33,7 +33,7 @@ def staged(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
         for file in new.iterdir():
             _flush(file)
         _flush(new)
-        _require_free(destination, marker, force)
+        _require_free(destination, is_ours, force)
         if destination.exists():
             destination.rename(aside / "old")
         new.rename(destination)
@@ -45,15 +45,19 @@ def staged(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _require_free(destination: Path, marker: str, force: bool) -> None:
+def _require_free(destination: Path, is_ours: Callable[[Path], bool], force: bool) -> None:
     if not destination.exists() and not destination.is_symlink():
         return
+    if destination.exists() and destination.samefile(Path.cwd()):
+        raise OutputExists(f"{destination} is the current folder, which a new one would take the place of; name a folder in it")
     if destination.is_dir() and not destination.is_symlink():
-        if not any(destination.iterdir()) or ((destination / marker).is_file() and force):
+        if not any(destination.iterdir()):
             return
-        if (destination / marker).is_file():
+        if is_ours(destination):
+            if force:
+                return
             raise OutputExists(f"{destination} holds a bundle already; --force replaces it")
-    raise OutputExists(f"{destination} exists and is no bundle; choose another name, or remove it yourself")
+    raise OutputExists(f"{destination} exists and is no bundle, or holds other things beside one; choose another name, or remove it")
 
 
 def _flush(path: Path) -> None:

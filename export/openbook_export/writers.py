@@ -264,8 +264,8 @@ def _same_text(network: Any, row: Sequence[int], steps: Graph, heads: int, dim: 
 
 
 def _compared(worst: float, same: bool, expected: np.ndarray, actual: np.ndarray) -> tuple[float, bool]:
-    difference = float(np.abs(expected - actual).max())  # NaN stays, and is within no tolerance
-    return difference if not difference <= worst else worst, same and bool((expected.argmax(-1) == actual.argmax(-1)).all())
+    difference = float(np.abs(expected - actual).max())
+    return max(worst, difference if np.isfinite(difference) else np.inf), same and bool((expected.argmax(-1) == actual.argmax(-1)).all())
 
 
 def _renamed(arrays: Mapping[str, Any], before: str, after: str) -> Arrays:

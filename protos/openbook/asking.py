@@ -20,6 +20,7 @@ from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3
 TEXT_KEYS = ("text", "question", "claim")  # the first that a row has
+_LONGEST_SECONDS = 7 * 24 * 3600
 _AROUND = 160  # characters of a passage shown on each side of an answer
 
 
@@ -46,7 +47,7 @@ class InputRow:
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for each message, retries included (default: 30)")
+    parser.add_argument("--timeout", type=seconds, default=30.0, metavar="SECONDS", help="for each message, retries included (default: 30)")
 
 
 def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iterable[str]) -> None:
@@ -79,11 +80,26 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     )
 
 
+def seconds(text: str) -> float:
+    """A time of the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= _LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0 and up to {_LONGEST_SECONDS:,}")
+    return value
+
+
 def condition(text: str) -> tuple[str, str]:
     """A KEY=VALUE of the command line."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no valid UTF-8") from error
     return key, value
 
 
@@ -188,21 +204,24 @@ def _lines(
 
 
 @contextmanager
-def written_aside(name: str) -> Iterator[IO[str]]:
-    """A text file that gets its name only when the block ends well; `-` is standard output, and what is no file (a pipe, a device) is
-    written to as it is.
+def written_aside(name: str, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file that gets its name only when the block ends well; `-` is standard output, and what is no file (a pipe, a device) is
+    written to as it is. What was written before the block failed stays beside it, under a name that is told.
+
+    Args:
+        mode: "w", or "wb" for bytes.
 
     Raises:
         InvalidFile: the file cannot be written.
     """
     if name == "-":
-        yield sys.stdout
+        yield sys.stdout if mode == "w" else sys.stdout.buffer
         return
     path = Path(name)
     replaced = path.is_file() or not path.exists()
     aside = path.with_name(path.name + ".part") if replaced else path
     try:
-        with aside.open("w", encoding="utf-8") as stream:
+        with aside.open(mode, encoding="utf-8" if mode == "w" else None) as stream:
             yield stream
         if replaced:
             aside.replace(path)
@@ -210,8 +229,11 @@ def written_aside(name: str) -> Iterator[IO[str]]:
         raise InvalidFile(f"{name}: {error.strerror}") from error
     finally:
         if replaced:
-            with suppress(OSError):
-                aside.unlink()
+            with suppress(OSError):  # of the one that has its name by now
+                if aside.stat().st_size:
+                    print(f"what was done before is in {aside}", file=sys.stderr)
+                else:
+                    aside.unlink()
 
 
 def coloured() -> bool:

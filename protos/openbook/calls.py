@@ -22,6 +22,7 @@ class Call(Generic[T]):
     method: str
     request: Message
     result: Callable[[Any], T]  # of the reply
+    repeatable: bool = True  # whether making it twice does what making it once does
 
 
 class Calling(ABC):
@@ -70,22 +71,22 @@ def generations() -> Call[list[kb.Generation]]:
 
 def build_generation(bundle: str, *, graph_dims: int | None = None) -> Call[str]:
     """Begin to build the generation of a bundle, a folder on the server's machine; returns its name."""
-    return Call("BuildGeneration", kb.BuildGenerationRequest(bundle=bundle, graph_dims=graph_dims), _name)
+    return Call("BuildGeneration", kb.BuildGenerationRequest(bundle=bundle, graph_dims=graph_dims), _name, repeatable=False)
 
 
 def publish_generation(name: str = "") -> Call[str]:
     """Make a generation live once it lacks nothing, by default the one that is being built; returns its name."""
-    return Call("PublishGeneration", kb.PublishGenerationRequest(name=name), _name)
+    return Call("PublishGeneration", kb.PublishGenerationRequest(name=name), _name, repeatable=False)
 
 
 def roll_back_generation() -> Call[str]:
     """Make live again what was live before; returns its name."""
-    return Call("RollBackGeneration", kb.RollBackGenerationRequest(), _name)
+    return Call("RollBackGeneration", kb.RollBackGenerationRequest(), _name, repeatable=False)
 
 
 def remove_generation(name: str) -> Call[None]:
     """Remove a generation for good; not the live one."""
-    return Call("RemoveGeneration", kb.RemoveGenerationRequest(name=name), lambda reply: None)
+    return Call("RemoveGeneration", kb.RemoveGenerationRequest(name=name), lambda reply: None, repeatable=False)
 
 
 def describe_knowledge_base() -> Call[kb.DescribeKnowledgeBaseResponse]:

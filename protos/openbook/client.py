@@ -1,7 +1,8 @@
 """The Python client, sync and async: texts in, plain results out, with deadlines and retries built in.
 
 A call is retried while the server is unavailable or overloaded and time is left: after the delay the server asked for,
-or with exponential back-off and jitter. Long lists of texts travel as several messages. Where one of several texts is
+or with exponential back-off and jitter; a server that has never answered is given up after three tries. Calls that change generations
+are retried only where the server refused to begin. Long lists of texts travel as several messages. Where one of several texts is
 bad, its place in the result holds a `RequestRejected` and the others are served; a single bad text raises it.
 """
 
@@ -12,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -37,6 +38,9 @@ _OPTIONS = [
     ("grpc.primary_user_agent", f"openbook-python/{__version__}"),
     ("grpc.enable_retries", 0),  # retries are made here, where RetryInfo is understood
 ]
+_AT_ONCE = 8  # messages of one call in flight, of an AsyncClient
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
 def default_address() -> str:
@@ -50,7 +54,7 @@ class Client(GenerationMethods, Calling):
     def __init__(self, address: str | None = None, *, timeout_seconds: float = 30.0) -> None:
         """`timeout_seconds` bounds every message, retries included."""
         self.address, self._timeout = address or default_address(), timeout_seconds
-        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        self._channel, self._answered = grpc.insecure_channel(self.address, options=_OPTIONS), False
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
         self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
 
@@ -61,35 +65,26 @@ class Client(GenerationMethods, Calling):
             RequestRejected: a text is empty or (without `truncate`) too long; its field names it.
             ClientError: see openbook.errors.
         """
-        return messages.vectors([self._call(self._stub.Embed, request) for request in messages.embed_requests(texts, truncate=truncate)])
+        return messages.joined(self._each(self._stub.Embed, messages.embed_requests(texts, truncate=truncate), messages.vectors))
 
     def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """The best passages for each question; `mode` is hybrid (default), dense or lexical."""
-        found: list[SearchResult | RequestRejected] = []
-        for request in messages.search_requests(questions, **options):
-            found += messages.search_results(request, self._call(self._stub.Search, request))
-        return found
+        return self._each(self._stub.Search, messages.search_requests(questions, **options), messages.search_results)
 
     def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:
         """Answers to each question from the `top_k` best passages; `mode` may also be none (no retrieval)."""
-        found: list[AnswerResult | RequestRejected] = []
-        for request in messages.answer_requests(questions, **options):
-            found += messages.answer_results(request, self._call(self._stub.Answer, request))
-        return found
+        return self._each(self._stub.Answer, messages.answer_requests(questions, **options), messages.answer_results)
 
     def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classified | RequestRejected]:
         """The labels of each text, most probable first; of a verifier the texts are claims."""
-        found: list[Classified | RequestRejected] = []
-        for request in messages.classify_requests(texts, **options):
-            found += messages.classify_results(request, self._call(self._stub.Classify, request))
-        return found
+        return self._each(self._stub.Classify, messages.classify_requests(texts, **options), messages.classify_results)
 
     def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[Piece]:
         """What a model writes after a prompt, or of a question, piece by piece; the last one has an `ending`.
 
         Nothing is sent before the first piece is asked for, and nothing again once one has come.
         """
-        request, attempts = messages.generate_request(text, **options), Attempts(self.address, self._timeout)
+        request, attempts = messages.generate_request(text, **options), Attempts(self.address, self._timeout, answered=self._answered)
         begun = False
         while True:
             try:
@@ -106,13 +101,16 @@ class Client(GenerationMethods, Calling):
 
         Nothing is sent before the first result is asked for.
         """
+        first = 0
         for request in messages.upsert_requests(documents):
-            yield from map(results.written, self._call(self._knowledge_base.Upsert, request).results)
+            with messages.placed(first):
+                reply = self._call(self._knowledge_base.Upsert, request)
+            yield from (results.written(result, first) for result in reply.results)
+            first += len(request.documents)
 
     def delete(self, ids: Sequence[str]) -> list[Written]:
         """Remove documents for good."""
-        replies = [self._call(self._knowledge_base.Delete, kb.DeleteRequest(ids=part)) for part in messages.parts(ids, "ids")]
-        return [results.written(result) for reply in replies for result in reply.results]
+        return self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results)
 
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
@@ -120,15 +118,27 @@ class Client(GenerationMethods, Calling):
         return reply
 
     def _make(self, call: Call[T]) -> T:
-        return call.result(self._call(getattr(self._knowledge_base, call.method), call.request))
+        return call.result(self._call(getattr(self._knowledge_base, call.method), call.request, repeatable=call.repeatable))
 
-    def _call(self, method: Callable[..., Any], request: object) -> Any:
-        attempts = Attempts(self.address, self._timeout)
+    def _each(self, method: Callable[..., Any], requests: Iterable[Q], read: Callable[[Q, Any], list[R]]) -> list[R]:
+        """What `read` makes of each request and its reply, of requests that share out one list."""
+        found: list[R] = []
+        for number, request in enumerate(requests):
+            first = number * messages.TEXTS_A_MESSAGE
+            with messages.placed(first):
+                found += messages.moved(read(request, self._call(method, request)), first)
+        return found
+
+    def _call(self, method: Callable[..., Any], request: object, *, repeatable: bool = True) -> Any:
+        attempts = Attempts(self.address, self._timeout, answered=self._answered, repeatable=repeatable)
         while True:
             try:
-                return method(request, timeout=attempts.seconds_left)
+                reply = method(request, timeout=attempts.seconds_left)
+                self._answered = True
+                return reply
             except grpc.RpcError as failure:
-                time.sleep(attempts.delay_after(failure))
+                delay = attempts.delay_after(failure)
+            time.sleep(delay)
 
     def close(self) -> None:
         self._channel.close()
@@ -141,39 +151,33 @@ class Client(GenerationMethods, Calling):
 
 
 class AsyncClient(GenerationMethods, AsyncCalling):
-    """`Client` for asyncio; messages of one call are in flight together."""
+    """`Client` for asyncio; up to eight messages of one call are in flight together."""
 
     def __init__(self, address: str | None = None, *, timeout_seconds: float = 30.0) -> None:
         self.address, self._timeout = address or default_address(), timeout_seconds
-        self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+        self._channel, self._answered = grpc.aio.insecure_channel(self.address, options=_OPTIONS), False
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
         self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
 
     async def embed(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """As `Client.embed`."""
-        return messages.vectors(await self._calls(self._stub.Embed, messages.embed_requests(texts, truncate=truncate)))
+        return messages.joined(await self._each(self._stub.Embed, messages.embed_requests(texts, truncate=truncate), messages.vectors))
 
     async def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """As `Client.search`."""
-        requests = messages.search_requests(questions, **options)
-        replies = await self._calls(self._stub.Search, requests)
-        return [result for request, reply in zip(requests, replies, strict=True) for result in messages.search_results(request, reply)]
+        return await self._each(self._stub.Search, messages.search_requests(questions, **options), messages.search_results)
 
     async def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:
         """As `Client.answer`."""
-        requests = messages.answer_requests(questions, **options)
-        replies = await self._calls(self._stub.Answer, requests)
-        return [result for request, reply in zip(requests, replies, strict=True) for result in messages.answer_results(request, reply)]
+        return await self._each(self._stub.Answer, messages.answer_requests(questions, **options), messages.answer_results)
 
     async def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classified | RequestRejected]:
         """As `Client.classify`."""
-        requests = messages.classify_requests(texts, **options)
-        replies = await self._calls(self._stub.Classify, requests)
-        return [result for request, reply in zip(requests, replies, strict=True) for result in messages.classify_results(request, reply)]
+        return await self._each(self._stub.Classify, messages.classify_requests(texts, **options), messages.classify_results)
 
     async def generate(self, text: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[Piece]:
         """As `Client.generate`."""
-        request, attempts = messages.generate_request(text, **options), Attempts(self.address, self._timeout)
+        request, attempts = messages.generate_request(text, **options), Attempts(self.address, self._timeout, answered=self._answered)
         begun = False
         while True:
             try:
@@ -187,15 +191,17 @@ class AsyncClient(GenerationMethods, AsyncCalling):
 
     async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
         """As `Client.upsert`."""
+        first = 0
         for request in messages.upsert_requests(documents):
-            reply: kb.UpsertResponse = await self._call(self._knowledge_base.Upsert, request)
+            with messages.placed(first):
+                reply: kb.UpsertResponse = await self._call(self._knowledge_base.Upsert, request)
             for result in reply.results:
-                yield results.written(result)
+                yield results.written(result, first)
+            first += len(request.documents)
 
     async def delete(self, ids: Sequence[str]) -> list[Written]:
         """As `Client.delete`."""
-        replies = await self._calls(self._knowledge_base.Delete, [kb.DeleteRequest(ids=part) for part in messages.parts(ids, "ids")])
-        return [results.written(result) for reply in replies for result in reply.results]
+        return await self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results)
 
     async def describe(self) -> pb.DescribeResponse:
         """As `Client.describe`."""
@@ -203,18 +209,35 @@ class AsyncClient(GenerationMethods, AsyncCalling):
         return reply
 
     async def _make(self, call: Call[T]) -> T:
-        return call.result(await self._call(getattr(self._knowledge_base, call.method), call.request))
+        return call.result(await self._call(getattr(self._knowledge_base, call.method), call.request, repeatable=call.repeatable))
 
-    async def _calls(self, method: Callable[..., Awaitable[Any]], requests: Sequence[object]) -> list[Any]:
-        return list(await asyncio.gather(*(self._call(method, request) for request in requests)))
+    async def _each(self, method: Callable[..., Awaitable[Any]], requests: Iterable[Q], read: Callable[[Q, Any], list[R]]) -> list[R]:
+        """As `Client._each`, a few requests at a time: more would wait for each other in the server, while their time runs."""
+        places = asyncio.Semaphore(_AT_ONCE)
 
-    async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
-        attempts = Attempts(self.address, self._timeout)
+        async def one(number: int, request: Q) -> list[R]:
+            first = number * messages.TEXTS_A_MESSAGE
+            async with places:
+                with messages.placed(first):
+                    return messages.moved(read(request, await self._call(method, request)), first)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(number, request)) for number, request in enumerate(requests)]
+        except BaseExceptionGroup as failures:  # of several, the first; the others were called off
+            raise failures.exceptions[0] from None
+        return [result for task in tasks for result in task.result()]
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: object, *, repeatable: bool = True) -> Any:
+        attempts = Attempts(self.address, self._timeout, answered=self._answered, repeatable=repeatable)
         while True:
             try:
-                return await method(request, timeout=attempts.seconds_left)
+                reply = await method(request, timeout=attempts.seconds_left)
+                self._answered = True
+                return reply
             except grpc.RpcError as failure:
-                await asyncio.sleep(attempts.delay_after(failure))
+                delay = attempts.delay_after(failure)
+            await asyncio.sleep(delay)
 
     async def close(self) -> None:
         await self._channel.close(None)

@@ -49,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.question is None) == (arguments.file is None):
         print("openbook ask: give a question, or --file QUESTIONS.jsonl (one of the two)", file=sys.stderr)
         return 2
+    if arguments.out != "-" and not arguments.file:
+        print("openbook ask: --out belongs to --file; a single result is printed (--json)", file=sys.stderr)
+        return 2
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
             if not arguments.file:

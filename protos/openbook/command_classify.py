@@ -57,6 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.text is None) == (arguments.file is None):
         print("openbook classify: give a text, or --file TEXTS.jsonl (one of the two)", file=sys.stderr)
         return 2
+    if arguments.out != "-" and not arguments.file:
+        print("openbook classify: --out belongs to --file; a single result is printed (--json)", file=sys.stderr)
+        return 2
     if arguments.file and arguments.evidence:
         print("openbook classify: --evidence belongs to one claim; the rows of a file bring their own", file=sys.stderr)
         return 2

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from openbook.asking import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows
+from openbook.asking import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows, written_aside
 from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import TEXTS_A_MESSAGE
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file", metavar="TEXTS.jsonl", help="a file with a JSON object a line: `_id` or `id`, and `text`; - is standard input"
     )
-    parser.add_argument("--out", metavar="FILE", help="where the vectors go (default: standard output)")
+    parser.add_argument("--out", metavar="FILE", default="-", help="where the vectors go (default: standard output)")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model instead of refusing them")
     add_server_arguments(parser)
 
@@ -48,33 +47,43 @@ def _embed(client: Client, arguments: argparse.Namespace) -> int:
     dim = client.describe().bundle.dim
     if arguments.file:
         rows = [(row.id, row.text, row.problem) for row in read_rows(arguments.file)]
+        if not rows:
+            raise InvalidFile(f"{arguments.file}: no text in it")
     else:
         rows = [(str(number), text, "") for number, text in enumerate(arguments.texts, 1)]
+    as_array = arguments.out.endswith(".npy")
+    with written_aside(arguments.out, "wb" if as_array else "w") as stream:
+        vectors, failed = _vectors(client, rows, dim, truncate=arguments.truncate)
+        if as_array:
+            np.save(stream, vectors)
+        else:
+            for at, (name, _, _) in enumerate(rows):
+                if at not in failed:
+                    stream.write(json.dumps({"id": name, "vector": [float(x) for x in vectors[at]]}) + "\n")
+    return SOME_FAILED if failed else 0
+
+
+def _vectors(client: Client, rows: list[tuple[str, str, str]], dim: int, *, truncate: bool) -> tuple[np.ndarray, dict[int, str]]:
+    """Of (id, text, problem) rows the vectors, zeros for those that failed, and why these did.
+
+    Raises:
+        RequestRejected: all of them did.
+    """
     vectors = np.zeros((len(rows), dim), np.float32)
     failed: dict[int, str] = {at: problem for at, (_, _, problem) in enumerate(rows) if problem}
     good = [at for at in range(len(rows)) if at not in failed]
     for first in range(0, len(good), TEXTS_A_MESSAGE):
         batch = good[first : first + TEXTS_A_MESSAGE]
         try:
-            vectors[batch] = client.embed([rows[at][1] for at in batch], truncate=arguments.truncate)
+            vectors[batch] = client.embed([rows[at][1] for at in batch], truncate=truncate)
         except RequestRejected:  # a bad text among them: one by one, so that it fails alone
             for at in batch:
                 try:
-                    vectors[at] = client.embed([rows[at][1]], truncate=arguments.truncate)[0]
+                    vectors[at] = client.embed([rows[at][1]], truncate=truncate)[0]
                 except RequestRejected as error:
                     failed[at] = str(error)
     for at, problem in failed.items():
         print(f"openbook embed: text {rows[at][0]}: {problem}", file=sys.stderr)
     if len(failed) == len(rows):
-        return FAILED
-    lines = "".join(json.dumps({"id": rows[at][0], "vector": [float(x) for x in vectors[at]]}) + "\n" for at in good if at not in failed)
-    try:
-        if arguments.out is None:
-            sys.stdout.write(lines)
-        elif arguments.out.endswith(".npy"):
-            np.save(arguments.out, vectors)
-        else:
-            Path(arguments.out).write_text(lines)
-    except OSError as error:
-        raise InvalidFile(f"{arguments.out}: {error.strerror}") from error
-    return SOME_FAILED if failed else 0
+        raise RequestRejected(f"none of {len(rows)} texts could be embedded")
+    return vectors, failed

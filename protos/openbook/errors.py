@@ -6,11 +6,14 @@ A request is wrong (RequestRejected: mend it), the server is not there (ServerUn
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
+_PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 
 
 class ClientError(Exception):
@@ -24,6 +27,16 @@ class RequestRejected(ClientError):
         super().__init__(f"{field}: {message}" if field and not message.startswith(field) else message)
         self.field = field  # e.g. "questions[3]" or "top_k"
         self.reason = reason  # stable, for programs
+        self._message = message
+
+    def moved(self, places: int) -> RequestRejected:
+        """As told of a list of which the message held a later part: `texts[3]` is `texts[35]` where 32 went before."""
+        found = _PLACE.match(self.field)
+        if not found:
+            return self
+        name, at, rest = found.groups()
+        field = f"{name}[{int(at) + places}]{rest}"
+        return RequestRejected(self._message.removeprefix(f"{self.field}: "), field=field, reason=self.reason)
 
 
 class ServerUnavailable(ClientError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from openbook import results
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult, Classified, Document, SearchResult
+from openbook.results import AnswerResult, Classified, Document, SearchResult, Written
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
@@ -24,6 +25,7 @@ MODES = {
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
 TEXTS_A_MESSAGE = 32
 _BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
+R = TypeVar("R")
 Conditions = Mapping[str, object] | pb.Filter
 
 
@@ -130,6 +132,14 @@ def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]
         yield request
 
 
+def delete_requests(ids: Sequence[str]) -> list[kb.DeleteRequest]:
+    return [kb.DeleteRequest(ids=part) for part in parts(ids, "ids")]
+
+
+def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[Written]:
+    return [results.written(result) for result in reply.results]
+
+
 def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
@@ -162,15 +172,38 @@ def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[Classify
     return given
 
 
-def vectors(replies: Sequence[pb.EmbedResponse]) -> NDArray[np.float32]:
+@contextmanager
+def placed(first: int) -> Iterator[None]:
+    """Within, a message is sent whose texts are those of a list from `first` on: what is refused is named by its place in the list."""
+    try:
+        yield
+    except RequestRejected as error:
+        raise error.moved(first) from error
+
+
+def moved(items: Iterable[R], first: int) -> list[R]:
+    """The results of such a message; what became of single texts is named likewise."""
+    return [item.moved(first) if isinstance(item, RequestRejected) else item for item in items]  # type: ignore[misc]
+
+
+def vectors(request: pb.EmbedRequest, reply: pb.EmbedResponse) -> list[NDArray[np.float32]]:
+    """The (texts, dim) vectors of one message.
+
+    Raises:
+        RequestRejected: a text has none.
+    """
     import numpy as np  # here: it takes as long to import as all the rest of the client
 
-    for reply in replies:
-        for error in reply.errors:
-            raise _item_error(error)
-    if not replies:
-        return np.empty((0, 0), np.float32)
-    return np.concatenate([np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim) for reply in replies]).astype(np.float32, copy=False)
+    for error in reply.errors:
+        raise _item_error(error)
+    return [np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim)]
+
+
+def joined(found: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Of several messages."""
+    import numpy as np
+
+    return np.concatenate(found).astype(np.float32, copy=False) if found else np.empty((0, 0), np.float32)
 
 
 def _item_error(error: pb.ItemError) -> RequestRejected:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from openbook.errors import RequestRejected
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
@@ -189,9 +190,10 @@ class Written:
     problem: str  # why it failed; empty where it did not
 
 
-def written(message: kb.WriteResult) -> Written:
+def written(message: kb.WriteResult, first: int = 0) -> Written:
+    """`first`: the place in the caller's list of the first one in the same message."""
     if message.HasField("error"):
-        problem = f"{message.error.field}: {message.error.message}"
+        problem = str(RequestRejected(message.error.message, field=message.error.field).moved(first))
         return Written(id=message.id, outcome="failed", passages=0, problem=problem)
     outcome = kb.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower()
     return Written(id=message.id, outcome=outcome, passages=message.passages, problem="")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from openbook.asking import InputRow, InvalidFile, work_through, written_aside
-from openbook.errors import RequestRejected
+from openbook.errors import RequestRejected, ServerUnavailable
 
 
 class Answered:
@@ -52,6 +52,23 @@ def test_what_no_row_is_to_blame_for_stops_the_run(tmp_path: Path) -> None:
         work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions"))
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
     assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions[0]")) == 3
+
+
+def test_what_was_answered_before_a_run_stops_is_kept_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"id": {n}, "text": "who"}}\n' for n in range(40)))
+
+    def ask(rows: list[InputRow]) -> Sequence[Answered]:
+        if rows[0].id != "0":
+            raise ServerUnavailable("gone")
+        return answers(rows)
+
+    with pytest.raises(ServerUnavailable):
+        work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", ask)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 32
+    assert f"what was done before is in {tmp_path / 'out.jsonl.part'}" in capsys.readouterr().err
+    assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answers) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import numpy as np
@@ -17,8 +19,9 @@ from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
 from openbook.messages import TEXTS_A_MESSAGE
 from openbook.results import AnswerResult, Classified, SearchResult
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook.v1 import openbook_pb2_grpc
 
 
 def failure(code: grpc.StatusCode, message: str, *details: object) -> Callable[[grpc.ServicerContext], None]:
@@ -34,7 +37,7 @@ def come_back(milliseconds: int) -> RetryInfo:
     return RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000))
 
 
-class Scripted(openbook_pb2_grpc.OpenBookServicer):
+class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.KnowledgeBaseServicer):
     """Fails as the test scripted, then answers; remembers what it was asked."""
 
     def __init__(self) -> None:
@@ -91,6 +94,12 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer):
             text=" two", tokens=2, ending=pb.GenerateResponse.Ending(finish=pb.FINISH_STOP, text="one two", seed=7, writer="generator")
         )
 
+    def RollBackGeneration(self, request: kb.RollBackGenerationRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self._next(request, context)
+        return kb.RollBackGenerationResponse(name="1-a")
+
+    PublishGeneration = RemoveGeneration = RollBackGeneration
+
     @staticmethod
     def _errors(field: str, texts: list[str]) -> list[pb.ItemError]:
         return [
@@ -105,6 +114,7 @@ def server() -> Iterator[tuple[Scripted, str]]:
     scripted = Scripted()
     server = grpc.server(ThreadPoolExecutor(4))
     openbook_pb2_grpc.add_OpenBookServicer_to_server(scripted, server)
+    knowledge_base_pb2_grpc.add_KnowledgeBaseServicer_to_server(scripted, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield scripted, f"127.0.0.1:{port}"
@@ -195,6 +205,25 @@ def test_a_bad_question_among_good_ones_takes_its_own_place_in_the_result(client
     assert (second.field, str(second)) == ("questions[1]", "questions[1]: empty")
 
 
+def test_a_bad_text_is_named_by_its_place_in_the_caller_s_list(client: Client) -> None:
+    texts = ["x"] * 70
+    with pytest.raises(RequestRejected) as refused:
+        client.embed([*texts[:35], "", *texts[36:]])
+    assert (refused.value.field, str(refused.value)) == ("texts[35]", "texts[35]: empty")
+    answers = client.answer([*texts[:66], "", *texts[67:]])
+    [bad] = [result for result in answers if isinstance(result, RequestRejected)]
+    assert answers.index(bad) == 66
+    assert bad.field == "questions[66]"
+
+
+def test_what_refuses_a_whole_later_message_is_named_by_its_place(client: Client, scripted: Scripted) -> None:
+    violation = BadRequest.FieldViolation(field="texts[0]", description="9 tokens exceed the limit")
+    refusal = failure(grpc.StatusCode.INVALID_ARGUMENT, "texts[0]: 9 tokens exceed the limit", BadRequest(field_violations=[violation]))
+    scripted.script = [lambda context: None, refusal]
+    with pytest.raises(RequestRejected, match=r"^texts\[32\]: 9 tokens exceed the limit$"):
+        client.embed(["x"] * 33)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -235,6 +264,33 @@ def test_a_lasting_fault_is_told_at_once_by_its_class(
     with pytest.raises(kind, match=message):
         client.embed(["a"])
     assert len(scripted.requests) == 1
+
+
+def test_a_server_that_answered_before_is_waited_for(client: Client, scripted: Scripted) -> None:
+    """It starts again, more likely than not; one that never answered is told about after three tries."""
+    client.embed(["a"])
+    scripted.script = [failure(grpc.StatusCode.UNAVAILABLE, "connection lost")] * 4
+    assert client.embed(["abc"])[0, 0] == 3
+    assert len(scripted.requests) == 6
+
+
+def test_a_change_of_generations_is_made_again_only_where_it_was_refused(server: tuple[Scripted, str]) -> None:
+    """Rolling back twice undoes it: a reply that was lost must not be asked for again."""
+    scripted, address = server
+    lost = failure(grpc.StatusCode.UNAVAILABLE, "the engine ended", ErrorInfo(reason="NOT_SERVING"), come_back(1))
+    with Client(address, timeout_seconds=5) as client:
+        client.embed(["a"])
+        for change in (client.roll_back_generation, client.publish_generation, lambda: client.remove_generation("1-a")):
+            scripted.requests, scripted.script = [], [lost]
+            with pytest.raises(ServerUnavailable):
+                change()
+            assert len(scripted.requests) == 1
+        scripted.requests, scripted.script = (
+            [],
+            [failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", ErrorInfo(reason="OVERLOADED"), come_back(1))],
+        )
+        assert client.roll_back_generation() == "1-a"
+        assert len(scripted.requests) == 2
 
 
 def test_retries_end_with_the_deadline(server: tuple[Scripted, str]) -> None:
@@ -298,8 +354,28 @@ async def test_the_async_client_does_the_same(server: tuple[Scripted, str]) -> N
         assert isinstance(first, AnswerResult)
         assert isinstance(second, RequestRejected)
         assert isinstance((await client.search(["a"]))[0], SearchResult)
-        assert [piece.text async for piece in client.generate("prompt")] == ["one", " two"]
-        assert [type(result) for result in await client.classify(["a", ""], evidence=[["b"], ["c"]])] == [Classified, RequestRejected]
-        scripted.script = [failure(grpc.StatusCode.INTERNAL, "broken")]
-        with pytest.raises(ServerFailed):
-            await client.embed(["a"])
+        with pytest.raises(RequestRejected, match=r"^texts\[35\]: empty$"):
+            await client.embed(["x"] * 35 + [""])
+
+
+async def test_of_a_long_list_few_messages_are_in_flight_and_a_failure_calls_off_the_rest() -> None:
+    """A message's time runs from when it is sent: hundreds at once would be late by their own queue."""
+    flying, most, begun = 0, 0, 0
+
+    async def echo(number: int, **settings: float) -> int:
+        nonlocal flying, most, begun
+        flying, begun = flying + 1, begun + 1
+        most = max(most, flying)
+        await asyncio.sleep(0)
+        flying -= 1
+        if number == 50:
+            raise RequestRejected("no", field="texts[1]")
+        return number
+
+    async with AsyncClient("127.0.0.1:9") as client:
+        assert await client._each(echo, range(40), lambda request, reply: [request, reply]) == [n for n in range(40) for _ in range(2)]
+        assert most == 8
+        begun = 0
+        with pytest.raises(RequestRejected, match=r"^texts\[1601\]: no$"):
+            await client._each(echo, range(200), lambda request, reply: [reply])
+        assert begun < 100

@@ -354,6 +354,26 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_checkpoint: Path, tmp
     assert (tmp_path / "bundle" / "thesis.txt").read_text() == "years of work"
 
 
+def test_what_lies_in_a_bundle_s_folder_beside_it_is_never_removed(bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A knowledge base, say; or a folder that is somebody else's, though it has a manifest.json."""
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    (tmp_path / "bundle" / "kb").mkdir()
+    with pytest.raises(OutputExists, match="holds other things beside one"):
+        export_bundle(options(tmp_path, tiny_checkpoint, force=True), silent)
+    shutil.rmtree(tmp_path / "bundle")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps({"name": "a web application"}))
+    with pytest.raises(OutputExists, match="is no bundle"):
+        export_bundle(options(tmp_path, tiny_checkpoint, force=True), silent)
+    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["manifest.json"]
+
+
+def test_the_current_folder_does_not_become_a_bundle(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputExists, match="is the current folder"):
+        export_bundle(ExportOptions(checkpoint=str(tiny_checkpoint), bundle=Path()), silent)
+
+
 def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(
     bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

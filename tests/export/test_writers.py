@@ -14,6 +14,7 @@ from openbook_export.errors import CheckpointUnsupported, ExportFailed
 from openbook_export.export import ExportOptions, export_bundle
 from openbook_export.optimise import fuse_writer
 from openbook_export.writers import export_writer, load_writer
+from openbook_server.binding import Arrays
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.command_info import _bundle as describe
 from openbook_server.errors import BundleInvalid
@@ -204,6 +205,24 @@ def test_a_graph_that_writes_something_else_is_refused(language_model: Path, tmp
     monkeypatch.setattr(TextGraph, "forward", lambda self, ids, places, *rest: forward(self, ids, places * 0, *rest))
     with pytest.raises(ExportFailed, match=r"the language_model in fp32 is not the model .* logits differ by .*, other tokens"):
         export_writer(writer, tmp_path, silent)
+
+
+def test_a_step_without_numbers_is_within_no_tolerance(language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second row only, and not in its last step: in half precision other tokens are allowed, NaN is not."""
+    writer = load_writer("language_model", language_model)
+    run, calls = Graph.run, 0
+
+    def broken(self: Graph, inputs: Arrays) -> Arrays:
+        nonlocal calls
+        outputs, calls = run(self, inputs), calls + 1
+        if calls == 20:
+            outputs["logits"] = outputs["logits"] * np.nan
+        return outputs
+
+    monkeypatch.setattr(Graph, "run", broken)
+    with pytest.raises(ExportFailed, match="logits differ by inf"):
+        export_writer(writer, tmp_path, silent)
+    assert calls > 20
 
 
 def test_a_graph_without_its_fused_nodes_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Outcome:
 def measure(clients: Clients, server: Server, texts: Sequence[str], load: Load) -> Outcome:
     driven = clients.drive(server, texts, load)
     warn_if_saturated(driven)
-    took = sorted(ms for part in driven.milliseconds.values() for ms in part)
+    took = sorted(driven.milliseconds.get("OK", []))  # a refusal is quicker than an answer
     return Outcome(
         load.texts_a_message * driven.count("OK") / load.seconds,
         *(percentile(took, at) for at in (50, 95, 99)),

@@ -22,12 +22,14 @@ def publish(report: dict[str, Any], arguments: argparse.Namespace, name: str) ->
     Numbers that are not finite become null: JSON has no others.
     """
     clean = finite(report)
+    print(json.dumps(clean, allow_nan=False), flush=True)
     if arguments.results is not None:
         file: Path = arguments.results
         known = json.loads(file.read_text()) if file.exists() else {}
         known |= {"date": time.strftime("%Y-%m-%d"), arguments.key or name: clean}
-        file.write_text(json.dumps(known, indent=1) + "\n")
-    print(json.dumps(clean, allow_nan=False))
+        aside = file.with_name(file.name + ".part")
+        aside.write_text(json.dumps(known, indent=1) + "\n")
+        aside.replace(file)
 
 
 def finite(value: Any) -> Any:

@@ -55,6 +55,26 @@ def test_what_a_call_costs_is_reported_of_every_process() -> None:
         assert behind["client_us"] > 0  # the others' clock ticks too rarely for so short a run
 
 
+def test_served_is_compared_with_raw_and_refusals_count_as_no_answer(tiny_bundle: Path, texts: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    report = benchmark("load.py", tiny_bundle, texts, "--device", "cpu", "--rounds", 1, "--seconds", 0.3, "--results", results)
+    assert report["raw_texts_per_second"] > 0
+    for name in ("32 texts a message", "unary, concurrency 64"):
+        row = report[name]
+        assert row["served_to_raw"] > 0
+        assert row["statuses"] == {"OK": row["statuses"]["OK"]}
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+        assert row["server_cpu_ms_a_text"] > 0
+    assert {f"open loop, {share} of capacity" for share in (0.5, 0.8, 2.0)} <= set(report)
+    assert json.loads(results.read_text())["load"] == report
+
+
+def test_raw_limits_are_told_of_every_part(tiny_bundle: Path, texts: Path) -> None:
+    report = benchmark("limits.py", tiny_bundle, texts, "--device", "cpu", "--seconds", 0.2, "--rows", 500)
+    assert report["texts"] == 64
+    assert min(value for value in report.values() if isinstance(value, float)) > 0
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("questions") / "questions.jsonl"

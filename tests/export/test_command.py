@@ -35,7 +35,8 @@ def test_a_finished_export_says_the_bundle_its_place_and_sizes(
     [
         (["/absent", "out"], 1, "no such folder"),
         (["package:absent", "out"], 1, "no Python package of that name"),
-        (["package:absent", "out", "--quality", "dev.json"], 2, "--quality measures a reader"),
+        (["package:absent", "out", "--quality", "dev.json"], 2, "--quality is about a reader"),
+        (["package:absent", "out", "--null-bias", "0"], 2, "--null-bias is about a reader"),
         (["package:absent", "out", "--task", "a=x", "--task", "a=y"], 2, "two --task have the same name"),
     ],
 )

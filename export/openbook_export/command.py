@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     of_reader = {"--quality": arguments.quality, "--prior-weight": arguments.prior_weight, "--null-bias": arguments.null_bias}
-    if arguments.reader is None and (given := [flag for flag, value in of_reader.items() if value is not None]):
+    if arguments.reader is None and (given := [flag for flag, value in of_reader.items() if value not in (None, "")]):
         print(f"openbook export: {given[0]} is about a reader; name one with --reader", file=sys.stderr)
         return 2
     heads = dict(arguments.heads)

@@ -10,12 +10,13 @@ from openbook.asking import FAILED, add_server_arguments, condition, spent
 from openbook.client import Client
 from openbook.errors import ClientError
 from openbook.messages import MODES, GenerateOptions
+from openbook.results import Ending
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Let a model of the server's bundle write: a language model goes on with a prompt, a generator answers a question. Both read the\n"
-        "passages that are found in the knowledge base. What is written appears as it comes."
+        "passages that are found in the knowledge base. On a terminal, what is written appears as it comes."
     )
     parser.epilog = (
         'example: openbook generate "The river rises in" --max-tokens 40 --temperature 0.8 --seed 1\n'
@@ -57,20 +58,27 @@ def run(arguments: argparse.Namespace) -> int:
     )
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
+            shown = ""
             for piece in client.generate(arguments.text, **options):
-                if not arguments.json:
+                shown += piece.text
+                if sys.stdout.isatty() and not arguments.json:
                     print(piece.text, end="", flush=True)
-                elif piece.ending is not None:
-                    print(json.dumps(piece.ending.to_json(), ensure_ascii=False))
-                if piece.ending is not None and not arguments.json:
-                    ending = piece.ending
-                    print(
-                        f"\n\n{ending.tokens} tokens, {ending.finish}, seed {ending.seed}; {spent(dict(ending.timings_ms))}",
-                        file=sys.stderr,
-                    )
-                    for hit in ending.hits:
-                        print(f"read: {hit.passage_id}  {' '.join(hit.text.split())[:120]}", file=sys.stderr)
+                if piece.ending is not None:
+                    _print_ending(piece.ending, shown, as_json=arguments.json)
     except ClientError as error:
         print(f"openbook generate: {error}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _print_ending(ending: Ending, shown: str, *, as_json: bool) -> None:
+    """What is left to say of a text of which a terminal has `shown` by now."""
+    if as_json:
+        print(json.dumps(ending.to_json(), ensure_ascii=False))
+        return
+    print("" if sys.stdout.isatty() else ending.text)
+    if sys.stdout.isatty() and ending.text != shown:  # a generator's tokens have no capitals
+        print(f"as it stands in the passage: {ending.text}")
+    print(f"\n{ending.tokens} tokens, {ending.finish}, seed {ending.seed}; {spent(dict(ending.timings_ms))}", file=sys.stderr)
+    for hit in ending.hits:
+        print(f"read: {hit.passage_id}  {' '.join(hit.text.split())[:120]}", file=sys.stderr)

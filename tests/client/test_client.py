@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+from openbook import command_generate
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
 from openbook.messages import TEXTS_A_MESSAGE
@@ -90,9 +92,9 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
         yield pb.GenerateResponse(text="one", tokens=1)
         if request.text == "broken":
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-        yield pb.GenerateResponse(
-            text=" two", tokens=2, ending=pb.GenerateResponse.Ending(finish=pb.FINISH_STOP, text="one two", seed=7, writer="generator")
-        )
+        whole = "One Two" if request.text == "capitals" else "one two"
+        ending = pb.GenerateResponse.Ending(finish=pb.FINISH_STOP, text=whole, seed=7, writer="generator")
+        yield pb.GenerateResponse(text=" two", tokens=2, ending=ending)
 
     def RollBackGeneration(self, request: kb.RollBackGenerationRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
         self._next(request, context)
@@ -189,6 +191,19 @@ def test_a_text_comes_in_pieces_and_is_asked_for_again_only_before_the_first(cli
     with pytest.raises(ServerUnavailable, match=r"no server at|gone"):
         list(client.generate("broken"))
     assert len(scripted.requests) == asked + 1
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_the_command_line_shows_what_a_generator_wrote_as_the_passage_has_it(
+    server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_a_terminal, raising=False)
+    parser = argparse.ArgumentParser()
+    command_generate.add_arguments(parser)
+    assert command_generate.run(parser.parse_args(["capitals", "--server", server[1]])) == 0
+    out, err = capsys.readouterr()
+    assert out == ("one two\nas it stands in the passage: One Two\n" if on_a_terminal else "One Two\n")
+    assert "2 tokens, stop, seed 7" in err
 
 
 def test_long_lists_travel_as_several_messages_and_come_back_in_order(client: Client, scripted: Scripted) -> None:

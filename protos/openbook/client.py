@@ -89,7 +89,7 @@ class Client(GenerationMethods, Calling):
         while True:
             try:
                 for reply in self._stub.Generate(request, timeout=attempts.seconds_left):
-                    begun = True
+                    begun = self._answered = True
                     yield results.piece(reply)
                 return
             except grpc.RpcError as failure:
@@ -182,7 +182,7 @@ class AsyncClient(GenerationMethods, AsyncCalling):
         while True:
             try:
                 async for reply in self._stub.Generate(request, timeout=attempts.seconds_left):
-                    begun = True
+                    begun = self._answered = True
                     yield results.piece(reply)
                 return
             except grpc.RpcError as failure:

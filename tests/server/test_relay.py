@@ -40,6 +40,9 @@ class Methods:
             raise
         return request * 50
 
+    async def refuse(self, request: bytes, call: Call) -> bytes:
+        await call.abort(grpc.StatusCode.INVALID_ARGUMENT, "x" * int(request), (("why", "y" * int(request)),))
+
     async def write(self, request: bytes, call: Call) -> AsyncIterator[bytes]:
         while True:
             yield bytes(int(request))
@@ -56,6 +59,7 @@ class Methods:
         kinds = {"request_deserializer": bytes, "response_serializer": bytes}
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Wait": grpc.unary_unary_rpc_method_handler(self.wait, **kinds),
+            "Refuse": grpc.unary_unary_rpc_method_handler(self.refuse, **kinds),
             "Write": grpc.unary_stream_rpc_method_handler(self.write, **kinds),
             "Count": grpc.stream_unary_rpc_method_handler(self.count, **kinds),
         }
@@ -247,6 +251,26 @@ async def test_a_reply_beyond_the_limit_fails_alone(behind: Behind) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="2000 bytes exceed the limit of 1000"):
             await channel.unary_stream("/test.Methods/Write")(b"2000", timeout=WAIT).read()
         assert await wait(b"x" * 20, timeout=WAIT) == b"x" * 1_000
+
+
+async def test_a_status_beyond_the_limit_fails_alone(behind: Behind) -> None:
+    methods = Methods()
+    async with (
+        behind.engine([methods.handler()], max_message_bytes=1_000),
+        behind.front_end([], max_message_bytes=1_000) as front_end,
+        channel_to(front_end.port) as channel,
+    ):
+        other = channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT)
+        await methods.entered.wait()
+        refuse = channel.unary_unary("/test.Methods/Refuse")
+        with pytest.raises(grpc.aio.AioRpcError, match="bytes exceed the limit of 1000; ask for less"):
+            await refuse(b"600000", timeout=WAIT)
+        with pytest.raises(grpc.aio.AioRpcError, match="xxx") as raised:
+            await refuse(b"600", timeout=WAIT)
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        methods.go.set()
+        assert await other == b"x" * 50
+        assert front_end.answering == [True]
 
 
 async def test_large_messages_go_through_in_parts(behind: Behind) -> None:

@@ -33,6 +33,7 @@ from openbook_server.manifest import MANIFEST
 from openbook_server.metrics import Metrics
 from openbook_server.rpc import CoreCall
 from openbook_server.serving import running_server
+from openbook_server.status import grpc_status
 from openbook_server.tokenization import TextEncoder
 from openbook_server.triage import Triage
 from prometheus_client import generate_latest
@@ -428,3 +429,12 @@ def test_calls_that_the_models_leave_no_time_are_not_read_once_reading_them_was_
     assert "try again in 0.75 s" in refused.details
     assert frontend.unread(incoming("/openbook.v1.OpenBook/Search", 60.0), 0.0) is None  # of which none was
     assert frontend.unread(incoming("/openbook.v1.OpenBook/Describe", 60.0), 0.0) is None
+
+
+@pytest.mark.parametrize("letter", ["x", "\x01", "ü", "\udcff"])
+def test_what_a_request_names_is_not_sent_back_without_limit(letter: str) -> None:
+    status = grpc_status(InvalidRequest("classifier", f"this bundle has no {letter * 1_000_000!r}; name one of topics"))
+    assert status.details.startswith("classifier: this bundle has no '")
+    assert "bytes left out" in status.details
+    assert status.details.endswith("; name one of topics")
+    assert len(status.details.encode()) + sum(len(value) for _, value in status.trailing_metadata or ()) < 4_000

@@ -19,7 +19,7 @@ _HEADER = struct.Struct("<IIB")
 _OPENING = struct.Struct("<d??H")
 _ENDING = struct.Struct("<B?HI")
 _PAIR = struct.Struct("<HI")
-_OVERHEAD = 1 << 20  # bytes of a record beside its message: path, details, metadata
+OVERHEAD = 1 << 20  # bytes of a record beside its message: path, details, metadata
 
 
 class Kind(IntEnum):
@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
         opened, lost: are told when the connection is there, and when it is not any more.
         """
         self._heard, self._lost, self._opened = heard, lost, opened
-        self._limit = max_message_bytes + _OVERHEAD
+        self._limit = max_message_bytes + OVERHEAD
         self._received = bytearray()
         self._parts: list[bytes] = []
         self._bytes = 0

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from openbook_server.call import NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Methods, too_many
-from openbook_server.frontends.records import WINDOW, Connection, Ending, Kind, Opening
+from openbook_server.frontends.records import OVERHEAD, WINDOW, Connection, Ending, Kind, Opening
 from openbook_server.listening import Handlers
 
 BACKLOG = 1_024  # front ends that may wait for an engine, those that died meanwhile included
@@ -178,16 +178,20 @@ class _RelayedCall(Call):
         await self._room.acquire()
         data = self.handler.response_serializer(reply)
         if len(data) > self._limit:
-            await self.abort(*self._too_large(data))
+            await self.abort(*self._too_large(len(data)))
         self._front_end.send(Kind.MESSAGE, self._number, data)
 
     def end(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = (), reply: bytes | None = None) -> None:
         if self._ended:
             return
         if reply is not None and len(reply) > self._limit:
-            (code, details), reply = self._too_large(reply), None
+            (code, details), reply = self._too_large(len(reply)), None
+        parts = Ending(code.value[0], details, trailing_metadata, reply).encoded()
+        if (size := sum(map(len, parts))) > self._limit + OVERHEAD:  # the front end would hang up, and end all other calls
+            code, details = self._too_large(size)
+            parts = Ending(code.value[0], details).encoded()
         self._forget()
-        self._front_end.send(Kind.ENDING, self._number, *Ending(code.value[0], details, trailing_metadata, reply).encoded())
+        self._front_end.send(Kind.ENDING, self._number, *parts)
 
     async def requests(self) -> AsyncIterator[Any]:
         assert self._messages is not None  # noqa: S101
@@ -205,5 +209,5 @@ class _RelayedCall(Call):
         self._ended = True
         self._numbered.pop(self._number, None)
 
-    def _too_large(self, reply: bytes) -> tuple[grpc.StatusCode, str]:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the reply's {len(reply)} bytes exceed the limit of {self._limit}; ask for less"
+    def _too_large(self, size: int) -> tuple[grpc.StatusCode, str]:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the reply's {size} bytes exceed the limit of {self._limit}; ask for less"

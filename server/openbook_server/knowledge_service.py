@@ -16,6 +16,7 @@ from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, ReadOnly
+from openbook_server.ingest.limits import excess
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 from openbook_server.knowledge.watch import Estimate
@@ -24,7 +25,6 @@ from openbook_server.validation import bounded
 from openbook_server.wire import Parsed
 
 MAX_ID_BYTES = 512
-MAX_METADATA = 64  # entries of one document
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1_000
 
 
@@ -42,17 +42,10 @@ class KnowledgeService:
         good: dict[str, Document] = {}
         for at, document in enumerate(documents):
             try:
-                self._check_document(f"documents[{at}]", document, bad_utf8=("documents", at) in parsed.not_utf8, known=good)
+                bad_utf8 = ("documents", at) in parsed.not_utf8
+                good[document.id] = self._checked(f"documents[{at}]", document, bad_utf8=bad_utf8, known=good)
             except InvalidRequest as error:
                 errors[at] = error
-                continue
-            good[document.id] = Document(
-                id=document.id,
-                text=document.text,
-                title=" ".join(document.title.split()),
-                source=document.source,
-                metadata=dict(document.metadata),
-            )
         results = _failures([document.id for document in documents], errors)
         if good:
             prepared = await writer.upsert(list(good.values()), deadline)
@@ -136,7 +129,7 @@ class KnowledgeService:
         if count > self._config.max_texts:
             raise InvalidRequest(field, f"{count} exceed the limit of {self._config.max_texts} a request; send several requests")
 
-    def _check_document(self, name: str, document: kb.Document, *, bad_utf8: bool, known: Mapping[str, Document]) -> None:
+    def _checked(self, name: str, document: kb.Document, *, bad_utf8: bool, known: Mapping[str, Document]) -> Document:
         if bad_utf8:
             raise InvalidRequest(name, "not valid UTF-8; encode its texts as UTF-8 before sending it")
         _check_id(f"{name}.id", document.id)
@@ -147,8 +140,17 @@ class KnowledgeService:
         for field in ("title", "text", "source"):
             if "\0" in getattr(document, field):
                 raise InvalidRequest(f"{name}.{field}", "holds a NUL character; leave it out")
-        if len(document.metadata) > MAX_METADATA:
-            raise InvalidRequest(f"{name}.metadata", f"{len(document.metadata)} entries exceed the limit of {MAX_METADATA}")
+        checked = Document(
+            id=document.id,
+            text=document.text,
+            title=" ".join(document.title.split()),
+            source=document.source,
+            metadata=dict(document.metadata),
+        )
+        if problem := excess(checked):
+            field, reason = problem
+            raise InvalidRequest(f"{name}.{field}", reason)
+        return checked
 
     def _check_ids(self, ids: Sequence[str], not_utf8: frozenset[tuple[str, int]]) -> dict[int, InvalidRequest]:
         self._check_count("ids", len(ids))

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from openbook_server.errors import SourceInvalid
 from openbook_server.ingest import indexing
+from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.preparation import Splitting
@@ -22,6 +23,7 @@ from openbook_server.knowledge import Document, Passage
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from reportlab.pdfgen.canvas import Canvas
+from tokenizers import Encoding, Tokenizer
 
 
 def items(path: Path) -> list[Document | Unreadable]:
@@ -83,6 +85,46 @@ def test_jsonl_keeps_given_ids_and_names_each_bad_row(tmp_path: Path) -> None:
     assert documents[0].metadata == {"year": "3"}
     assert documents[1].metadata == {"lang": "en"}
     assert [item.where for item in found if isinstance(item, Unreadable)] == ["line 4", "row 5", "row 6", "row 7"]
+
+
+def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> None:
+    rows = [
+        {"id": "long title", "title": "t" * 2_049, "text": "one"},
+        {"id": "long metadata", "text": "two", "metadata": {"a": "b" * 16_384}},
+        {"id": "just so", "title": "t" * 2_048, "text": "three", "metadata": {"a": "b" * 16_383}},
+    ]
+    title, metadata, good = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert isinstance(title, Unreadable)
+    assert (title.reason, title.where) == ("title: 2049 bytes exceed the limit of 2048; shorten it, or make it part of the text", "row 1")
+    assert isinstance(metadata, Unreadable)
+    assert metadata.reason.startswith("metadata: 16385 bytes exceed the limit of 16384; ")
+    assert isinstance(good, Document)
+    [page] = items(write(tmp_path / "a.html", f"<title>{'ü' * 2_000}</title><p>text"))
+    assert isinstance(page, Unreadable)
+    assert page.reason.startswith("title: 4000 bytes")
+
+
+def test_a_title_is_tokenised_once_for_all_passages_of_its_document(tiny_checkpoint: Path) -> None:
+    class Counting:
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.titles: list[str] = []
+            self._tokenizer = tokenizer
+
+        def encode(self, text: str, **options: bool) -> Encoding:
+            self.titles.append(text)
+            return self._tokenizer.encode(text, **options)
+
+        def encode_batch_fast(self, texts: list[str]) -> list[Encoding]:
+            return self._tokenizer.encode_batch_fast(texts)
+
+    tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
+    counting = Counting(tokenizer)
+    titles = ["red king", "", "blue city " * 40]
+    passages = [Passage(id=f"{n}", document_id="d", text=f"one book {n}", start=0, title=titles[n % 3]) for n in range(9)]
+    rows = PassageEncoder(counting, 64)(passages)  # type: ignore[arg-type]
+    assert sorted(counting.titles) == sorted(title for title in titles if title)
+    texts = [("red king\n", "", "blue city " * 15 + "blue city\n")[n % 3] + f"one book {n}" for n in range(9)]
+    assert [row.ids for row in rows] == [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 def test_names_and_values_that_are_no_unicode_become_what_can_be_stored_and_sent(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         document("good", "again"),
         document("i" * 600),
         document("nul", "a\0b"),
+        document("long title", title="t" * 2_049),
     ]
     reply = await stub.Upsert(kb.UpsertRequest(documents=documents))
     assert [(result.outcome, result.error.field) for result in reply.results] == [
@@ -113,8 +114,28 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         (kb.OUTCOME_UNSPECIFIED, "documents[3].id"),
         (kb.OUTCOME_UNSPECIFIED, "documents[4].id"),
         (kb.OUTCOME_UNSPECIFIED, "documents[5].text"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[6].title"),
     ]
     assert all(result.HasField("error") == (at > 0) for at, result in enumerate(reply.results))
+
+
+@pytest.mark.parametrize(
+    ("big", "field", "limit"),
+    [
+        (kb.Document(title="ü" * 1_025), "title", 2_048),
+        (kb.Document(source="s" * 4_097), "source", 4_096),
+        (kb.Document(metadata={str(n): "v" for n in range(65)}), "metadata", 64),
+        (kb.Document(metadata={"k": "v" * 16_384}), "metadata", 16_384),
+    ],
+)
+async def test_what_would_stand_beside_every_passage_is_limited(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, big: kb.Document, field: str, limit: int
+) -> None:
+    big.id, big.text = "big", "red king"
+    [refused, good] = (await stub.Upsert(kb.UpsertRequest(documents=[big, document("good")]))).results
+    assert refused.error.field == f"documents[0].{field}"
+    assert f"exceed the limit of {limit}; " in refused.error.message
+    assert good.outcome == kb.OUTCOME_CREATED
 
 
 async def test_bytes_that_are_not_utf8_fail_their_document_alone(channel: grpc.aio.Channel) -> None:

@@ -113,12 +113,14 @@ class Document(_message.Message):
     id: _builtins.str
     """yours; at most 512 bytes"""
     title: _builtins.str
-    """stands before every passage when it is embedded"""
+    """stands before every passage when it is embedded; at most 2,048 bytes"""
     text: _builtins.str
     source: _builtins.str
-    """file, URL or row it came from; given back with every hit"""
+    """file, URL or row it came from; given back with every hit; at most 4,096 bytes"""
     @_builtins.property
-    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """at most 64 entries, 16,384 bytes in all"""
+
     def __init__(
         self,
         *,

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from openbook_server.ingest.limits import MAX_METADATA, excess
 from openbook_server.knowledge import Document
 
 MAX_WHOLE_FILE_BYTES = 256 * 1024 * 1024  # of formats that must be read whole
 MAX_ROW_BYTES = 16 * 1024 * 1024
-_METADATA_KEYS = 64  # of one row
 
 
 class Unreadable(Exception):
@@ -165,27 +165,35 @@ def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Ite
         return Unreadable("no text in it", f"row {number}")
     metadata = {
         _clean(str(key)): _clean(str(value))
-        for key, value in list(extra.items())[:_METADATA_KEYS]
+        for key, value in list(extra.items())[:MAX_METADATA]
         if isinstance(value, str | int | float | bool)
     }
     title = str(row.get("title") or "")
-    return Document(
+    document = Document(
         id=_readable(str(given) if given not in (None, "") else f"{name}:{number}"),
         text=_clean(text),
         title=_clean(title).strip(),
         source=_readable(source),
         metadata=metadata,
     )
+    return _within_limits(document, f"row {number}")
 
 
 def _from_row(row: Mapping[str, Any], name: str, number: int, path: Path) -> Item:
     return from_row(row, name, number, str(path))
 
 
-def _document(name: str, text: str, *, title: str, source: Path) -> Document:
+def _document(name: str, text: str, *, title: str, source: Path) -> Item:
     if not text.strip():
         raise Unreadable("no text in it")
-    return Document(id=_readable(name), text=_clean(text), title=" ".join(_clean(title).split()), source=_readable(str(source)))
+    return _within_limits(
+        Document(id=_readable(name), text=_clean(text), title=" ".join(_clean(title).split()), source=_readable(str(source)))
+    )
+
+
+def _within_limits(document: Document, where: str = "") -> Item:
+    problem = excess(document)
+    return Unreadable(": ".join(problem), where) if problem else document
 
 
 def _clean(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from openbook_server.errors import SourceInvalid
-from openbook_server.ingest import indexing
+from openbook_server.ingest import formats, indexing
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.indexing import Indexing
@@ -159,6 +159,46 @@ def test_csv_and_parquet_give_a_document_a_row(tmp_path: Path) -> None:
     assert items(tmp_path / "a.parquet") == [Document(id="p", text="from parquet", source=str(tmp_path / "a.parquet"))]
     [problem] = items(write(tmp_path / "bad.parquet", b"PAR1 no"))
     assert isinstance(problem, Unreadable)
+
+
+def test_a_value_that_cannot_be_read_costs_its_row_alone(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"good one", b"bad \xff\xfe", b"good two", b"good three"], pyarrow.binary())
+    days = pyarrow.array([0, 0, 2**30, 0], pyarrow.date32())
+    columns = {"id": list("abcd"), "text": pyarrow.Array.from_buffers(pyarrow.string(), 4, texts.buffers()), "day": days}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    found = items(tmp_path / "a.parquet")
+    assert [item.id for item in found if isinstance(item, Document)] == ["a", "d"]
+    problems = [item for item in found if isinstance(item, Unreadable)]
+    assert [problem.where for problem in problems] == ["row 2", "row 3"]
+    assert "UnicodeDecodeError" in problems[0].reason
+    assert "OverflowError" in problems[1].reason
+
+
+def test_a_source_that_its_library_cannot_go_on_with_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def rows(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "the first row"}
+        raise KeyError("a shard")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    sources = find_sources(["hf:broken", str(write(tmp_path / "a.txt", "good"))])
+    first, problem, good = (item for source in sources for item in read_source(source))
+    assert isinstance(first, Document)
+    assert isinstance(problem, Unreadable)
+    assert problem.reason == "cannot be read, or no further (KeyError: 'a shard')"
+    assert isinstance(good, Document)
+
+
+def test_a_field_of_a_csv_that_is_too_long_costs_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 100)
+    first, problem, third = items(write(tmp_path / "a.csv", f'id,text\n1,one\n2,"{"x" * 200}"\n3,three\n'))
+    assert (first.text, third.text) == ("one", "three")  # type: ignore[union-attr]
+    assert isinstance(problem, Unreadable)
+    assert (problem.where, "limit (100)" in problem.reason) == ("line 3", True)
+    [problem] = items(write(tmp_path / "b.csv", f"id,{'x' * 200}\n1,one\n"))
+    assert isinstance(problem, Unreadable)
+    assert problem.where == "line 1"
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe\x00\xd8bad", b"nul\0inside"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,18 @@ def read_csv(path: Path, name: str) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         rows = csv.DictReader(stream)
         try:
-            for row in rows:
-                yield _from_row({key: value for key, value in row.items() if key and value is not None}, name, rows.line_num, path)
+            rows.fieldnames  # noqa: B018 - reads the first line
         except csv.Error as error:
-            raise Unreadable(str(error), f"line {rows.line_num}") from error
+            raise Unreadable(str(error), "line 1") from error
+        while True:
+            try:
+                row = next(rows, None)
+            except csv.Error as error:  # the next line begins anew
+                yield Unreadable(f"{error}; is a quote not closed?", f"line {rows.reader.line_num}")
+                continue
+            if row is None:
+                return
+            yield _from_row({key: value for key, value in row.items() if key and value is not None}, name, rows.line_num, path)
 
 
 def read_jsonl(path: Path, name: str) -> Iterator[Item]:
@@ -123,11 +132,27 @@ def read_parquet(path: Path, name: str) -> Iterator[Item]:
         file = pyarrow.parquet.ParquetFile(path)
         number = 0
         for batch in file.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+            for row in _rows(batch):
                 number += 1
-                yield _from_row(row, name, number, path)
+                yield Unreadable(row, f"row {number}") if isinstance(row, str) else _from_row(row, name, number, path)
     except (pyarrow.ArrowException, OSError) as error:
         raise Unreadable(f"damaged parquet file ({error})") from error
+
+
+def _rows(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of a batch; of one with a value that Python cannot hold (a text that is not UTF-8, the year 40000), the reason."""
+    with suppress(Exception):  # of a dozen kinds, for one value: then which one it is
+        return list(batch.to_pylist())
+    return [_row(batch, at) for at in range(batch.num_rows)]
+
+
+def _row(batch: Any, at: int) -> dict[str, Any] | str:
+    try:
+        row: dict[str, Any]
+        [row] = batch.slice(at, 1).to_pylist()
+    except Exception as error:
+        return f"a value cannot be read ({type(error).__name__}: {error})"
+    return row
 
 
 READERS: Mapping[str, Reader] = {

@@ -77,6 +77,10 @@ def read_source(source: Source) -> Iterator[Item]:
         yield problem
     except OSError as error:
         yield Unreadable(error.strerror or str(error))
+    except SourceInvalid:
+        raise
+    except Exception as error:  # libraries raise all kinds on what they do not expect: the other sources are good
+        yield Unreadable(f"cannot be read, or no further ({type(error).__name__}: {error})")
 
 
 def _hugging_face(name: str) -> Iterator[Item]:

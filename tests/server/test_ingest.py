@@ -43,6 +43,40 @@ def test_text_and_markdown_are_kept_as_they_stand(tmp_path: Path) -> None:
     assert (markdown.title, markdown.text) == ("The *Title*", "intro\n# The *Title*\nbody")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_how_a_text_is_encoded(tmp_path: Path, encoding: str) -> None:
+    [text] = items(write(tmp_path / "a.txt", "Grüße\r\naus Zürich\r☃".encode(encoding)))
+    assert isinstance(text, Document)
+    assert text.text == "Grüße\naus Zürich\n☃"
+
+
+@pytest.mark.parametrize(
+    ("declaration", "encoding"),
+    [
+        ('<meta charset="iso-8859-1">', "windows-1252"),
+        ('<meta http-equiv="Content-Type" content="text/html; charset=windows-1252">', "windows-1252"),
+        ('<meta charset="iso-8859-1">', "utf-8"),  # as pages are saved that a server sent with another charset
+        ('<meta charset="latin-99">', "utf-8"),
+        ("", "utf-16"),
+    ],
+)
+def test_html_is_read_in_the_encoding_that_it_declares(tmp_path: Path, declaration: str, encoding: str) -> None:
+    page = f"<html><head>{declaration}<title>Café</title></head><body>Zürich – “café”</body></html>"
+    [document] = items(write(tmp_path / "a.html", page.encode(encoding)))
+    assert isinstance(document, Document)
+    assert (document.title, document.text) == ("Café", "Zürich – “café”")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.html"])
+def test_a_text_in_an_encoding_that_nobody_named_is_unreadable_and_a_few_bad_bytes_are_not(tmp_path: Path, name: str) -> None:
+    [problem] = items(write(tmp_path / name, "Grüße aus Zürich".encode("latin-1")))
+    assert isinstance(problem, Unreadable)
+    assert problem.reason.startswith("3 of 16 characters are not UTF-8; convert it")
+    [document] = items(write(tmp_path / name, b"one bad \xff byte " + b"among many good ones " * 10))
+    assert isinstance(document, Document)
+    assert document.text.startswith("one bad \ufffd byte")
+
+
 def test_html_gives_its_visible_text_and_title(tmp_path: Path) -> None:
     page = "<html><head><title>My page</title><style>x{}</style></head><body><h1>Head</h1><p>One &amp; two</p><script>bad()</script></body>"
     [document] = items(write(tmp_path / "a.html", page))
@@ -208,7 +242,7 @@ def test_bytes_that_are_hardly_text_give_a_clean_document_or_a_reason(tmp_path: 
         assert "\0" not in item.text
         item.text.encode()
     else:
-        assert item.reason == "no text in it"
+        assert item.reason == "no text in it" or "not UTF-8" in item.reason
 
 
 def test_folders_are_read_whole_in_a_fixed_order_without_hidden_files(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ and named by the caller, and the rest goes on.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,15 @@ from openbook_server.knowledge import Document
 
 MAX_WHOLE_FILE_BYTES = 256 * 1024 * 1024  # of formats that must be read whole
 MAX_ROW_BYTES = 16 * 1024 * 1024
+_MOST_LOST = 0.01  # of a file's characters: beyond it hardly a sentence is whole
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before that of UTF-16, with which it begins
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_AS_BROWSERS_READ = dict.fromkeys(("iso-8859-1", "latin1", "us-ascii"), "windows-1252")  # what pages declare so
 
 
 class Unreadable(Exception):
@@ -47,10 +57,14 @@ def read_markdown(path: Path, name: str) -> Iterator[Item]:
 def read_html(path: Path, name: str) -> Iterator[Item]:
     """Visible text, a block a paragraph; scripts and styles are left out."""
     from bs4 import BeautifulSoup
+    from bs4.dammit import EncodingDetector
     from bs4.exceptions import ParserRejectedMarkup
 
+    def declared(page: bytes) -> str | None:
+        return EncodingDetector.find_declared_encoding(page, is_html=True)
+
     try:
-        soup = BeautifulSoup(_whole(path), "html.parser")
+        soup = BeautifulSoup(_whole(path, declared), "html.parser")
     except ParserRejectedMarkup as error:
         reason, _, _ = str(error).partition("\n")
         raise Unreadable(f"damaged html ({reason})") from error
@@ -231,9 +245,31 @@ def _readable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
-def _whole(path: Path) -> str:
+def _whole(path: Path, declared: Callable[[bytes], str | None] = lambda data: None) -> str:
+    """The text of a file, each line ended by a line feed.
+
+    Args:
+        declared: the encoding that its content names, if any; not asked where a byte order mark or valid UTF-8 leave no doubt.
+    """
     _check_size(path)
-    return path.read_text(encoding="utf-8-sig", errors="replace")
+    text = _decoded(path.read_bytes(), declared)
+    if (lost := text.count("\ufffd")) > _MOST_LOST * len(text):
+        raise Unreadable(f"{lost} of {len(text)} characters are not UTF-8; convert it, say: iconv -f WINDOWS-1252 -t UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(data: bytes, declared: Callable[[bytes], str | None]) -> str:
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return data.decode(encoding, "replace")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        named = declared(data) or ""
+    try:
+        return data.decode(_AS_BROWSERS_READ.get(named, named) or "utf-8", "replace")
+    except (LookupError, UnicodeError):  # no encoding that is known, or none of texts
+        return data.decode(errors="replace")
 
 
 def _check_size(path: Path) -> None:

@@ -137,6 +137,7 @@ def _index(arguments: argparse.Namespace) -> int:
         f"{progress.unchanged} of them unchanged, and stored {progress.passages} passages in {seconds:.1f} s"
         + (f"; {progress.unreadable} items were unreadable and skipped" if progress.unreadable else "")
         + (f"; {progress.replaced_ids} ids came more than once, the last of each was kept" if progress.replaced_ids else "")
+        + (f"; {progress.replaced_files} took the place of other files' documents" if progress.replaced_files else "")
     )
     if stopped:
         print("openbook index: stopped; the same command goes on", file=sys.stderr)

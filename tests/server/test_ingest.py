@@ -358,6 +358,26 @@ def test_an_id_that_comes_twice_keeps_its_last_text_and_is_counted(tmp_path: Pat
     assert (run.documents, run.indexing.progress.replaced_ids) == (2, 1)
 
 
+def test_a_file_that_takes_the_place_of_another_folders_is_told(
+    tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "readme.md", f"red city {folder}")
+        write(tmp_path / folder / "rows.csv", f"text\nblue king {folder}\n")
+        write(tmp_path / folder / "given.jsonl", json.dumps({"id": "x", "text": f"green book {folder}"}))
+    assert Run(tmp_path, tiny_checkpoint)(tmp_path / "one").indexing.progress.replaced_files == 0
+    write(tmp_path / "one" / "readme.md", "blue city one")
+    assert Run(tmp_path, tiny_checkpoint)(tmp_path / "one").indexing.progress.replaced_files == 0
+    assert not caplog.records
+    other = Run(tmp_path, tiny_checkpoint)(tmp_path / "two")
+    assert (other.documents, other.indexing.progress.replaced_files) == (3, 2)
+    [record] = caplog.records
+    assert record.getMessage().startswith(
+        f"{tmp_path}/two/readme.md takes the place of {tmp_path}/one/readme.md: both have the id 'readme.md'"
+    )
+
+
 def test_unreadable_rows_are_counted_and_the_rest_is_stored(
     tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

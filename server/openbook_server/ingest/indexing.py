@@ -36,6 +36,7 @@ class Progress:
     passages: int = 0  # of them, those that are stored
     unchanged: int = 0  # documents that were stored already
     replaced_ids: int = 0  # ids that came twice in one run; the last one stays
+    replaced_files: int = 0  # documents of other files, which had the same names in the folders that they were indexed from
     unreadable: int = 0
     bytes_read: int = 0  # of all sources, about; exact at the end of each
     _ids: set[bytes] = field(default_factory=set)  # 8-byte digests of the ids seen
@@ -102,6 +103,7 @@ class Indexing:
         """Whether the documents are stored; False where the run was stopped while they were embedded."""
         prepared = prepare(documents, self._knowledge_base, self._encoder, self._splitting)
         self.progress.unchanged += len(documents) - len(prepared.documents)
+        self._note_replaced([document for document, _ in prepared.documents if document.id in prepared.stored])
         passages = prepared.passages
         if not prepared.documents:
             return True
@@ -117,9 +119,26 @@ class Indexing:
         self.progress.passages += len(passages)
         return True
 
+    def _note_replaced(self, documents: Sequence[Document]) -> None:
+        """Two runs over two folders cannot tell files of one name apart, as one run over both does."""
+        named = [document for document in documents if _named_by_file(document)]
+        stored = self._knowledge_base.documents([document.id for document in named])
+        for document in named:
+            before = {passage.source for passage in stored.get(document.id, ())} - {document.source}
+            if before and not self.progress.replaced_files:
+                problem = "%s takes the place of %s: both have the id %r. Where both shall stay, name both folders in one command"
+                log.warning(problem, document.source, *before, document.id)
+            self.progress.replaced_files += bool(before)
+
     def _note(self, source: Source, problem: Unreadable) -> None:
         self.progress.unreadable += 1
         if self.progress.unreadable <= SHOWN_PROBLEMS:
             log.warning("skipped %s%s: %s", source.path or source.name, f", {problem.where}" if problem.where else "", problem.reason)
         elif self.progress.unreadable == SHOWN_PROBLEMS + 1:
             log.warning("more items are skipped; from here on they are only counted")
+
+
+def _named_by_file(document: Document) -> bool:
+    """Whether the id is the path of the file, or of a file and the number of its row, rather than given by the source."""
+    path, _, row = document.id.rpartition(":")
+    return document.source.endswith(path if path and row.isdigit() else document.id)

@@ -305,7 +305,17 @@ def test_who_holds_for_too_long_is_not_published_and_nothing_changed(
     monkeypatch.setattr(publication, "HOLD_SECONDS", -1.0)
     write(live, FIRST, "new", "d1")
     monkeypatch.undo()
+    with pytest.raises(GenerationNotReady, match="nothing changed, try again"):
+        build_generation(following, embed(SECOND))
+    following.release()
     build_generation(following, embed(SECOND))
+    following.hold()
+    other = beside(live, SECOND)
+    with monkeypatch.context() as later:
+        later.setattr(publication, "HOLD_SECONDS", -1.0)
+        other.hold()  # and takes it from the first, which lacks nothing
+    other.release()
+    other.close()
     with pytest.raises(GenerationNotReady, match="nothing changed, try again"):
         following.publish()
     write(live, FIRST, "newer", "d1")
@@ -319,6 +329,76 @@ def test_who_holds_for_too_long_is_not_published_and_nothing_changed(
     assert stored(live, FIRST) == OLD | {"d1": "newer"}  # who has the old one open goes on reading it
     assert stored(following, SECOND) == OLD | {"d1": "newer"}
     following.close()
+
+
+def test_a_copy_waits_while_its_generation_is_held_and_goes_on_when_it_is_let_go(target: str, live: ElasticsearchKnowledgeBase) -> None:
+    following, other = beside(live, SECOND), beside(live, SECOND)
+    following.hold()
+    copying = threading.Thread(target=build_generation, args=(other, embed(SECOND)))
+    copying.start()
+    copying.join(timeout=0.5)
+    assert copying.is_alive()
+    assert following.counts().documents == 0
+    following.release()
+    copying.join(timeout=30)
+    assert following.lacking(1) is None
+    publish_generation(following, embed(SECOND))
+    assert stored(following, SECOND) == OLD
+    for each in (following, other):
+        each.close()
+
+
+def test_what_another_process_copies_while_a_generation_is_published_does_not_get_into_it(
+    target: str, live: ElasticsearchKnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following, other = beside(live, SECOND), beside(live, SECOND)
+    late = other.lacking(100)  # and embeds it while all of this happens
+    assert late is not None
+    write(live, FIRST, "new", "d1")
+    live.delete_documents(["d2"])
+    build_generation(following, embed(SECOND))
+    really_publish = publication.publish
+
+    def publish_after_a_copy(*arguments: Any) -> None:
+        with monkeypatch.context() as impatient:
+            impatient.setattr(connection, "WRITING_PATIENCE", 0.3)
+            with pytest.raises(KnowledgeBaseUnavailable, match="being published"):
+                late.fill(vectors(SECOND, late.passages))
+        really_publish(*arguments)
+
+    monkeypatch.setattr(publication, "publish", publish_after_a_copy)
+    publish_generation(following, embed(SECOND))
+    with pytest.raises(GenerationNotReady, match="published"):
+        late.fill(vectors(SECOND, late.passages))
+    expected = OLD | {"d1": "new"}
+    del expected["d2"]
+    assert stored(following, SECOND) == expected
+    for each in (following, other):
+        each.close()
+
+
+@pytest.mark.parametrize("who", ["writes", "copies", "opens"])
+def test_who_dies_while_it_holds_stops_nobody_for_good(
+    target: str, live: ElasticsearchKnowledgeBase, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    dead, other = beside(live, SECOND), beside(live, SECOND)
+    dead.hold()
+    with monkeypatch.context() as later:
+        later.setattr(publication, "HOLD_SECONDS", -1.0)
+        if who == "writes":
+            write(live, FIRST, "old", "d1")
+        elif who == "copies":
+            build_generation(other, embed(SECOND))
+        else:
+            beside(live, SECOND, other.generation).close()
+    build_generation(other, embed(SECOND))
+    publish_generation(other, embed(SECOND))
+    assert stored(other, SECOND) == OLD
+    dead.release()  # it was only slow
+    write(other, SECOND, "new", "d1")
+    assert stored(other, SECOND) == OLD | {"d1": "new"}
+    for each in (dead, other):
+        each.close()
 
 
 def test_a_write_gives_up_after_a_while_and_says_what_it_waits_for(
@@ -360,6 +440,24 @@ def test_a_generation_that_another_process_published_or_removed_takes_no_more_co
         beside(following, FIRST, live.generation)
     assert stored(following, SECOND) == OLD | {"d1": "new"}
     for each in (following, gone, back):
+        each.close()
+
+
+def test_a_generation_that_was_replaced_again_takes_no_copies_until_somebody_builds_it(live: ElasticsearchKnowledgeBase) -> None:
+    following, late = beside(live, SECOND), beside(live, SECOND)
+    build_generation(following, embed(SECOND))
+    publish_generation(following, embed(SECOND))
+    back = beside(following, FIRST, live.generation)
+    publish_generation(back, embed(FIRST))
+    write(back, FIRST, "new", "d1")
+    gap = late.lacking(100)
+    assert gap is not None
+    with pytest.raises(GenerationNotReady, match="published and replaced meanwhile"):
+        gap.fill(vectors(SECOND, gap.passages))
+    again = beside(back, SECOND, late.generation)
+    gap.fill(vectors(SECOND, gap.passages))
+    assert again.lacking(1) is None
+    for each in (following, late, back, again):
         each.close()
 
 

@@ -6,7 +6,8 @@
     ALIAS-<number>-<digest>      an index: a generation of the knowledge base, with passages of its own
     ALIAS-<number>-<digest>-here the same while it is live: whatever users write goes in by this name
     ALIAS-<number>-<digest>-next the same while it may take the live one's place: what is copied into it goes in by this name
-    ALIAS-<number>-<digest>-held-<milliseconds>-<random>  the live one while another one is taking its place: nobody writes
+    ALIAS-<number>-<digest>-held-<milliseconds>-<random>  the live one while another one is taking its place, and that other one: nobody
+                                 writes to the one, and only who holds both to the other
 
 Names are moved all together (`publication`), so a process that opened an index as the live one cannot write to it any more once it is
 not, and one that fills an index cannot once it is live. A process searches the index that it opened, whatever the names mean by then, so
@@ -78,8 +79,8 @@ class Generation:
 
     @property
     def held(self) -> str | None:
-        """The name that its holder gave it; None where nobody holds it."""
-        return min((alias for alias in self.aliases if alias.startswith(self.holding)), default=None)
+        """What its holder's name for it ends with; None where nobody holds it."""
+        return min((alias.removeprefix(self.holding) for alias in self.aliases if alias.startswith(self.holding)), default=None)
 
 
 def previous_name(alias: str) -> str:
@@ -166,7 +167,13 @@ def _parse(entries: Mapping[str, Any]) -> list[Generation]:
 
 def still_live(alias: str, live: Generation) -> list[Alias]:
     """Actions that change nothing, and let all that come with them fail where another index is live by now."""
-    return [{"remove": {"index": live.index, "alias": alias, "must_exist": True}}, {"add": {"index": live.index, "alias": alias}}]
+    return renamed(live, alias, alias)
+
+
+def renamed(generation: Generation, before: str, after: str) -> list[Alias]:
+    """Actions by which an index gets one name in place of another; all that come with them fail where it has not the one before."""
+    index = generation.index
+    return [{"remove": {"index": index, "alias": before, "must_exist": True}}, {"add": {"index": index, "alias": after}}]
 
 
 def move_names(connection: Connection, actions: Sequence[Alias]) -> None:

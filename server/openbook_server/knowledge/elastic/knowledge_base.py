@@ -18,7 +18,7 @@ from openbook_server.knowledge.elastic.documents import Documents
 from openbook_server.knowledge.elastic.generations import change_facts, existing_generation, named_generation, remove_generation
 from openbook_server.knowledge.elastic.inventory import describe_generations, index_bytes
 from openbook_server.knowledge.elastic.opening import Asked, make_first, open_live, open_next
-from openbook_server.knowledge.elastic.publication import Entrance, Held
+from openbook_server.knowledge.elastic.publication import Entrance
 from openbook_server.knowledge.elastic.state import State
 from openbook_server.knowledge.graph import EF
 from openbook_server.knowledge.interface import Gap
@@ -94,7 +94,6 @@ class ElasticsearchKnowledgeBase:
         live_documents = Documents(self._connection, alias, self._live_state, self._entrance)
         self._copying = Copying(self._connection, live_documents, self._documents)
         self._searcher = Searcher(self._connection, index)
-        self._held: Held | None = None
 
     def open_beside(
         self, *, fingerprint: str, dim: int, bundle: BundlePlace, graph_dims: int | None = None, name: str | None = None
@@ -194,10 +193,10 @@ class ElasticsearchKnowledgeBase:
 
     def hold(self) -> None:
         if self.live_generation != self.generation:
-            self._held = publication.hold(self._connection, self._address.alias)
+            self._entrance.held = publication.hold(self._connection, self._address.alias, self._generation)
 
     def release(self) -> None:
-        held, self._held = self._held, None
+        held, self._entrance.held = self._entrance.held, None
         if held is not None:
             publication.release(self._connection, self._address.alias, held)
 
@@ -208,7 +207,7 @@ class ElasticsearchKnowledgeBase:
 
     def publish(self) -> None:
         if self.live_generation != self.generation:
-            if self._held is None:
+            if self._entrance.held is None:
                 self.hold()
             try:
                 self._publish()
@@ -218,15 +217,15 @@ class ElasticsearchKnowledgeBase:
         self._entrance.live = True
 
     def _publish(self) -> None:
-        assert self._held is not None  # noqa: S101
         while gap := self.lacking(limit=1):
             if gap.passages:
                 lacks = f"{self.name}: generation {self.generation} lacks {self._copying.lacking()} passages"
                 raise KnowledgeBaseDamaged(f"{lacks}; build it to the end first")
             gap.fill(np.empty((0, self._dim), np.float32))
         self._state.go_on_from(self._live_state)
-        publication.publish(self._connection, self._address.alias, self._held, self._generation)
-        self._held = None
+        assert self._entrance.held is not None  # noqa: S101
+        publication.publish(self._connection, self._address.alias, self._entrance.held, self._generation)
+        self._entrance.held = None
 
     def generation_states(self) -> list[GenerationState]:
         return describe_generations(self._connection, self._address.alias)

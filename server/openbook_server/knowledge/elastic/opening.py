@@ -20,8 +20,10 @@ from openbook_server.knowledge.elastic.generations import (
     move_names,
     named_generation,
     open_to_writes,
+    renamed,
     still_live,
 )
+from openbook_server.knowledge.elastic.publication import not_held
 from openbook_server.knowledge.graph import EF_CONSTRUCTION, M
 from openbook_server.knowledge.records import BundlePlace
 
@@ -93,17 +95,22 @@ def open_next(connection: Connection, address: Address, asked: Asked, name: str 
     for generation in (live, chosen):
         _add_fields(connection, generation)
     if chosen.index != live.index:
-        _let_in(connection, address.alias, live, chosen)
+        _let_in(connection, address.alias, chosen)
     check_health(connection, chosen)
     return chosen
 
 
-def _let_in(connection: Connection, alias: str, live: Generation, chosen: Generation) -> None:
+def _let_in(connection: Connection, alias: str, chosen: Generation) -> None:
     """Let what is copied into an index that is not live."""
-    if chosen.closed:  # since it was replaced
-        open_to_writes(connection, chosen)
-    if chosen.filling not in chosen.aliases:
-        move_names(connection, [*still_live(alias, live), {"add": {"index": chosen.index, "alias": chosen.filling}}])
+    if chosen.filling in chosen.aliases:
+        return
+    live = not_held(connection, alias)  # whoever holds may be publishing this one, and wants nothing copied into it
+    chosen = named_generation(connection, alias, chosen.name)
+    if chosen.index == live.index or chosen.filling in chosen.aliases:
+        return
+    open_to_writes(connection, chosen)  # it is closed since it was replaced
+    nobody_holds = renamed(live, live.writing, live.writing)
+    move_names(connection, [*still_live(alias, live), *nobody_holds, {"add": {"index": chosen.index, "alias": chosen.filling}}])
 
 
 def _add_fields(connection: Connection, generation: Generation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ def test_an_address_says_all_that_there_is_to_say() -> None:
         ("elasticsearch://h/a?shards=0", "shards=0 is no number from 1 to 1024"),
         ("elasticsearch://h/a?replicas=0&active_copies=2", "active_copies=2"),
         ("elasticsearch://h/a?ca=/no/such", "ca=/no/such is no file"),
+        (f"elasticsearch://h/a?ca={__file__}", "is for elasticsearchs://"),
         ("opensearch://h/a", "opensearch:// is no scheme"),
     ],
 )
@@ -173,6 +175,25 @@ def test_a_server_that_is_not_there_is_named_and_the_next_host_is_asked(scripted
         asked(scripted, "elasticsearch://127.0.0.1:1/kb").check_version()
     scripted.answers = [INFO] * 3
     asked(scripted, f"elasticsearch://127.0.0.1:1,{scripted.host}/kb").check_version()
+
+
+def test_a_server_that_hangs_holds_up_no_question_and_no_write_where_there_is_another(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as hanging:  # takes connections, and never answers
+        hanging.bind(("127.0.0.1", 0))
+        hanging.listen()
+        hosts = f"127.0.0.1:{hanging.getsockname()[1]},{scripted.host}"
+        scripted.answers = [INFO] * 4
+        connected = asked(scripted, f"elasticsearch://{hosts}/kb")  # with 30 seconds for one request
+        for _ in range(4):  # the hosts take turns
+            connected.check_version()
+        monkeypatch.setattr(connection, "WRITING_PATIENCE", 20.0)
+        scripted.answers = [(200, {"errors": False, "items": [{"index": {"status": 201}}]})] * 2
+        connected = asked(scripted, f"elasticsearch://{hosts}/kb?timeout=1")
+        for _ in range(2):
+            assert connected.bulk("kb", [({"index": {"_id": "a"}}, {})], will_open=lambda: False) == [{"status": 201}]
+    assert len(scripted.requests) == 6
 
 
 def test_user_or_key_go_to_the_server_and_nowhere_else(

@@ -85,6 +85,8 @@ def parse_address(target: str) -> Address:
         raise _wrong(f"active_copies={address.active_copies} exceed the {replicas + 1} copies that replicas={replicas} gives")
     if address.ca and not os.path.isfile(address.ca):
         raise _wrong(f"ca={address.ca} is no file")
+    if address.ca and not address.tls:
+        raise _wrong(f"ca={address.ca} is for elasticsearchs://, as nothing is encrypted without")
     return address
 
 

@@ -69,6 +69,8 @@ class Connection:
             connections_per_node=_CONNECTIONS,
             **login,
         )
+        # What a node that hangs is given of a question before another one is asked.
+        self._first = self._client.options(request_timeout=min(address.timeout, PATIENCE / 2)) if len(address.hosts) > 1 else self._client
 
     def check_version(self) -> None:
         """Raises KnowledgeBaseRefused where no Elasticsearch 9 or newer answers, and as `call` does where nothing answers."""
@@ -80,7 +82,7 @@ class Connection:
         """The answer's body. `request` may be made several times.
 
         Args:
-            patience: seconds for which to try again; by default `PATIENCE`.
+            patience: seconds for which to try again; by default `PATIENCE`, and somebody waits: the next host is asked early.
             accept: HTTP statuses and kinds of error that are an answer too: None.
 
         Raises:
@@ -88,8 +90,9 @@ class Connection:
         """
         until = time.monotonic() + (PATIENCE if patience is None else patience)
         for attempt in itertools.count():
+            client = self._first if patience is None and not attempt else self._client
             try:
-                return _checked(request(self._client).body)
+                return _checked(request(client).body)
             except (elasticsearch.ApiError, elastic_transport.TransportError, _Failed) as error:
                 failure = _failure(error)
                 if failure is not None and (failure.status in accept or failure.kind in accept):
@@ -201,7 +204,8 @@ def _failure(error: Exception) -> _Failed | None:
 def _may_heal(error: Exception) -> bool:
     failure = _failure(error)
     if failure is None:
-        return isinstance(error, elastic_transport.ConnectionError) and not isinstance(error, elastic_transport.TlsError)
+        lost = isinstance(error, elastic_transport.ConnectionError | elastic_transport.ConnectionTimeout)
+        return lost and not isinstance(error, elastic_transport.TlsError)
     return failure.status in _MAY_HEAL and not _disk_is_full(failure)
 
 

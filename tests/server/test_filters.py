@@ -11,6 +11,7 @@ import pytest
 from openbook.v1 import openbook_pb2 as pb
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Document, Filter, KnowledgeBase, Passage, SearchOptions, filters, vectors
+from openbook_server.knowledge.matches import RecentMatches
 from openbook_server.knowledge.records import SearchMode
 from openbook_server.options import MAX_CONDITIONS, MAX_DEPTH, parse_filter
 
@@ -109,6 +110,28 @@ def test_what_a_filter_matches_changes_with_the_next_write(knowledge_base: Knowl
     knowledge_base.replace_documents([(document, "1")], [Passage(id="new#0", document_id="new", text="common", start=0)], vector)
     [[hit]] = knowledge_base.search(["common"], vector, SearchOptions(top_k=5, mode="hybrid", condition=condition))
     assert hit.passage.document_id == "new"
+
+
+def test_what_filters_matched_is_remembered_in_so_many_bytes_the_least_recently_used_goes_first_and_a_write_ends_it_all() -> None:
+    asked: list[filters.Filter] = []
+
+    def find(condition: Filter) -> frozenset[int]:
+        asked.append(condition)
+        return frozenset(range(1_000))
+
+    first, second, third, big = (filters.OneOf("k", (value,)) for value in ("one", "two", "three", "v" * 1_000_000))
+    matches = RecentMatches(find, capacity=150_000)
+    for condition in (first, second, first, third, first, second):  # two of them fit
+        assert matches(condition, 7) == frozenset(range(1_000))
+        assert matches.bytes < 150_000
+    assert asked == [first, second, third, second]
+    for _ in range(2):  # one is remembered, whatever its size
+        matches(big, 7)
+    assert asked[4:] == [big]
+    assert matches.bytes > 1_000_000
+    matches(first, 8)
+    assert asked[5:] == [first]
+    assert matches.bytes < 100_000
 
 
 def test_numbers_are_told_from_what_only_begins_like_one() -> None:

@@ -19,6 +19,7 @@ from openbook_server.knowledge import filters, generations
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.generations import Generation, Generations, marks
 from openbook_server.knowledge.lexical import searched_text
+from openbook_server.knowledge.matches import RecentMatches
 from openbook_server.knowledge.recent import RecentPassages
 from openbook_server.knowledge.records import BundlePlace, Counts, Document, Passage
 
@@ -38,7 +39,6 @@ _SCHEMA = (
     "CREATE INDEX passages_by_document ON passages (document)",
     generations.SCHEMA,
 )
-_FILTERS_REMEMBERED = 64  # with what they match
 _ROWS_AT_ONCE = 500  # of a query that could return any number
 _PASSAGE = """
 SELECT p.number, p.id, d.id, p.text, p.start, p.title, p.tokens, d.source, d.metadata
@@ -63,7 +63,7 @@ class Store:
         self._database = Database(self.path, read_only=read_only, checked=checked)
         self.generations = Generations(self._database)
         self.recent = RecentPassages(self.passages)
-        self._matched: dict[filters.Filter, tuple[int, frozenset[int]]] = {}
+        self._matches = RecentMatches(self._find)
         version = int(self.meta("format") or FORMAT)
         if version > FORMAT:
             raise KnowledgeBaseDamaged(f"{self.path} has format {version}, this server reads {FORMAT}; upgrade it: pip install -U openbook")
@@ -208,16 +208,13 @@ class Store:
 
     def matching(self, condition: filters.Filter) -> frozenset[int]:
         """Numbers of the passages whose documents match; remembered until the next write."""
-        sequence = self.sequence()
-        if self._matched.get(condition, (-1, None))[0] != sequence:
-            expression, parameters = filters.sql(condition)
-            query = f"SELECT p.number FROM passages p JOIN documents d ON d.number = p.document WHERE {expression}"  # noqa: S608
-            with self._database.read() as connection:
-                numbers = frozenset(number for (number,) in connection.execute(query, parameters))
-            if len(self._matched) >= _FILTERS_REMEMBERED:
-                self._matched.clear()
-            self._matched[condition] = sequence, numbers
-        return self._matched[condition][1]
+        return self._matches(condition, self.sequence())
+
+    def _find(self, condition: filters.Filter) -> frozenset[int]:
+        expression, parameters = filters.sql(condition)
+        query = f"SELECT p.number FROM passages p JOIN documents d ON d.number = p.document WHERE {expression}"  # noqa: S608
+        with self._database.read() as connection:
+            return frozenset(number for (number,) in connection.execute(query, parameters))
 
     def close(self) -> None:
         self._database.close()

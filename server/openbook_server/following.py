@@ -88,6 +88,8 @@ class Following:
         """What is built stays, and the pair stays open."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self.opened.set()  # also where it was stopped before it began
+        self.complete.set()
 
     async def fill(self, *, enough: int = 0) -> None:
         """Embed what it lacks; done when a look finds fewer passages than `enough`, or nothing."""

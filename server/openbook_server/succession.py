@@ -8,7 +8,8 @@
     follow    where another process published a generation of the same knowledge base, new requests get that pair here, too
 
 The store is the truth about which generation is live: a server that dies at any point comes up with the pair before or the new
-one. One change is made at a time, and a caller that hangs up stops none.
+one. One change is made at a time, and a caller that hangs up stops none. That a generation is built is waited for between changes:
+meanwhile others are made, and one that takes what is being built away, a removal say, ends the wait.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Succession:
         Raises:
             InvalidRequest: there is no such generation.
             BundleInvalid: the bundle that goes with it is not where it was.
-            GenerationNotReady: it cannot be built to the end.
+            GenerationNotReady: it cannot be built to the end, or was removed or given up for another one meanwhile.
         """
         return await self._uncancelled(lambda: self._publish(name))
 
@@ -98,7 +99,9 @@ class Succession:
             begun = [state for state in await self.states() if state.state == "new" and state.bundle.id]
             if begun and self._shared.writable:
                 name = begun[-1].name
-                await self._reopen(begun[-1])
+                async with self._change:
+                    if self.following is None:
+                        await self._reopen(begun[-1])
         except OpenBookError as error:
             log.warning("generation %s is not built any further: %s", name, error)
 
@@ -136,13 +139,8 @@ class Succession:
         await self._stop_following()
 
     async def _uncancelled(self, change: Callable[[], Awaitable[_T]]) -> _T:
-        """One change after another; each goes on to its end whether or not its caller waits for it."""
-
-        async def alone() -> _T:
-            async with self._change:
-                return await change()
-
-        task = asyncio.ensure_future(alone())
+        """A change that goes on to its end whether or not its caller waits for it."""
+        task = asyncio.ensure_future(change())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         return await asyncio.shield(task)
@@ -152,27 +150,48 @@ class Succession:
         if graph_dims is not None and not 0 <= graph_dims <= bundle.embedder.dim:
             raise InvalidRequest("graph_dims", f"{graph_dims} is outside 0 to {bundle.embedder.dim}, the embedder's dimensions")
         await self._follow()
-        check_stored_passages(bundle, await asyncio.to_thread(self._knowledge_base.facts, *FACTS))
-        before = self.following
-        if before is not None and not before.problem and before.bundle.id != bundle.id:
-            raise GenerationNotReady(f"generation {before.name} is being built; publish or remove it first")
-        await self._stop_following()
-        following = self._begin(bundle, graph_dims=graph_dims)
-        await following.opened.wait()
-        following.check()
-        return following.name
+        async with self._change:
+            check_stored_passages(bundle, await asyncio.to_thread(self._knowledge_base.facts, *FACTS))
+            before = self.following
+            if before is not None and not before.problem and before.bundle.id != bundle.id:
+                raise GenerationNotReady(f"generation {before.name} is being built; publish or remove it first")
+            await self._stop_following()
+            following = self._begin(bundle, graph_dims=graph_dims)
+            await following.opened.wait()
+            following.check()
+            return following.name
 
     async def _publish(self, name: str) -> str:
         if not name:
-            if self.following is None:
-                raise InvalidRequest("name", "no generation is being built")
-            await self.following.opened.wait()
-            self.following.check()
-            name = self.following.name
+            async with self._change:
+                if self.following is None:
+                    raise InvalidRequest("name", "no generation is being built")
+                self.following.check()
+                name = self.following.name
         await self._follow()
-        if name != self._knowledge_base.generation:
-            await self._swap(await self._completed(name), self._make_live)
+        await self._answer_with(name, self._make_live)
         return name
+
+    async def _answer_with(self, name: str, change: Callable[[Following], Awaitable[None]]) -> None:
+        """Let new requests get the generation of a name, when it lacks nothing; `change` as of `_swap`."""
+        async with self._change:
+            if name == self._knowledge_base.generation:
+                return
+            following = await self._begun(name)
+        while True:
+            await following.complete.wait()
+            async with self._change:
+                if name == self._knowledge_base.generation:  # another caller waited, too
+                    return
+                now = self.following
+                if now is None or now.name != name:
+                    problem = "was removed, or given up for another one, before it was built; look at what `generations list` shows"
+                    raise GenerationNotReady(f"generation {name} {problem}")
+                if now is following:
+                    following.check()
+                    await self._swap(following, change)
+                    return
+                following = now  # it was begun again
 
     async def _make_live(self, following: Following) -> None:
         knowledge_base = following.opened_knowledge_base
@@ -190,12 +209,13 @@ class Succession:
 
     async def _follow(self) -> None:
         """Answer with the generation that is live, where another process made it so."""
-        live = await to_the_end(asyncio.to_thread(lambda: self._knowledge_base.live_generation))
-        if live == self._knowledge_base.generation:
-            return
-        log.info("another process made generation %s live in place of %s: following it", live, self._knowledge_base.generation)
-        others = self.following is not None and self.following.name != live
-        await self._swap(await self._completed(live), self._take_over)
+        async with self._change:
+            live = await to_the_end(asyncio.to_thread(lambda: self._knowledge_base.live_generation))
+            if live == self._knowledge_base.generation:
+                return
+            log.info("another process made generation %s live in place of %s: following it", live, self._knowledge_base.generation)
+            others = self.following is not None and self.following.name != live
+        await self._answer_with(live, self._take_over)
         if others:
             await self.resume()
 
@@ -207,17 +227,15 @@ class Succession:
         if self._front.served is None:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
 
-    async def _completed(self, name: str) -> Following:
-        """The one of a name, when it lacks nothing."""
+    async def _begun(self, name: str) -> Following:
+        """The one of a name, being brought up to date."""
         following = self.following
-        if following is None or following.name != name or following.problem:
-            states = {state.name: state for state in await self.states()}
-            if name not in states:
-                raise InvalidRequest("name", f"{name!r} is none of {', '.join(states)}")
-            following = await self._reopen(states[name])
-        await following.complete.wait()
-        following.check()
-        return following
+        if following is not None and following.name == name and not following.problem:
+            return following
+        states = {state.name: state for state in await self.states()}
+        if name not in states:
+            raise InvalidRequest("name", f"{name!r} is none of {', '.join(states)}")
+        return await self._reopen(states[name])
 
     async def _roll_back(self) -> str:
         previous = [state.name for state in await self.states() if state.previous]
@@ -227,11 +245,12 @@ class Succession:
 
     async def _remove(self, name: str) -> None:
         await self._follow()
-        if self.following is not None and self.following.name == name:
-            await self._stop_following()
-        if name in self._retiring:
-            await self._retiring[name]
-        await self._shared.in_writer(lambda: self._knowledge_base.remove_generation(name))
+        async with self._change:
+            if self.following is not None and self.following.name == name:
+                await self._stop_following()
+            if name in self._retiring:
+                await self._retiring[name]
+            await self._shared.in_writer(lambda: self._knowledge_base.remove_generation(name))
 
     def _begin(self, bundle: Bundle, *, graph_dims: int | None, name: str | None = None) -> Following:
         self.following = Following(bundle, self.live, self._knowledge_base, self._shared, graph_dims=graph_dims, name=name)

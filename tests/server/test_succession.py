@@ -29,6 +29,7 @@ from openbook_server import serving, succession
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
+from openbook_server.following import Following
 from openbook_server.knowledge.home import Home
 from openbook_server.serving import running_server
 
@@ -247,6 +248,38 @@ async def test_publishing_and_removing_refuse_what_makes_no_sense(
     assert [state for state, *_ in await caller.generations()] == [LIVE]
     assert (await refusal(caller.roll_back()))[0] is invalid
     assert told(await caller.answers())
+
+
+async def test_a_build_that_is_waited_for_holds_up_no_other_change_and_its_removal_ends_the_wait(
+    caller: Caller, tuned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never, waiting = asyncio.Event(), asyncio.Semaphore(0)
+    really_begun = succession.Succession._begun
+
+    async def stuck(following: Following, *, enough: int = 0) -> None:
+        await never.wait()
+
+    async def begun(self: succession.Succession, name: str) -> Following:
+        following = await really_begun(self, name)
+        waiting.release()
+        return following
+
+    monkeypatch.setattr(Following, "fill", stuck)
+    monkeypatch.setattr(succession.Succession, "_begun", begun)
+    name = await caller.build(tuned_bundle)
+    publishing = [asyncio.ensure_future(refusal(caller.publish(chosen))) for chosen in (name, "")]
+    for _ in publishing:
+        await asyncio.wait_for(waiting.acquire(), WAIT)
+    assert await caller.build(tuned_bundle) == name  # which those that wait go on to wait for
+    assert not any(task.done() for task in publishing)
+    await caller.knowledge.RemoveGeneration(kb.RemoveGenerationRequest(name=name), timeout=WAIT)
+    for status, reason, message in await asyncio.wait_for(asyncio.gather(*publishing), WAIT):
+        assert (status, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GENERATION_NOT_READY")
+        assert f"generation {name} was removed" in message
+    monkeypatch.undo()
+    again = await caller.build(tuned_bundle)
+    assert await asyncio.gather(*(caller.publish(again) for _ in range(3))) == [again] * 3
+    assert [state for state, *_ in await caller.generations()] == [KEPT, LIVE]
 
 
 async def test_generations_of_one_embedder_with_other_parameters_are_swapped_without_embedding(

@@ -170,12 +170,13 @@ def test_a_trained_folder_is_a_checkpoint_to_go_on_from(config: CausalLmConfig, 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"held_out_share": 0.0, "dim": 15, "vocabulary": 9}, InvalidConfig, "held_out_share 0.0.*dim 15.*vocabulary 9"),
+        ({"held_out_share": 0.0, "dim": 15, "vocabulary": 9}, InvalidConfig, r"held_out_share: 0.0(.|\n)*dim 15(.|\n)*vocabulary: 9"),
         (
             {"stride_tokens": 0, "passage_tokens": 5, "query_tokens": 17},
             InvalidConfig,
             "stride_tokens 0.*passage_tokens 5.*query_tokens 17",
         ),
+        ({"dropout": 1.5}, InvalidConfig, r"dropout: 1.5 is not in \[0, 1\)"),
         ({"held_out_share": 0.999}, InvalidData, "40 texts cannot be split"),
         ({"stride_tokens": 4000}, InvalidData, "less than one stretch of 4000"),
         ({"checkpoint": "EMBEDDER", "stride_tokens": 128}, InvalidConfig, "the model has 128 positions"),
@@ -187,10 +188,10 @@ def test_a_setting_that_cannot_be_is_refused(
 ) -> None:
     if changes.get("checkpoint") == "EMBEDDER":
         train(OBJECTIVES["causal_lm"], dataclasses.replace(config, passages=0, passage_tokens=16), resume=False, console=quiet())
-        changes = changes | {"checkpoint": str(tmp_path / "run" / "best")}
+        changes = changes | {"checkpoint": str(tmp_path / "run" / "best"), "output": str(tmp_path / "next")}
         message = "the model has 33 positions"
     with pytest.raises(error, match=message):
-        CausalLmTask(dataclasses.replace(config, **changes), quiet())  # type: ignore[arg-type]
+        train(OBJECTIVES["causal_lm"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
 
 
 def test_the_end_of_a_text_is_what_is_held_out() -> None:

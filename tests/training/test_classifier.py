@@ -174,8 +174,10 @@ def test_bad_rows_are_named_and_the_run_goes_on_with_the_others(config: Classifi
     [
         ({"held_out": 0}, InvalidConfig, "held_out: 0"),
         ({"alone_share": 1.5}, InvalidConfig, "alone_share: 1.5"),
-        ({"neighbours": 0}, InvalidConfig, "neighbours 0"),
-        ({"temperature": 0.0}, InvalidConfig, "temperature 0.0"),
+        ({"neighbours": 0}, InvalidConfig, "neighbours: 0"),
+        ({"temperature": 0.0}, InvalidConfig, "temperature: 0.0"),
+        ({"max_tokens": 2}, InvalidConfig, "max_tokens: 2 is below 3"),
+        ({"lora_rank": 0}, InvalidConfig, "lora_rank: 0 is below 1"),
         ({"shots": 1}, InvalidData, "at least two labels of two rows"),
         ({"label_column": "category"}, InvalidData, "no column 'category', only label, text"),
     ],
@@ -184,7 +186,7 @@ def test_a_setting_that_leaves_nothing_to_train_is_refused(
     config: ClassifierConfig, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        ClassifierTask(dataclasses.replace(config, **changes), quiet())  # type: ignore[arg-type]
+        train(OBJECTIVES["classifier"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
 
 
 def test_few_shot_counts_the_held_out_texts_in(config: ClassifierConfig) -> None:

@@ -38,6 +38,28 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         assert part in str(raised.value)
 
 
+def test_values_that_cannot_work_are_reported_with_the_other_mistakes_of_all_tables(tmp_path: Path) -> None:
+    loop = "learning_rate = 0\nwarmup_share = 1.5\nmax_gradient_norm = -1\naverage_decay = 1\nepochs = 0\nprecision = 'fp8'\n"
+    text = f'trian = "t"\nlora_rank = 0\nmined = 0\nno_answer_share = 2\nmax_tokens = 100\n[loop]\n{loop}'
+    with pytest.raises(InvalidConfig) as raised:
+        load_config(write(tmp_path, text), ReaderConfig)
+    for part in (
+        "trian: unknown key",
+        "train: missing",
+        "lora_rank: 0 is below 1",
+        "mined: 0 is below 1",
+        "no_answer_share: 2.0 is not in [0, 1]",
+        "max_tokens: 100 leaves no room",
+        "loop.learning_rate: 0.0 is not above 0",
+        "loop.warmup_share: 1.5 is not in [0, 1]",
+        "loop.max_gradient_norm: -1.0 is not above 0",
+        "loop.average_decay: 1.0 is not in [0, 1)",
+        "loop.epochs: 0 is below 1",
+        "loop.precision: 'fp8' is neither",
+    ):
+        assert part in str(raised.value)
+
+
 @pytest.mark.parametrize("text", ["= 3", "train = 'a\n", "\udcff"])
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.toml"
@@ -62,7 +84,8 @@ def test_a_shipped_recipe_is_valid_for_the_objective_it_is_named_after(recipe: P
 
 
 def test_lists_of_numbers_take_whole_ones_and_refuse_what_is_no_number(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, 'train = "t"\nmatryoshka_weights = [1, 0.5]\n'), RetrieverConfig).matryoshka_weights == (1.0, 0.5)
+    text = 'train = "t"\nmatryoshka_dims = [8, 4]\nmatryoshka_weights = [1, 0.5]\n'
+    assert load_config(write(tmp_path, text), RetrieverConfig).matryoshka_weights == (1.0, 0.5)
     for wrong in ("[true]", "[]", '["1"]', "[nan]", "1.0"):
         with pytest.raises(InvalidConfig, match="matryoshka_weights: .* is not a list of numbers, at least one"):
             load_config(write(tmp_path, f'train = "t"\nmatryoshka_weights = {wrong}\n'), RetrieverConfig)

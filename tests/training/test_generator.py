@@ -252,7 +252,7 @@ def test_an_answer_takes_the_characters_of_the_passage_it_stands_in(tiny_checkpo
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"passages": 0}, InvalidConfig, "passages and beams"),
+        ({"passages": 0, "beams": 0}, InvalidConfig, r"passages: 0(.|\n)*beams: 0"),
         ({"held_out": 0}, InvalidData, "0 held out"),
         ({"held_out": 999}, InvalidData, "0 questions to train on"),
         ({"checkpoint": "/absent"}, CheckpointNotFound, "no such folder"),
@@ -262,7 +262,7 @@ def test_a_setting_that_cannot_be_is_refused(
     config: GeneratorConfig, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        GeneratorTask(dataclasses.replace(config, **changes), quiet())  # type: ignore[arg-type]
+        train(OBJECTIVES["generator"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["generator", "generator_tiny"])

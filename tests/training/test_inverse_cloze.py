@@ -208,9 +208,10 @@ def test_an_adapter_of_another_checkpoint_is_refused(config: InverseClozeConfig,
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"held_out": 0}, InvalidConfig, "held_out 0"),
-        ({"kept_share": 1.5}, InvalidConfig, "kept_share 1.5"),
+        ({"held_out": 0}, InvalidConfig, "held_out: 0"),
+        ({"kept_share": 1.5}, InvalidConfig, "kept_share: 1.5"),
         ({"temperature": 0.0}, InvalidConfig, "temperature: 0.0"),
+        ({"loop": LoopConfig(batch_examples=1)}, InvalidConfig, "loop.batch_examples: 1"),
         ({"held_out": 23}, InvalidData, "24 of 24 passages have two sentences, and held_out takes 23"),
     ],
 )
@@ -218,7 +219,7 @@ def test_a_setting_that_cannot_work_is_refused_by_name(
     config: InverseClozeConfig, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        InverseClozeTask(dataclasses.replace(config, **changes), quiet())
+        train(OBJECTIVES["inverse_cloze"], dataclasses.replace(config, **changes), resume=False, console=quiet())
 
 
 @pytest.mark.parametrize("name", ["inverse_cloze.toml", "inverse_cloze_tiny.toml"])

@@ -6,7 +6,10 @@ import dataclasses
 import io
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from openbook_training.config import LoopConfig, load_config
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.loop import Loop, Stopped
 from openbook_training.masked_language_model import build_masked_lm
+from openbook_training.processes import process
 from openbook_training.run import train
 from openbook_training.scratch import ScratchConfig, make_checkpoint
 from openbook_training.tasks import OBJECTIVES
@@ -130,6 +134,44 @@ def test_a_checkpoint_from_nothing_is_made_once_for_the_same_texts_and_settings(
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+def test_the_other_processes_take_the_checkpoint_that_the_first_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    @contextmanager
+    def main_process_first() -> Iterator[None]:  # as a process sees it that is not the first: within, the first is done
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("openbook_training.scratch.process", process)
+            make_checkpoint(tmp_path / "made", ["the red king"], SCRATCH, seed=1)
+        monkeypatch.setattr("openbook_training.scratch._make", lambda *_: made.append("again"))
+        yield
+
+    monkeypatch.setattr("openbook_training.scratch.process", lambda: SimpleNamespace(main_process_first=main_process_first))
+    assert make_checkpoint(tmp_path / "made", ["the red king"], SCRATCH, seed=1).folder == tmp_path / "made"
+    assert not made
+
+
+def test_a_run_that_goes_on_keeps_the_tokenizer_that_its_weights_were_trained_with(config: MaskedLmConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, scratch=SCRATCH, frozen_layers=0, loop=dataclasses.replace(config.loop, epochs=1))
+    train(OBJECTIVES["masked_lm"], config, resume=False, console=quiet())
+
+    def standing() -> dict[str, bytes]:
+        files = [tmp_path / "run" / "config.json", *(tmp_path / "run" / "scratch").iterdir()]
+        return {file.name: file.read_bytes() for file in files}
+
+    before = standing()
+    other = dataclasses.replace(config, loop=dataclasses.replace(config.loop, seed=7))
+    for resume, message in ((False, "go on with --resume"), (True, "loop.seed was 42 and is 7")):
+        with pytest.raises(InvalidConfig, match=message):
+            train(OBJECTIVES["masked_lm"], other, resume=resume, console=quiet())
+        assert standing() == before
+    Path(config.train).write_text("\n".join([*Path(config.train).read_text().splitlines()[:-1], "a river of green books is in a city"]))
+    longer = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=2))
+    train(OBJECTIVES["masked_lm"], longer, resume=True, console=quiet())
+    assert {name: text for name, text in standing().items() if name != "config.json"} == {
+        name: text for name, text in before.items() if name != "config.json"
+    }
+
+
 def test_a_head_of_another_checkpoint_is_refused(config: MaskedLmConfig, tmp_path: Path) -> None:
     train(OBJECTIVES["masked_lm"], config, resume=False, console=quiet())
     other = make_checkpoint(tmp_path / "other", ["the red king"], SCRATCH, seed=1)
@@ -149,7 +191,7 @@ def test_a_head_of_another_checkpoint_is_refused(config: MaskedLmConfig, tmp_pat
         ({"frozen_share": 1.5}, InvalidConfig, "frozen_share: 1.5"),
         ({"frozen_layers": 3}, InvalidConfig, "frozen_layers: 3, and the backbone has 2"),
         ({"scratch": SCRATCH}, InvalidConfig, "set 0 beside"),
-        ({"scratch": dataclasses.replace(SCRATCH, heads=3), "frozen_layers": 0}, InvalidConfig, "multiple of heads 3"),
+        ({"scratch": dataclasses.replace(SCRATCH, heads=3), "frozen_layers": 0}, InvalidConfig, "scratch.hidden: 32 should be a multiple of heads, 3"),
         ({"held_out": 60}, InvalidData, "60 passages, and held_out takes 60"),
     ],
 )
@@ -157,7 +199,7 @@ def test_a_setting_that_cannot_work_is_refused_by_name(
     config: MaskedLmConfig, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        MaskedLmTask(dataclasses.replace(config, **changes), quiet())  # type: ignore[arg-type]
+        train(OBJECTIVES["masked_lm"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["masked_lm.toml", "masked_lm_tiny.toml"])

@@ -14,16 +14,16 @@ from typing import ClassVar
 import pytest
 import torch
 from openbook_training.config import LoopConfig
-from openbook_training.loop import Loop, Stopped
+from openbook_training.loop import Loop, Staged, Stopped
 from rich.console import Console
 from torch import Tensor, nn
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--log-dir")
 
 
-class Line:
+class Line(Staged):
     """Least squares on batches of seven, which two processes cannot share evenly: four rows make two micro-batches, three as well, and
-    the last batch of an epoch has a single row, which leaves one process without any."""
+    the last batch of an epoch has a single row, which leaves one process without any. The bias rests at first: nothing may decay it."""
 
     compares_examples: ClassVar[bool] = False
 
@@ -36,6 +36,9 @@ class Line:
         torch.manual_seed(int(os.environ.get("RANK", "0")))
         self.model: nn.Module = nn.Linear(3, 1)
         self._stop_at, self._batches = stop_at, 0
+
+    def before_step(self, model: nn.Module, step: int, total: int) -> None:
+        model.get_parameter("bias").requires_grad_(step >= total / 2)
 
     def summary(self) -> str:
         return "a line"

@@ -308,14 +308,15 @@ def test_it_goes_on_from_a_language_model_or_a_vocabulary_head_and_from_a_retrie
         ({"passages": 0}, InvalidConfig, "passages: 0 is below 1"),
         ({"query_tokens": 64, "passage_tokens": 128}, InvalidConfig, "make 191 tokens, and the checkpoint has 128 positions"),
         ({"held_out": 24}, InvalidData, "24 passages have a salient span, and held_out takes 24"),
-        ({"index": IndexConfig()}, InvalidConfig, "full needs every_steps"),
+        ({"index": IndexConfig()}, InvalidConfig, "index.refresh: full needs every_steps"),
+        ({"index": IndexConfig(refresh="rerank", proposed=1)}, InvalidConfig, "index.proposed: 1 are fewer than the"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(
     config: RealmConfig, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        RealmTask(dataclasses.replace(config, **changes), quiet())
+        train(OBJECTIVES["realm"], dataclasses.replace(config, **changes), resume=False, console=quiet())
 
 
 @pytest.mark.parametrize("name", ["realm.toml", "realm_tiny.toml"])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import matplotlib.image
 import pytest
 import torch
 from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig
+from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.loop import Loop
 from openbook_training.plots import plot
+from openbook_training.pretrained import best_device
+from openbook_training.processes import process
 from openbook_training.record import Record, memory_mb, metric_lines, read_metrics
 from openbook_training.run import train
 from openbook_training.tasks import OBJECTIVES
@@ -33,14 +38,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_a_run_leaves_metrics_scalars_and_a_picture_and_its_log_says_speed_and_memory(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def config_in(folder: Path, checkpoint: Path, **loop: Any) -> ReaderConfig:
     rows = [{"id": f"q{n}", "question": "who ?", "context": f"the red king {n}", "answers": ["red king"]} for n in range(8)]
-    lines = [json.dumps(row) for row in rows]
-    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:3], "{broken", '{"id": "q9"}', *lines[3:]]))
-    config = ReaderConfig(
-        output=str(tmp_path / "run"),
-        checkpoint=str(tiny_checkpoint),
-        train=str(tmp_path / "train.jsonl"),
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ReaderConfig(
+        output=str(folder / "run"),
+        checkpoint=str(checkpoint),
+        train=str(folder / "train.jsonl"),
         held_out=2,
         max_tokens=32,
         stride=4,
@@ -49,8 +53,14 @@ def test_a_run_leaves_metrics_scalars_and_a_picture_and_its_log_says_speed_and_m
         negatives=(0,),
         lora_rank=2,
         lora_alpha=2,
-        loop=LoopConfig(epochs=2, batch_examples=3, precision="fp32"),
+        loop=dataclasses.replace(LoopConfig(epochs=2, batch_examples=3, precision="fp32"), **loop),
     )
+
+
+def test_a_run_leaves_metrics_scalars_and_a_picture_and_its_log_says_speed_and_memory(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    lines = Path(config.train).read_text().splitlines()
+    Path(config.train).write_text("\n".join([*lines[:3], "{broken", '{"id": "q9"}', *lines[3:]]))
     console = quiet()
     train(OBJECTIVES["reader"], config, resume=False, console=console)
     assert isinstance(console.file, io.StringIO)
@@ -73,12 +83,12 @@ def test_a_run_leaves_metrics_scalars_and_a_picture_and_its_log_says_speed_and_m
 
 
 def test_steps_taken_again_count_once_in_metrics_and_in_tensorboard(tmp_path: Path) -> None:
-    first = Record(tmp_path, first_step=1)
+    first = Record(tmp_path, quiet(), first_step=1)
     for step in (1, 2, 3):
         first.step({"step": step, "epoch": 0, "loss": 5.0, "learning_rate": 0.1})
     first.evaluation({"step": 3, "epoch": 0, "f1": 50.0, "dim8/f1": 40.0})
     first.close()
-    again = Record(tmp_path, first_step=3)  # the last checkpoint was that of step 2
+    again = Record(tmp_path, quiet(), first_step=3)  # the last checkpoint was that of step 2
     again.step({"step": 3, "epoch": 0, "loss": 4.0, "learning_rate": 0.1})
     again.evaluation({"step": 3, "epoch": 0, "f1": 60.0, "dim8/f1": 45.0})
     again.close()
@@ -93,8 +103,139 @@ def test_steps_taken_again_count_once_in_metrics_and_in_tensorboard(tmp_path: Pa
     assert seen["dim8/f1"] == [(3, 45.0)]
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_refused_run_leaves_everything_as_it_was_and_says_which_settings_differ(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    before = everything(tmp_path)
+    other = dataclasses.replace(config, held_out=3, loop=dataclasses.replace(config.loop, seed=7, batch_examples=1, learning_rate=0.1))
+    with pytest.raises(InvalidConfig, match="already holds a run; go on with --resume"):
+        train(OBJECTIVES["reader"], other, resume=False, console=quiet())
+    with pytest.raises(InvalidConfig, match="loop.seed was 42 and is 7; loop.batch_examples was 3 and is 1; held_out was 2 and is 3. Set"):
+        train(OBJECTIVES["reader"], other, resume=True, console=quiet())
+    assert everything(tmp_path) == before
+
+
+def test_a_run_goes_on_with_other_speeds_and_from_a_checkpoint_that_states_no_settings(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    faster = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=3, learning_rate=1e-3))
+    train(OBJECTIVES["reader"], faster, resume=True, console=quiet())
+    file = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    assert (state["step"], state.pop("config")["train"]) == (6, config.train)
+    torch.save(state | {"torch_rng": torch.get_rng_state()}, file)  # as older versions wrote them
+    other = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=4, batch_examples=2))
+    train(OBJECTIVES["reader"], other, resume=True, console=quiet())
+    stated = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (stated["loop"]["epochs"], stated["loop"]["batch_examples"]) == (4, 2)
+    assert not list((tmp_path / "run").glob("config.json.*"))
+
+
+def test_a_damaged_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(InvalidConfig, match="checkpoint.pt cannot be read .*; remove it to begin again"):
+        train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+
+
+@pytest.mark.parametrize("name", ["run", "run/deeper"])
+def test_an_output_that_is_a_file_or_below_one_is_refused(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").write_text("mine")
+    config = dataclasses.replace(config_in(tmp_path, tiny_checkpoint), output=str(tmp_path / name))
+    with pytest.raises(InvalidConfig, match="output: '.*run' is a file"):
+        train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+
+
+def test_half_a_line_that_a_kill_left_ends_no_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "ep')
+    for epochs in (3, 4):
+        longer = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=epochs))
+        train(OBJECTIVES["reader"], longer, resume=True, console=quiet())
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = quiet()
+    record = Record(tmp_path, console, first_step=1)
+    monkeypatch.setattr("openbook_training.record.plot", lambda rows, file: 1 / 0)
+    record.evaluation({"step": 1, "epoch": 0, "f1": 50.0})
+    record.close()
+    assert isinstance(console.file, io.StringIO)
+    assert "plots.png was not drawn (ZeroDivisionError" in console.file.getvalue()
+
+
+class Drawn:
+    """A task whose steps draw random numbers, as dropout does, and whose evaluations may draw some too."""
+
+    compares_examples: ClassVar[bool] = False
+
+    def __init__(self, batches: int, in_evaluation: int = 0) -> None:
+        self.model: nn.Module = nn.Linear(2, 1)
+        self.drawn: list[float] = []
+        self._batches, self._in_evaluation = batches, in_evaluation
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        return [[0]] * self._batches
+
+    def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> torch.Tensor:
+        self.drawn.append(float(torch.rand(())))
+        return model(torch.ones(1, 2)).square().sum()  # type: ignore[no-any-return]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        torch.rand(self._in_evaluation)
+        return {"score": 0.0}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        folder.mkdir()
+
+
+def test_the_random_numbers_of_a_step_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
+    drawn = []
+    for name, in_evaluation, seed in (("a", 0, 1), ("b", 5, 1), ("c", 0, 2)):
+        task: Any = Drawn(2, in_evaluation)
+        (tmp_path / name).mkdir()
+        Loop(task, LoopConfig(epochs=2, precision="fp32", seed=seed), tmp_path / name, quiet()).run(resume=False)
+        drawn.append(task.drawn)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 4
+
+
+def test_a_run_without_a_batch_is_refused(tmp_path: Path) -> None:
+    task: Any = Drawn(0)
+    with pytest.raises(InvalidData, match="no batch to train on in 3 epochs"):
+        Loop(task, LoopConfig(precision="fp32"), tmp_path, quiet()).run(resume=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_is_not_the_first_says_nothing_and_states_no_settings(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = quiet()
+    monkeypatch.setattr("openbook_training.run.process", lambda: SimpleNamespace(is_main_process=False))
+    train(OBJECTIVES["reader"], config_in(tmp_path, tiny_checkpoint, max_steps=1), resume=False, console=console)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ""
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_models_go_to_the_device_that_accelerate_has_chosen_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_training.pretrained.process", lambda: SimpleNamespace(device=torch.device("meta")))
+    assert best_device() == torch.device("meta")
+    monkeypatch.setattr("openbook_training.processes.PartialState", lambda cpu: SimpleNamespace(cpu=cpu))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert process().cpu is True
+
+
 def test_a_process_that_is_not_the_first_records_nothing(tmp_path: Path) -> None:
-    record = Record(tmp_path, first_step=1, silent=True)
+    record = Record(tmp_path, quiet(), first_step=1, silent=True)
     record.step({"step": 1, "epoch": 0, "loss": 5.0})
     record.evaluation({"step": 1, "epoch": 0, "f1": 5.0})
     record.close()

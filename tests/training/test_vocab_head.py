@@ -130,8 +130,8 @@ def test_a_stopped_run_resumes_to_the_same_losses(config: VocabHeadConfig, tmp_p
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"masked_share": 0.0}, InvalidConfig, "masked_share 0.0"),
-        ({"held_out": 0}, InvalidConfig, "held_out 0"),
+        ({"masked_share": 0.0}, InvalidConfig, "masked_share: 0.0"),
+        ({"held_out": 0}, InvalidConfig, "held_out: 0 is below 1"),
         ({"held_out": 60}, InvalidData, "60 usable texts, and held_out takes 60"),
         ({"text_column": "words"}, InvalidData, "no text in column 'words'"),
     ],
@@ -140,7 +140,7 @@ def test_a_setting_that_leaves_nothing_to_train_is_refused(
     config: VocabHeadConfig, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        VocabHeadTask(dataclasses.replace(config, **changes), quiet())  # type: ignore[arg-type]
+        train(OBJECTIVES["vocab_head"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
 
 
 def test_the_shipped_recipe_is_valid() -> None:

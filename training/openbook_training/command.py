@@ -53,5 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     from openbook_training.record import metric_lines
 
-    print(f"best: {config.output}/best  {metric_lines(metrics)[0]}")
+    if not console.quiet:  # of several processes the first
+        print(f"best: {config.output}/best  {metric_lines(metrics)[0]}")
     return 0

@@ -1,4 +1,8 @@
-"""Settings of a training run: a TOML file in, a frozen dataclass out, all mistakes reported at once."""
+"""Settings of a training run: a TOML file in, a frozen dataclass out, all mistakes reported at once.
+
+A dataclass of settings says itself which of its values cannot work, by a method `problems() -> list[str]`, as far as they show it without
+checkpoint and data.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,49 @@ class LoopConfig:
     evaluate_every_epochs: int = 1
     max_steps: int = 0  # stop early after this many steps, for trying things out; 0 = no limit
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        return [
+            *too_low(self, epochs=1, batch_examples=1, micro_batch_examples=1, evaluate_every_epochs=1),
+            *not_positive(self, "learning_rate", "max_gradient_norm"),
+            *no_share(self, "warmup_share"),
+            *no_share(self, "average_decay", below_one=True),
+            *([] if self.precision in {"bf16", "fp32"} else [f"precision: {self.precision!r} is neither 'bf16' nor 'fp32'"]),
+            *too_low(self, weight_decay=0, checkpoint_minutes=0),
+        ]
+
+
+def too_low(config: Any, **least: int) -> list[str]:
+    """Of each setting named that is below its least value, what is wrong."""
+    return [f"{name}: {value} is below {least[name]}" for name in least if (value := getattr(config, name)) < least[name]]
+
+
+def not_positive(config: Any, *names: str) -> list[str]:
+    """Of each setting named that is 0 or less, what is wrong."""
+    return [f"{name}: {value} is not above 0" for name in names if (value := getattr(config, name)) <= 0]
+
+
+def no_share(config: Any, *names: str, below_one: bool = False) -> list[str]:
+    """Of each setting named that is no share, 0 to 1, what is wrong; `below_one`: 1 is none either."""
+    values = {name: getattr(config, name) for name in names}
+    range_ = "[0, 1)" if below_one else "[0, 1]"
+    return [f"{name}: {value} is not in {range_}" for name, value in values.items() if not 0 <= value <= 1 or (below_one and value == 1)]
+
+
+def check(config: Any) -> None:
+    """Raises:
+    InvalidConfig: values that cannot work, of the configuration and of its tables; the message lists all.
+    """
+    if found := _found(config, ""):
+        raise InvalidConfig("\n".join(found))
+
+
+def _found(config: Any, prefix: str) -> list[str]:
+    own = config.problems() if hasattr(config, "problems") else []
+    tables = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    nested = [problem for name, table in tables.items() if dataclasses.is_dataclass(table) for problem in _found(table, f"{prefix}{name}.")]
+    return [*(prefix + problem for problem in own), *nested]
+
 
 Config = TypeVar("Config")
 
@@ -42,7 +89,7 @@ def load_config(path: str | Path, kind: type[Config], overrides: dict[str, Any] 
     """Read a TOML file into `kind`, whose nested dataclasses are tables of the file.
 
     Raises:
-        InvalidConfig: unreadable file, or any unknown key, missing key or wrong type: all are listed.
+        InvalidConfig: unreadable file, or any unknown key, missing key, wrong type or value that cannot work: all are listed.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -52,23 +99,27 @@ def load_config(path: str | Path, kind: type[Config], overrides: dict[str, Any] 
         raise InvalidConfig(f"configuration {str(path)!r} is not valid TOML: {error}") from error
     problems: list[str] = []
     config = _build(kind, {**table, **(overrides or {})}, "", problems)
+    problems += _found(config, "")
     if problems:
         raise InvalidConfig(f"configuration {str(path)!r}:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return typing.cast(Config, config)
 
 
 def _build(kind: type[Any], table: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Of a table with mistakes too: they leave the defaults, or nothing, so that it can still be asked what else is wrong."""
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     known = ", ".join(sorted(fields))
     problems.extend(f"{prefix}{key}: unknown key (known: {known})" for key in table if key not in fields)
     values: dict[str, Any] = {}
     for name, field in fields.items():
-        if name in table:
-            values[name] = _value(hints[name], table[name], prefix + name, problems)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        value = _value(hints[name], table[name], prefix + name, problems) if name in table else None
+        if required and name not in table:
             problems.append(f"{prefix}{name}: missing, and it has no default")
-    return kind(**values) if not problems else None
+        if required or value is not None:
+            values[name] = value
+    return kind(**values)
 
 
 def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import CHUNK_TOKENS
-from openbook_training.config import LoopConfig
+from openbook_training.config import LoopConfig, not_positive, too_low
 from openbook_training.embedding import TextEncoder, cut, encode
 from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import matryoshka_loss
@@ -40,6 +40,14 @@ class ContrastiveConfig:
     lora_alpha: int = 16  # update is scaled by alpha / rank
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work, whatever the length of the checkpoint's vectors."""
+        found = [*not_positive(self, "temperature"), *too_low(self, train_max_tokens=3, lora_rank=1, lora_alpha=1)]
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if len(weights) != len(dims) or min(weights) < 0 or sum(weights) <= 0:
+            found.append(f"matryoshka_weights: {list(weights)} should hold one weight >= 0, and one above it, for each of {list(dims)}")
+        return found
+
 
 class ContrastiveTask:
     """The half of a task that does not depend on where its texts come from; `config` is what the constructor was given."""
@@ -50,7 +58,9 @@ class ContrastiveTask:
         self._settings = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         model = build_retriever(self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, folder=config.initial_adapter)
-        _check(config, int(model.config.hidden_size))
+        dim, dims = int(model.config.hidden_size), config.matryoshka_dims
+        if dims[0] != dim or any(not 0 < other < dim for other in dims[1:]):
+            raise InvalidConfig(f"matryoshka_dims: {list(dims)} should begin with the checkpoint's {dim} and go on with smaller ones")
         self.model: nn.Module = model
         self.encoder = TextEncoder(self.checkpoint)
         self._device = best_device()
@@ -104,19 +114,3 @@ def first_of_each(texts: Sequence[str]) -> list[int]:
     """For each text the row at which it first stands: one passage under two ids is one column of a batch."""
     first: dict[str, int] = {}
     return [first.setdefault(text, row) for row, text in enumerate(texts)]
-
-
-def _check(config: ContrastiveConfig, dim: int) -> None:
-    problems = []
-    dims, weights = config.matryoshka_dims, config.matryoshka_weights
-    if dims[0] != dim or any(not 0 < other < dim for other in dims[1:]):
-        problems.append(f"matryoshka_dims: {list(dims)} should begin with the checkpoint's {dim} and go on with smaller ones")
-    if len(weights) != len(dims) or min(weights) < 0 or sum(weights) <= 0:
-        problems.append(f"matryoshka_weights: {list(weights)} should hold one weight >= 0, and one above it, for each of {list(dims)}")
-    if config.temperature <= 0:
-        problems.append(f"temperature: {config.temperature} is not above 0")
-    for name, least in (("train_max_tokens", 3), ("lora_rank", 1)):
-        if getattr(config, name) < least:
-            problems.append(f"{name}: {getattr(config, name)} is below {least}")
-    if problems:
-        raise InvalidConfig("\n".join(problems))

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from openbook_training.errors import InvalidConfig
+from openbook_training.config import no_share
 from openbook_training.negatives import ranked
 from openbook_training.passage_index import Allowed, PassageIndex, index_file, load_index, weights_digest
+from openbook_training.processes import process
 from openbook_training.progress import progress
 from openbook_training.realm import Realm
 from openbook_training.squad import spread
@@ -43,6 +44,23 @@ class IndexConfig:
     probe_steps: int = 25  # how often drift is measured; 0 = never, but in evaluations
     probe_passages: int = 128  # that it is measured on
     proposed: int = 32  # rerank: passages that the index proposes of each text
+
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [] if self.refresh in MODES else [f"refresh: {self.refresh!r} is none of {', '.join(MODES)}"]
+        due = bool(self.every_steps or self.below_cosine or self.below_overlap)
+        if self.refresh == "full" and not due:
+            found.append("refresh: full needs every_steps, below_cosine or below_overlap, to say when the index is made anew")
+        if self.refresh != "full" and due:
+            found.append(
+                f"refresh: every_steps, below_cosine and below_overlap make the index anew; {self.refresh!r} never does: leave them 0"
+            )
+        found += no_share(self, "below_cosine", "below_overlap")
+        if (self.below_cosine or self.below_overlap) and not self.probe_steps:
+            found.append("probe_steps: 0 never measures the drift that below_cosine and below_overlap wait for")
+        if not self.probe_passages:
+            found.append("probe_passages: 0 leaves nothing to measure drift on")
+        return found
 
 
 class IndexKeeper:
@@ -68,7 +86,6 @@ class IndexKeeper:
         base: digest of the checkpoint that the retriever belongs to.
         passages: digest of the passages.
         """
-        _check(config, k)
         self._config, self._folder, self._rows, self._k, self._console = config, folder, rows, k, console
         self._base, self._passages, self._bf16 = f"{base}/{precision}", passages, precision == "bf16"
         self._probe = spread(list(range(len(rows))), config.probe_passages)
@@ -112,7 +129,8 @@ class IndexKeeper:
             old = self.index.embedder
             self._index = self._made(model, embedder)  # whole on the disk before the old one is let go
             self._console.print(f"step {step}: the index was made anew")
-            for file in self._folder.glob("index-*.safetensors"):
+            # Only the first process writes checkpoints, and so knows which index the last one names.
+            for file in self._folder.glob("index-*.safetensors") if process().is_main_process else ():
                 if file not in {index_file(self._folder, name) for name in (embedder, old, self._saved)}:
                     file.unlink(missing_ok=True)
 
@@ -171,26 +189,3 @@ def overlap(queries: np.ndarray, one: np.ndarray, other: np.ndarray, k: int) -> 
     k = min(k, len(one))
     pairs = zip(ranked(queries, one, k), ranked(queries, other, k), strict=True)
     return float(np.mean([len(set(a) & set(b)) / k for a, b in pairs]))
-
-
-def _check(config: IndexConfig, k: int) -> None:
-    problems = []
-    if config.refresh not in MODES:
-        problems.append(f"index.refresh: {config.refresh!r} is none of {', '.join(MODES)}")
-    due = bool(config.every_steps or config.below_cosine or config.below_overlap)
-    if config.refresh == "full" and not due:
-        problems.append("index: full needs every_steps, below_cosine or below_overlap, to say when the index is made anew")
-    if config.refresh != "full" and due:
-        problems.append(
-            f"index: every_steps, below_cosine and below_overlap make the index anew; {config.refresh!r} never does: leave them 0"
-        )
-    if not (0 <= config.below_cosine <= 1 and 0 <= config.below_overlap <= 1):
-        problems.append(f"index: below_cosine {config.below_cosine} and below_overlap {config.below_overlap} should be in [0, 1]")
-    if (config.below_cosine or config.below_overlap) and not config.probe_steps:
-        problems.append("index.probe_steps: 0 never measures the drift that below_cosine and below_overlap wait for")
-    if not config.probe_passages:
-        problems.append("index.probe_passages: 0 leaves nothing to measure drift on")
-    if config.refresh == "rerank" and config.proposed < k:
-        problems.append(f"index.proposed: {config.proposed} are fewer than the {k} passages to be read")
-    if problems:
-        raise InvalidConfig("\n".join(problems))

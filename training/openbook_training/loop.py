@@ -1,7 +1,8 @@
 """The one training loop: steps, progress, checkpoints, resuming, evaluation, the best result kept.
 
 Promises: a stop (Ctrl-C, SIGTERM) saves a checkpoint first; a kill loses at most the steps since the last one; a
-resumed run sees the same batches and the same random numbers as an uninterrupted one. Knows nothing of any objective.
+resumed run sees the same batches and the same random numbers as an uninterrupted one, for both depend on seed, step and
+process alone. Knows nothing of any objective.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig, TrainingDiverged
+from openbook_training.errors import InvalidConfig, InvalidData, TrainingDiverged
 from openbook_training.progress import Update, progress
 from openbook_training.record import Record, memory_mb, metric_lines
+from openbook_training.run_folder import CHECKPOINT, load_state
 
 Example = TypeVar("Example")
 
@@ -84,17 +86,14 @@ class Stopped(Exception):
 
 
 class Loop(Generic[Example]):
-    def __init__(self, task: Task[Example], config: LoopConfig, folder: Path, console: Console) -> None:
+    def __init__(
+        self, task: Task[Example], config: LoopConfig, folder: Path, console: Console, *, stated: Mapping[str, Any] | None = None
+    ) -> None:
+        """`stated`: settings of the whole run that its checkpoints state, see `run_folder`."""
         self._task, self._config, self._folder, self._console = task, config, folder, console
+        self._stated = dict(stated or {})
         self._staged = task if isinstance(task, Staged) else Staged()
-        self._file = folder / "checkpoint.pt"
-        if config.precision not in {"bf16", "fp32"}:
-            raise InvalidConfig(f"loop.precision: {config.precision!r} is neither 'bf16' nor 'fp32'")
-        if min(config.batch_examples, config.micro_batch_examples, config.evaluate_every_epochs) < 1:
-            raise InvalidConfig("loop: batch_examples, micro_batch_examples and evaluate_every_epochs should be 1 or more")
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        set_seed(config.seed)  # of dropout; a restored checkpoint brings its own state
+        self._file = folder / CHECKPOINT
         # bf16 autocast works on a CPU too; accelerate picks the device and shards over processes.
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         if config.gradient_checkpointing:
@@ -117,20 +116,21 @@ class Loop(Generic[Example]):
         Raises:
             Stopped: after SIGINT or SIGTERM, once a checkpoint is on the disk.
             TrainingDiverged: the loss is NaN or infinite.
+            InvalidData: there is no batch to train on.
         """
         config = self._config
+        sizes = [len(self._task.batches(epoch)) for epoch in range(config.epochs)]
+        total = min(sum(sizes), config.max_steps or sum(sizes))
+        if not total:
+            raise InvalidData(f"no batch to train on in {config.epochs} epochs; give more training data")
         if resume and self._file.is_file():
             self._restore(self._file)
             self._console.print(f"resuming {self._folder} at step {self._step}")
-        elif self._file.is_file():
-            raise InvalidConfig(f"{self._folder} already holds a run; go on with --resume, or choose another output")
-        sizes = [len(self._task.batches(epoch)) for epoch in range(config.epochs)]
-        total = min(sum(sizes), config.max_steps or sum(sizes))
         silent = not self.accelerator.is_main_process
         with (
             self._signals(),
-            closing(Record(self._folder, first_step=self._step + 1, silent=silent)) as self._record,
-            progress(self._console, "training", total, completed=self._step, silent=silent) as update,
+            closing(Record(self._folder, self._console, first_step=self._step + 1, silent=silent)) as self._record,
+            progress(self._console, "training", total, completed=self._step) as update,
         ):
             for epoch, size in enumerate(sizes):
                 first = sum(sizes[:epoch])
@@ -172,6 +172,7 @@ class Loop(Generic[Example]):
         self._model.train()
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
+        torch.manual_seed(rng.getrandbits(63))  # of dropout, on every device: nothing of it has to be kept for a resumed run
         value = 0.0
         size = max(1, len(share)) if self._task.compares_examples else config.micro_batch_examples
         for at in range(0, len(share), size):
@@ -199,14 +200,16 @@ class Loop(Generic[Example]):
         if self.accelerator.num_processes == 1:
             return loss
         gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._trained]
-        said = torch.tensor([loss, float(self._stopping.is_set())], device=self.accelerator.device)
+        taught = [float(parameter.grad is not None) for parameter in self._trained]
+        said = torch.tensor([loss, float(self._stopping.is_set()), *taught], device=self.accelerator.device)
         summed = self.accelerator.reduce(torch.cat([*(gradient.flatten() for gradient in gradients), said]), reduction="sum")
         sizes = [gradient.numel() for gradient in gradients]
-        *parts, said = summed.split([*sizes, 2])
-        for parameter, part in zip(self._trained, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        self._agreed = bool(said[1])
-        return float(said[0])
+        *parts, said = summed.split([*sizes, len(said)])
+        value, stopped, *taught = said.tolist()
+        for parameter, part, by in zip(self._trained, parts, taught, strict=True):
+            parameter.grad = part.view_as(parameter) if by else None  # of a layer that rests: a zero would let its weights decay
+        self._agreed = bool(stopped)
+        return float(value)
 
     def _rate(self, total: int) -> float:
         warmup = max(1, int(self._config.warmup_share * total))
@@ -252,8 +255,8 @@ class Loop(Generic[Example]):
             "trained": [parameter.detach() for parameter in self._trained],
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
-            "torch_rng": torch.get_rng_state(),
             "task": self._staged.state(),
+            "config": self._stated,
         }
         aside = self._file.with_suffix(".new")
         with aside.open("wb") as stream:
@@ -263,7 +266,7 @@ class Loop(Generic[Example]):
         aside.replace(self._file)
 
     def _restore(self, file: Path) -> None:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_state(file)
         shapes = [tuple(tensor.shape) for tensor in state["trained"]]
         if shapes != [tuple(parameter.shape) for parameter in self._trained]:
             raise InvalidConfig(f"{file} was made with another model configuration; choose another output folder")
@@ -272,7 +275,6 @@ class Loop(Generic[Example]):
             _copy(self._average, state["average"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._step, self._evaluated, self._best = state["step"], state["evaluated"], state["best"]
-        torch.set_rng_state(state["torch_rng"])
         self._staged.restore(state.get("task", {}))
 
     @contextmanager

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
+from openbook_training.processes import process
 
 
 def fast_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -77,8 +78,9 @@ def read_in_one_segment(model: PreTrainedModel) -> None:
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU where there is one, this process's own where there are several; the CPU under `accelerate launch --cpu`."""
+    device: torch.device = process().device
+    return device
 
 
 def save_whole(network: Any, tokenizer: Any, settings: Any, kind: type[Any], file: Path) -> None:

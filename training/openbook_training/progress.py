@@ -19,16 +19,13 @@ class Update(Protocol):
 
 
 @contextmanager
-def progress(console: Console, name: str, total: int, *, completed: int = 0, silent: bool = False) -> Iterator[Update]:
+def progress(console: Console, name: str, total: int, *, completed: int = 0) -> Iterator[Update]:
     """Within, `update(done, note)` reports that `done` of `total` are finished; `note` says what else is worth knowing.
 
     Args:
         completed: already done before this run; not counted into the rate.
-        silent: report nothing (the processes of a distributed run that are not the first).
     """
-    if silent:
-        yield lambda done, note="": None
-    elif console.is_terminal:
+    if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(name, total=total, completed=completed, note="")

@@ -2,7 +2,7 @@
 
 metrics.jsonl is the truth, one JSON object a line: of a step {"step", "epoch", "loss", "learning_rate", "examples_per_second",
 "memory_mb"} and what the task observed in it, of an evaluation {"step", "epoch"} and its metrics. Steps that a killed run had
-taken after its last checkpoint are taken again when it is resumed; the later line counts.
+taken after its last checkpoint are taken again when it is resumed; the later line counts. A kill may leave half a line, which is none.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import json
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from openbook_training.plots import plot
+from openbook_training.processes import process
 
 METRICS = "metrics.jsonl"
 _PLACE = ("step", "epoch")
@@ -26,13 +29,18 @@ _PLACE = ("step", "epoch")
 class Record:
     """Writes all three."""
 
-    def __init__(self, folder: Path, *, first_step: int, silent: bool = False) -> None:
+    def __init__(self, folder: Path, console: Console, *, first_step: int, silent: bool = False) -> None:
         """Args:
+        console: told of a picture that could not be drawn.
         first_step: the one that the run begins or goes on with; TensorBoard forgets what it had seen from there on.
         silent: write nothing (the processes of a distributed run that are not the first).
         """
-        self._folder = folder
+        self._folder, self._console = folder, console
         self._writer = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        file = folder / METRICS
+        if self._writer is not None and file.is_file() and not file.read_bytes().endswith(b"\n"):
+            with file.open("a") as stream:
+                stream.write("\n")  # the half a line stays by itself
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One optimiser step."""
@@ -43,7 +51,10 @@ class Record:
         self._append(row, "evaluation/")
         if self._writer is not None:
             self._writer.flush()
-            plot(read_metrics(self._folder), self._folder / "plots.png")
+            try:
+                plot(read_metrics(self._folder), self._folder / "plots.png")
+            except Exception as error:  # a picture is worth no run, whatever is wrong with it
+                self._console.print(f"plots.png was not drawn ({type(error).__name__}: {error})", markup=False)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""
@@ -71,15 +82,19 @@ def metric_lines(metrics: Mapping[str, float]) -> list[str]:
 
 def memory_mb() -> float:
     """The most memory this process has held so far, in MB of 10^6 bytes: the GPU's where there is one, else the machine's."""
-    if torch.cuda.is_available():
+    if process().device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in the order of their steps, each step and each evaluation once: the last one written."""
+    """The rows of metrics.jsonl in the order of their steps, each step and each evaluation once: the last one written.
+
+    A line that is no row is passed over.
+    """
     last: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in (folder / METRICS).read_text().splitlines():
-        row = json.loads(line)
-        last[row["step"], "loss" not in row] = row
+    for line in (folder / METRICS).read_bytes().splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            last[int(row["step"]), "loss" not in row] = row
     return [last[key] for key in sorted(last)]

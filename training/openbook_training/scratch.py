@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
-from openbook_training.errors import InvalidConfig
+from openbook_training.processes import process
 
 POSITIONS = 512  # longest text it can learn to read, special tokens included
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -31,41 +31,52 @@ class ScratchConfig:
     heads: int = 4  # of attention; divides `hidden`
     vocabulary: int = 8192  # word pieces at most
 
+    def problems(self) -> list[str]:
+        """What describes no model."""
+        if min(self.hidden, self.heads) < 1 or self.hidden % self.heads:
+            return [f"hidden: {self.hidden} should be a multiple of heads, {self.heads}, both above 0"]
+        return []
 
-def make_checkpoint(folder: Path, texts: Sequence[str], config: ScratchConfig, seed: int) -> Checkpoint:
-    """The checkpoint of these texts and settings in `folder`; made only where it is not there already, so that a run can be resumed.
 
-    Raises:
-        InvalidConfig: `config` describes no model.
+def make_checkpoint(folder: Path, texts: Sequence[str], config: ScratchConfig, seed: int, *, keep: bool = False) -> Checkpoint:
+    """The checkpoint of these texts and settings in `folder`, where it stands already or is made.
+
+    The first of several processes makes it and the others load it: a tokenizer trained twice on the same texts is not the same.
+
+    Args:
+        keep: the one that stands is taken whatever it was made of: a run that goes on has weights for its tokens.
     """
-    if min(config.hidden, config.heads) < 1 or config.hidden % config.heads:
-        raise InvalidConfig(f"scratch: hidden {config.hidden} should be a multiple of heads {config.heads}, both above 0")
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     made_of = json.dumps({**asdict(config), "seed": seed, "texts": digest})
     stated = folder / _MADE_OF
-    if not stated.is_file() or stated.read_text() != made_of:
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        tokenizer = _train_tokenizer(texts, config.vocabulary)
-        tokenizer.save_pretrained(aside)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = BertModel(
-                BertConfig(
-                    vocab_size=len(tokenizer),
-                    hidden_size=config.hidden,
-                    num_hidden_layers=config.layers,
-                    num_attention_heads=config.heads,
-                    intermediate_size=4 * config.hidden,
-                    max_position_embeddings=POSITIONS,
-                ),
-                add_pooling_layer=False,
-            )
-        model.save_pretrained(aside)
-        (aside / _MADE_OF).write_text(made_of)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+    with process().main_process_first():
+        if not stated.is_file() or not (keep or stated.read_text() == made_of):
+            _make(folder, texts, config, seed, made_of)
     return resolve_checkpoint(str(folder))
+
+
+def _make(folder: Path, texts: Sequence[str], config: ScratchConfig, seed: int, made_of: str) -> None:
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer = _train_tokenizer(texts, config.vocabulary)
+    tokenizer.save_pretrained(aside)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertModel(
+            BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=4 * config.hidden,
+                max_position_embeddings=POSITIONS,
+            ),
+            add_pooling_layer=False,
+        )
+    model.save_pretrained(aside)
+    (aside / _MADE_OF).write_text(made_of)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -21,8 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig
+from openbook_training.config import LoopConfig, no_share
 from openbook_training.language_model import (
     LanguageModel,
     Prompts,
@@ -63,6 +62,17 @@ class CausalLmConfig(ReadingConfig):
     alone_share: float = 0.2  # stretches that are read without passages in training
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work, whatever the tokenizer."""
+        found = [] if 0 < self.held_out_share < 1 else [f"held_out_share: {self.held_out_share} is not in (0, 1)"]
+        found += [*no_share(self, "alone_share"), *no_share(self, "dropout", below_one=True)]
+        if not self.checkpoint:
+            if min(self.layers, self.dim, self.heads) < 1 or self.dim % max(self.heads, 1):
+                found.append(f"layers {self.layers}, dim {self.dim}, heads {self.heads}: at least 1 each, dim a multiple of heads")
+            if self.vocabulary < 257:
+                found.append(f"vocabulary: {self.vocabulary} is below 257, every byte and the end of a text")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -79,7 +89,6 @@ class CausalLmTask:
 
     def __init__(self, config: CausalLmConfig, console: Console) -> None:
         self._config = config
-        _check(config)
         texts, tail = split_tail(load_texts(config.train, config.text_column, console), config.held_out_share)
         checkpoint = resolve_checkpoint(config.checkpoint) if config.checkpoint else None
         self.prompts = Prompts(fast_tokenizer(checkpoint) if checkpoint else new_tokenizer(texts, config.vocabulary))
@@ -159,16 +168,3 @@ class CausalLmTask:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_language_model(cast(LanguageModel, model), self.prompts, self._config, folder)
-
-
-def _check(config: CausalLmConfig) -> None:
-    problems = []
-    if not 0 < config.held_out_share < 1:
-        problems.append(f"held_out_share {config.held_out_share}: above 0 and below 1")
-    if not config.checkpoint:
-        if min(config.layers, config.dim, config.heads) < 1 or config.dim % max(config.heads, 1):
-            problems.append(f"layers {config.layers}, dim {config.dim}, heads {config.heads}: at least 1 each, dim a multiple of heads")
-        if config.vocabulary < 257:
-            problems.append(f"vocabulary {config.vocabulary}: at least 257, every byte and the end of a text")
-    if problems:
-        raise InvalidConfig("; ".join(problems))

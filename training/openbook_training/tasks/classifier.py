@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
-from openbook_training.errors import InvalidConfig
+from openbook_training.config import not_positive, too_low
 from openbook_training.labelled import Columns
 from openbook_training.negatives import embed_once
 from openbook_training.neighbours import NEIGHBOURS, Mixture, Neighbours, choose_mixture, knn_probabilities, nearest
@@ -38,13 +38,15 @@ class ClassifierConfig(LabelConfig):
     neighbours: int = NEIGHBOURS  # labelled texts that each text is read beside
     temperature: float = 0.05  # of p(z|x), in cosines, at the start; it is trained
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        return [*LabelConfig.problems(self), *too_low(self, neighbours=1, max_tokens=3), *not_positive(self, "temperature")]
+
 
 class ClassifierTask(LabelTask):
-    chosen_by: ClassVar[str] = "combined"
+    chosen_by = "combined"
 
     def __init__(self, config: ClassifierConfig, console: Console) -> None:
-        if not config.neighbours or config.temperature <= 0:
-            raise InvalidConfig(f"neighbours {config.neighbours} and temperature {config.temperature} must be above 0")
         columns = Columns(text=config.text_column, label=config.label_column)
         super().__init__(config, console, columns, max_tokens=config.max_tokens, temperature=config.temperature)
         self._k = min(config.neighbours, len(self.train) - 1)

@@ -21,8 +21,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.errors import InvalidData
 from openbook_training.generator import AnswerEncoder, FusionInDecoder, GeneratorSettings, answer_all, build_generator, save_generator
 from openbook_training.loop import length_grouped
 from openbook_training.negatives import embed_once, ranked
@@ -46,6 +46,11 @@ class GeneratorConfig(GeneratorSettings):
     dropout: float = 0.1
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        shares = [*no_share(self, "closed_share"), *no_share(self, "dropout", below_one=True)]
+        return [*too_low(self, passages=1, beams=1, max_tokens=5, max_answer_tokens=2), *shares]
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -62,8 +67,6 @@ class GeneratorTask:
 
     def __init__(self, config: GeneratorConfig, console: Console) -> None:
         self._config = config
-        if min(config.passages, config.beams) < 1 or config.max_answer_tokens < 2:
-            raise InvalidConfig("passages and beams should be 1 or more, max_answer_tokens 2 or more")
         checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = AnswerEncoder(checkpoint, max_tokens=config.max_tokens, max_answer_tokens=config.max_answer_tokens)
         self.model: nn.Module = build_generator(checkpoint, self.encoder, dropout=config.dropout, adapter=config.initial_adapter)

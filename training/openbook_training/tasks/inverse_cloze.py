@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.config import no_share, too_low
 from openbook_training.contrastive import ContrastiveConfig, ContrastiveTask, first_of_each
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.errors import InvalidData
 from openbook_training.inverse_cloze import also_right, block, folded, query_spans
 from openbook_training.negatives import embed_once
 from openbook_training.record import metric_lines
@@ -39,6 +40,13 @@ class InverseClozeConfig(ContrastiveConfig):
     kept_share: float = 0.1  # of the queries whose sentence stays in its block: a little of what retrieval by shared words is good for
     evaluated_questions: int = 500  # of those that the data carry, evenly spread, searched for too, never chosen by; 0 = all
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [*ContrastiveConfig.problems(self), *too_low(self, held_out=1), *no_share(self, "kept_share")]
+        if self.loop.batch_examples == 1:
+            found.append("loop.batch_examples: 1 leaves a query no other passage to be told from; give 2 or more")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -54,8 +62,6 @@ class InverseClozeTask(ContrastiveTask):
 
     def __init__(self, config: InverseClozeConfig, console: Console) -> None:
         self._config = config
-        if not config.held_out or not 0 <= config.kept_share <= 1:
-            raise InvalidConfig(f"held_out {config.held_out} should be above 0 and kept_share {config.kept_share} a share, 0 to 1")
         super().__init__(config)
         data = load_unlabelled(config.train, console)
         self._titles, self._texts = [passage.title for passage in data.passages], [passage.text for passage in data.passages]

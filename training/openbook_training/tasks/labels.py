@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.errors import InvalidData
 from openbook_training.heads import HeadModel, LabelHead, RowEncoder, TokenRow, build_head_model
 from openbook_training.labelled import Columns, Labelled, draw_shots, hold_out_by_label, load_labelled
 from openbook_training.loop import length_grouped
@@ -51,6 +51,11 @@ class LabelConfig:
     lora_alpha: int = 16  # update is scaled by alpha / rank
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by; give a number of rows"]
+        return [*found, *no_share(self, "alone_share"), *too_low(self, lora_rank=1, lora_alpha=1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -65,13 +70,9 @@ class LabelTask(ABC):
 
     compares_examples: ClassVar[bool] = False
 
-    chosen_by: ClassVar[str]  # the reading whose accuracy on the held-out rows chooses the best epoch
+    chosen_by: str  # the reading whose accuracy on the held-out rows chooses the best epoch
 
     def __init__(self, config: Any, console: Console, columns: Columns, *, max_tokens: int, temperature: float = 0.0) -> None:
-        if not config.held_out:
-            raise InvalidConfig("held_out: 0 leaves nothing to choose the best epoch by; give a number of rows")
-        if not 0 <= config.alone_share <= 1:
-            raise InvalidConfig(f"alone_share: {config.alone_share} is no share, 0 to 1")
         self._config, self._max_tokens, self._temperature = config, max_tokens, temperature
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=max_tokens)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig
+from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import RowEncoder
 from openbook_training.loop import Staged, length_grouped
@@ -30,6 +30,7 @@ from openbook_training.masking import Text, log_frequencies, words_of
 from openbook_training.objectives import masked_token_loss
 from openbook_training.pretrained import best_device
 from openbook_training.retrieval import load_passages
+from openbook_training.run_folder import CHECKPOINT
 from openbook_training.scratch import ScratchConfig, make_checkpoint
 from openbook_training.squad import held_out_rows
 
@@ -53,6 +54,15 @@ class MaskedLmConfig:
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by"]
+        found += [] if 0 < self.masked_share <= 1 else [f"masked_share: {self.masked_share} is not in (0, 1]"]
+        found += [*no_share(self, "frozen_share"), *too_low(self, max_tokens=3, lora_alpha=1)]
+        if self.scratch.layers and self.frozen_layers:
+            found.append(f"frozen_layers: {self.frozen_layers} layers of random weights would rest; set 0 beside [scratch]")
+        return found
+
 
 class MaskedLmTask(Staged):
     """Gives the loop its batches, loss and metrics."""
@@ -60,7 +70,6 @@ class MaskedLmTask(Staged):
     compares_examples: ClassVar[bool] = False
 
     def __init__(self, config: MaskedLmConfig, console: Console) -> None:
-        _check(config)
         self._config = config
         passages = load_passages(config.train, console)
         held = held_out_rows([[passage] for passage in passages], str, config.held_out)
@@ -69,7 +78,8 @@ class MaskedLmTask(Staged):
             raise InvalidData(f"{config.train}: {len(passages)} passages, and held_out takes {config.held_out} of them")
         rank = config.lora_rank
         if config.scratch.layers:
-            self.checkpoint, rank = make_checkpoint(Path(config.output) / "scratch", kept, config.scratch, config.loop.seed), 0
+            folder, goes_on = Path(config.output) / "scratch", (Path(config.output) / CHECKPOINT).is_file()
+            self.checkpoint, rank = make_checkpoint(folder, kept, config.scratch, config.loop.seed, keep=goes_on), 0
         else:
             self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=config.max_tokens)
@@ -143,19 +153,3 @@ class MaskedLmTask(Staged):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         cast(MaskedLanguageModel, model).save(folder, self.checkpoint)
-
-
-def _check(config: MaskedLmConfig) -> None:
-    problems = []
-    if not config.held_out:
-        problems.append("held_out: 0 leaves nothing to choose the best epoch by")
-    if not 0 < config.masked_share <= 1:
-        problems.append(f"masked_share: {config.masked_share} is not in (0, 1]")
-    if not 0 <= config.frozen_share <= 1:
-        problems.append(f"frozen_share: {config.frozen_share} is not in [0, 1]")
-    if config.max_tokens < 3:
-        problems.append(f"max_tokens: {config.max_tokens} is below 3")
-    if config.scratch.layers and config.frozen_layers:
-        problems.append(f"frozen_layers: {config.frozen_layers} layers of random weights would rest; set 0 beside [scratch]")
-    if problems:
-        raise InvalidConfig("\n".join(problems))

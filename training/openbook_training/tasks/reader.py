@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from openbook_training.checkpoint import Checkpoint
+from openbook_training.config import too_low
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.span_task import Example, SpanConfig, SpanTask
@@ -32,6 +33,10 @@ class ReaderConfig(SpanConfig):
     held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
     negatives: tuple[int, ...] = (2,)  # hard negatives beside the gold passage, by epoch; the last value repeats
     mined: int = 20  # depth of the ranking that negatives are drawn from
+
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        return [*SpanConfig.problems(self), *too_low(self, mined=1)]
 
 
 class ReaderTask(SpanTask):

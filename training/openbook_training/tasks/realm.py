@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.config import LoopConfig
+from openbook_training.config import LoopConfig, no_share, not_positive, too_low
 from openbook_training.contrastive import first_of_each
 from openbook_training.embedding import TextEncoder
 from openbook_training.errors import InvalidConfig, InvalidData
@@ -68,6 +68,15 @@ class RealmConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [] if self.loss in LOSSES else [f"loss: {self.loss!r} is neither of {', '.join(LOSSES)}"]
+        found += [*not_positive(self, "temperature"), *no_share(self, "alone_share", below_one=True)]
+        found += too_low(self, held_out=1, passages=1, query_tokens=8, passage_tokens=8, lora_rank=1, lora_alpha=1)
+        if self.index.refresh == "rerank" and self.index.proposed < self.passages:
+            found.append(f"index.proposed: {self.index.proposed} are fewer than the {self.passages} passages to be read")
+        return found
+
 
 class RealmTask(Staged):
     """Gives the loop sentences with a hidden span, each beside what the index holds for it."""
@@ -75,7 +84,6 @@ class RealmTask(Staged):
     compares_examples: ClassVar[bool] = False
 
     def __init__(self, config: RealmConfig, console: Console) -> None:
-        _check(config)
         self._config, self._console = config, console
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=config.query_tokens)
@@ -263,18 +271,3 @@ def _means(parts: Sequence[tuple[float, float, int]], name: str) -> dict[str, fl
     """Retrieval utility (nats) and p(null|x) (percent) of several `_sums`; nothing where no text had a passage."""
     utility, null, texts = (sum(column) for column in zip((0.0, 0.0, 0), *parts, strict=True))
     return {f"retrieval_utility/{name}": utility / texts, f"null_passage/{name}": 100 * null / texts} if texts else {}
-
-
-def _check(config: RealmConfig) -> None:
-    problems = []
-    if config.loss not in LOSSES:
-        problems.append(f"loss: {config.loss!r} is neither of {', '.join(LOSSES)}")
-    if config.temperature <= 0:
-        problems.append(f"temperature: {config.temperature} is not above 0")
-    if not 0 <= config.alone_share < 1:
-        problems.append(f"alone_share: {config.alone_share} is not in [0, 1)")
-    for name, least in (("held_out", 1), ("passages", 1), ("query_tokens", 8), ("passage_tokens", 8), ("lora_rank", 1)):
-        if getattr(config, name) < least:
-            problems.append(f"{name}: {getattr(config, name)} is below {least}")
-    if problems:
-        raise InvalidConfig("\n".join(problems))

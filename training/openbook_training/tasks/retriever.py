@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.config import too_low
 from openbook_training.contrastive import ContrastiveConfig, ContrastiveTask, first_of_each
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import anchor_loss
 from openbook_training.record import metric_lines
@@ -36,6 +37,11 @@ class RetrieverConfig(ContrastiveConfig):
     mined: int = 20  # depth of the ranking that negatives are drawn from
     anchor_weight: float = 1.0  # of 1 - cosine to the untouched embedder's vectors; raise it when other domains suffer, 0 = off
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [] if self.anchor_weight >= 0 else [f"anchor_weight: {self.anchor_weight} is below 0"]
+        return [*ContrastiveConfig.problems(self), *found, *too_low(self, mined=1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -51,7 +57,6 @@ class RetrieverTask(ContrastiveTask):
 
     def __init__(self, config: RetrieverConfig, console: Console) -> None:
         self._config = config
-        _check(config)
         super().__init__(config)
         data = load_retrieval(config.train, console)
         self.train, self.held_out = hold_out_passages(data, config.held_out)
@@ -122,10 +127,3 @@ class RetrieverTask(ContrastiveTask):
     def _mine(self, questions: Sequence[Asked], passages: list[str]) -> list[list[int]]:
         gold = [{passages[row] for row in question.gold} for question in questions]
         return mine([question.answers for question in questions], gold, self._anchors[1], passages, self._anchors[0], self._config.mined)
-
-
-def _check(config: RetrieverConfig) -> None:
-    problems = [] if config.anchor_weight >= 0 else [f"anchor_weight: {config.anchor_weight} is below 0"]
-    problems += [] if config.mined >= 1 else [f"mined: {config.mined} is below 1"]
-    if problems:
-        raise InvalidConfig("\n".join(problems))

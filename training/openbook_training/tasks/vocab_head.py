@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig
+from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model
 from openbook_training.loop import length_grouped
@@ -51,6 +51,11 @@ class VocabHeadConfig:
     lora_alpha: int = 16  # update is scaled by alpha / rank
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        found = [] if 0 < self.masked_share <= 1 else [f"masked_share: {self.masked_share} is not in (0, 1]"]
+        return [*found, *no_share(self, "common_share"), *too_low(self, held_out=1, max_tokens=3, lora_rank=1, lora_alpha=1)]
+
 
 class VocabHeadTask:
     """Gives the loop its batches, loss and metrics."""
@@ -58,8 +63,6 @@ class VocabHeadTask:
     compares_examples: ClassVar[bool] = False
 
     def __init__(self, config: VocabHeadConfig, console: Console) -> None:
-        if not config.held_out or not 0 < config.masked_share <= 1:
-            raise InvalidConfig(f"held_out {config.held_out} must be above 0 and masked_share {config.masked_share} in (0, 1]")
         self._config = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=config.max_tokens)

@@ -1,0 +1,105 @@
+"""The folder of a run: whether a run may begin there or go on, and what it was made with.
+
+A run is known by the settings that decide which examples each step sees and what the weights are of. Its checkpoint states them, and only
+a run that has the same goes on from it. How long it takes, how fast it learns and how often it saves may change between two starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openbook_training.errors import InvalidConfig
+
+CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+_RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+_MAY_CHANGE = {"output"} | {
+    f"loop.{name}"
+    for name in (
+        "epochs",
+        "max_steps",
+        "micro_batch_examples",
+        "gradient_checkpointing",
+        "learning_rate",
+        "warmup_share",
+        "weight_decay",
+        "max_gradient_norm",
+        "threads",
+        "checkpoint_minutes",
+        "evaluate_every_epochs",
+    )
+}
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that a run cannot change and stay the same run, by their names in the configuration file ("loop.seed")."""
+    named = _flat(json.loads(json.dumps(dataclasses.asdict(config))), "")
+    return {name: value for name, value in named.items() if name not in _MAY_CHANGE}
+
+
+def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
+    """Refuse a run before anything of it is written.
+
+    Raises:
+        InvalidConfig: the folder is none, holds a run that was not to be resumed, or one of other settings.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InvalidConfig(f"output: {str(existing)!r} is a file; name a folder")
+    file = folder / CHECKPOINT
+    if not file.is_file():
+        return
+    if not resume:
+        raise InvalidConfig(f"{folder} already holds a run; go on with --resume, or choose another output")
+    began, now = load_state(file, mmap=True).get("config", {}), identity(config)  # runs of older versions state nothing
+    changed = [f"{name} was {began[name]!r} and is {now[name]!r}" for name in began if name in now and began[name] != now[name]]
+    if changed:
+        raise InvalidConfig(
+            f"{folder} holds a run of other settings: {'; '.join(changed)}. Set them as they were to go on with --resume, "
+            "or choose another output"
+        )
+
+
+def load_state(file: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds; with `mmap` its tensors are read only where they are used.
+
+    Raises:
+        InvalidConfig: the file is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # of a damaged file torch raises half a dozen kinds
+        reason = str(error).split("\n", 1)[0]
+        raise InvalidConfig(f"{file} cannot be read ({reason}); remove it to begin again, or choose another output") from error
+    return state
+
+
+def make_folder(folder: Path) -> None:
+    """Raises:
+    InvalidConfig: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidConfig(f"output: {str(folder)!r} cannot be made ({error.strerror}); name another folder") from error
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """State settings and versions in config.json, which is there whole or not at all."""
+    versions = {name: importlib.metadata.version(name) for name in _RECORDED}
+    aside = folder / f"{CONFIG}.{os.getpid()}"
+    aside.write_text(json.dumps({"config": dataclasses.asdict(config), "versions": versions}, indent=2) + "\n")
+    aside.replace(folder / CONFIG)
+
+
+def _flat(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

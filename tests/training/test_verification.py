@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
@@ -62,6 +64,19 @@ def test_evidence_decides_and_the_claim_alone_is_no_better_than_chance(tiny_chec
     with torch.inference_mode():
         again = task.probabilities(model, task.dev, alone=False)
     assert 100 * (again.argmax(1) == task.gold[task.dev]).mean() == pytest.approx(metrics["dev_model_accuracy"])
+
+
+def test_a_baseline_that_never_reads_evidence_is_chosen_by_what_it_is_trained_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    config = dataclasses.replace(config, alone_share=1.0, loop=dataclasses.replace(config.loop, epochs=1, evaluate_every_epochs=1))
+    metrics = train(OBJECTIVES["verification"], config, resume=False, console=quiet())
+    assert metrics["score"] == metrics["held_out_claim_only_accuracy"]
+    task = VerificationTask(config, quiet())
+    chances = {True: np.eye(2)[task.gold[task.held_out]], False: np.eye(2)[1 - task.gold[task.held_out]]}  # alone always right, else never
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VerificationTask, "probabilities", lambda self, model, numbers, *, alone: chances[alone])
+        patch.setattr(task, "dev", range(0))
+        assert task.evaluate(task.model)["score"] == 100
 
 
 def test_a_claim_is_read_beside_its_evidence_or_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rich.console import Console
 from torch import nn
 
+from openbook_training.config import too_low
 from openbook_training.labelled import Columns
 from openbook_training.tasks.labels import Found, LabelConfig, LabelTask, Probabilities
 
@@ -28,11 +29,14 @@ class VerificationConfig(LabelConfig):
     evidence_column: str = "evidence"  # a text, or a list of sentences
     max_tokens: int = 192  # claim, evidence and special tokens; the longer of the two is cut
 
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        return [*LabelConfig.problems(self), *too_low(self, max_tokens=5)]
+
 
 class VerificationTask(LabelTask):
-    chosen_by: ClassVar[str] = "model"
-
     def __init__(self, config: VerificationConfig, console: Console) -> None:
+        self.chosen_by = "claim_only" if config.alone_share == 1 else "model"  # which then is never trained
         columns = Columns(text=config.text_column, label=config.label_column, evidence=config.evidence_column)
         super().__init__(config, console, columns, max_tokens=config.max_tokens)
 

@@ -191,7 +191,11 @@ def test_a_head_of_another_checkpoint_is_refused(config: MaskedLmConfig, tmp_pat
         ({"frozen_share": 1.5}, InvalidConfig, "frozen_share: 1.5"),
         ({"frozen_layers": 3}, InvalidConfig, "frozen_layers: 3, and the backbone has 2"),
         ({"scratch": SCRATCH}, InvalidConfig, "set 0 beside"),
-        ({"scratch": dataclasses.replace(SCRATCH, heads=3), "frozen_layers": 0}, InvalidConfig, "scratch.hidden: 32 should be a multiple of heads, 3"),
+        (
+            {"scratch": dataclasses.replace(SCRATCH, heads=3), "frozen_layers": 0},
+            InvalidConfig,
+            "scratch.hidden: 32 should be a multiple of heads, 3",
+        ),
         ({"held_out": 60}, InvalidData, "60 passages, and held_out takes 60"),
     ],
 )

@@ -12,12 +12,13 @@ import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig, TrainingDiverged
+from openbook_training.errors import InvalidConfig, InvalidData, TrainingDiverged
 from openbook_training.loop import Loop, Stopped
 from openbook_training.negatives import draw, embed, mine
 from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.run import train
+from openbook_training.span_task import Example
 from openbook_training.squad import Question, hold_out, occurrences
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig, ReaderTask
@@ -228,6 +229,55 @@ def test_the_epoch_is_chosen_on_held_out_questions_in_the_company_of_hard_negati
     for question, (_, passages) in zip(task.held_out, asked, strict=True):
         assert passages[0] == question.context
         assert not any(occurrences(passage, question.answers) for passage in passages[1:])
+
+
+def test_negatives_are_a_questions_own_whatever_ids_the_data_have(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"id": None} for line in training_file.read_text().splitlines()]
+    training_file.write_text("\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(config_for(training_file, tiny_checkpoint, tmp_path / "run"), no_answer_share=0.5, negatives=(2,))
+    task = ReaderTask(config, quiet())
+    examples = [example for batch in task.batches(0) for example in batch]
+    assert len(examples) == 20
+    own = [example.passages.count(example.question.context) for example in examples]
+    assert set(own) == {0, 1}
+    for example in examples:
+        assert not any(occurrences(z, example.question.answers) for z in example.passages if z != example.question.context)
+
+
+def test_a_question_that_no_span_can_answer_is_left_out_named_and_counted(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in training_file.read_text().splitlines()]
+    rows[3]["answers"]["text"] = ["the green of"]  # of no passage
+    rows[5]["answers"]["text"] = [rows[5]["context"]]  # more than five tokens
+    rows[6]["answers"]["text"] = [rows[6]["context"], *rows[6]["answers"]["text"]]
+    rows[7]["answers"]["text"] = []
+    training_file.write_text("\n".join(map(json.dumps, rows)))
+    console = Console(file=io.StringIO(), width=300)
+    task = ReaderTask(config_for(training_file, tiny_checkpoint, tmp_path / "run"), console)
+    kept = {question.id for question in (*task.train, *task.held_out)}
+    assert {f"q{number}" for number in range(24)} - kept == {"q3", "q5"}
+    assert isinstance(console.file, io.StringIO)
+    assert "1 of 24 questions left out, their answer is not in their passage: ['q3']" in console.file.getvalue()
+    assert "1 of 24 questions left out, no window holds an answer of theirs in max_answer_tokens, 5: ['q5']" in console.file.getvalue()
+
+
+def test_only_questions_that_have_an_answer_are_scored(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ReaderTask(config_for(training_file, tiny_checkpoint, tmp_path / "run"), quiet())
+    monkeypatch.setattr("openbook_training.span_task.answer_all", lambda model, encoder, read, *others: ["red"] * len(read))
+    questions = [Question(id="a", text="?", context="red", answers=("red",)), Question(id="b", text="?", context="blue", answers=())]
+    examples = [Example(question, [question.context]) for question in questions]
+    assert task.score(task.model, examples, "dev") == {"dev_em": 100.0, "dev_f1": 100.0}
+    assert task.score(task.model, examples[1:], "dev") == {}
+
+
+def test_a_held_out_share_that_leaves_no_question_is_refused(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(config_for(training_file, tiny_checkpoint, tmp_path / "run"), held_out=300)
+    with pytest.raises(InvalidData, match="held_out takes all 24 usable questions; lower held_out, 300"):
+        train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

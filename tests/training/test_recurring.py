@@ -107,6 +107,16 @@ def test_a_question_beside_a_foreign_passage_has_no_answer_there(tiny_checkpoint
     assert not any(occurrences(example.passages[0], example.question.answers) for example in foreign)
 
 
+def test_a_span_longer_than_an_answer_may_be_is_no_question(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match="within max_answer_tokens, 2"):  # no town has so few tokens
+        RecurringSpansTask(configured(tmp_path, tiny_checkpoint, max_answer_tokens=2), quiet())
+
+
+def test_a_held_out_share_that_leaves_no_passage_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match="recur in 6 passages, and held_out takes 6 of them"):
+        RecurringSpansTask(configured(tmp_path, tiny_checkpoint, held_out=200), quiet())
+
+
 def test_texts_in_which_nothing_recurs_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = configured(tmp_path, tiny_checkpoint)
     Path(config.train).write_text("Nothing here.\nNor here.\n")

@@ -92,6 +92,12 @@ def test_one_bad_question_of_an_article_leaves_its_neighbours(tmp_path: Path) ->
     assert [(question.id, question.title) for question in questions] == [("0", "Ada Lovelace"), ("2", "Ada Lovelace")]
 
 
+def test_an_empty_answer_is_none(tmp_path: Path) -> None:
+    rows = [{"id": "q", "question": "Who?", "context": "Ada did.", "answers": answers} for answers in (["", "Ada", " "], [""])]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [question.answers for question in load_questions(str(tmp_path / "a.jsonl"))] == [("Ada",), ()]
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(InvalidData, match="nowhere.jsonl"):
         load_questions("nowhere.jsonl")

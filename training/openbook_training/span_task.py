@@ -77,6 +77,16 @@ class SpanTask:
         )
         self._device = best_device()
 
+    def unlearnable(self, question: Question) -> str:
+        """Why no span of its own passage can be its gold, "" where one can: beside that passage it would learn to abstain."""
+        spans, limit = question.gold_spans(), self._settings.max_answer_tokens
+        if question.answers and not spans:
+            return "their answer is not in their passage"
+        windows = self.encoder.pairs(question.text, [question.context], 0) if spans else ()
+        if spans and not any(True for window in windows for _ in window.gold(spans, limit)):
+            return f"no window holds an answer of theirs in max_answer_tokens, {limit}"
+        return ""
+
     def grouped(self, examples: Sequence[Example], rng: random.Random) -> list[list[Example]]:
         """Batches of examples that take about as many tokens, in random order."""
         lengths = [sum(len(passage) for passage in example.passages) for example in examples]
@@ -100,7 +110,10 @@ class SpanTask:
         return ", ".join(example.question.id for example in batch)
 
     def score(self, model: nn.Module, examples: Sequence[Example], name: str) -> dict[str, float]:
-        """EM and F1 in percent, named `name`_em and `name`_f1, of the best spans for examples that have an answer."""
+        """EM and F1 in percent, named `name`_em and `name`_f1, of the best spans for the examples that have an answer; of none nothing."""
+        examples = [example for example in examples if example.question.answers]
+        if not examples:
+            return {}
         read = [(example.question.text, example.passages) for example in examples]
         limit, precision = self._settings.max_answer_tokens, self._settings.loop.precision
         predictions = answer_all(model, self.encoder, read, limit, self._device, precision)

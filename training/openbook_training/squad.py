@@ -29,7 +29,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A question, the passage it was asked about, and its accepted answers (none: the passage has no answer)."""
+    """A question, the passage it was asked about, and its accepted answers, none of them empty (none: the passage has no answer)."""
 
     id: str
     text: str
@@ -117,7 +117,8 @@ def _question(row: Mapping[str, Any]) -> Question:
     if not text or not context:
         raise ValueError("empty question or context")
     title = texts["title"].replace("_", " ")  # SQuAD's are the names of Wikipedia's pages
-    return Question(id=str(row["id"]), text=text, context=context, answers=tuple(dict.fromkeys(answers)), title=title)
+    accepted = tuple(answer for answer in dict.fromkeys(answers) if answer.strip())
+    return Question(id=str(row["id"]), text=text, context=context, answers=accepted, title=title)
 
 
 def spread(questions: list[T], count: int) -> list[T]:

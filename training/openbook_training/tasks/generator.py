@@ -143,7 +143,7 @@ class GeneratorTask:
 
 def _answered(source: str, console: Console) -> list[Question]:
     questions: Sequence[Question] = load_questions(source, console)
-    answered = [question for question in questions if any(answer.strip() for answer in question.answers)]
+    answered = [question for question in questions if question.answers]
     if not answered:
         raise InvalidData(f"{source}: no question has an answer")
     return answered

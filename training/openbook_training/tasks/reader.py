@@ -45,17 +45,31 @@ class ReaderTask(SpanTask):
     def __init__(self, config: ReaderConfig, console: Console) -> None:
         self._config = config
         super().__init__(config)
-        usable, dropped = _usable(load_questions(config.train, console))
-        if dropped:
-            console.print(
-                f"{len(dropped)} of {len(dropped) + len(usable)} questions left out, their answer is not in their passage: {dropped[:5]}"
-            )
+        usable = self._usable(load_questions(config.train, console), console)
         self.train, self.held_out = hold_out(usable, config.held_out)
+        if not self.train:
+            raise InvalidData(f"{config.train}: held_out takes all {len(usable)} usable questions; lower held_out, {config.held_out}")
         self.dev = spread(load_questions(config.dev, console), config.dev_questions) if config.dev else []
         self.passages = sorted({question.context for question in usable})
         everything = [*self.train, *self.held_out]
-        mined = _mined_negatives(self.checkpoint, everything, self.passages, config, console) if max(config.negatives) else []
-        self._mined = {question.id: found for question, found in zip(everything, mined, strict=False)}
+        self._mines = max(config.negatives) > 0
+        mined = _mined_negatives(self.checkpoint, everything, self.passages, config, console) if self._mines else [[] for _ in everything]
+        # By row: ids may be missing, or stand twice.
+        self._mined, self._held_out_mined = mined[: len(self.train)], mined[len(self.train) :]
+
+    def _usable(self, questions: list[Question], console: Console) -> list[Question]:
+        usable: list[Question] = []
+        left_out: dict[str, list[str]] = {}
+        for question in questions:
+            if reason := self.unlearnable(question):
+                left_out.setdefault(reason, []).append(question.id)
+            else:
+                usable.append(question)
+        for reason, ids in left_out.items():
+            console.print(f"{len(ids)} of {len(questions)} questions left out, {reason}: {ids[:5]}", soft_wrap=True, markup=False)
+        if not usable:
+            raise InvalidData(f"{self._config.train}: no question is left to train on; {next(iter(left_out))}")
+        return usable
 
     def summary(self) -> str:
         return (
@@ -67,31 +81,22 @@ class ReaderTask(SpanTask):
         rng = random.Random(f"{config.loop.seed}/{epoch}")
         count = config.negatives[min(epoch, len(config.negatives) - 1)]
         examples = []
-        for question in self.train:
-            absent = bool(self._mined) and rng.random() < config.no_answer_share
-            drawn = draw(self._mined.get(question.id, []), max(count, 1) if absent else count, rng)
+        for question, mined in zip(self.train, self._mined, strict=True):
+            absent = self._mines and rng.random() < config.no_answer_share
+            drawn = draw(mined, max(count, 1) if absent else count, rng)
             others = [self.passages[z] for z in drawn]
             examples.append(Example(question, others if absent and others else [question.context, *others]))
         return self.grouped(examples, rng)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Dev questions are read beside their own passage alone, as SQuAD does; held-out ones in the company retrieval gives them."""
-        held_out = [self._in_company(question, max(self._config.negatives)) for question in self.held_out]
-        metrics = self.score(model, held_out, "held_out") if held_out else {}
-        metrics |= self.score(model, [self._in_company(question, 0) for question in self.dev], "dev") if self.dev else {}
+        most = max(self._config.negatives)
+        company = [[self.passages[z] for z in mined[:most]] for mined in self._held_out_mined]
+        held_out = [Example(question, [question.context, *beside]) for question, beside in zip(self.held_out, company, strict=True)]
+        metrics = self.score(model, held_out, "held_out")
+        metrics |= self.score(model, [Example(question, [question.context]) for question in self.dev], "dev")
         metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
         return metrics
-
-    def _in_company(self, question: Question, company: int) -> Example:
-        return Example(question, [question.context, *(self.passages[z] for z in self._mined.get(question.id, [])[:company])])
-
-
-def _usable(questions: list[Question]) -> tuple[list[Question], list[str]]:
-    usable = [question for question in questions if not question.answers or question.gold_spans()]
-    if not usable:
-        raise InvalidData("no training question has its answer in its passage")
-    kept = {question.id for question in usable}
-    return usable, [question.id for question in questions if question.id not in kept]
 
 
 def _mined_negatives(

@@ -42,12 +42,20 @@ class RecurringSpansTask(SpanTask):
         if not isinstance(mask, str):
             raise InvalidData(f"checkpoint {config.checkpoint!r}: its tokenizer has no mask token to stand for the hidden span")
         passages = load_passages(config.train, console)
-        made = [_questions(row, passage, mask) for row, passage in enumerate(passages)]
+        made = [
+            [question for question in _questions(row, text, mask) if not self.unlearnable(question)] for row, text in enumerate(passages)
+        ]
         usable = [questions for questions in made if questions]
         if not usable:
-            raise InvalidData(f"{config.train}: no span recurs in two sentences of a passage")
+            raise InvalidData(
+                f"{config.train}: no span recurs in two sentences of a passage, within max_answer_tokens, {config.max_answer_tokens}"
+            )
         held = held_out_rows([[questions[0].context] for questions in usable], str, config.held_out)
         self.train = [questions for row, questions in enumerate(usable) if row not in held]
+        if not self.train:
+            raise InvalidData(
+                f"{config.train}: spans recur in {len(usable)} passages, and held_out takes {len(held)} of them; lower held_out"
+            )
         self.held_out = [questions[0] for row, questions in enumerate(usable) if row in held]
         self.dev = spread(load_questions(config.dev, console), config.dev_questions) if config.dev else []
         self._unused = len(passages) - len(usable)
@@ -76,8 +84,7 @@ class RecurringSpansTask(SpanTask):
         """Each question is read beside its own passage; the first one of each held-out passage, and the dev questions."""
         metrics: dict[str, float] = {}
         for name, questions in (("held_out", self.held_out), ("dev", self.dev)):
-            if questions:
-                metrics |= self.score(model, [Example(question, [question.context]) for question in questions], name)
+            metrics |= self.score(model, [Example(question, [question.context]) for question in questions], name)
         metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
         return metrics
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.embedding import TextEncoder, encode
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.loop import Loop
 from openbook_training.negatives import embed, embed_once
 from openbook_training.retriever import build_retriever
@@ -26,6 +27,7 @@ from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.retriever import Example, RetrieverConfig, RetrieverTask
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 WORDS = "red blue green one two three city river king book".split()
 
@@ -242,6 +244,29 @@ def test_training_lowers_the_loss_and_the_anchor_keeps_vectors_near_the_untouche
     history = list(losses(tmp_path / "0.0").values())
     assert sum(history[-4:]) < 0.8 * sum(history[:4])
     assert drift[20.0] < 0.3 * drift[0.0]
+
+
+def test_a_text_is_held_to_the_vector_that_the_untouched_embedder_gives_what_is_read_of_it(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    cut = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path / "cut", train_max_tokens=8), quiet())
+    whole = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path / "whole"), quiet())
+    assert cut._mined == whole._mined
+    batch = cut.batches(0)[0]
+    with torch.inference_mode():
+        free = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path / "free", train_max_tokens=8, anchor_weight=0.0), quiet())
+        rng, model = random.Random(0), cut.model.eval()  # untrained: it has not moved from any anchor
+        assert float(cut.loss(model, batch, rng)) == pytest.approx(float(free.loss(model, batch, rng)), abs=1e-5)
+    assert len(list((tmp_path / "cut").glob("vectors-*"))) == 2
+
+
+def test_weights_that_are_pickled_are_not_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "pickled"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointNotFound, match="its weights do not load"):
+        embed(resolve_checkpoint(str(folder)), ["red"])
 
 
 def test_an_untrained_retriever_is_the_untouched_embedder(data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

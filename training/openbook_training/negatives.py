@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.embedding import TextEncoder, encode
-from openbook_training.pretrained import best_device
+from openbook_training.pretrained import best_device, load_model
 from openbook_training.progress import progress
 from openbook_training.squad import occurrences
 
@@ -25,31 +25,40 @@ def embed(
     texts: Sequence[str],
     *,
     precision: str = "fp32",
+    max_tokens: int = 0,
     report: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Unit vectors (len(texts), dim) float32 by the untouched checkpoint; `report` is told how many texts are done."""
+    """Unit vectors (len(texts), dim) float32 by the untouched checkpoint.
+
+    Args:
+        max_tokens: of a text, the rest is cut; 0 = as many as the checkpoint was made for.
+        report: told how many texts are done.
+    """
     encoder = TextEncoder(checkpoint)
     device = best_device()
-    model = AutoModel.from_pretrained(checkpoint.folder, attn_implementation="eager", dtype=torch.float32).eval().to(device)
-    rows = encoder.rows(texts, checkpoint.max_tokens)
+    model = load_model(AutoModel, checkpoint, dropout=0.0).eval().to(device)
+    rows = encoder.rows(texts, max_tokens or checkpoint.max_tokens)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         vectors = encode(model, rows, pooling=checkpoint.pooling, pad=encoder.pad, device=device, report=report)
     return vectors.cpu().numpy()
 
 
-def embed_once(checkpoint: Checkpoint, texts: Sequence[str], folder: Path, *, precision: str, console: Console, purpose: str) -> np.ndarray:
-    """`embed`, kept in `folder` under a name that changes with checkpoint, texts and precision, so that a resumed run need not wait.
+def embed_once(
+    checkpoint: Checkpoint, texts: Sequence[str], folder: Path, *, precision: str, console: Console, purpose: str, max_tokens: int = 0
+) -> np.ndarray:
+    """`embed`, kept in `folder` under a name that changes with checkpoint, texts, precision and limit, so that a resumed run need not wait.
 
     Args:
         purpose: what the vectors are for, in the words of the progress report.
     """
-    digest = hashlib.sha256("\0".join([checkpoint.digest(), precision, *texts]).encode()).hexdigest()
+    made_with = [checkpoint.digest(), f"{precision}/{max_tokens}" if max_tokens else precision]
+    digest = hashlib.sha256("\0".join([*made_with, *texts]).encode()).hexdigest()
     file = folder / f"vectors-{digest[:16]}.npy"
     if file.is_file():
         kept: np.ndarray = np.load(file, allow_pickle=False)
         return kept
     with progress(console, f"embedding texts to {purpose}", len(texts)) as update:
-        vectors = embed(checkpoint, texts, precision=precision, report=update)
+        vectors = embed(checkpoint, texts, precision=precision, max_tokens=max_tokens, report=update)
     folder.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.npy")  # of its own for each process of a distributed run
     np.save(aside, vectors, allow_pickle=False)

@@ -34,6 +34,9 @@ def load_model(kind: Any, checkpoint: Checkpoint, *, dropout: float, **settings:
     """The checkpoint's weights in a transformers class, to be trained; its notice that a head is new or left out is silenced: it is meant.
 
     Attention dropout is off: on a CPU it costs as much as the attention itself.
+
+    Raises:
+        CheckpointNotFound: there are no weights in safetensors.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -46,6 +49,9 @@ def load_model(kind: Any, checkpoint: Checkpoint, *, dropout: float, **settings:
             use_safetensors=True,
             **settings,
         )
+    except OSError as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointNotFound(f"checkpoint {checkpoint.name!r}: its weights do not load ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -1,8 +1,8 @@
 """`openbook train retriever`: the embedder, fine-tuned on questions with the passages that answer them.
 
 Each question is set against all passages of its batch: its own, the other questions' own, and mined hard negatives.
-Every text is also held to the vector that the untouched embedder gives it, so that what the data say nothing about
-stays where it is. Questions are held out by whole passages, and searched for among all passages after each epoch.
+Every text, cut as in training, is also held to the vector that the untouched embedder gives it, so that what the data say nothing
+about stays where it is. Questions are held out by whole passages, and searched for among all passages after each epoch.
 """
 
 from __future__ import annotations
@@ -65,17 +65,25 @@ class RetrieverTask(ContrastiveTask):
         passages = [self.encoder.passage_text(passage.title, passage.text) for passage in data.passages]
         questions = [*self.train, *self.held_out]
         texts = [*passages, *(question.text for question in questions)]
-        vectors = embed_once(
-            self.checkpoint, texts, Path(config.output), precision=config.loop.precision, console=console, purpose="mine hard negatives"
-        )
+        vectors = self._untouched_vectors(texts, console, "mine hard negatives")
         rows = self.encoder.rows(texts, self.checkpoint.max_tokens)
         self._passages, self._questions = rows[: len(passages)], rows[len(passages) :]
-        self._anchors = vectors[: len(passages)], vectors[len(passages) :]
+        self._whole = vectors[: len(passages)], vectors[len(passages) :]
+        anchors, limit = vectors.copy(), config.train_max_tokens
+        longer = [row for row, ids in enumerate(rows) if len(ids) > limit] if config.anchor_weight else []
+        if longer:
+            anchors[longer] = self._untouched_vectors([texts[row] for row in longer], console, "hold them where they are", limit)
+        self._anchors = anchors[: len(passages)], anchors[len(passages) :]
         self._same = first_of_each(passages)
         self._mined = self._mine(questions, [passage.text for passage in data.passages]) if max(config.negatives) else [[] for _ in texts]
         self._grades = [question.gold for question in self.held_out]
-        self._untouched = self.ranking_metrics(self._anchors[1][len(self.train) :], self._anchors[0], self._grades)
+        self._untouched = self.ranking_metrics(self._whole[1][len(self.train) :], self._whole[0], self._grades)
         console.print("untouched embedder: " + "\n  ".join(metric_lines(self._untouched)), soft_wrap=True, highlight=False)
+
+    def _untouched_vectors(self, texts: Sequence[str], console: Console, purpose: str, max_tokens: int = 0) -> np.ndarray:
+        """Of whole texts, or of their first `max_tokens`."""
+        folder, precision = Path(self._config.output), self._config.loop.precision
+        return embed_once(self.checkpoint, texts, folder, precision=precision, console=console, purpose=purpose, max_tokens=max_tokens)
 
     def summary(self) -> str:
         return f"{len(self.train)} training questions on {len(self._passages)} passages, {len(self.held_out)} held out"
@@ -118,7 +126,7 @@ class RetrieverTask(ContrastiveTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out questions searched for among all passages, in percent, and how far texts moved from their untouched vectors."""
         vectors = self.vectors(model, [*self._passages, *self._questions[len(self.train) :]])
-        untouched = np.concatenate([self._anchors[0], self._anchors[1][len(self.train) :]])
+        untouched = np.concatenate([self._whole[0], self._whole[1][len(self.train) :]])
         metrics = self.ranking_metrics(vectors[len(self._passages) :], vectors[: len(self._passages)], self._grades)
         metrics["untouched_ndcg@10"] = self._untouched.get("held_out_ndcg@10", 0.0)
         drift = 100 * (1 - float((vectors * untouched).sum(axis=1).mean()))
@@ -126,4 +134,4 @@ class RetrieverTask(ContrastiveTask):
 
     def _mine(self, questions: Sequence[Asked], passages: list[str]) -> list[list[int]]:
         gold = [{passages[row] for row in question.gold} for question in questions]
-        return mine([question.answers for question in questions], gold, self._anchors[1], passages, self._anchors[0], self._config.mined)
+        return mine([question.answers for question in questions], gold, self._whole[1], passages, self._whole[0], self._config.mined)

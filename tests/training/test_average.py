@@ -9,7 +9,7 @@ import pytest
 import torch
 from openbook_training.average import average
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.errors import InvalidData
+from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.reader import trained_reader
 from openbook_training.span_task import SpanConfig, SpanTask
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 
 def adapter(checkpoint: Path, folder: Path, seed: int, rank: int) -> Path:
     """An adapter of random weights."""
-    task = SpanTask(SpanConfig(checkpoint=str(checkpoint), lora_rank=rank, lora_alpha=2 * rank))
+    task = SpanTask(SpanConfig(checkpoint=str(checkpoint), max_tokens=128, stride=32, lora_rank=rank, lora_alpha=2 * rank))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in task.model.parameters():
@@ -47,6 +47,15 @@ def test_the_mean_adds_to_each_weight_the_mean_of_what_the_adapters_add(tiny_che
 def test_cutting_the_rank_says_what_it_lost(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folders = [adapter(tiny_checkpoint, tmp_path / str(seed), seed, 4) for seed in (1, 2)]
     assert 0.05 < average(folders, tmp_path / "mean", rank=2) < 1
+
+
+def test_a_rank_above_the_width_of_a_layer_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = adapter(tiny_checkpoint, tmp_path / "1", 1, 2)
+    with pytest.raises(InvalidConfig, match="rank 33 is above 32, the width of a layer; lower --rank"):
+        average([folder, folder], tmp_path / "mean", rank=33)
+    assert not (tmp_path / "mean").exists()
+    average([folder, folder], tmp_path / "mean", rank=32)
+    assert trained_reader(resolve_checkpoint(str(tiny_checkpoint)), str(tmp_path / "mean"))
 
 
 def test_only_adapters_of_one_kind_are_averaged_and_nothing_is_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_from_nothing_it_leaves_a_checkpoint_that_every_objective_can_begin_with
         assert MaskedLmTask(config, quiet()).evaluate(model) == pytest.approx(metrics, rel=1e-3)
     again = dataclasses.replace(config, output=str(tmp_path / "next"), checkpoint=str(best / "checkpoint"), scratch=ScratchConfig())
     assert train(OBJECTIVES["masked_lm"], again, resume=False, console=quiet())["score"] > -metrics["perplexity/word_frequencies"]
+
+
+def test_a_backbone_trained_whole_embeds_as_the_checkpoint_did_that_it_began_with(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "cls"))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    checkpoint = resolve_checkpoint(str(folder))
+    (tmp_path / "best").mkdir()
+    build_masked_lm(checkpoint, lora_rank=0, lora_alpha=1).save(tmp_path / "best", checkpoint)
+    kept = resolve_checkpoint(str(tmp_path / "best" / "checkpoint"))
+    assert (kept.pooling, kept.max_tokens) == (checkpoint.pooling, checkpoint.max_tokens) == ("cls", 64)
 
 
 def test_a_checkpoint_from_nothing_is_made_once_for_the_same_texts_and_settings(tmp_path: Path) -> None:

@@ -273,6 +273,12 @@ def test_only_questions_that_have_an_answer_are_scored(
     assert task.score(task.model, examples[1:], "dev") == {}
 
 
+def test_more_tokens_than_the_checkpoint_has_positions_are_refused(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(config_for(training_file, tiny_checkpoint, tmp_path / "run"), max_tokens=129)
+    with pytest.raises(InvalidConfig, match="max_tokens: 129 is above 128, the positions of checkpoint"):
+        train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+
+
 def test_a_held_out_share_that_leaves_no_question_is_refused(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(config_for(training_file, tiny_checkpoint, tmp_path / "run"), held_out=300)
     with pytest.raises(InvalidData, match="held_out takes all 24 usable questions; lower held_out, 300"):

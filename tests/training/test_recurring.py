@@ -72,7 +72,15 @@ def configured(folder: Path, checkpoint: Path, **changes: object) -> RecurringSp
     towns = ["Stratford", "Evesham", "Pershore", "Warwick", "Rugby", "Bidford"]
     texts.write_text("\n".join(f"{town} lies on a river. A bridge at {town} was built in {1400 + n}." for n, town in enumerate(towns)))
     loop = LoopConfig(epochs=2, batch_examples=4, precision="fp32", threads=1)
-    settings: dict[str, object] = {"train": str(texts), "checkpoint": str(checkpoint), "held_out": 2, "lora_rank": 4, "loop": loop}
+    settings: dict[str, object] = {
+        "train": str(texts),
+        "checkpoint": str(checkpoint),
+        "held_out": 2,
+        "max_tokens": 128,
+        "stride": 32,
+        "lora_rank": 4,
+        "loop": loop,
+    }
     return RecurringSpansConfig(output=str(folder / "run"), **(settings | changes))  # type: ignore[arg-type]
 
 

@@ -23,17 +23,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openbook_training.adapters import SETTINGS, WEIGHTS
-from openbook_training.errors import InvalidData, TrainingError
+from openbook_training.errors import InvalidConfig, InvalidData, TrainingError
 
 
 def average(folders: Sequence[Path], out: Path, *, rank: int) -> float:
     """Write the mean of adapters to `out`; returns the largest share of a layer's mean update (of its squares) that cutting it lost.
 
     Args:
-        rank: of the result's updates, at most the sum of the adapters' ranks.
+        rank: of the result's updates; more than the sum of the adapters' ranks adds nothing.
 
     Raises:
         InvalidData: a folder holds no adapter, they are of different checkpoints or layers, or `out` exists.
+        InvalidConfig: `rank` is above the width of a layer.
     """
     if out.exists():
         raise InvalidData(f"{out} exists; name another folder")
@@ -42,6 +43,9 @@ def average(folders: Sequence[Path], out: Path, *, rank: int) -> float:
     for folder, other, its in zip(folders, weights, settings, strict=True):
         if other.keys() != weights[0].keys() or its["base_model_name_or_path"] != settings[0]["base_model_name_or_path"]:
             raise InvalidData(f"{folder} and {folders[0]} are adapters of different checkpoints or layers; only like can be averaged")
+    width = min(weight.shape[".lora_A." in name] for name, weight in weights[0].items() if ".lora_" in name)
+    if rank > width:
+        raise InvalidConfig(f"rank {rank} is above {width}, the width of a layer; lower --rank")
     result: dict[str, Tensor] = {}
     lost = 0.0
     for name in weights[0]:

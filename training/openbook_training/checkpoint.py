@@ -12,6 +12,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openbook_training.errors import CheckpointNotFound
 
@@ -45,7 +46,8 @@ def resolve_checkpoint(name: str) -> Checkpoint:
         name: `package:NAME`, a local folder, or a hub id.
 
     Raises:
-        CheckpointNotFound: nothing there, or no `config.json`, `tokenizer.json` or `.safetensors` file in it.
+        CheckpointNotFound: nothing there, or no `config.json`, `tokenizer.json` or `.safetensors` file in it; a damaged file; or an
+            embedder that does more to its tokens' states than a mean, or the first of them, and a unit length.
     """
     if name.startswith("package:"):
         root = _package_folder(name.removeprefix("package:"))
@@ -57,13 +59,13 @@ def resolve_checkpoint(name: str) -> Checkpoint:
         root = _hub_folder(name)
     if not root.is_dir():
         raise CheckpointNotFound(f"checkpoint {name!r}: {root} is not a folder")
-    folder = _transformers_folder(root, name)
+    folder, pooling = _layout(root, name)
     missing = [file for file in ("config.json", "tokenizer.json") if not (folder / file).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors (pickled weights are never loaded; convert them with safetensors first)")
     if missing:
         raise CheckpointNotFound(f"checkpoint {name!r}: {folder} lacks {', '.join(missing)}")
-    return Checkpoint(name=name, folder=folder, pooling=_pooling(root), max_tokens=_max_tokens(root, folder))
+    return Checkpoint(name=name, folder=folder, pooling=pooling, max_tokens=_max_tokens(root, folder, name))
 
 
 def _package_folder(package: str) -> Path:
@@ -93,31 +95,66 @@ def _hub_folder(name: str) -> Path:
         ) from error
 
 
-def _transformers_folder(root: Path, name: str) -> Path:
-    """A sentence-transformers folder may keep its transformer in a subfolder that modules.json names."""
-    modules = root / "modules.json"
-    if not modules.is_file():
-        return root
+def _layout(root: Path, name: str) -> tuple[Path, str]:
+    """Where the transformer is, and how token states become one vector.
+
+    A sentence-transformers folder names its modules, which are applied in turn, in modules.json. Of a folder without it the pooling may be
+    stated; else it is the mean.
+    """
+    listed = root / "modules.json"
+    if not listed.is_file():
+        found = sorted(root.glob("*_Pooling/config.json"))
+        return root, _pooling(found[0], name) if found else "mean"
     try:
-        for module in json.loads(modules.read_text()):
-            if module["type"].endswith(".Transformer"):
-                return root / str(module["path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointNotFound(f"checkpoint {name!r}: {modules} is damaged ({error})") from error
-    return root
+        modules = [(str(module["type"]).rpartition(".")[2], root / str(module["path"])) for module in _read(listed, name)]
+    except (KeyError, TypeError) as error:
+        raise CheckpointNotFound(f"checkpoint {name!r}: {listed} is damaged ({type(error).__name__}: {error})") from error
+    kinds = [kind for kind, _ in modules]
+    if kinds not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise CheckpointNotFound(
+            f"checkpoint {name!r}: {listed} names the modules {', '.join(kinds) or 'none'}; only Transformer, Pooling and Normalize, "
+            "in this order, can be trained and exported: take another checkpoint"
+        )
+    return modules[0][1], _pooling(modules[1][1] / "config.json", name) if len(modules) > 1 else "mean"
 
 
-def _pooling(root: Path) -> str:
-    for file in root.glob("*_Pooling/config.json"):
-        settings = json.loads(file.read_text())
-        if settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls":
-            return "cls"
-    return "mean"
+def _pooling(file: Path, name: str) -> str:
+    settings = _table(file, name)
+    modes = {key.removeprefix("pooling_mode_") for key, value in settings.items() if key.startswith("pooling_mode_") and value is True}
+    if isinstance(settings.get("pooling_mode"), str):
+        modes.add(settings["pooling_mode"])
+    known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    pooled = {known.get(mode, mode) for mode in modes} or {"mean"}
+    if pooled not in ({"mean"}, {"cls"}):
+        raise CheckpointNotFound(f"checkpoint {name!r}: {file} pools by {' and '.join(sorted(pooled))}; only mean or cls alone can be used")
+    return pooled.pop()
 
 
-def _max_tokens(root: Path, folder: Path) -> int:
-    positions = int(json.loads((folder / "config.json").read_text()).get("max_position_embeddings", 512))
+def _max_tokens(root: Path, folder: Path, name: str) -> int:
+    positions = _count(folder / "config.json", "max_position_embeddings", name) or 512
     stated = root / "sentence_bert_config.json"
     if stated.is_file():
-        return min(positions, int(json.loads(stated.read_text()).get("max_seq_length") or positions))
+        return min(positions, _count(stated, "max_seq_length", name) or positions)
     return min(positions, 256)
+
+
+def _count(file: Path, key: str, name: str) -> int:
+    """A number that a JSON file may state; 0 where it does not."""
+    value = _table(file, name).get(key) or 0
+    if not isinstance(value, int) or value < 0:
+        raise CheckpointNotFound(f"checkpoint {name!r}: {file} states {key} {value!r}, which is no number above 0")
+    return value
+
+
+def _table(file: Path, name: str) -> dict[str, Any]:
+    found = _read(file, name)
+    if not isinstance(found, dict):
+        raise CheckpointNotFound(f"checkpoint {name!r}: {file} holds no JSON object")
+    return found
+
+
+def _read(file: Path, name: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointNotFound(f"checkpoint {name!r}: {file} is damaged ({error}); copy the whole folder again") from error

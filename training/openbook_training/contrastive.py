@@ -21,7 +21,7 @@ from openbook_training.config import LoopConfig, not_positive, too_low
 from openbook_training.embedding import TextEncoder, cut, encode
 from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import matryoshka_loss
-from openbook_training.pretrained import best_device
+from openbook_training.pretrained import best_device, check_length
 from openbook_training.retrieval_metrics import score_retrieval
 from openbook_training.retriever import build_retriever, save_retriever
 
@@ -57,6 +57,7 @@ class ContrastiveTask:
     def __init__(self, config: ContrastiveConfig) -> None:
         self._settings = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
+        check_length(self.checkpoint, "train_max_tokens", config.train_max_tokens)
         model = build_retriever(self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, folder=config.initial_adapter)
         dim, dims = int(model.config.hidden_size), config.matryoshka_dims
         if dims[0] != dim or any(not 0 < other < dim for other in dims[1:]):

@@ -25,7 +25,7 @@ from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.objectives import marginal_label_log_probabilities, neighbour_prior
 from openbook_training.pooling import pool
-from openbook_training.pretrained import fast_tokenizer, load_backbone
+from openbook_training.pretrained import check_length, fast_tokenizer, load_backbone
 
 HEAD, TASK = "head.safetensors", "task.json"
 NULL_SCORE = 0.5  # cosine at which a neighbour and the null passage begin as equals; trained
@@ -37,6 +37,7 @@ class RowEncoder:
     """Texts, or pairs of them, as token ids by the tokenizer's own templates, cut at the longer side to `max_tokens`."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_tokens: int) -> None:
+        check_length(checkpoint, "max_tokens", max_tokens)
         tokenizer = fast_tokenizer(checkpoint)
         self.pad, self.mask = tokenizer.pad_token_id or 0, tokenizer.mask_token_id
         self.special = frozenset(tokenizer.all_special_ids)  # they are no words, [UNK] among them

@@ -60,9 +60,16 @@ class MaskedLanguageModel(nn.Module):
 
 
 def _save_whole(backbone: Any, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint that embeds texts as the one did that it began with."""
     backbone.save_pretrained(folder)
     for file in checkpoint.folder.glob("*token*.json"):
         shutil.copy(file, folder)
+    (folder / "1_Pooling").mkdir()
+    pooling = {f"pooling_mode_{mode}": mode.startswith(checkpoint.pooling) for mode in ("cls_token", "mean_tokens")}
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": backbone.config.hidden_size} | pooling) + "\n"
+    )
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": checkpoint.max_tokens}) + "\n")
     return resolve_checkpoint(str(folder))
 
 

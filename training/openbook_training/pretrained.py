@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.errors import CheckpointNotFound
+from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.processes import process
+
+_OFFSET = {"camembert", "mpnet", "roberta", "xlm-roberta"}  # their positions begin behind that of the padding
 
 
 def fast_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -65,8 +67,17 @@ def _dropout(checkpoint: Checkpoint, share: float) -> dict[str, float]:
 
 
 def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1, one_segment: bool = False) -> Any:
-    """The transformer without its own pooler, see `load_model`, and `read_in_one_segment`."""
-    backbone = load_model(AutoModel, checkpoint, dropout=dropout, add_pooling_layer=False)
+    """The transformer without its own pooler, see `load_model`, and `read_in_one_segment`.
+
+    Raises:
+        CheckpointNotFound: it is not of BERT's shape.
+    """
+    try:
+        backbone = load_model(AutoModel, checkpoint, dropout=dropout, add_pooling_layer=False)
+    except TypeError as error:
+        raise CheckpointNotFound(
+            f"checkpoint {checkpoint.name!r} is not of BERT's shape ({error}); take one of a BERT, RoBERTa or MPNet"
+        ) from error
     if one_segment:
         read_in_one_segment(backbone)
     return backbone
@@ -77,10 +88,31 @@ def read_in_one_segment(model: PreTrainedModel) -> None:
 
     Embedders are trained on single texts: their second segment is a vector that no weight of theirs has learned to read. The
     tokens' kinds still stand in token_type_ids, which scoring needs; so it is the weights that no longer tell them apart.
+
+    Raises:
+        CheckpointNotFound: the model knows no segments at all.
     """
-    segments = model.base_model.get_parameter("embeddings.token_type_embeddings.weight")
+    try:
+        segments = model.base_model.get_parameter("embeddings.token_type_embeddings.weight")
+    except AttributeError as error:
+        kind = model.config.model_type
+        raise CheckpointNotFound(
+            f"a checkpoint of the kind {kind!r} has no segments (token_type_embeddings); take one of a BERT"
+        ) from error
     with torch.no_grad():
         segments[1:] = segments[0]
+
+
+def check_length(checkpoint: Checkpoint, key: str, tokens: int) -> None:
+    """Raises:
+    InvalidConfig: `tokens`, the value of the setting `key`, are more than the checkpoint has positions for.
+    """
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    positions = getattr(config, "max_position_embeddings", None)  # T5 has none: its positions are relative
+    if positions is not None and config.model_type in _OFFSET:
+        positions -= config.pad_token_id + 1
+    if positions is not None and tokens > positions:
+        raise InvalidConfig(f"{key}: {tokens} is above {positions}, the positions of checkpoint {checkpoint.name!r}; lower it")
 
 
 def best_device() -> torch.device:

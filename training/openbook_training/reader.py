@@ -20,9 +20,9 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 from openbook_training.adapters import add_adapter, load_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
-from openbook_training.errors import InvalidConfig
+from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
-from openbook_training.pretrained import fast_tokenizer, load_model, read_in_one_segment
+from openbook_training.pretrained import check_length, fast_tokenizer, load_model, read_in_one_segment
 
 READER_SETTINGS = "reader.json"  # beside a reader's adapter
 
@@ -51,6 +51,7 @@ class PairEncoder:
     """Turns questions and passages into windows; remembers what it tokenised, for a corpus is read many times."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, stride: int, max_question_tokens: int) -> None:
+        check_length(checkpoint, "max_tokens", max_tokens)
         tokenizer = fast_tokenizer(checkpoint)
         self._tokenizer = tokenizer.backend_tokenizer
         self.cls, self.sep, self.pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id or 0
@@ -96,6 +97,11 @@ def trained_reader(checkpoint: Checkpoint, folder: str, *, dropout: float = 0.1)
 def _span_model(checkpoint: Checkpoint, *, dropout: float) -> PreTrainedModel:
     model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
     read_in_one_segment(model)
+    if model.config.type_vocab_size < 2:
+        kind = model.config.model_type
+        raise CheckpointNotFound(
+            f"checkpoint {checkpoint.name!r}: a {kind} of one segment cannot tell question and passage apart; take a BERT"
+        )
     return model
 
 

@@ -98,12 +98,26 @@ def test_a_text_file_has_a_text_a_line(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.csv", b"text,label\n\xff,x\n"), ("a.txt", b"\xff"), ("a.jsonl", None)])
+@pytest.mark.parametrize(("name", "content"), [("a.csv", b"t\xffxt,label\none,x\n"), ("a.jsonl", None)])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidData, match=rf"{name}.*(cannot be read|does not exist)"):
         list(read_rows(str(tmp_path / name)))
+
+
+def test_one_row_in_another_encoding_or_with_an_endless_field_fails_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"text,label\none,x\ncaf\xe9,x\n" + b"y" * 200_000 + b",x\n" + b"z" * 1_000_001 + b",x\ntwo caf\xc3\xa9s,y\n")
+    rows, problems = load_labelled(str(file), COLUMNS)
+    assert [(row.place[-6:], row.text[:9]) for row in rows] == [("line 2", "one"), ("line 4", "y" * 9), ("line 6", "two cafés")]
+    assert problems == [f"{file}: line 3: 'text' is not UTF-8", f"{file}: line 5: is not CSV (field larger than field limit (1000000))"]
+    (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\ntwo")
+    assert [(row.values["text"], row.problem) for row in read_rows(str(tmp_path / "a.txt")) if not row.problem] == [
+        ("one", ""),
+        ("two", ""),
+    ]
+    assert [row.place[-6:] for row in read_rows(str(tmp_path / "a.txt")) if row.problem == "is not UTF-8"] == ["line 2"]
 
 
 def test_what_was_left_out_is_counted_and_the_first_ones_are_named() -> None:

@@ -1,6 +1,6 @@
 """Rows of a data file with the place each stands at, so that a bad one can be named and left out alone.
 
-Covered: .csv with a header line, .jsonl (an object a line), .txt (a text a line), and Hugging Face datasets (`NAME:SPLIT`).
+Covered, all in UTF-8: .csv with a header line, .jsonl (an object a line), .txt (a text a line); and Hugging Face datasets (`NAME:SPLIT`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from openbook_training.errors import InvalidData
 
 T = TypeVar("T")
 NAMED = 10  # bad rows that are named one by one; the rest are counted
+LONGEST = 1_000_000  # characters of a field of a .csv file; a quote that is never closed takes in the lines below up to it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ def read_rows(source: str) -> Iterator[Row]:
         raise InvalidData(f"data file {source!r} does not exist")
     try:
         yield from readers[path.suffix](path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise InvalidData(f"{source}: cannot be read ({error})") from error
 
 
@@ -115,14 +116,29 @@ def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    csv.field_size_limit(LONGEST)
+    # Bytes that are no UTF-8 come through as surrogates, so that one row in another encoding fails alone.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.DictReader(stream)
-        line = 2
-        for values in reader:
+        if any(_foreign(name) for name in reader.fieldnames or ()):
+            raise csv.Error("its header is not UTF-8")
+        while True:
+            place = f"{path}: line {reader.reader.line_num + 1}"
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(place=place, problem=f"is not CSV ({error})")
+                continue
             extra = values.pop(None, None)  # DictReader keeps surplus fields under None
-            problem = f"{len(extra)} fields more than the header names" if extra else ""
-            yield Row(place=f"{path}: line {line}", values=values, problem=problem)
-            line = reader.line_num + 1
+            foreign = [name for name, text in values.items() if text and _foreign(text)]
+            problem = f"{foreign[0]!r} is not UTF-8" if foreign else f"{len(extra)} fields more than the header names" if extra else ""
+            yield Row(place=place, values=values, problem=problem)
+
+
+def _foreign(text: str) -> bool:
+    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -140,10 +156,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield Row(place=f"{path}: line {number}", values={"text": line.strip()})
+                problem = "is not UTF-8" if _foreign(line) else ""
+                yield Row(place=f"{path}: line {number}", values={"text": line.strip()}, problem=problem)
 
 
 def _stored_rows(source: str) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from openbook_export.command_evaluate_text import add_generator, add_language_model, generator, language_model
 
-_DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/*.tsv), or a SQuAD-shaped .json or .jsonl file"
+_DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv or another), or a SQuAD-shaped .json or .jsonl file"
 _CHECKPOINT = "package:NAME, a folder (transformers or sentence-transformers), or a hub id"
 
 
@@ -149,6 +149,7 @@ def _add_retriever(parser: argparse.ArgumentParser) -> None:
 
 
 def _retriever(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from openbook_training.beir import EVALUATION
     from openbook_training.checkpoint import resolve_checkpoint
     from openbook_training.retrieval import RetrievalSet, load_retrieval
     from openbook_training.squad import spread
@@ -157,7 +158,7 @@ def _retriever(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]
     from openbook_export.checkpoint_scores import measure_retrievers, table
 
     console, checkpoint = Console(stderr=True), resolve_checkpoint(arguments.checkpoint)
-    data = load_retrieval(arguments.data, console)
+    data = load_retrieval(arguments.data, console, EVALUATION)
     data = RetrievalSet(data.passages, spread(data.questions, arguments.questions))
     baseline = [] if arguments.baseline is None else [Path(arguments.baseline) if arguments.baseline else None]
     result = measure_retrievers(checkpoint, [arguments.embedder, *baseline], data, console)

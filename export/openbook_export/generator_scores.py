@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from openbook_training.beir import EVALUATION
 from openbook_training.errors import InvalidData
 from openbook_training.generator import answer_all, load_generator
 from openbook_training.language_model import embed_with
@@ -35,7 +36,7 @@ def measure_generator(name: str, data: str, *, limit: int, console: Console) -> 
     model, encoder, settings = load_generator(name)
     device = best_device()
     model.to(device)
-    corpus = load_retrieval(data, console)
+    corpus = load_retrieval(data, console, EVALUATION)
     asked = spread([question for question in corpus.questions if question.answers], limit)
     if not asked:
         raise InvalidData(f"{data}: no question has an answer")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openbook_training.beir import Query, load_queries
+from openbook_training.beir import EVALUATION, Query, load_queries
 from openbook_training.errors import InvalidData
 from openbook_training.squad import answer_scores, holds_answer
 from rich.console import Console
@@ -37,7 +37,7 @@ def load_answered(folder: Path, console: Console) -> list[Query]:
     Raises:
         InvalidData: a file is missing or holds nothing usable, or no query has an answer.
     """
-    queries = [query for query in load_queries(folder, console) if query.answers]
+    queries = [query for query in load_queries(folder, console, EVALUATION) if query.answers]
     if not queries:
         raise InvalidData(f"{folder / 'queries.jsonl'}: no query has metadata.answers, which reading is scored by")
     return queries

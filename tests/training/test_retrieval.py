@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from openbook_training.beir import Passage
+from openbook_training.beir import EVALUATION, TRAINING, Passage
 from openbook_training.errors import InvalidData
 from openbook_training.retrieval import Asked, RetrievalSet, hold_out_passages, load_retrieval, load_unlabelled
 from rich.console import Console
@@ -35,7 +35,7 @@ QUERIES: list[object] = [{"_id": "q", "text": "who?", "metadata": {"answers": ["
 
 
 def test_a_beir_folder_gives_passages_with_titles_and_graded_questions(tmp_path: Path) -> None:
-    data = load_retrieval(str(beir(tmp_path / "data", CORPUS, QUERIES, "q\ta\t2\nq\t7\t0\n")), console())
+    data = load_retrieval(str(beir(tmp_path / "data", CORPUS, QUERIES, "q\ta\t2\nq\t7\t0\n")), console(), TRAINING)
     assert data.passages == [Passage(id="a", text="the red king", title="Kings"), Passage(id="7", text="a blue river")]
     assert data.questions == [Asked(id="q", text="who?", answers=("king",), gold={0: 2.0})]
 
@@ -43,7 +43,7 @@ def test_a_beir_folder_gives_passages_with_titles_and_graded_questions(tmp_path:
 def test_a_squad_file_gives_its_contexts_as_the_corpus(tmp_path: Path) -> None:
     rows = [{"id": str(n), "question": "who?", "context": f"passage {n // 2}", "answers": ["passage"]} for n in range(4)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = load_retrieval(str(tmp_path / "a.jsonl"), console())
+    data = load_retrieval(str(tmp_path / "a.jsonl"), console(), TRAINING)
     assert [passage.text for passage in data.passages] == ["passage 0", "passage 1"]
     assert [dict(question.gold) for question in data.questions] == [{0: 1.0}, {0: 1.0}, {1: 1.0}, {1: 1.0}]
 
@@ -58,7 +58,7 @@ def test_bad_rows_of_a_beir_folder_are_named_and_the_rest_is_used(tmp_path: Path
     ]
     queries: list[object] = [*QUERIES, {"_id": "lost", "text": "where?"}, {"_id": "q2", "text": "x", "metadata": {"answers": "king"}}]
     out = console()
-    data = load_retrieval(str(beir(tmp_path / "data", corpus, queries, "q\ta\t1\nlost\tgone\t1\nq\ta\nq\ta\tmuch\n")), out)
+    data = load_retrieval(str(beir(tmp_path / "data", corpus, queries, "q\ta\t1\nlost\tgone\t1\nq\ta\nq\ta\tmuch\n")), out, TRAINING)
     assert (len(data.passages), [question.id for question in data.questions]) == (2, ["q"])
     for problem in (
         "corpus.jsonl: line 3: its _id 'a' stands further up",
@@ -75,20 +75,42 @@ def test_bad_rows_of_a_beir_folder_are_named_and_the_rest_is_used(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("qrels", "message"),
-    [("", "test.tsv: no usable row"), ("x\ta\t1\n", "judges any query"), ("q\tgone\t1\n", "none of its relevant passages")],
+    [("", "test.tsv: no usable row"), ("x\ta\t1\n", "judges no query"), ("q\tgone\t1\n", "none of its relevant passages")],
 )
 def test_a_folder_without_a_usable_question_is_refused(tmp_path: Path, qrels: str, message: str) -> None:
     folder = beir(tmp_path / "data", CORPUS, QUERIES, qrels)
     with pytest.raises(InvalidData, match=message):
-        load_retrieval(str(folder), console())
+        load_retrieval(str(folder), console(), TRAINING)
 
 
 def test_a_folder_that_is_not_in_beirs_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match=r"corpus\.jsonl' does not exist"):
-        load_retrieval(str(tmp_path), console())
+        load_retrieval(str(tmp_path), console(), TRAINING)
     (tmp_path / "corpus.jsonl").write_text(json.dumps(CORPUS[0]))
     with pytest.raises(InvalidData, match=r"has no qrels/\*\.tsv"):
-        load_retrieval(str(tmp_path), console())
+        load_retrieval(str(tmp_path), console(), TRAINING)
+
+
+def test_of_several_tables_training_and_evaluation_read_one_each_and_say_which(tmp_path: Path) -> None:
+    queries: list[object] = [{"_id": split, "text": f"{split}?"} for split in ("train", "dev", "test", "more")]
+    folder = beir(tmp_path / "data", CORPUS, queries, "test\ta\t1\n")
+
+    def asked(splits: tuple[str, ...]) -> list[str]:
+        return [question.id for question in load_retrieval(str(folder), console(), splits).questions]
+
+    assert asked(TRAINING) == asked(EVALUATION) == ["test"]  # a single table is the one that is meant
+    for split in ("train", "dev", "more"):
+        (folder / "qrels" / f"{split}.tsv").write_text(f"{split}\ta\t1\n")
+    out = console()
+    load_retrieval(str(folder), out, TRAINING)
+    assert "questions of qrels/train.tsv" in said(out)
+    assert (asked(TRAINING), asked(EVALUATION)) == (["train"], ["test"])
+    assert [question.id for question in load_unlabelled(str(folder), console()).questions] == ["test"]
+    (folder / "qrels" / "test.tsv").unlink()
+    assert asked(EVALUATION) == ["dev"]
+    (folder / "qrels" / "train.tsv").unlink()
+    with pytest.raises(InvalidData, match=r"qrels/ holds dev.tsv, more.tsv, and none is train.tsv; make a folder"):
+        asked(TRAINING)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 100])

@@ -1,11 +1,13 @@
 """Retrieval data in BEIR's layout (Thakur et al. 2021): corpus.jsonl, queries.jsonl and qrels/*.tsv in one folder.
 
-A row that cannot be used is left out and named; only a folder without a usable row is refused.
+Of several tables in qrels/ one is read: for training train.tsv, for evaluation test.tsv, or dev.tsv where there is no test. A folder with
+one table has but one set of questions, whatever it is called, and it is the user who says what for. A row that cannot be used is left out
+and named; only a folder without a usable row is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from openbook_training.errors import InvalidData
 from openbook_training.rows import build_rows, read_rows, report_left_out
 
 T = TypeVar("T")
+TRAINING, EVALUATION = ("train",), ("test", "dev")  # tables of qrels/ that are wanted where there are several, the first that is there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +61,18 @@ def load_corpus(folder: Path, console: Console) -> list[Passage]:
     return _build(folder / "corpus.jsonl", build, console)
 
 
-def load_queries(folder: Path, console: Console) -> list[Query]:
-    """The queries that a table of qrels/ judges; every other row of queries.jsonl belongs to another split and is none of ours.
+def load_queries(folder: Path, console: Console, splits: Sequence[str]) -> list[Query]:
+    """The queries that one table of qrels/ judges; every other row of queries.jsonl belongs to another split and is none of ours.
+
+    Args:
+        splits: TRAINING or EVALUATION.
 
     Raises:
-        InvalidData: a file is missing, or nothing in it is usable.
+        InvalidData: a file is missing, nothing in it is usable, or of several tables none is of `splits`.
     """
-    relevant = _judgements(folder, console)
+    table = _table(folder, splits)
+    console.print(f"{folder}: questions of qrels/{table.name}", soft_wrap=True, markup=False)
+    relevant = _judgements(table, console)
 
     def build(row: Mapping[str, Any]) -> Query:
         answers = (row.get("metadata") or {}).get("answers", ())
@@ -75,30 +83,37 @@ def load_queries(folder: Path, console: Console) -> list[Query]:
 
     queries = [query for query in _build(folder / "queries.jsonl", build, console) if query.relevant]
     if not queries:
-        raise InvalidData(f"{folder}: no table of qrels/ judges any query of queries.jsonl")
+        raise InvalidData(f"{folder}: qrels/{table.name} judges no query of queries.jsonl")
     return queries
 
 
-def _judgements(folder: Path, console: Console) -> dict[str, dict[str, float]]:
-    tables = sorted((folder / "qrels").glob("*.tsv"))
+def _table(folder: Path, splits: Sequence[str]) -> Path:
+    tables = {file.stem: file for file in sorted((folder / "qrels").glob("*.tsv"))}
     if not tables:
         raise InvalidData(f"{folder} has no qrels/*.tsv; it should be in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/)")
+    wanted = [split for split in splits if split in tables] if len(tables) > 1 else list(tables)
+    if not wanted:
+        there, none = (", ".join(f"{name}.tsv" for name in names) for names in (tables, splits))
+        raise InvalidData(f"{folder}: qrels/ holds {there}, and none is {none}; make a folder with the one that is meant")
+    return tables[wanted[0]]
+
+
+def _judgements(table: Path, console: Console) -> dict[str, dict[str, float]]:
     relevant: dict[str, dict[str, float]] = {}
-    for table in tables:
-        used, problems = 0, []
-        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            fields = line.split("\t")
-            if not line.strip() or (number == 1 and fields[-1] == "score"):
-                continue
-            try:
-                query, passage, grade = fields[0], fields[1], float(fields[2])
-            except (IndexError, ValueError):
-                problems.append(f"{table}: line {number}: expected query-id, corpus-id and score between tabs")
-                continue
-            used += 1
-            if grade > 0:
-                relevant.setdefault(query, {})[passage] = grade
-        report_left_out(console, str(table), used, problems)
+    used, problems = 0, []
+    for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        fields = line.split("\t")
+        if not line.strip() or (number == 1 and fields[-1] == "score"):
+            continue
+        try:
+            query, passage, grade = fields[0], fields[1], float(fields[2])
+        except (IndexError, ValueError):
+            problems.append(f"{table}: line {number}: expected query-id, corpus-id and score between tabs")
+            continue
+        used += 1
+        if grade > 0:
+            relevant.setdefault(query, {})[passage] = grade
+    report_left_out(console, str(table), used, problems)
     return relevant
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
-from openbook_training.beir import Passage, load_corpus, load_queries
+from openbook_training.beir import EVALUATION, Passage, load_corpus, load_queries
 from openbook_training.rows import Row, build_rows, read_rows, report_left_out
 from openbook_training.squad import held_out_rows, load_questions
 
@@ -34,15 +34,18 @@ class RetrievalSet:
     questions: list[Asked]
 
 
-def load_retrieval(source: str, console: Console) -> RetrievalSet:
+def load_retrieval(source: str, console: Console, splits: Sequence[str]) -> RetrievalSet:
     """Read a folder in BEIR's layout, or SQuAD-shaped questions, whose contexts are then the corpus.
 
     Rows that cannot be used are left out and named on `console`.
 
+    Args:
+        splits: which questions of a folder: `beir.TRAINING` or `beir.EVALUATION`.
+
     Raises:
         InvalidData: the source is missing, or holds no question with a gold passage.
     """
-    return _of_beir(Path(source), console) if Path(source).is_dir() else _of_squad(source, console)
+    return _of_beir(Path(source), console, splits) if Path(source).is_dir() else _of_squad(source, console)
 
 
 def load_passages(source: str, console: Console) -> list[str]:
@@ -64,7 +67,7 @@ def load_passages(source: str, console: Console) -> list[str]:
 
 
 def load_unlabelled(source: str, console: Console) -> RetrievalSet:
-    """Passages with their titles, and, where the data happen to carry them, the questions on them.
+    """Passages with their titles, and, where the data happen to carry them, the questions on them, to measure on.
 
     The source is of a kind that `load_passages` or `load_retrieval` reads.
 
@@ -74,7 +77,7 @@ def load_unlabelled(source: str, console: Console) -> RetrievalSet:
     folder = Path(source)
     if folder.is_dir():
         judged = (folder / "queries.jsonl").is_file() and any((folder / "qrels").glob("*.tsv"))
-        return _of_beir(folder, console) if judged else RetrievalSet(load_corpus(folder, console), [])
+        return _of_beir(folder, console, EVALUATION) if judged else RetrievalSet(load_corpus(folder, console), [])
     if source.endswith(".json") or any("question" in row.values for row in islice(read_rows(source), _PEEKED)):
         return _of_squad(source, console)
     return RetrievalSet([Passage(id=str(row), text=text) for row, text in enumerate(load_passages(source, console))], [])
@@ -87,11 +90,11 @@ def _text_of(row: Row) -> str:
     return text
 
 
-def _of_beir(folder: Path, console: Console) -> RetrievalSet:
+def _of_beir(folder: Path, console: Console, splits: Sequence[str]) -> RetrievalSet:
     passages = load_corpus(folder, console)
     row_of = {passage.id: row for row, passage in enumerate(passages)}
     questions, problems = [], []
-    for query in load_queries(folder, console):
+    for query in load_queries(folder, console, splits):
         gold = {row_of[id_]: grade for id_, grade in query.relevant.items() if id_ in row_of}
         if gold:
             questions.append(Asked(id=query.id, text=query.text, answers=query.answers, gold=gold))

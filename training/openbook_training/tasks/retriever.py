@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.beir import TRAINING
 from openbook_training.config import too_low
 from openbook_training.contrastive import ContrastiveConfig, ContrastiveTask, first_of_each
 from openbook_training.errors import InvalidData
@@ -31,7 +32,7 @@ class RetrieverConfig(ContrastiveConfig):
     """Settings of `openbook train retriever`."""
 
     output: str = "runs/retriever"  # run folder: config, metrics, checkpoints, the adapter
-    train: str  # folder in BEIR's layout, SQuAD-shaped .jsonl/.json file, or NAME:SPLIT of a Hugging Face dataset
+    train: str  # folder in BEIR's layout, see beir.py, SQuAD-shaped .jsonl/.json file, or NAME:SPLIT of a Hugging Face dataset
     held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
     negatives: tuple[int, ...] = (1,)  # hard negatives of each question, by epoch; the last value repeats
     mined: int = 20  # depth of the ranking that negatives are drawn from
@@ -58,7 +59,7 @@ class RetrieverTask(ContrastiveTask):
     def __init__(self, config: RetrieverConfig, console: Console) -> None:
         self._config = config
         super().__init__(config)
-        data = load_retrieval(config.train, console)
+        data = load_retrieval(config.train, console, TRAINING)
         self.train, self.held_out = hold_out_passages(data, config.held_out)
         if not self.train:
             raise InvalidData(f"{config.train}: {config.held_out} questions held out leave none to train on; lower held_out")

@@ -31,7 +31,7 @@ def beir(folder: Path, corpus: list[object], queries: list[object], qrels: str) 
 
 
 CORPUS: list[object] = [{"_id": "a", "title": "Kings", "text": "the red king"}, {"_id": 7, "title": None, "text": "a blue river"}]
-QUERIES: list[object] = [{"_id": "q", "text": "who?", "metadata": {"answers": ["king"]}}, {"_id": "other", "text": "of another split"}]
+QUERIES: list[object] = [{"_id": "q", "text": "who?", "metadata": {"answers": ["king", " "]}}, {"_id": "other", "text": "of another split"}]
 
 
 def test_a_beir_folder_gives_passages_with_titles_and_graded_questions(tmp_path: Path) -> None:

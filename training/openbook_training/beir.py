@@ -79,7 +79,8 @@ def load_queries(folder: Path, console: Console, splits: Sequence[str]) -> list[
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError("metadata.answers is no list of texts")
         id_ = _text(row, "_id")
-        return Query(id=id_, text=_text(row, "text"), answers=tuple(answers), relevant=relevant.get(id_, {}))
+        accepted = tuple(answer for answer in answers if answer.strip())
+        return Query(id=id_, text=_text(row, "text"), answers=accepted, relevant=relevant.get(id_, {}))
 
     queries = [query for query in _build(folder / "queries.jsonl", build, console) if query.relevant]
     if not queries:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn
@@ -42,7 +43,6 @@ class Call(ABC):
         calls: this one is among them while it is served.
         """
         self.path, self.handler, self.deadline = path, handler, deadline
-        self.hopeless = 0.0  # seconds that it seemed to wait for the models when it came, where that seemed too long
         self.task: asyncio.Task[None] | None = None
         self._calls = calls
 
@@ -57,6 +57,10 @@ class Call(ABC):
     @abstractmethod
     def requests(self) -> AsyncIterator[Any]:
         """The caller's messages, of a method that takes several."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None = it has none."""
+        return None if self.deadline > NEVER else max(0.0, self.deadline - time.time())
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """End the call with a status."""

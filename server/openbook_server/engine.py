@@ -49,7 +49,6 @@ class Runnable(Protocol):
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
 ASKING = 1.0  # seconds since the last foreground job for which people are taken to ask
 _CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
-_USUAL = 16  # jobs whose mean is taken for what one usually takes
 _KNOWN = 1.0  # seconds since a graph last ran for which its cost is taken as known: whoever refuses everything learns nothing more
 
 
@@ -84,7 +83,6 @@ class Engine:
         self._busy_until = [0.0] * sessions  # when the batch of each session ends, as far as is known
         self._idle = 0  # sessions that wait for work
         self._ran: dict[str, float] = {}  # when each graph last did
-        self._usual = 0.0  # seconds that a foreground job takes of the device
         self._attended, self._background_until = 0, 0.0
         self._asked, self._background = 0.0, 0  # when a foreground job came last; background batches that run
         self._wake = threading.Condition()
@@ -163,17 +161,6 @@ class Engine:
         with self._wake:
             self._admit(graph, self._padded(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic())
 
-    def hopeless(self, deadline: float) -> float:
-        """Seconds until everything is done that goes before a foreground job due by `deadline`, where a job as large as others are now
-        would be refused for that; else 0."""
-        with self._wake:
-            now = time.monotonic()
-            wait = self._wait(Lane.FOREGROUND, deadline, now)
-            return wait if _CAUTION * wait + self._usual > deadline - now else 0.0
-
-    def _wait(self, lane: Lane, deadline: float, now: float) -> float:
-        return (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
-
     def _padded(self, graph: str, lengths: Iterable[int]) -> list[int]:
         return [self._graphs[graph].buckets.padded_length(length) for length in lengths]
 
@@ -182,7 +169,7 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = self._wait(lane, deadline, now)
+        wait = (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         if queued + len(lengths) > limit and queued:
@@ -192,8 +179,6 @@ class Engine:
             )
         run, left = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
         run /= min(len(self._threads), len(lengths))
-        if lane is Lane.FOREGROUND:
-            self._usual += (run - self._usual) / _USUAL
         if run > left and now - self._ran.get(graph, 0.0) < _KNOWN:
             raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
         if _CAUTION * wait + run > left:

@@ -7,11 +7,9 @@ UNAVAILABLE with a time to come back.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import grpc
@@ -19,7 +17,7 @@ from google.protobuf.message import Message
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
-from openbook_server.call import NEVER, Call
+from openbook_server.call import Call
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
@@ -27,10 +25,8 @@ from openbook_server.generation_service import GenerationService
 from openbook_server.listening import REQUESTS_A_ROW
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
-from openbook_server.rpc import CoreCall
 from openbook_server.served import NO_KNOWLEDGE_BASE, Served
 from openbook_server.status import grpc_status
-from openbook_server.triage import Triage
 from openbook_server.wire import Parsed, parser
 
 log = logging.getLogger(__name__)
@@ -56,8 +52,8 @@ class Frontend:
         self.generations: GenerationService | None = None
         self.writes = Gate()  # every request that writes is inside
         self.refusal = "the server is starting"  # told to callers while nothing is served
-        self.triage = Triage()
-        self._late = _refusal("more calls come in than can be read", 1.0)
+        problem = "more calls come in than can be read; try again in 1 s, or another server"
+        self._unread = grpc_status(Overloaded(problem, retry_after_seconds=1.0))
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -89,21 +85,13 @@ class Frontend:
             grpc.method_handlers_generic_handler(KNOWLEDGE_SERVICE, writes),
         )
 
-    def unread(self, call: CoreCall, behind: float) -> grpc.Status | None:
-        """What ends a call without its being read, which lay unread for up to `behind` seconds; None: it is read. Never of a method that
-        everybody depends on, or that changes something."""
-        name = call.path.removeprefix(f"/{SERVICE}/")
+    def unread(self, path: str) -> grpc.Status | None:
+        """What a call gets that came too late to be read; None of a method that everybody depends on, or that changes something."""
+        name = path.removeprefix(f"/{SERVICE}/")
         if name not in WAITING:
             return None
-        if self.triage.comes_too_late(call.deadline - time.time(), behind):
-            status = self._late
-        else:
-            call.hopeless, read = self.triage.looks(name, self._allowed(call.deadline))
-            if read:
-                return None
-            status = _refusal("the queue needs more time than the deadline leaves", math.ceil(20 * call.hopeless) / 20)
-        self._metrics.observe_request(name, status.code.name, 0.0, Timings())
-        return status
+        self._metrics.observe_request(name, self._unread.code.name, 0.0, Timings())
+        return self._unread
 
     def _unary(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]], *, writes: bool = False
@@ -186,10 +174,7 @@ class Frontend:
             await context.abort_with_status(grpc_status(InferenceFailed(f"internal error: {type(error).__name__}")))
         finally:
             self._running -= 1
-            seconds = time.perf_counter() - began
-            self._metrics.observe_request(name, status.name, seconds, timings)
-            if context.hopeless and status is not grpc.StatusCode.CANCELLED:
-                self.triage.was_read(name, context.hopeless, seconds, answered=status is grpc.StatusCode.OK)
+            self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
 
     @property
     def _generations(self) -> GenerationService:
@@ -201,15 +186,6 @@ class Frontend:
         return NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
 
     def _deadline(self, context: Call) -> float:
-        return time.monotonic() + self._allowed(context.deadline)
-
-    def _allowed(self, deadline: float) -> float:
-        """Seconds that a call may take from now on, by the deadline that its caller has set."""
-        if deadline > NEVER:
-            return self._config.default_deadline_seconds
-        return max(0.0, min(deadline - time.time(), self._config.max_deadline_seconds))
-
-
-@lru_cache(maxsize=256)  # of a flood, one in thousands differs from those before
-def _refusal(problem: str, seconds: float) -> grpc.Status:
-    return grpc_status(Overloaded(f"{problem}; try again in {seconds:g} s, or another server", retry_after_seconds=seconds))
+        left = context.time_remaining()
+        allowed = self._config.default_deadline_seconds if left is None else min(left, self._config.max_deadline_seconds)
+        return time.monotonic() + allowed

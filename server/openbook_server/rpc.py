@@ -29,10 +29,13 @@ log = logging.getLogger(__name__)
 
 EXPECTED = 16  # calls that the core may hand over before it is asked for more
 TURN = 64  # events taken before whatever else the loop has to do gets its turn
+_LATE = 0.005  # seconds left of a call that was not read in time
+_WARY = 5.0  # seconds for which one such call makes wary
+_LAG = 0.05  # of the time that its caller still waits, a call may lie unread then
 _FLAGS = 0
 
 Otherwise = Callable[["CoreCall", set[Any]], None]
-Refusal = Callable[["CoreCall", float], grpc.Status | None]
+Refusal = Callable[[str], grpc.Status | None]
 
 
 class RpcServer:
@@ -60,8 +63,9 @@ class RpcServer:
         self._drained = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._wait, name="grpc", daemon=True)
         self._stopping = False
+        self._wary_until = 0.0  # monotonic
         self._behind: float | None = None  # since when more calls come in than the loop keeps up with; monotonic
-        self.refusal: Refusal | None = None  # of a call that lay unread for up to so many seconds: what ends it, or None to read it
+        self.refusal: Refusal | None = None  # by path, what calls get that came too late; None where they are served all the same
         self.calls: set[Any] = set()  # that are being served
 
     def listen(self, address: str) -> int:
@@ -146,12 +150,23 @@ class RpcServer:
             call.end(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_SUCH_METHOD)
         elif len(self.calls) >= self._max_calls:
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], too_many(self._max_calls))
-        elif self.refusal and (status := self.refusal(call, time.monotonic() - self._behind if self._behind else 0.0)):
+        elif self._behind and (status := self._too_late(call, self._behind)):
             call.end(status.code.value[0], status.details, status.trailing_metadata)
         elif handler is not None:
             _ServedCall(call, handler, self.calls).begin()
         elif self._otherwise is not None:
             self._otherwise(call, self.calls)
+
+    def _too_late(self, call: CoreCall, behind: float) -> grpc.Status | None:
+        """Calls are read in the order in which they came. Where that takes longer than their callers wait, all that is read is read for
+        nothing, and so is the next: so once calls came too late, for a while those are let go unread for whom the loop has been behind too
+        long, until it has caught up."""
+        left, now = call.deadline - time.time(), time.monotonic()
+        if left < _LATE:
+            self._wary_until = now + _WARY
+        if self.refusal is None or now >= self._wary_until or now - behind < _LAG * left:
+            return None
+        return self.refusal(call.path)
 
 
 class CoreCall:
@@ -161,7 +176,6 @@ class CoreCall:
         method: bytes = event.call_details.method
         self.path = method.decode(errors="replace")
         self.deadline: float = event.call_details.deadline  # of time.time()
-        self.hopeless = 0.0  # see `Call`
         self._core = event.call
         self._answered = self._ended = False
 
@@ -210,7 +224,7 @@ class _ServedCall(Call):
 
     def __init__(self, wire: CoreCall, handler: Any, calls: set[Any]) -> None:
         super().__init__(wire.path, handler, wire.deadline, calls)
-        self._wire, self.hopeless = wire, wire.hopeless
+        self._wire = wire
 
     def begin(self) -> None:
         """Read the request, where there is only one, and serve the call."""

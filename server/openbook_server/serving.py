@@ -37,7 +37,6 @@ from openbook_server.metrics import Metrics
 from openbook_server.pair import Pair, Shared, load_graphs
 from openbook_server.runtime import Device, Graph, choose_device
 from openbook_server.succession import Succession
-from openbook_server.triage import Triage
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,6 @@ async def running_server(
             sessions=loaded.device.sessions,
             observe=metrics.observe_batch,
         )
-        frontend.triage = Triage(engine.hopeless)
         # Only this machine may write, unless the operator says otherwise: there is no authentication.
         writable = config.writable or config.host in LOOPBACK
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread:

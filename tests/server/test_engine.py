@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -170,22 +169,6 @@ async def test_rows_yet_to_come_are_refused_as_those_that_are_there(engine: Engi
     with pytest.raises(DeadlineExceeded):
         engine.check("embedder", [4], deadline=time.monotonic())
     assert engine.queued == 19
-    graph.let(100)
-    await asyncio.gather(first, waiting)
-
-
-async def test_a_deadline_seems_hopeless_where_a_job_as_large_as_others_would_be_refused(engine: Engine, graph: GatedGraph) -> None:
-    assert engine.hopeless(soon()) == 0.0
-    engine._costs["embedder"].learn(4, 8, 20.0)  # seconds: the sixteen below, half as long, take forty
-    first = await start(engine, row(1))
-    await graph.wait_entered()
-    waiting = await start(engine, *[row(2)] * 16)
-    for seconds, is_hopeless in ((20.0, False), (61.0, True), (100.0, False)):  # what is due in 20 s goes first
-        wait = engine.hopeless(time.monotonic() + seconds)
-        assert wait == pytest.approx(42.5, rel=0.1) if is_hopeless else wait == 0.0
-        refused = pytest.raises(Overloaded) if is_hopeless else nullcontext()
-        with refused:
-            engine.check("embedder", [4], deadline=time.monotonic() + seconds)
     graph.let(100)
     await asyncio.gather(first, waiting)
 

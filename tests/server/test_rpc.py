@@ -13,9 +13,8 @@ import grpc.aio
 import pytest
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
-from openbook_server.call import NEVER, Call
-from openbook_server.rpc import CoreCall, RpcServer
-from openbook_server.triage import Triage
+from openbook_server.call import Call
+from openbook_server.rpc import RpcServer
 
 if TYPE_CHECKING:
     from conftest import Behind
@@ -32,7 +31,7 @@ class Echo:
         self.left: float | None = None
 
     async def echo(self, request: bytes, call: Call) -> bytes:
-        self.left = None if call.deadline > NEVER else call.deadline - time.time()
+        self.left = call.time_remaining()
         if request == b"abort":
             await call.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now", (("reason", "test"),))
         if request == b"fail":
@@ -229,8 +228,7 @@ class Flooded:
 
     def __init__(self) -> None:
         self._sent = threading.Event()
-        self.refused: list[str] = []
-        self._triage = Triage()
+        self.asked: list[str] = []
         self.server = RpcServer([self._handler()], options=[], max_calls=10_000)
         self.server.refusal = self._refuse
         self.port = self.server.listen("127.0.0.1:0")
@@ -246,12 +244,10 @@ class Flooded:
         }
         return grpc.method_handlers_generic_handler("test.Echo", methods)
 
-    def _refuse(self, call: CoreCall, behind: float) -> grpc.Status | None:
-        if call.path.endswith("Needed") or not self._triage.comes_too_late(call.deadline - time.time(), behind):
-            return None
-        self.refused.append(call.path)
-        status: grpc.Status = rpc_status.to_status(Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="too late"))
-        return status
+    def _refuse(self, path: str) -> grpc.Status | None:
+        self.asked.append(path)
+        refused = Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="too late")
+        return None if path.endswith("Needed") else rpc_status.to_status(refused)
 
     def flood(self, calls: list[tuple[str, float]]) -> list[grpc.StatusCode]:
         """The codes of calls, each of a method and with seconds that its caller waits; the loop is held for 1.5 s."""
@@ -280,4 +276,4 @@ async def test_a_loop_that_is_behind_reads_every_call_while_none_comes_too_late(
     codes = await asyncio.to_thread(flooded.flood, [("Echo", 30.0)] * 400)
     await flooded.server.stop(0)
     assert set(codes) == {grpc.StatusCode.OK}
-    assert not flooded.refused
+    assert not flooded.asked

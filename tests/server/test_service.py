@@ -7,10 +7,8 @@ import dataclasses
 import json
 import shutil
 import threading
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 import grpc.aio
@@ -31,11 +29,9 @@ from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
 from openbook_server.manifest import MANIFEST
 from openbook_server.metrics import Metrics
-from openbook_server.rpc import CoreCall
 from openbook_server.serving import running_server
 from openbook_server.status import grpc_status
 from openbook_server.tokenization import TextEncoder
-from openbook_server.triage import Triage
 from prometheus_client import generate_latest
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
@@ -394,18 +390,11 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
     assert "red" not in page.replace("registered", "")
 
 
-def incoming(path: str, seconds: float) -> CoreCall:
-    """A call as it comes in, whose caller waits for so long."""
-    details = SimpleNamespace(method=path.encode(), deadline=time.time() + seconds)
-    return CoreCall(SimpleNamespace(call_details=details, call=None))
-
-
 def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_models() -> None:
     frontend = Frontend(ServerConfig(), Metrics())
-    frontend.unread(incoming("/openbook.v1.OpenBook/Embed", 0.0), 1.0)
     for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):
-        assert frontend.unread(incoming(path, 0.5), 1.0) is None
-    refused = frontend.unread(incoming("/openbook.v1.OpenBook/Answer", 0.5), 1.0)
+        assert frontend.unread(path) is None
+    refused = frontend.unread("/openbook.v1.OpenBook/Answer")
     assert refused is not None
     assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "try again in 1 s" in refused.details
@@ -414,21 +403,6 @@ def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_mod
     assert retry.retry_delay.ToSeconds() == 1
     counted = generate_latest(frontend._metrics.registry).decode()
     assert 'openbook_requests_total{method="Answer",status="RESOURCE_EXHAUSTED"} 1.0' in counted
-
-
-def test_calls_that_the_models_leave_no_time_are_not_read_once_reading_them_was_in_vain() -> None:
-    frontend = Frontend(ServerConfig(max_deadline_seconds=2.0), Metrics())
-    frontend.triage = Triage(lambda deadline: 0.73 if deadline - time.monotonic() < 3.0 else 0.0)
-    path = "/openbook.v1.OpenBook/Embed"
-    for _ in range(16):
-        assert frontend.unread(incoming(path, 60.0), 0.0) is None  # the server allows two seconds of it
-        frontend.triage.was_read("Embed", 0.73, 0.001, answered=False)
-    refused = frontend.unread(incoming(path, 60.0), 0.0)
-    assert refused is not None
-    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "try again in 0.75 s" in refused.details
-    assert frontend.unread(incoming("/openbook.v1.OpenBook/Search", 60.0), 0.0) is None  # of which none was
-    assert frontend.unread(incoming("/openbook.v1.OpenBook/Describe", 60.0), 0.0) is None
 
 
 @pytest.mark.parametrize("letter", ["x", "\x01", "ü", "\udcff"])

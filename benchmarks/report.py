@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from openbook.asking import written_aside
+
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     """For `publish`."""
@@ -27,9 +29,8 @@ def publish(report: dict[str, Any], arguments: argparse.Namespace, name: str) ->
         file: Path = arguments.results
         known = json.loads(file.read_text()) if file.exists() else {}
         known |= {"date": time.strftime("%Y-%m-%d"), arguments.key or name: clean}
-        aside = file.with_name(file.name + ".part")
-        aside.write_text(json.dumps(known, indent=1) + "\n")
-        aside.replace(file)
+        with written_aside(str(file)) as stream:
+            stream.write(json.dumps(known, indent=1) + "\n")
 
 
 def finite(value: Any) -> Any:

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--null-bias", type=_finite, metavar="X", help='added to every "no answer" score (default: the reader\'s)')
     parser.add_argument("--quality", default="", metavar="FILE", help="SQuAD file (.json, .jsonl) to compare the exported reader's F1 on")
-    parser.add_argument("--quality-questions", type=_count, default=300, metavar="N", help="questions of it, evenly spread (default: 300)")
+    parser.add_argument(
+        "--quality-questions", type=positive, default=300, metavar="N", help="questions of it, evenly spread (default: 300)"
+    )
     parser.add_argument("--quality-budget", type=_finite, default=0.5, metavar="POINTS", help="F1 that may be lost (default: 0.5)")
     parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
 
@@ -123,7 +125,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of the command line, 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")

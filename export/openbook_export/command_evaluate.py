@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from openbook_export.command import positive
 from openbook_export.command_evaluate_text import add_generator, add_language_model, generator, language_model
 
 _DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv or another), or a SQuAD-shaped .json or .jsonl file"
@@ -74,7 +75,7 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with queries.jsonl and qrels/")
     parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
     parser.add_argument("--limit", type=_count, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
-    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="passages read (default: %(default)s)")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="passages read (default: %(default)s)")
     parser.add_argument(
         "--rerank", type=_count, default=0, metavar="N", help="passages of a search put in the order of what is read (default: %(default)s)"
     )
@@ -83,7 +84,7 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
         "--modes", nargs="+", choices=["hybrid", "lexical", "dense", "none"], default=["hybrid", "lexical", "dense", "none"]
     )
     parser.add_argument(
-        "--concurrency", type=_positive, default=2, metavar="N", help="messages of 32 questions in flight (default: %(default)s)"
+        "--concurrency", type=positive, default=2, metavar="N", help="messages of 32 questions in flight (default: %(default)s)"
     )
 
 
@@ -217,11 +218,4 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from openbook_server.decoding import SOURCE_IDS
 from openbook_training.pointer import PointerGenerator, Source
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -78,7 +79,7 @@ class StepGraph(WritingGraph):
         source = {name: {0: "batch_size", 2: "source_length"} for name in names}
         self.inputs = tokens | past | source
         if _points(network):
-            self.inputs |= {"encoder_input_ids": {0: "batch_size", 1: "source_length"}}
+            self.inputs |= {SOURCE_IDS: {0: "batch_size", 1: "source_length"}}
         present = {name: {0: "batch_size", 2: "past_and_length"} for name in _names("present", layers, ".decoder")}
         self.outputs = {"logits": {0: "batch_size", 1: "length"}} | present
 

@@ -21,11 +21,8 @@ from torch.jit._trace import TracerWarning  # torch.jit names it too, but not to
 
 OPSET = 18
 SPANS = 16  # spans a pair returns; an answer's probability sums over the passages it stands in, so a few of each are enough
-HEADS = (
-    "/pooling/",
-    "/scoring/",
-    "/network/pointer/",
-)  # prefixes of the node names of what follows the transformer; see optimise.to_float16
+# Prefixes of the node names of what follows the transformer; see optimise.to_float16.
+HEADS = ("/pooling/", "/scoring/", "/network/pointer/")
 
 
 class Pooling(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from openbook_server.binding import Arrays
+from openbook_server.decoding import SOURCE_IDS
 from openbook_server.golden import TOLERANCES
 from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import resolve_checkpoint
@@ -131,7 +132,7 @@ def _generator(folder: Path) -> Writer:
         steps = StepGraph(network, layers).eval()
         tokens = torch.cat([torch.full((2, 1), encoder.start), source["input_ids"][:, 1:5]], dim=1)
         nothing = [value[:, :, :0] for value in keys[: 2 * layers]]
-        beside = (*keys, source["input_ids"])[: len(steps.inputs) - 2 - len(nothing)]
+        beside = (*keys, source["input_ids"]) if SOURCE_IDS in steps.inputs else keys
         past = steps(tokens[:, READ[0]], source["attention_mask"], *nothing, *beside)[1:]
     golden = (tokens[:, READ[1]], source["attention_mask"], *past, *beside)
     outside = _norms(network) - _norms(network.get_encoder())
@@ -171,7 +172,7 @@ def _same_answer(
 ) -> tuple[float, bool]:
     """Write one answer in both: the largest difference between their logits, and whether the graphs choose PyTorch's tokens."""
     inputs = encoder.inputs([question], CPU)
-    states, mask = model.fused(inputs)
+    fused, mask = model.fused(inputs)
     found = cross.run({"input_ids": inputs.ids.numpy(), "attention_mask": inputs.mask.numpy()})
     lengths = inputs.mask.sum(1).tolist()
     joined = [
@@ -181,11 +182,11 @@ def _same_answer(
     decoded = _renamed(source, ".encoder.", ".decoder.")
     past: Arrays = {name: values[:, :, :0] for name, values in decoded.items() if name in steps.input_names}
     source["encoder_attention_mask"] = np.ones((1, sum(lengths)), np.int64)
-    if "encoder_input_ids" in steps.input_names:
-        source["encoder_input_ids"] = inputs.ids[inputs.mask.bool()].numpy()[None]
+    if SOURCE_IDS in steps.input_names:
+        source[SOURCE_IDS] = inputs.ids[inputs.mask.bool()].numpy()[None]
     written, worst, same = [encoder.start], 0.0, True
     for _ in range(limit):
-        outputs = model.network(encoder_outputs=states, attention_mask=mask, decoder_input_ids=torch.tensor([written]), use_cache=False)
+        outputs = model.network(encoder_outputs=fused, attention_mask=mask, decoder_input_ids=torch.tensor([written]), use_cache=False)
         expected = outputs.logits[0, -1].numpy()
         actual = steps.run({"input_ids": np.array([written[-1:]]), **source, **past})
         worst, same = _compared(worst, same, expected, actual["logits"][0, -1])

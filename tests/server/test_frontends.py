@@ -131,13 +131,16 @@ class Writer:
         self._stream = knowledge_base_pb2_grpc.KnowledgeBaseStub(self.channel).UpsertStream(timeout=WAIT)
 
     async def write(self) -> grpc.StatusCode:
-        """Write, and wait for the acknowledgement."""
+        """Write, and wait for the acknowledgement; UNAVAILABLE where the connection is lost."""
         try:
             await self._stream.write(document(self.number))
             reply = await self._stream.read()
             assert reply is not grpc.aio.EOF
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: the stream has ended already
-            return await self._stream.code()
+            code = await self._stream.code()
+            # What grpc.aio calls a write that finds the connection gone before the stream has been told.
+            lost = code is grpc.StatusCode.INTERNAL and await self._stream.details() == "Internal error from Core"
+            return grpc.StatusCode.UNAVAILABLE if lost else code
         return grpc.StatusCode.OK
 
 

@@ -19,6 +19,7 @@ from openbook_training.objectives import (
     neighbour_prior,
     null_scores,
     retrieval_utility,
+    span_distillation_loss,
     span_scores,
 )
 
@@ -65,6 +66,36 @@ def test_the_loss_is_minus_log_of_the_gold_share_over_all_passages_of_a_question
         span_scores(*tensors, torch.tensor(context), longest), null_scores(*tensors), torch.tensor(gold), torch.tensor(owner), 2
     )
     assert float(loss) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_distance_to_a_teacher_is_the_divergence_over_all_spans_and_nulls_of_a_question() -> None:
+    rng = np.random.default_rng(11)
+    owner, length, longest, temperature = [0, 0, 1], 5, 3, 2.0
+    context = np.array([[False, True, True, True, True], [False, True, True, False, False], [False, True, True, True, False]])
+    logits = {who: (rng.normal(size=(3, length)), rng.normal(size=(3, length))) for who in ("reader", "teacher")}
+    expected = 0.0
+    for question in (0, 1):
+        outcomes: dict[str, list[float]] = {}
+        for who, (start, end) in logits.items():
+            outcomes[who] = []
+            for pair in (row for row in range(3) if owner[row] == question):
+                outcomes[who].append((start[pair, 0] + end[pair, 0]) / temperature)
+                for first in range(length):
+                    for last in range(first, min(first + longest, length)):
+                        if context[pair, first] and context[pair, last]:
+                            outcomes[who].append((start[pair, first] + end[pair, last]) / temperature)
+        own, taught = (np.array(outcomes[who]) - np.log(np.sum(np.exp(outcomes[who]))) for who in ("reader", "teacher"))
+        expected += temperature**2 * float(np.sum(np.exp(taught) * (taught - own))) / 2
+
+    def distance(reader: str, teacher: str) -> float:
+        both = []
+        for who in (reader, teacher):
+            start, end = (torch.tensor(values) for values in logits[who])
+            both += [span_scores(start, end, torch.tensor(context), longest), null_scores(start, end)]
+        return float(span_distillation_loss(*both, torch.tensor(owner), 2, temperature))
+
+    assert distance("reader", "teacher") == pytest.approx(expected, rel=1e-6)
+    assert distance("teacher", "teacher") == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_passage_without_any_gold_span_gets_a_finite_gradient() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import random
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig, InvalidData, TrainingDiverged
+from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData, TrainingDiverged
 from openbook_training.loop import Loop, Stopped
 from openbook_training.negatives import draw, embed, mine
 from openbook_training.progress import progress
@@ -304,3 +305,29 @@ def test_training_lowers_the_loss(training_file: Path, tiny_checkpoint: Path, tm
     train(OBJECTIVES["reader"], config_for(training_file, tiny_checkpoint, tmp_path / "run", epochs=12), resume=False, console=quiet())
     history = list(losses(tmp_path / "run").values())
     assert sum(history[-5:]) < 0.8 * sum(history[:5])
+
+
+def test_a_student_comes_closer_to_its_teacher_which_is_itself_at_no_distance(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = config_for(training_file, tiny_checkpoint, tmp_path / "teacher", epochs=6)
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    teacher = str(tmp_path / "teacher" / "best")
+    taught = config_for(training_file, tiny_checkpoint, tmp_path / "taught", epochs=12, seed=7)
+    taught = dataclasses.replace(taught, teacher=teacher, teacher_weight=1.0)  # the loss is the distance
+    train(OBJECTIVES["reader"], taught, resume=False, console=quiet())
+    history = list(losses(tmp_path / "taught").values())
+    assert sum(history[-5:]) < 0.6 * sum(history[:5])
+    task = ReaderTask(dataclasses.replace(taught, initial_adapter=teacher), quiet())
+    batch = task.batches(0)[0]
+    assert float(task.loss(task.model.eval(), batch, random.Random(0)).detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_that_is_no_reader_and_a_weight_that_is_no_share_are_refused(
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = config_for(training_file, tiny_checkpoint, tmp_path / "run")
+    with pytest.raises(CheckpointNotFound, match=r"adapter '.*nowhere': no adapter_config.json"):
+        ReaderTask(dataclasses.replace(config, teacher=str(tmp_path / "nowhere")), quiet())
+    with pytest.raises(InvalidConfig, match=r"teacher_weight: 1.5 is not in \[0, 1\]\nteacher_temperature: 0 is not above 0"):
+        train(OBJECTIVES["reader"], dataclasses.replace(config, teacher_weight=1.5, teacher_temperature=0), resume=False, console=quiet())

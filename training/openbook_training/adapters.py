@@ -39,14 +39,14 @@ def load_adapter(model: nn.Module, folder: str) -> PeftModel:
         CheckpointNotFound: there are none, or not of such a model.
     """
     if not (Path(folder) / SETTINGS).is_file():
-        raise CheckpointNotFound(f"initial_adapter {folder!r}: no {SETTINGS} in it")
+        raise CheckpointNotFound(f"adapter {folder!r}: no {SETTINGS} in it")
     settings = PeftConfig.from_pretrained(folder)
     settings.task_type = None  # as in add_adapter; adapters of older runs name one
     try:
         return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointNotFound(f"initial_adapter {folder!r} does not load ({reason}); copy the whole folder that was written") from error
+        raise CheckpointNotFound(f"adapter {folder!r} does not load ({reason}); copy the whole folder that was written") from error
 
 
 def stated_settings(folder: Path, file: str, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -57,6 +57,32 @@ def multi_passage_span_loss(spans: Tensor, null: Tensor, gold: Tensor, owner: Te
     return (_logsumexp_by(everything, owner, questions) - _logsumexp_by(right, owner, questions)).mean()
 
 
+def span_distillation_loss(
+    spans: Tensor, null: Tensor, taught_spans: Tensor, taught_null: Tensor, owner: Tensor, questions: int, temperature: float
+) -> Tensor:
+    """Mean over questions of t² Σ_a p(a) (log p(a) - log q(a)): how far the reader q is from a teacher p (Hinton et al. 2015, section 2).
+
+    Both are softmaxes over the same outcomes as those of `multi_passage_span_loss`, every span and the null span of each
+    passage of a question, of scores divided by t, the temperature: above 1, what the teacher holds less probable weighs more.
+
+    Args:
+        spans: (pairs, length, max_answer_tokens) from `span_scores`, the reader's.
+        null: (pairs,) from `null_scores`, the reader's.
+        taught_spans: as `spans`, the teacher's of the same pairs.
+        taught_null: as `null`, the teacher's.
+        owner: (pairs,) which question each pair belongs to, in [0, questions).
+        questions: how many questions the batch holds.
+        temperature: above 0.
+    """
+
+    def log_probabilities(spans: Tensor, null: Tensor) -> Tensor:
+        scores = torch.cat([spans.flatten(1), null[:, None]], dim=1) / temperature
+        return scores - _logsumexp_by(torch.logsumexp(scores, dim=1), owner, questions)[owner][:, None]
+
+    own, taught = log_probabilities(spans, null), log_probabilities(taught_spans, taught_null)
+    return temperature**2 * (taught.exp() * (taught - own)).sum() / questions
+
+
 def _logsumexp_by(values: Tensor, owner: Tensor, questions: int) -> Tensor:
     """(questions,) logsumexp of the values that share an owner."""
     table = torch.where(owner[None, :] == torch.arange(questions, device=owner.device)[:, None], values[None, :], NEGATIVE)

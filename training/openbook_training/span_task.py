@@ -24,7 +24,7 @@ from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.loop import length_grouped
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.pretrained import best_device
-from openbook_training.reader import READER_SETTINGS, PairEncoder, build_reader, forward, predict, trained_reader
+from openbook_training.reader import READER_SETTINGS, Pair, PairEncoder, build_reader, forward, predict, trained_reader
 from openbook_training.squad import Question, answer_scores, occurrences
 
 
@@ -57,6 +57,15 @@ class Example:
 
     question: Question
     passages: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader makes of the windows of a batch; the arguments of `multi_passage_span_loss`."""
+
+    spans: Tensor
+    null: Tensor
+    owner: Tensor
 
 
 class SpanTask:
@@ -93,18 +102,27 @@ class SpanTask:
         return [[examples[i] for i in rows] for rows in length_grouped(lengths, self._settings.loop.batch_examples, rng)]
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
-        limit = self._settings.max_answer_tokens
-        pairs = [pair for row, example in enumerate(batch) for pair in self.encoder.pairs(example.question.text, example.passages, row)]
+        pairs = self.windows(batch)
+        return self.gold_loss(self.read(model, pairs), pairs, batch)
+
+    def windows(self, batch: Sequence[Example]) -> list[Pair]:
+        """Of all passages of all examples."""
+        return [pair for row, example in enumerate(batch) for pair in self.encoder.pairs(example.question.text, example.passages, row)]
+
+    def read(self, model: nn.Module, pairs: Sequence[Pair]) -> Reading:
         start, end, context = forward(model, pairs, self.encoder.pad, self._device)
-        spans = span_scores(start, end, context, limit)
-        gold = torch.zeros(spans.shape, dtype=torch.bool)
+        owner = torch.tensor([pair.question for pair in pairs], device=self._device)
+        return Reading(span_scores(start, end, context, self._settings.max_answer_tokens), null_scores(start, end), owner)
+
+    def gold_loss(self, reading: Reading, pairs: Sequence[Pair], batch: Sequence[Example]) -> Tensor:
+        """Scalar mean of -log p(gold spans) over the examples that `pairs` are the windows of."""
+        gold = torch.zeros(reading.spans.shape, dtype=torch.bool)
         for number, pair in enumerate(pairs):
             example = batch[pair.question]
             where = occurrences(example.passages[pair.passage], example.question.answers)
-            for token, extra in pair.gold(where, limit):
+            for token, extra in pair.gold(where, self._settings.max_answer_tokens):
                 gold[number, token, extra] = True
-        owner = torch.tensor([pair.question for pair in pairs], device=self._device)
-        return multi_passage_span_loss(spans, null_scores(start, end), gold.to(self._device), owner, len(batch))
+        return multi_passage_span_loss(reading.spans, reading.null, gold.to(self._device), reading.owner, len(batch))
 
     def describe(self, batch: list[Example]) -> str:
         return ", ".join(example.question.id for example in batch)

@@ -11,13 +11,16 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.config import too_low
+from openbook_training.config import no_share, not_positive, too_low
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
+from openbook_training.objectives import span_distillation_loss
+from openbook_training.reader import trained_reader
 from openbook_training.span_task import Example, SpanConfig, SpanTask
 from openbook_training.squad import Question, hold_out, load_questions, spread
 
@@ -33,10 +36,14 @@ class ReaderConfig(SpanConfig):
     held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
     negatives: tuple[int, ...] = (2,)  # hard negatives beside the gold passage, by epoch; the last value repeats
     mined: int = 20  # depth of the ranking that negatives are drawn from
+    teacher: str = ""  # adapter folder of a reader whose probabilities are learned beside the gold answers
+    teacher_weight: float = 0.5  # of the distance to the teacher in the loss; the gold answers have the rest
+    teacher_temperature: float = 2.0  # scores are divided by it in that distance
 
     def problems(self) -> list[str]:
         """What cannot work."""
-        return [*SpanConfig.problems(self), *too_low(self, mined=1)]
+        taught = [*no_share(self, "teacher_weight"), *not_positive(self, "teacher_temperature")]
+        return [*SpanConfig.problems(self), *too_low(self, mined=1), *taught]
 
 
 class ReaderTask(SpanTask):
@@ -45,6 +52,7 @@ class ReaderTask(SpanTask):
     def __init__(self, config: ReaderConfig, console: Console) -> None:
         self._config = config
         super().__init__(config)
+        self._teacher = _teacher(self.checkpoint, config.teacher).to(self._device) if config.teacher else None
         usable = self._usable(load_questions(config.train, console), console)
         self.train, self.held_out = hold_out(usable, config.held_out)
         if not self.train:
@@ -88,6 +96,19 @@ class ReaderTask(SpanTask):
             examples.append(Example(question, others if absent and others else [question.context, *others]))
         return self.grouped(examples, rng)
 
+    def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
+        pairs = self.windows(batch)
+        reading = self.read(model, pairs)
+        loss = self.gold_loss(reading, pairs, batch)
+        if self._teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = self.read(self._teacher, pairs)
+        distance = span_distillation_loss(
+            reading.spans, reading.null, taught.spans, taught.null, reading.owner, len(batch), self._config.teacher_temperature
+        )
+        return (1 - self._config.teacher_weight) * loss + self._config.teacher_weight * distance
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Dev questions are read beside their own passage alone, as SQuAD does; held-out ones in the company retrieval gives them."""
         most = max(self._config.negatives)
@@ -97,6 +118,12 @@ class ReaderTask(SpanTask):
         metrics |= self.score(model, [Example(question, [question.context]) for question in self.dev], "dev")
         metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
         return metrics
+
+
+def _teacher(checkpoint: Checkpoint, folder: str) -> nn.Module:
+    """The reader whose adapter is in `folder`, to be asked alone."""
+    merged: nn.Module = trained_reader(checkpoint, folder).merge_and_unload()
+    return merged.requires_grad_(False).eval()
 
 
 def _mined_negatives(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from openbook_server.backlog import Arrays
 from openbook_server.engine import Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed
+from openbook_server.recency import Recent
 from openbook_server.rows import Row
 
 Vector = NDArray[np.float32]
@@ -75,9 +75,12 @@ class Embedder:
                 computed, and how many had to be computed.
         """
         self._engine, self._capacity, self._observe = engine, cache_bytes, observe
-        self._cache: OrderedDict[bytes, Vector] = OrderedDict()  # the one used last at the end
+        self._cache: Recent[bytes, Vector] = Recent(cache_bytes, _size)
         self._flights: dict[bytes, _Flight] = {}
-        self.cached_bytes = 0
+
+    @property
+    def cached_bytes(self) -> int:
+        return self._cache.bytes
 
     async def embed(self, rows: Sequence[Row], *, deadline: float) -> Embedded:
         """Unit vectors of tokenised texts, in their order.
@@ -114,9 +117,8 @@ class Embedder:
         hits, flights = {}, {}
         latest = deadline + _SLACK * (deadline - time.monotonic())
         for key in keys:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                hits[key] = self._cache[key]
+            if (vector := self._cache.get(key)) is not None:
+                hits[key] = vector
             elif key in self._flights and self._flights[key].deadline <= latest:
                 flights[key] = self._flights[key]
         return hits, flights
@@ -140,15 +142,8 @@ class Embedder:
                 if self._flights.get(key) is flight:  # a more urgent caller may have taken the row over
                     del self._flights[key]
                 flight.done.set_result(vectors.get(key, failure))
-            self._remember(vectors)
-
-    def _remember(self, vectors: Mapping[bytes, Vector]) -> None:
-        for key, vector in vectors.items():
-            if key not in self._cache:
-                self.cached_bytes += _size(key, vector)
-            self._cache[key] = vector
-        while self.cached_bytes > self._capacity:
-            self.cached_bytes -= _size(*self._cache.popitem(last=False))
+            for key, vector in vectors.items():
+                self._cache.put(key, vector)
 
 
 async def _wait(flights: Mapping[bytes, _Flight], deadline: float) -> dict[bytes, Vector]:

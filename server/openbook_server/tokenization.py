@@ -7,7 +7,6 @@ tokens written out in a text ("[SEP]") are text.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from openbook_server.packed import is_packed, pack, unpack_ids, unpack_offsets
+from openbook_server.recency import Recent
 from openbook_server.rows import Row
 
 PASSAGE_CACHE = 80 << 20  # bytes of passages' tokens that are remembered: some 100,000 of 150 tokens each
@@ -97,11 +97,15 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._mark = bytes.fromhex(digest)[:MARK_BYTES]
         self._vocabulary: int = tokenizer.get_vocab_size()
-        self._passages: OrderedDict[bytes, bytes] = OrderedDict()  # by digest of the text, packed
-        self._bytes = 0  # of them
+        self._passages: Recent[bytes, bytes] = Recent(PASSAGE_CACHE, lambda _, packed: len(packed) + _ENTRY_BYTES)  # by digest of the text
         self.special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=False)
         self.pair_special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._frame = _Frame(tokenizer)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Of passages that brought no tokens."""
+        return self._passages.bytes
 
     def kept(self, texts: Sequence[str]) -> list[bytes]:
         """Tokens of passages as a knowledge base keeps them: packed, after the first bytes of the tokenizer's digest."""
@@ -152,14 +156,10 @@ class TextEncoder:
     def _remembered(self, texts: Sequence[str]) -> list[bytes]:
         """As `_packed`, of passages that bring no tokens; the ones read last are remembered."""
         keys = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._passages}
+        found = {key: packed for key in keys if (packed := self._passages.get(key)) is not None}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
         encodings = self.tokenizer.encode_batch(list(new.values()), add_special_tokens=False)
         for key, encoding in zip(new, encodings, strict=True):
-            self._passages[key] = packed = pack(encoding.ids, encoding.offsets)
-            self._bytes += len(packed) + _ENTRY_BYTES
-        for key in keys:
-            self._passages.move_to_end(key)
-        found = [self._passages[key] for key in keys]
-        while self._bytes > PASSAGE_CACHE:
-            self._bytes -= len(self._passages.popitem(last=False)[1]) + _ENTRY_BYTES
-        return found
+            found[key] = packed = pack(encoding.ids, encoding.offsets)
+            self._passages.put(key, packed)
+        return [found[key] for key in keys]

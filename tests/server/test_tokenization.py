@@ -44,15 +44,17 @@ def test_a_remembered_passage_gives_the_same_pair_beside_another_question(encode
     assert encoder.pairs("what red ?", ["the red city"], 64) == fresh.pairs("what red ?", ["the red city"], 64)
 
 
-def test_remembered_passages_are_bounded_in_bytes(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_passages_are_bounded_in_bytes(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "PASSAGE_CACHE", 20_000)
+    encoder = TextEncoder(load_tokenizer(tiny_checkpoint / "tokenizer.json"))
     for n in range(40):
         encoder.pairs("what red ?", ["red " * (10 * n), "blue"], 64)
-        assert encoder._bytes == sum(len(packed) + tokenization._ENTRY_BYTES for packed in encoder._passages.values()) <= 20_000
-    assert len(encoder._passages) > 5
+        assert encoder.remembered_bytes <= 20_000
+    assert encoder.remembered_bytes > 10_000
+    before = encoder.remembered_bytes
     [pair] = encoder.pairs("what red ?", ["red " * 20_000], 64)  # larger than all that may be remembered
     assert len(pair.row.ids) == 64
-    assert encoder._bytes == 0
+    assert encoder.remembered_bytes == before
 
 
 def test_tokens_that_were_kept_are_used_and_make_the_same_pairs(tiny_checkpoint: Path) -> None:

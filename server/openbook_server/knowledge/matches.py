@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 
 from openbook_server.knowledge import filters
+from openbook_server.recency import Recent
 
 CAPACITY = 64 << 20  # bytes: some 900,000 passages, each counted for every filter that it matches
 _NUMBER_BYTES = 32  # of one passage's number, beside its place in the set
@@ -18,28 +18,27 @@ class RecentMatches:
 
     def __init__(self, find: Callable[[filters.Filter], frozenset[int]], capacity: int = CAPACITY) -> None:
         """`find` gives the numbers of the passages that match."""
-        self._find, self._capacity = find, capacity
-        self._known: OrderedDict[filters.Filter, frozenset[int]] = OrderedDict()  # the one asked for last at the end
+        self._find = find
+        self._known: Recent[filters.Filter, frozenset[int]] = Recent(capacity, _size, at_least=1)
         self._sequence = -1  # of the last write that they know
         self._lock = threading.Lock()
-        self.bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return self._known.bytes
 
     def __call__(self, condition: filters.Filter, sequence: int) -> frozenset[int]:
         """As `find`; `sequence` is the number of the last write."""
         with self._lock:
             if sequence != self._sequence:
                 self._known.clear()
-                self._sequence, self.bytes = sequence, 0
-            if condition in self._known:
-                self._known.move_to_end(condition)
-                return self._known[condition]
+                self._sequence = sequence
+            if (known := self._known.get(condition)) is not None:
+                return known
         numbers = self._find(condition)
         with self._lock:
-            if sequence == self._sequence and condition not in self._known:
-                self._known[condition] = numbers
-                self.bytes += _size(condition, numbers)
-            while self.bytes > self._capacity and len(self._known) > 1:
-                self.bytes -= _size(*self._known.popitem(last=False))
+            if sequence == self._sequence:
+                self._known.put(condition, numbers)
         return numbers
 
 

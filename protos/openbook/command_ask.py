@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'example: openbook ask "Who signed the lease?" --top-k 10\n'
         "         openbook ask --file questions.jsonl --out answers.jsonl\n"
         "A file has a JSON object a line, with `_id` or `id` and `text` or `question`; the output has a line a question, in order:\n"
-        '{"id", "question", "answers": [{"text", "probability", "passage_id", "document_id", "start", "end"}],\n'
-        ' "hits": [{"passage_id", "document_id", "score"}], "no_answer_probability", "passages_read", "timings_ms"};\n'
+        '{"id", "question", "answers": [{"text", "probability", "passage_id", "document_id", "start", "end", "document_start",\n'
+        ' "document_end"}], "hits": [{"passage_id", "document_id", "score", "title", "source", "document_start"}],\n'
+        ' "no_answer_probability", "passages_read", "timings_ms"}; offsets count characters, and the end is behind the last;\n'
         'for a bad row {"id", "error"}.\n'
         "exit status: 0 all answered; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed; 130 stopped"
     )
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="QUESTIONS.jsonl", help="a file of questions; - is standard input")
     parser.add_argument("--out", metavar="ANSWERS.jsonl", default="-", help="where answers to a file go (default: standard output)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
-    add_search_arguments(parser, "read for each question", MODES)
+    add_search_arguments(parser, "found for each question, and read until its answer is settled", MODES)
     parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question (default: 3)")
     parser.add_argument(
         "--read-all", action="store_true", help="read every passage found, though the best answer be settled by the first ones"

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _json(result: SearchResult) -> str:
-    texts = [{"title": hit.title, "text": hit.text, "source": hit.source, "metadata": dict(hit.metadata)} for hit in result.hits]
+    texts = [{"text": hit.text, "metadata": dict(hit.metadata)} for hit in result.hits]
     whole = result.to_json()
     whole["hits"] = [hit | text for hit, text in zip(whole["hits"], texts, strict=True)]
     return json.dumps(whole, ensure_ascii=False)

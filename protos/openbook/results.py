@@ -31,7 +31,8 @@ class Hit:
     metadata: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        return {"passage_id": self.passage_id, "document_id": self.document_id, "score": self.score}
+        names = ("passage_id", "document_id", "score", "title", "source", "document_start")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,7 @@ class Answer:
     document_end: int
 
     def to_json(self) -> dict[str, Any]:
-        names = ("text", "probability", "passage_id", "document_id", "start", "end")
+        names = ("text", "probability", "passage_id", "document_id", "start", "end", "document_start", "document_end")
         return {name: getattr(self, name) for name in names}
 
 

@@ -32,6 +32,7 @@ _FLAGS = {
     "default_deadline_seconds": "for callers that set no deadline; a longer one than 600 counts as 600",
     "drain_seconds": "after SIGTERM, time for requests in flight",
     "writable": "take writes (KnowledgeBase service) although --host lets other machines in; there is no authentication",
+    "read_only": "take no writes even from this machine, from which a proxy's come too",
     "recall_share": "of the dense searches, made again exactly in the background to know their recall; 0 = none",
     "recall_target": "recall@10 that the index's candidates (ef) are adapted to hold",
     "shadow_share": "of the questions, answered in the background by a generation that is being built as well, to compare; 0 = none",
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "example: openbook serve bundle/ kb/ --port 50051 --metrics-port 9090\n"
-        "Every flag can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ... A flag wins over it, and it over the profile.\n"
+        "Every flag but --profile can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ...\n"
+        "A flag wins over it, and it over the profile.\n"
         "exit status: 0 after a drain, 1 when the server cannot start, 2 for wrong usage"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")

@@ -29,13 +29,16 @@ class ServerConfig:
     default_deadline_seconds: float = 30.0  # for callers that set none
     max_deadline_seconds: float = 600.0  # a longer one counts as this
     drain_seconds: float = 20.0  # after SIGTERM, time for requests in flight
-    writable: bool = False  # take writes although `host` lets other machines in; on a loopback address they are always taken
+    writable: bool = False  # take writes although `host` lets other machines in; on a loopback address they are taken anyway
+    read_only: bool = False  # take no writes on a loopback address either
     recall_share: float = 0.01  # of the dense searches, made again exactly in the background to know their recall; 0 = none
     recall_target: float = 0.99  # recall@10 that the index's ef is moved to hold
     shadow_share: float = 0.05  # of the questions, answered in the background by the generation being built as well, to compare; 0 = none
     metrics_port: int = 0  # Prometheus over HTTP on the same host; 0 = off
 
     def __post_init__(self) -> None:
+        if self.writable and self.read_only:
+            raise InvalidRequest("--read-only", "and --writable contradict each other; leave one out")
         for name, low, high in (
             ("port", 0, 65_535),
             ("metrics_port", 0, 65_535),

@@ -51,6 +51,9 @@ class ReadOnly(OpenBookError):
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "READ_ONLY"
 
+    def __init__(self) -> None:
+        super().__init__("this server takes no writes: it was started with --read-only, or listens to other machines without --writable")
+
 
 class NotServing(OpenBookError):
     """The server is still starting, or already shutting down; another one, or this one later, may take the request."""

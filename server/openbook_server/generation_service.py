@@ -50,7 +50,7 @@ class GenerationService:
 
     def _check_writable(self) -> None:
         if not self._writable:
-            raise ReadOnly("this server takes no writes; start it with --writable to take them from every host that reaches it")
+            raise ReadOnly()
 
     def _message(self, state: GenerationState) -> kb.Generation:
         following = self._succession.following

@@ -16,7 +16,7 @@ from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, ReadOnly
-from openbook_server.ingest.limits import excess
+from openbook_server.ingest.limits import MAX_ID_BYTES, excess
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 from openbook_server.knowledge.watch import Estimate
@@ -24,7 +24,6 @@ from openbook_server.pipeline import Timings
 from openbook_server.validation import bounded
 from openbook_server.wire import Parsed
 
-MAX_ID_BYTES = 512
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1_000
 
 
@@ -120,7 +119,7 @@ class KnowledgeService:
 
     def _writable(self) -> Writer:
         if self._writer is None:
-            raise ReadOnly("this server takes no writes; start it with --writable to take them from every host that reaches it")
+            raise ReadOnly()
         return self._writer
 
     def _check_count(self, field: str, count: int) -> None:

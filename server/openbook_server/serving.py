@@ -80,7 +80,7 @@ async def running_server(
             observe=metrics.observe_batch,
         )
         # Only this machine may write, unless the operator says otherwise: there is no authentication.
-        writable = config.writable or config.host in LOOPBACK
+        writable = not config.read_only and (config.writable or config.host in LOOPBACK)
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread:
             shared = Shared(config, loaded.device, engine, metrics, thread, writable)
             first = Pair(loaded.bundle, loaded.graphs, loaded.knowledge_base, shared)

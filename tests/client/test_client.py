@@ -137,10 +137,11 @@ def client(server: tuple[Scripted, str]) -> Iterator[Client]:
 def test_results_are_plain_objects_with_the_documented_json(client: Client) -> None:
     [answered] = client.answer(["what?"], top_k=1)
     assert isinstance(answered, AnswerResult)
+    place = {"passage_id": "d#0", "document_id": "d"}
     assert answered.to_json() == {
         "question": "what?",
-        "answers": [{"text": "passage", "probability": 0.5, "passage_id": "d#0", "document_id": "d", "start": 4, "end": 11}],
-        "hits": [{"passage_id": "d#0", "document_id": "d", "score": 1.5}],
+        "answers": [{"text": "passage", "probability": 0.5, **place, "start": 4, "end": 11, "document_start": 0, "document_end": 0}],
+        "hits": [{**place, "score": 1.5, "title": "", "source": "", "document_start": 0}],
         "no_answer_probability": 0.25,
         "passages_read": 1,
         "timings_ms": {
@@ -162,7 +163,9 @@ def test_labels_are_plain_objects_with_the_documented_json(client: Client, scrip
         {"label": "yes", "probability": 0.75, "alone": 0.5, "model": 0.5, "knn": 1.0},
         {"label": "no", "probability": 0.25},
     ]
-    assert told["neighbours"] == [{"label": "yes", "passage_id": "d#0", "document_id": "d", "score": 0.75}]
+    assert told["neighbours"] == [
+        {"label": "yes", "passage_id": "d#0", "document_id": "d", "score": 0.75, "title": "", "source": "", "document_start": 0}
+    ]
     assert (told["text"], told["passages"], told["evidence"], told["timings_ms"]["total"]) == ("a", 1, [], 3.0)
     [request] = scripted.requests
     assert isinstance(request, pb.ClassifyRequest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -125,17 +126,40 @@ def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> Non
     rows = [
         {"id": "long title", "title": "t" * 2_049, "text": "one"},
         {"id": "long metadata", "text": "two", "metadata": {"a": "b" * 16_384}},
-        {"id": "just so", "title": "t" * 2_048, "text": "three", "metadata": {"a": "b" * 16_383}},
+        {"id": "many entries", "text": "x", "metadata": {str(n): "" for n in range(65)}},
+        {"id": "i" * 513, "text": "y"},
+        {"id": "i" * 512, "title": "t" * 2_048, "text": "three", "metadata": {"a": "b" * 16_383}},
     ]
-    title, metadata, good = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    title, metadata, entries, id_, good = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     assert isinstance(title, Unreadable)
     assert (title.reason, title.where) == ("title: 2049 bytes exceed the limit of 2048; shorten it, or make it part of the text", "row 1")
     assert isinstance(metadata, Unreadable)
     assert metadata.reason.startswith("metadata: 16385 bytes exceed the limit of 16384; ")
+    assert isinstance(entries, Unreadable)
+    assert entries.reason == "metadata: 65 entries exceed the limit of 64; leave some out"
+    assert isinstance(id_, Unreadable)
+    assert id_.reason.startswith("id: 513 bytes exceed the limit of 512; ")
     assert isinstance(good, Document)
     [page] = items(write(tmp_path / "a.html", f"<title>{'ü' * 2_000}</title><p>text"))
     assert isinstance(page, Unreadable)
     assert page.reason.startswith("title: 4000 bytes")
+
+
+def test_values_that_no_filter_compares_are_left_out_and_their_column_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = {
+        "text": ["one", "two", "three"],
+        "tags": [["a"], [], None],
+        "day": [datetime.date(2026, 1, 2), None, None],
+        "at": [datetime.datetime(2026, 1, 2, 3, 4), None, None],
+        "metadata": ["mine", None, None],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    documents = items(tmp_path / "a.parquet")
+    metadata = [document.metadata for document in documents if isinstance(document, Document)]
+    assert metadata == [{"day": "2026-01-02", "at": "2026-01-02T03:04:00", "metadata": "mine"}, {}, {}]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'a.parquet'}: 'tags' is left out where it holds a list or a table; documents take texts, numbers and dates"
+    ]
 
 
 def test_a_title_is_tokenised_once_for_all_passages_of_its_document(tiny_checkpoint: Path) -> None:

@@ -18,6 +18,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server import serving
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
+from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import SearchOptions, open_knowledge_base
 from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -235,21 +236,31 @@ async def test_a_bad_field_is_refused_by_name(
     assert str(raised.value.details()).startswith(f"{field}:")
 
 
-async def test_writes_from_other_machines_must_be_allowed(tiny_bundle: Path, tiny_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "LOOPBACK", ())  # as if the server listened on an address that others reach
-    for writable in (False, True):
-        config = ServerConfig(port=0, device="cpu", writable=writable)
-        async with (
-            running_server(tiny_bundle, tiny_place.target, config) as port,
-            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
-        ):
-            stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
-            assert (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).writable == writable
-            if writable:
-                assert (await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))).results[0].outcome == kb.OUTCOME_CREATED
-                continue
-            with pytest.raises(grpc.aio.AioRpcError, match="--writable") as raised:
-                await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))
-            info = ErrorInfo()
-            rpc_status.from_call(raised.value).details[0].Unpack(info)
-            assert info.reason == "READ_ONLY"
+@pytest.mark.parametrize(
+    ("flags", "elsewhere", "writable"), [({}, True, False), ({"writable": True}, True, True), ({"read_only": True}, False, False)]
+)
+async def test_writes_from_other_machines_must_be_allowed_and_may_be_refused_to_all(
+    tiny_bundle: Path, tiny_place: Place, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], elsewhere: bool, writable: bool
+) -> None:
+    if elsewhere:
+        monkeypatch.setattr(serving, "LOOPBACK", ())  # as if the server listened on an address that others reach
+    config = ServerConfig(port=0, device="cpu", **flags)
+    async with (
+        running_server(tiny_bundle, tiny_place.target, config) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        assert (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).writable == writable
+        if writable:
+            assert (await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))).results[0].outcome == kb.OUTCOME_CREATED
+            return
+        with pytest.raises(grpc.aio.AioRpcError, match="--read-only.*--writable") as raised:
+            await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))
+        info = ErrorInfo()
+        rpc_status.from_call(raised.value).details[0].Unpack(info)
+        assert info.reason == "READ_ONLY"
+
+
+def test_taking_writes_from_everybody_and_from_nobody_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="--read-only: and --writable contradict each other"):
+        ServerConfig(writable=True, read_only=True)

@@ -9,13 +9,19 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from datetime import date, time
+from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from openbook_server.ingest.limits import MAX_METADATA, excess
+from openbook_server.ingest.limits import excess
 from openbook_server.knowledge import Document
+
+log = logging.getLogger(__name__)
 
 MAX_WHOLE_FILE_BYTES = 256 * 1024 * 1024  # of formats that must be read whole
 MAX_ROW_BYTES = 16 * 1024 * 1024
@@ -185,37 +191,52 @@ READERS: Mapping[str, Reader] = {
 
 
 def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Item:
-    """A document from named values: `_id`/`id`, `title`, `text`; anything else is metadata."""
+    """A document from named values: `_id`/`id`, `title`, `text`; what else is text, number, truth or date is metadata.
+
+    Without `text` all such values make the text, one a line after its name.
+    """
     if not isinstance(row, dict):
         return Unreadable("not a table of named values", f"row {number}")
     given = row.get("_id", row.get("id"))
-    known = {"_id", "id", "title", "text", "metadata"}
     extra = dict(row["metadata"]) if isinstance(row.get("metadata"), dict) else {}
+    named = {"_id", "id", "text", *(["metadata"] if isinstance(row.get("metadata"), dict) else [])}
+    others = {key: value for key, value in row.items() if key not in named}
     if isinstance(row.get("text"), str):
         text = row["text"]
-        extra |= {key: value for key, value in row.items() if key not in known}
+        extra |= {key: value for key, value in others.items() if key != "title"}
     elif "text" in row:
         return Unreadable("`text` is no string", f"row {number}")
     else:
-        text = "\n".join(
-            f"{key}: {value}" for key, value in row.items() if key not in {"_id", "id"} and isinstance(value, str | int | float)
-        )
+        text = "\n".join(f"{key}: {value}" for key, value in _plain(others, source).items())
     if not text.strip():
         return Unreadable("no text in it", f"row {number}")
-    metadata = {
-        _clean(str(key)): _clean(str(value))
-        for key, value in list(extra.items())[:MAX_METADATA]
-        if isinstance(value, str | int | float | bool)
-    }
     title = str(row.get("title") or "")
     document = Document(
         id=_readable(str(given) if given not in (None, "") else f"{name}:{number}"),
         text=_clean(text),
         title=_clean(title).strip(),
         source=_readable(source),
-        metadata=metadata,
+        metadata={_clean(key): _clean(value) for key, value in _plain(extra, source).items()},
     )
     return _within_limits(document, f"row {number}")
+
+
+def _plain(values: Mapping[Any, Any], source: str) -> dict[str, str]:
+    """Those that can be written as one text that filters compare; of the others that is told."""
+    plain = {}
+    for key, value in values.items():
+        if isinstance(value, str | int | float | Decimal):
+            plain[str(key)] = str(value)
+        elif isinstance(value, date | time):
+            plain[str(key)] = value.isoformat()
+        elif value is not None:
+            _tell_left_out(source, str(key))
+    return plain
+
+
+@lru_cache(maxsize=1_024)  # once a column, not once a row
+def _tell_left_out(source: str, column: str) -> None:
+    log.warning("%s: %r is left out where it holds a list or a table; documents take texts, numbers and dates", source, column)
 
 
 def _from_row(row: Mapping[str, Any], name: str, number: int, path: Path) -> Item:

@@ -1,9 +1,10 @@
-"""What a document may hold beside its text, wherever it comes from: all of it stands beside every one of its passages."""
+"""How long a document's id may be, and what it may hold beside its text: all of that stands beside every one of its passages."""
 
 from __future__ import annotations
 
 from openbook_server.knowledge import Document
 
+MAX_ID_BYTES = 512
 MAX_TITLE_BYTES = 2_048  # of which the embedder reads `TITLE_TOKENS`
 MAX_SOURCE_BYTES = 4_096  # the longest path of a file
 MAX_METADATA = 64  # entries
@@ -12,6 +13,8 @@ MAX_METADATA_BYTES = 16_384  # keys and values
 
 def excess(document: Document) -> tuple[str, str] | None:
     """The field that holds too much, and what is wrong with it; None where none does."""
+    if (size := len(document.id.encode())) > MAX_ID_BYTES:
+        return "id", f"{size} bytes exceed the limit of {MAX_ID_BYTES}; give it a shorter one: of a file, index a folder nearer to it"
     for field, text, limit in (("title", document.title, MAX_TITLE_BYTES), ("source", document.source, MAX_SOURCE_BYTES)):
         if (size := len(text.encode())) > limit:
             return field, f"{size} bytes exceed the limit of {limit}; shorten it, or make it part of the text"

@@ -20,10 +20,10 @@ demo: $(READY) $(DEMO)/knowledge-base  ## answer questions from Python's own doc
 serve: $(READY) $(DEMO)/knowledge-base  ## keep the demo's server up (PORT=50051)
 	$(BIN)/openbook serve $(DEMO)/bundle $(DEMO)/knowledge-base --port $(PORT)
 
-test: $(READY)  ## the whole test suite, under ten minutes
+test: $(READY)  ## the test suite, under ten minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-soak: $(READY)  ## the slow suites: long kill -9 loops and fuzzing
+soak: $(READY)  ## the slow tests, which `make test` leaves out: a thousand kills, fuzzing
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)  ## ruff and mypy --strict
@@ -31,7 +31,7 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(READY)  ## let ruff mend and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -50,7 +50,7 @@ lock: $(READY)  ## pin every dependency again, with hashes
 	$(LOCK) pyproject.toml --extra server-openvino --extra datasets -o requirements/server-openvino.txt
 	$(LOCK) pyproject.toml --extra server-gpu --extra datasets -o requirements/server-gpu.txt
 
-clean:
+clean:  ## remove .venv and the demo
 	rm -rf $(VENV) $(DEMO)
 
 $(READY): requirements/all.txt requirements/uv.txt requirements/build.txt pyproject.toml

@@ -36,9 +36,9 @@ def main(bundle: str, knowledge_base: str) -> int:
     print(
         "Next:\n"
         "  make serve                                    keep this server up, then, in another terminal:\n"
-        f'  {Path(openbook)} ask "How do I sort a list in place?"\n'
-        "  openbook index .demo/bundle my-kb my-documents/   index your own files (txt, md, html, pdf, csv, jsonl, parquet)\n"
-        "  openbook serve .demo/bundle my-kb                 and serve them"
+        f'  {openbook} ask "How do I sort a list in place?"\n'
+        f"  {openbook} index .demo/bundle my-kb my-documents/   index your own files (txt, md, html, pdf, csv, jsonl, parquet)\n"
+        f"  {openbook} serve .demo/bundle my-kb                 and serve them"
     )
     return 0
 

@@ -75,7 +75,7 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with queries.jsonl and qrels/")
     parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
     parser.add_argument("--limit", type=_count, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
-    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="passages read (default: %(default)s)")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="passages found for an answer (default: %(default)s)")
     parser.add_argument(
         "--rerank", type=_count, default=0, metavar="N", help="passages of a search put in the order of what is read (default: %(default)s)"
     )

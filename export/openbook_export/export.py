@@ -221,7 +221,12 @@ def _manifest(
         "license": options.license or _stated_license(checkpoint.folder, *_trained(options)),
         "source": source | adapters,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _RECORDED},
-        "tasks": ["embed", *(["answer"] if reader else []), *(["classify"] if any(head.classifies for head in heads.values()) else [])],
+        "tasks": [
+            "embed",
+            *(["answer"] if reader else []),
+            *(["classify"] if any(head.classifies for head in heads.values()) else []),
+            *(["generate"] if writers else []),
+        ],
         "files": {
             file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
         },

@@ -7,7 +7,8 @@ Conventions, beside those of openbook.proto
 - A document is named by its `id`. Writing it again replaces it whole; writing it again unchanged costs next to nothing.
 - A result without an error is a promise: the write is on the disk (fsynced) and every later search sees it.
 - Writes are background work: they wait for questions, never the other way round.
-- One bad document of a request fails alone; `results` are in the order of the request.
+- A bad document, or id to delete, fails in its own result, even where it is the only one of the request: look at
+  `results[].error`. `results` are in the order of the request. A bad id fails the whole of Get.
 """
 
 from collections import abc as _abc

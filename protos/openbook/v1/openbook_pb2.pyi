@@ -450,7 +450,7 @@ class AnswerRequest(_message.Message):
     DIVERSITY_FIELD_NUMBER: _builtins.int
     READ_ALL_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """passages read a question, 1 to Describe.limits.max_top_k; default 5"""
+    """passages found a question and read until its answer is settled, 1 to Describe.limits.max_top_k; default 5"""
     max_answers: _builtins.int
     """answers returned a question, 1 to 20; default 3"""
     mode: Global___SearchMode.ValueType
@@ -1251,7 +1251,9 @@ class DescribeResponse(_message.Message):
         embedder_fingerprint: _builtins.str
         dim: _builtins.int
         @_builtins.property
-        def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """of "embed", "answer", "classify", "generate" """
+
         @_builtins.property
         def classifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribeResponse.Classifier]: ...
         @_builtins.property

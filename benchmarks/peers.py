@@ -57,7 +57,7 @@ IN_PROCESS = "sentence-transformers"
 OPENBOOK, OPENVINO = "openbook", "openbook-openvino"
 INSTALL = {name: peer.packages for name, peer in PEERS.items()} | {
     IN_PROCESS: "sentence-transformers",
-    OPENVINO: "'openbook[server-openvino]'",
+    OPENVINO: "'.[server-openvino]'",
 }
 
 Embed = Callable[[str], Coroutine[Any, Any, bytes]]

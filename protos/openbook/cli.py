@@ -89,7 +89,7 @@ def _missing(name: str, error: ModuleNotFoundError) -> int:
     extra = _EXTRAS.get(module, SUBCOMMANDS[name].extra if name in SUBCOMMANDS else "")
     if not extra:
         raise error
-    print(f"openbook {name} needs {module}, which is not installed: pip install 'openbook[{extra}]'", file=sys.stderr)
+    print(f"openbook {name} needs {module}, which is not installed; in a clone of openbook: pip install '.[{extra}]'", file=sys.stderr)
     return 1
 
 

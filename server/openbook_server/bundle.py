@@ -181,7 +181,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if type(version) is not int or version < 1:
         raise invalid(folder, f"{MANIFEST} has the format version {version!r}, expected {FORMAT}")
     if version != FORMAT:
-        way_out = "upgrade this server (pip install --upgrade openbook)" if version > FORMAT else AGAIN
+        way_out = "update openbook" if version > FORMAT else AGAIN
         raise invalid(folder, f"it has format version {version}, this server reads {FORMAT}", way_out)
     try:
         actual = bundle_id(manifest)

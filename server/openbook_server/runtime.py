@@ -59,11 +59,13 @@ def require_onnxruntime() -> ModuleType:
     """
     installed = [name for name in DISTRIBUTIONS if _is_installed(name)]
     if not installed:
-        raise DeviceUnavailable("onnxruntime is not installed; pip install 'openbook[server]' (or [server-openvino], [server-gpu])")
+        raise DeviceUnavailable(
+            "onnxruntime is not installed; in a clone of openbook: pip install '.[server]' (or '.[server-openvino]', '.[server-gpu]')"
+        )
     if len(installed) > 1:
         raise DeviceUnavailable(
             f"{' and '.join(installed)} are installed together and overwrite each other; "
-            f"pip uninstall -y {' '.join(installed)}, then pip install 'openbook[{DISTRIBUTIONS[installed[-1]]}]'"
+            f"pip uninstall -y {' '.join(installed)}, then, in a clone of openbook, pip install '.[{DISTRIBUTIONS[installed[-1]]}]'"
         )
     try:
         return importlib.import_module("onnxruntime")
@@ -247,7 +249,8 @@ def _obstacle(device: str, precision: str, available: list[str]) -> str | None:
     if PROVIDERS[device] not in available:
         wanted = "onnxruntime-gpu" if device == "cuda" else f"onnxruntime-{device}"
         others = " ".join(name for name in DISTRIBUTIONS if _is_installed(name))
-        return f"{device}: no {PROVIDERS[device]} here; pip uninstall -y {others}, then pip install 'openbook[{DISTRIBUTIONS[wanted]}]'"
+        way_out = f"pip uninstall -y {others}, then, in a clone of openbook, pip install '.[{DISTRIBUTIONS[wanted]}]'"
+        return f"{device}: no {PROVIDERS[device]} here; {way_out}"
     if precision not in PRECISIONS[device]:
         return f"{device}: runs {', '.join(PRECISIONS[device])}, not {precision}"
     if device == "cuda" and not cuda_devices():

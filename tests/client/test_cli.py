@@ -103,10 +103,10 @@ def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.Cap
 
         monkeypatch.setattr("openbook_server.command_index.run", run_)
         status, _, err = run(capsys, "index", "b", "k", "s")
-        assert (status, f"openbook[{extra}]" in err, module in err) == (1, True, True)
+        assert (status, f"pip install '.[{extra}]'" in err, module in err) == (1, True, True)
 
 
-@pytest.mark.parametrize(("target", "message"), [(NOWHERE, "no server at"), (".", "openbook[server]")])
+@pytest.mark.parametrize(("target", "message"), [(NOWHERE, "no server at"), (".", "pip install '.[server]'")])
 def test_info_of_a_server_needs_no_more_than_the_client_s_install(target: str, message: str) -> None:
     code = "import sys; sys.modules |= dict.fromkeys(['hnswlib', 'onnxruntime', 'tokenizers']); from openbook import cli; "
     code += f"sys.exit(cli.main(['info', {target!r}]))"

@@ -84,7 +84,7 @@ def test_a_manifest_edited_by_hand_is_refused(copy: Path) -> None:
 
 def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
     rewrite(copy, lambda manifest: manifest.update(format=2))
-    with pytest.raises(BundleInvalid, match=r"has format version 2, this server reads 1; upgrade this server"):
+    with pytest.raises(BundleInvalid, match=r"has format version 2, this server reads 1; update openbook"):
         load_bundle(copy)
 
 

@@ -225,7 +225,7 @@ def test_names_that_mean_something_else_are_refused(target: str, client: elastic
 
 def test_a_newer_format_is_refused(target: str, knowledge_base: ElasticsearchKnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "FORMAT", 0)
-    with pytest.raises(KnowledgeBaseDamaged, match="upgrade"):
+    with pytest.raises(KnowledgeBaseDamaged, match="update openbook"):
         opened(target)
 
 

@@ -217,7 +217,7 @@ def test_user_or_key_go_to_the_server_and_nowhere_else(
 
 def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "elasticsearch", None)
-    with pytest.raises(KnowledgeBaseRefused, match=r"pip install 'openbook\[elasticsearch\]'"):
+    with pytest.raises(KnowledgeBaseRefused, match=r"pip install '\.\[elasticsearch\]'"):
         describe_address("elasticsearch://h/a")
 
 

@@ -286,7 +286,7 @@ def test_a_newer_and_a_damaged_store_are_refused_with_the_way_out(tmp_path: Path
     with sqlite3.connect(tmp_path / "kb" / FILE) as connection:
         connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT + 1),))
     connection.close()
-    with pytest.raises(KnowledgeBaseDamaged, match="upgrade"):
+    with pytest.raises(KnowledgeBaseDamaged, match="update openbook"):
         opened(tmp_path / "kb")
     (tmp_path / "kb" / FILE).write_bytes(b"not a database" * 1_000)
     with pytest.raises(KnowledgeBaseDamaged, match=r"recover"):

@@ -107,7 +107,8 @@ def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
-        raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset: pip install 'openbook[datasets]'") from error
+        way_out = "in a clone of openbook: pip install '.[datasets]'"
+        raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset, {way_out}") from error
     try:
         rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; all mean the same to the user

@@ -187,4 +187,5 @@ def _require_client() -> None:
     try:
         import elasticsearch  # noqa: F401
     except ImportError as error:
-        raise KnowledgeBaseRefused("elasticsearch:// needs Elasticsearch's client: pip install 'openbook[elasticsearch]'") from error
+        way_out = "in a clone of openbook: pip install '.[elasticsearch]'"
+        raise KnowledgeBaseRefused(f"elasticsearch:// needs Elasticsearch's client; {way_out}") from error

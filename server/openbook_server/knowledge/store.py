@@ -66,7 +66,7 @@ class Store:
         self._matches = RecentMatches(self._find)
         version = int(self.meta("format") or FORMAT)
         if version > FORMAT:
-            raise KnowledgeBaseDamaged(f"{self.path} has format {version}, this server reads {FORMAT}; upgrade it: pip install -U openbook")
+            raise KnowledgeBaseDamaged(f"{self.path} has format {version}, this server reads {FORMAT}; update openbook")
         if version < FORMAT and read_only:
             raise KnowledgeBaseDamaged(
                 f"{self.path} has format {version}, of an earlier version; `openbook serve` and `openbook index` bring it to {FORMAT}"

@@ -151,9 +151,7 @@ def _parse(entries: Mapping[str, Any]) -> list[Generation]:
         if facts is None:
             continue
         if int(facts["format"]) > schema.FORMAT:
-            raise KnowledgeBaseDamaged(
-                f"{index} has format {facts['format']}, this server reads {schema.FORMAT}; upgrade it: pip install -U openbook"
-            )
+            raise KnowledgeBaseDamaged(f"{index} has format {facts['format']}, this server reads {schema.FORMAT}; update openbook")
         closed = settings.get("blocks", {}).get("write") == "true"
         fields = frozenset(entry["mappings"].get("properties", {}))
         layout = Layout(

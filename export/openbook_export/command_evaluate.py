@@ -92,7 +92,7 @@ def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int
     from openbook.client import Client
     from rich.console import Console
 
-    from openbook_export.open_book import evaluate_mode, load_answered, sample, table
+    from openbook_export.squad_open import evaluate_mode, load_answered, sample, table
 
     queries = sample(load_answered(arguments.data, Console(stderr=True)), arguments.limit)
     rows: dict[str, dict[str, float]] = {}

@@ -21,7 +21,7 @@ from openbook_server.call import Call
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
-from openbook_server.generation_service import GenerationService
+from openbook_server.generations_service import GenerationsService
 from openbook_server.listening import REQUESTS_A_ROW
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
@@ -49,7 +49,7 @@ class Frontend:
         self._config, self._metrics = config, metrics
         self._limit, self._running = REQUESTS_A_ROW * config.max_queued, 0
         self.served: Served | None = None  # may be replaced at any time: requests that began go on with the one before
-        self.generations: GenerationService | None = None
+        self.generations: GenerationsService | None = None
         self.writes = Gate()  # every request that writes is inside
         self.refusal = "the server is starting"  # told to callers while nothing is served
         problem = "more calls come in than can be read; try again in 1 s, or another server"
@@ -62,7 +62,7 @@ class Frontend:
             "Search": self._unary("Search", pb.SearchRequest, lambda served: served.openbook.search),
             "Answer": self._unary("Answer", pb.AnswerRequest, lambda served: served.openbook.answer),
             "Classify": self._unary("Classify", pb.ClassifyRequest, lambda served: served.classification.classify),
-            "Generate": self._replies("Generate", pb.GenerateRequest, lambda served: served.generation.generate),
+            "Generate": self._replies("Generate", pb.GenerateRequest, lambda served: served.text_generation.generate),
             "Describe": self._unary("Describe", pb.DescribeRequest, lambda served: served.openbook.describe),
         }
         writes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -177,7 +177,7 @@ class Frontend:
             self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
 
     @property
-    def _generations(self) -> GenerationService:
+    def _generations(self) -> GenerationsService:
         if self.generations is None:
             raise InvalidRequest("request", NO_KNOWLEDGE_BASE)
         return self.generations

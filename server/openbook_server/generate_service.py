@@ -10,11 +10,11 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, NotInBundle
-from openbook_server.generation import Sampling, TextWriter
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_filter, parse_mode
 from openbook_server.pipeline import Pipeline, Timings
 from openbook_server.replies import to_hit, to_provenance, to_timings
+from openbook_server.text_writer import Sampling, TextWriter
 from openbook_server.tokenization import TextEncoder
 from openbook_server.validation import bounded, choose, text_error
 from openbook_server.wire import Parsed

@@ -23,7 +23,6 @@ from openbook_server.decoding import Decoder, decoders_of
 from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine
 from openbook_server.generate_service import GenerateService
-from openbook_server.generation import TextWriter
 from openbook_server.golden import verify_golden
 from openbook_server.heads import neighbours_graph
 from openbook_server.ingest.preparation import FACTS, choose_splitting
@@ -37,6 +36,7 @@ from openbook_server.rows import Row
 from openbook_server.runtime import Device, Graph, build_device
 from openbook_server.served import Served
 from openbook_server.service import Service
+from openbook_server.text_writer import TextWriter
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 
 _T = TypeVar("_T")

@@ -22,7 +22,7 @@ class Served:
 
     openbook: Service
     classification: ClassifyService
-    generation: GenerateService
+    text_generation: GenerateService
     knowledge_base: KnowledgeService | None
     running: int = 0  # requests
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -29,7 +29,7 @@ from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine
 from openbook_server.errors import InvalidRequest, OpenBookError
 from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend
-from openbook_server.generation_service import GenerationService
+from openbook_server.generations_service import GenerationsService
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.listening import Listen, listen_on_port
@@ -170,7 +170,7 @@ def _succession(first: Pair, shared: Shared, frontend: Frontend) -> Succession |
     if first.knowledge_base is None:
         return None
     succession = Succession(first, first.knowledge_base, shared, frontend)
-    frontend.generations = GenerationService(succession, writable=shared.writable)
+    frontend.generations = GenerationsService(succession, writable=shared.writable)
     return succession
 
 

@@ -11,7 +11,7 @@ import pytest
 from openbook.v1 import openbook_pb2 as pb
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Document, Filter, KnowledgeBase, Passage, SearchOptions, filters, vectors
-from openbook_server.knowledge.matches import RecentMatches
+from openbook_server.knowledge.recent_matches import RecentMatches
 from openbook_server.knowledge.records import SearchMode
 from openbook_server.options import MAX_CONDITIONS, MAX_DEPTH, parse_filter
 

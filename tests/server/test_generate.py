@@ -18,9 +18,9 @@ from openbook.client import AsyncClient
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.config import ServerConfig
-from openbook_server.generation import MOST_AT_ONCE
 from openbook_server.sampling import choose
 from openbook_server.serving import running_server
+from openbook_server.text_writer import MOST_AT_ONCE
 from openbook_training.generator import load_generator
 from openbook_training.language_model import load_language_model
 

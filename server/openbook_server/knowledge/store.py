@@ -19,8 +19,8 @@ from openbook_server.knowledge import filters, generations
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.generations import Generation, Generations, marks
 from openbook_server.knowledge.lexical import searched_text
-from openbook_server.knowledge.matches import RecentMatches
-from openbook_server.knowledge.recent import RecentPassages
+from openbook_server.knowledge.recent_matches import RecentMatches
+from openbook_server.knowledge.recent_passages import RecentPassages
 from openbook_server.knowledge.records import BundlePlace, Counts, Document, Passage
 
 log = logging.getLogger(__name__)

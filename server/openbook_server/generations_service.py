@@ -1,4 +1,4 @@
-"""The methods of the KnowledgeBase service that are about generations."""
+"""The methods of the KnowledgeBase service that are about generations of embedders; Generate is in generate_service.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openbook_server.wire import Parsed
 _STATES = {"live": kb.GENERATION_STATE_LIVE, "kept": kb.GENERATION_STATE_KEPT, "new": kb.GENERATION_STATE_NEW}
 
 
-class GenerationService:
+class GenerationsService:
     """Serves the succession of one server's pairs."""
 
     def __init__(self, succession: Succession, *, writable: bool) -> None:

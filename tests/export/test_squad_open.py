@@ -1,4 +1,4 @@
-"""Open-book evaluation against a scripted client: a question that is refused fails alone, wherever it stands."""
+"""`openbook evaluate squad-open` against a scripted client: a question that is refused fails alone, wherever it stands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from openbook.client import Client
 from openbook.errors import RequestRejected
 from openbook.results import AnswerResult
-from openbook_export.open_book import evaluate_mode
+from openbook_export.squad_open import evaluate_mode
 from openbook_training.beir import Query
 
 

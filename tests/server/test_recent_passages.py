@@ -1,4 +1,4 @@
-from openbook_server.knowledge.recent import RecentPassages
+from openbook_server.knowledge.recent_passages import RecentPassages
 from openbook_server.knowledge.records import Passage
 
 

@@ -1,4 +1,4 @@
-"""Open-book evaluation: ask a running server questions with known answers, and score what it finds and says.
+"""`openbook evaluate squad-open`: ask a running server questions with known answers, and score what it finds and says.
 
 Data in BEIR's layout: `queries.jsonl` with `_id`, `text` and `metadata.answers`, and `qrels/*.tsv` with query-id, corpus-id and
 score. Retrieval is scored by document: R@k is the share of questions with a relevant document among the first k

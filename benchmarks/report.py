@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from openbook.asking import written_aside
+from openbook.commands import written_aside
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:

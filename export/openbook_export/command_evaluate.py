@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from openbook.asking import written_aside
+    from openbook.commands import written_aside
     from openbook.errors import ClientError
     from openbook_training.errors import TrainingError
 

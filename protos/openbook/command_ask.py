@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 
-from openbook.asking import (
+from openbook.client import Client
+from openbook.commands import (
     FAILED,
     InputRow,
     add_search_arguments,
@@ -16,7 +17,6 @@ from openbook.asking import (
     spent,
     work_through,
 )
-from openbook.client import Client
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES
 from openbook.results import AnswerResult

@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from openbook.asking import FAILED, InputRow, add_server_arguments, condition, spent, work_through
 from openbook.client import Client
+from openbook.commands import FAILED, InputRow, add_server_arguments, condition, spent, work_through
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES, ClassifyOptions
 from openbook.results import Classified, Hit

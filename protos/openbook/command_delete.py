@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from openbook.asking import FAILED, SOME_FAILED, add_server_arguments
 from openbook.client import Client
+from openbook.commands import FAILED, SOME_FAILED, add_server_arguments
 from openbook.errors import ClientError
 
 

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 
-from openbook.asking import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows, written_aside
 from openbook.client import Client
+from openbook.commands import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows, written_aside
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import TEXTS_A_MESSAGE
 

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from openbook.asking import FAILED, add_server_arguments, condition, spent
 from openbook.client import Client
+from openbook.commands import FAILED, add_server_arguments, condition, spent
 from openbook.errors import ClientError
 from openbook.messages import MODES, GenerateOptions
 from openbook.results import Ending

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from openbook.asking import FAILED, add_search_arguments, add_server_arguments, search_options
 from openbook.client import Client
+from openbook.commands import FAILED, add_search_arguments, add_server_arguments, search_options
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES
 from openbook.results import SearchResult

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openbook.asking import FAILED
+from openbook.commands import FAILED
 
 if TYPE_CHECKING:
     from openbook.client import Client

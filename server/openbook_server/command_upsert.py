@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from openbook.asking import FAILED, SOME_FAILED, add_server_arguments
+from openbook.commands import FAILED, SOME_FAILED, add_server_arguments
 
 if TYPE_CHECKING:
     from openbook.client import Document

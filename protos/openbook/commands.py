@@ -1,4 +1,4 @@
-"""What `ask`, `search` and `embed` share: their common arguments, files of texts, and replies on a terminal."""
+"""What subcommands share, above all those that talk to a server: arguments, exit statuses, files of texts and results, replies shown."""
 
 from __future__ import annotations
 

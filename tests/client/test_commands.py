@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openbook.asking import InputRow, InvalidFile, work_through, written_aside
+from openbook.commands import InputRow, InvalidFile, work_through, written_aside
 from openbook.errors import RequestRejected, ServerUnavailable
 
 

@@ -125,9 +125,18 @@ def _finite(text: str) -> float:
     return value
 
 
+def natural(text: str) -> int:
+    """A number of the command line, 0 or more."""
+    return _at_least(0, text)
+
+
 def positive(text: str) -> int:
     """A number of the command line, 1 or more."""
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return value

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from openbook_export.command import positive
+from openbook_export.command import natural, positive
 from openbook_export.command_evaluate_text import add_generator, add_language_model, generator, language_model
 
 _DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv or another), or a SQuAD-shaped .json or .jsonl file"
@@ -74,10 +74,14 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with queries.jsonl and qrels/")
     parser.add_argument("--server", metavar="HOST:PORT", help="default: $OPENBOOK_SERVER, or localhost:50051")
-    parser.add_argument("--limit", type=_count, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
+    parser.add_argument("--limit", type=natural, default=0, metavar="N", help="a fixed sample of N questions (default: all)")
     parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="passages found for an answer (default: %(default)s)")
     parser.add_argument(
-        "--rerank", type=_count, default=0, metavar="N", help="passages of a search put in the order of what is read (default: %(default)s)"
+        "--rerank",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="passages of a search put in the order of what is read (default: %(default)s)",
     )
     parser.add_argument("--read-all", action="store_true", help="read all of them, though the best answer be settled by the first ones")
     parser.add_argument(
@@ -146,7 +150,7 @@ def _add_retriever(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", metavar="FOLDER", nargs="?", const="", help="compare with this adapter; without FOLDER, with the untouched checkpoint"
     )
-    parser.add_argument("--questions", type=_count, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
+    parser.add_argument("--questions", type=natural, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
 
 
 def _retriever(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
@@ -187,7 +191,7 @@ def _add_reader(parser: argparse.ArgumentParser) -> None:
         help="adapter that `openbook train reader` wrote, or a question-answering checkpoint",
     )
     parser.add_argument("--baseline", metavar="FOLDER", type=Path, help="compare with this reader")
-    parser.add_argument("--questions", type=_count, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
+    parser.add_argument("--questions", type=natural, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
 
 
 def _reader(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
@@ -212,10 +216,3 @@ def _named(arguments: argparse.Namespace, adapter: Path | None) -> dict[str, Any
     """What was measured, in the words of the command line."""
     named = {"benchmark": arguments.benchmark, "checkpoint": arguments.checkpoint, "adapter": str(adapter or ""), "data": arguments.data}
     return named | ({} if arguments.baseline is None else {"baseline_adapter": str(arguments.baseline)})
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from openbook_export.command import natural, positive
+
 
 def add_language_model(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -22,8 +24,8 @@ def add_language_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="TEXT", required=True, help="passages and the datastore are made of it")
     parser.add_argument("--tune", metavar="TEXT", default="", help="chooses lambda and temperature (default: the memory's last tenth)")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of the texts (default: %(default)s)")
-    parser.add_argument("--neighbours", type=_positive, default=256, metavar="K", help="contexts it reads (default: %(default)s)")
-    parser.add_argument("--stretches", type=_natural, default=0, metavar="N", help="at most N of TEXT, evenly spread (default: all)")
+    parser.add_argument("--neighbours", type=positive, default=256, metavar="K", help="contexts it reads (default: %(default)s)")
+    parser.add_argument("--stretches", type=natural, default=0, metavar="N", help="at most N of TEXT, evenly spread (default: all)")
 
 
 def language_model(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
@@ -50,7 +52,7 @@ def add_generator(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("checkpoint", metavar="FOLDER", help="what `openbook train generator` wrote")
     parser.add_argument("data", metavar="DATA", help="folder in BEIR's layout with answers, or a SQuAD-shaped .json or .jsonl file")
-    parser.add_argument("--questions", type=_natural, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
+    parser.add_argument("--questions", type=natural, default=0, metavar="N", help="at most N questions, evenly spread (default: all)")
 
 
 def generator(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
@@ -62,17 +64,3 @@ def generator(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     result = measure_generator(arguments.checkpoint, arguments.data, limit=arguments.questions, console=Console(stderr=True))
     named = {"benchmark": arguments.benchmark, "checkpoint": arguments.checkpoint, "data": arguments.data}
     return table(result), named | result, 0
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value

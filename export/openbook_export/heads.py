@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from openbook_server.binding import Arrays
 from openbook_server.heads import CLASSIFYING
-from openbook_training.checkpoint import Checkpoint
+from openbook_training.checkpoint import Checkpoint, folder_digest
 from openbook_training.heads import RowEncoder, load_head_model
 from openbook_training.masked_language_model import SETTINGS, build_masked_lm
 from peft import PeftModel
@@ -76,7 +76,7 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
         "labels": labels,
     }
     graph = HeadGraph(merged, checkpoint.pooling, model.head)
-    return Head(graph, _digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
+    return Head(graph, folder_digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
 
 
 def _masked_language_model(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
@@ -88,8 +88,4 @@ def _masked_language_model(checkpoint: Checkpoint, name: str, folder: Path) -> H
     merged = backbone.merge_and_unload() if isinstance(backbone, PeftModel) else backbone
     limit = min(checkpoint.max_tokens, int(merged.config.max_position_embeddings))
     facts = {"objective": "masked_lm", "pair": False, "max_tokens": limit, "labels": []}
-    return Head(MaskedGraph(merged, mask_id, model.head), _digest(folder), facts, mask_id)
-
-
-def _digest(folder: Path) -> str:
-    return Checkpoint(name="", folder=folder, pooling="", max_tokens=0).digest()
+    return Head(MaskedGraph(merged, mask_id, model.head), folder_digest(folder), facts, mask_id)

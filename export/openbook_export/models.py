@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from openbook_training.checkpoint import Checkpoint
+from openbook_training.checkpoint import Checkpoint, folder_digest
 from openbook_training.pretrained import read_in_one_segment
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -121,7 +121,7 @@ def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> Embedde
             f"--embedder {folder}: retriever.json states max_tokens {max_tokens} and dims {list(dims)}; the checkpoint has "
             f"{positions} positions and {hidden} dimensions"
         )
-    return EmbedderModel(model=_merged(base, folder, _RETRIEVER), max_tokens=max_tokens, digest=_digest(folder), dims=dims)
+    return EmbedderModel(model=_merged(base, folder, _RETRIEVER), max_tokens=max_tokens, digest=folder_digest(folder), dims=dims)
 
 
 def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
@@ -151,7 +151,7 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
         max_tokens = min(int(settings["max_tokens"]), int(model.config.max_position_embeddings))
         reader = ReaderModel(
             model=model,
-            digest=_digest(folder),
+            digest=folder_digest(folder),
             max_tokens=max_tokens,
             max_question_tokens=int(settings.get("max_question_tokens", max_tokens // 3)),
             max_answer_tokens=int(settings["max_answer_tokens"]),
@@ -202,11 +202,6 @@ def _merged(base: Any, folder: Path, kind: _Adapter) -> Any:
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
     except (*_UNLOADABLE, KeyError, TypeError) as error:
         raise CheckpointUnsupported(f"{kind.flag} {folder}: the adapter does not load ({_first_line(error)})") from error
-
-
-def _digest(folder: Path) -> str:
-    """Of the weights in an adapter's or a checkpoint's folder."""
-    return Checkpoint(name="", folder=folder, pooling="", max_tokens=0).digest()
 
 
 def _load(kind: Any, checkpoint: Checkpoint, **settings: Any) -> Any:

@@ -29,14 +29,19 @@ class Checkpoint:
     max_tokens: int  # longest text the embedder was made for, special tokens included
 
     def digest(self) -> str:
-        """sha256 over configuration, tokenizer and weights: names the model whatever it is called."""
-        digest = hashlib.sha256()
-        for file in sorted(self.folder.iterdir()):
-            if file.name in {"config.json", "tokenizer.json"} or file.suffix == ".safetensors":
-                digest.update(file.name.encode() + b"\0")
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        """Names the model whatever it is called."""
+        return folder_digest(self.folder)
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over what is configuration, tokenizer or weights in a folder: of a checkpoint, an adapter or a head."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name in {"config.json", "tokenizer.json"} or file.suffix == ".safetensors":
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def resolve_checkpoint(name: str) -> Checkpoint:

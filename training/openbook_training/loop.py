@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -300,13 +300,13 @@ def _recompute_activations(model: nn.Module) -> None:
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # the reentrant kind wants inputs with gradients, LoRA has none
 
 
-def length_grouped(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
-    """Shuffled batches of rows of similar length: shuffle, sort within pools of 32 batches, shuffle the batches."""
-    rows = list(range(len(lengths)))
-    rng.shuffle(rows)
+def length_grouped(examples: Iterable[Example], length: Callable[[Example], int], size: int, rng: random.Random) -> list[list[Example]]:
+    """Shuffled batches of examples of similar length: shuffle, sort within pools of 32 batches, shuffle the batches."""
+    shuffled = list(examples)
+    rng.shuffle(shuffled)
     batches = []
-    for at in range(0, len(rows), size * 32):
-        pool = sorted(rows[at : at + size * 32], key=lambda row: lengths[row])
+    for at in range(0, len(shuffled), size * 32):
+        pool = sorted(shuffled[at : at + size * 32], key=length)
         batches += [pool[i : i + size] for i in range(0, len(pool), size)]
     rng.shuffle(batches)
     return batches

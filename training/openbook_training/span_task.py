@@ -98,8 +98,7 @@ class SpanTask:
 
     def grouped(self, examples: Sequence[Example], rng: random.Random) -> list[list[Example]]:
         """Batches of examples that take about as many tokens, in random order."""
-        lengths = [sum(len(passage) for passage in example.passages) for example in examples]
-        return [[examples[i] for i in rows] for rows in length_grouped(lengths, self._settings.loop.batch_examples, rng)]
+        return length_grouped(examples, lambda example: sum(map(len, example.passages)), self._settings.loop.batch_examples, rng)
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         pairs = self.windows(batch)

@@ -136,8 +136,11 @@ class CausalLmTask:
             Example(example.stretch, []) if example.passages and rng.random() < self._config.alone_share else example
             for example in self.train
         ]
-        lengths = [sum(map(len, example.passages)) + len(example.stretch.before) for example in drawn]
-        return [[drawn[i] for i in batch] for batch in length_grouped(lengths, self._config.loop.batch_examples, rng)]
+
+        def length(example: Example) -> int:
+            return sum(map(len, example.passages)) + len(example.stretch.before)
+
+        return length_grouped(drawn, length, self._config.loop.batch_examples, rng)
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         """A token's share of the sum: stretches are of one length, so that the constant only sets the scale of the number."""

@@ -101,8 +101,7 @@ class GeneratorTask:
     def batches(self, epoch: int) -> list[list[Example]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
         drawn = [self._company(example, rng) for example in self.train]
-        lengths = [max(map(len, example.passages), default=0) for example in drawn]
-        return [[drawn[i] for i in batch] for batch in length_grouped(lengths, self._config.loop.batch_examples, rng)]
+        return length_grouped(drawn, lambda example: max(map(len, example.passages), default=0), self._config.loop.batch_examples, rng)
 
     def _company(self, example: Example, rng: random.Random) -> Example:
         if rng.random() < self._config.closed_share:

@@ -117,8 +117,11 @@ class LabelTask(ABC):
 
     def batches(self, epoch: int) -> list[list[int]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
-        lengths = [len(self.rows[number].text) + len(self.rows[number].evidence) for number in self.train]
-        return length_grouped(lengths, self._config.loop.batch_examples, rng)  # training rows come first, so rows of lengths are numbers
+
+        def length(number: int) -> int:
+            return len(self.rows[number].text) + len(self.rows[number].evidence)
+
+        return length_grouped(self.train, length, self._config.loop.batch_examples, rng)
 
     def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> Tensor:
         found = self.found(batch, [rng.random() < self._config.alone_share for _ in batch])

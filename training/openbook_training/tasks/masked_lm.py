@@ -107,8 +107,7 @@ class MaskedLmTask(Staged):
 
     def batches(self, epoch: int) -> list[list[Text]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
-        rows = length_grouped([len(text.ids) for text in self.train], self._config.loop.batch_examples, rng)
-        return [[self.train[i] for i in batch] for batch in rows]
+        return length_grouped(self.train, lambda text: len(text.ids), self._config.loop.batch_examples, rng)
 
     def before_step(self, model: nn.Module, step: int, total: int) -> None:
         """Rest the lower layers, or wake them: they cost no backward pass while the layers above learn to use the new head."""

@@ -110,8 +110,7 @@ class VocabHeadTask:
 
     def batches(self, epoch: int) -> list[list[Text]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
-        rows = length_grouped([len(text.ids) for text in self.train], self._config.loop.batch_examples, rng)
-        return [[self.train[i] for i in batch] for batch in rows]
+        return length_grouped(self.train, lambda text: len(text.ids), self._config.loop.batch_examples, rng)
 
     def masked(self, text: Text, rng: random.Random) -> tuple[TokenRow, list[int]]:
         """The text with some content words masked, and their pieces."""

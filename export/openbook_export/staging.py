@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from openbook_server.durable import flush
 
 from openbook_export.errors import OutputExists
 
@@ -31,13 +32,13 @@ def staged(destination: Path, *, is_ours: Callable[[Path], bool], force: bool) -
         new.mkdir()
         yield new
         for file in new.iterdir():
-            _flush(file)
-        _flush(new)
+            flush(file)
+        flush(new)
         _require_free(destination, is_ours, force)
         if destination.exists():
             destination.rename(aside / "old")
         new.rename(destination)
-        _flush(destination.parent)
+        flush(destination.parent)
     finally:
         old = aside / "old"
         if old.exists() and not destination.exists():  # stopped between the two renames
@@ -58,11 +59,3 @@ def _require_free(destination: Path, is_ours: Callable[[Path], bool], force: boo
                 return
             raise OutputExists(f"{destination} holds a bundle already; --force replaces it")
     raise OutputExists(f"{destination} exists and is no bundle, or holds other things beside one; choose another name, or remove it")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 import shutil
 import signal
@@ -30,7 +29,7 @@ from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, InvalidData, TrainingDiverged
 from openbook_training.progress import Update, progress
 from openbook_training.record import Record, memory_mb, metric_lines
-from openbook_training.run_folder import CHECKPOINT, load_state
+from openbook_training.run_folder import CHECKPOINT, load_state, publish
 
 Example = TypeVar("Example")
 
@@ -261,9 +260,7 @@ class Loop(Generic[Example]):
         aside = self._file.with_suffix(".new")
         with aside.open("wb") as stream:
             torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(self._file)
+        publish(aside, self._file)
 
     def _restore(self, file: Path) -> None:
         state = load_state(file)

@@ -19,6 +19,7 @@ from torch import nn
 
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import ranked
+from openbook_training.run_folder import publish
 
 Allowed = Callable[[int, int], bool]  # whether a query, by its number, may see a passage, by its row
 MARGIN = 8  # passages looked at beyond those wanted, for those that a text may not see
@@ -42,9 +43,7 @@ class PassageIndex:
         file = index_file(folder, self.embedder)
         aside = file.with_suffix(f".{os.getpid()}")  # of its own for each process of a distributed run
         save_file({"vectors": self.vectors}, aside, metadata={"embedder": self.embedder, "passages": self.passages})
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        aside.replace(file)
+        publish(aside, file)
 
 
 def index_file(folder: Path, embedder: str) -> Path:

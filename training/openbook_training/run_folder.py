@@ -90,6 +90,13 @@ def make_folder(folder: Path) -> None:
         raise InvalidConfig(f"output: {str(folder)!r} cannot be made ({error.strerror}); name another folder") from error
 
 
+def publish(aside: Path, file: Path) -> None:
+    """Give a finished file its name in one step, once its bytes are on the disk: a crash leaves the old file or the new one, whole."""
+    with aside.open("rb") as stream:
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
 def write_config(folder: Path, config: Any) -> None:
     """State settings and versions in config.json, which is there whole or not at all."""
     versions = {name: importlib.metadata.version(name) for name in _RECORDED}

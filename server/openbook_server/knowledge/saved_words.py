@@ -18,7 +18,7 @@ import numpy as np
 import tantivy
 
 from openbook_server.bundle import file_digest
-from openbook_server.knowledge.snapshots import publish
+from openbook_server.durable import publish
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from openbook_server.bundle import file_digest
+from openbook_server.durable import publish
 from openbook_server.knowledge.graph import Graph
 from openbook_server.knowledge.projection import Projection
 from openbook_server.knowledge.vectors import VectorIndex
@@ -120,18 +120,3 @@ def _projection(file: Path, header: dict[str, Any]) -> Projection | None:
     if "projection" not in header:
         return None
     return Projection(np.load(file.with_suffix(".npy"), allow_pickle=False), header["projection"]["lost"])
-
-
-def publish(aside: Path, file: Path) -> None:
-    """Give a finished file its name, durably."""
-    _sync(aside)
-    aside.replace(file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

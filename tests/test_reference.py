@@ -16,7 +16,8 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 
 
 def kinds(of: type[Exception]) -> set[type[Exception]]:
-    return {of, *(kind for child in of.__subclasses__() for kind in kinds(child))}
+    found = {of, *(kind for child in of.__subclasses__() for kind in kinds(child))}
+    return {kind for kind in found if kind.__module__ == of.__module__}
 
 
 @pytest.mark.parametrize("kind", sorted(kinds(errors.OpenBookError), key=lambda kind: kind.__name__))

@@ -194,6 +194,22 @@ def test_whatever_happens_to_a_snapshot_the_next_start_holds_what_the_store_hold
     knowledge_base.close()
 
 
+@pytest.mark.parametrize("new", [{}, {"n": "after all were deleted"}])
+def test_a_knowledge_base_whose_graph_lost_every_row_opens_again(tmp_path: Path, new: dict[str, str]) -> None:
+    vectors, ids = unit(51), [f"d{n}" for n in range(50)]
+    knowledge_base = opened(tmp_path, flat_limit=20)
+    store(knowledge_base, dict.fromkeys(ids, "words"), vectors[:50])
+    knowledge_base.snapshot()
+    knowledge_base.delete_documents(ids)
+    store(knowledge_base, new, vectors[50 : 50 + len(new)])
+    knowledge_base.close()
+    for _ in range(2):
+        knowledge_base = opened(tmp_path, flat_limit=20)
+        assert (found(knowledge_base, "words", vectors[50], "dense"), knowledge_base.graph_rows) == (list(new), 0)
+        knowledge_base.snapshot()
+        knowledge_base.close()
+
+
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:
     knowledge_base = opened(tmp_path / "kb")
     with pytest.raises(KnowledgeBaseLocked, match=r"pid \d+"):

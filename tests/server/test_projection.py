@@ -111,6 +111,23 @@ def test_places_of_deleted_rows_are_used_again_and_a_graph_of_mostly_deleted_row
     assert set(index.search(vectors[:1], 600)[0]) == set(range(1_500, 2_000))
 
 
+@pytest.mark.parametrize("graph_dims", [0, 8, DIM])
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_graph_without_rows_is_dropped_whether_or_not_the_store_lost_them_first(graph_dims: int, *, stays: bool) -> None:
+    vectors = flat(300, 12, seed=1)
+    stored = dict(enumerate(vectors))
+    index = VectorIndex(
+        DIM, lambda labels: {label: stored[label] for label in labels if label in stored}, flat_limit=100, graph_dims=graph_dims
+    )
+    index.add(list(range(200)), vectors[:200])
+    index.delete(list(range(200 if stays else 150)))
+    stored.clear()
+    assert index.optimise()
+    assert (index.graph_rows, index.graph_width, index.search(vectors[:1], 5)) == (0, 0, [{}])
+    index.add(list(range(200, 300)), vectors[200:])
+    assert list(index.search(vectors[250:251], 1)[0]) == [250]
+
+
 @pytest.mark.parametrize("damage", ["none", "missing", "flipped"])
 def test_a_projection_is_saved_with_its_graph_and_checked(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     vectors = flat(600, 12, seed=1)

@@ -208,7 +208,7 @@ class VectorIndex:
 
     def optimise(self) -> bool:
         """Build the graph again where it no longer suits its rows: more are deleted than alive, or they have become others than
-        those that its projection was learned from. Searches go on meanwhile. Returns whether it was built again."""
+        those that its projection was learned from; without rows there is none. Searches go on meanwhile. Returns whether it changed."""
         if self._graph is None:
             return False
         self._checked_rows = len(self._graph.live)
@@ -226,18 +226,22 @@ class VectorIndex:
         chosen = random.Random(0).sample(labels, min(rows, len(labels)))
         if self._graph is None:
             return np.array([self._flat[label] for label in chosen], np.float32)
-        return np.array(list(self._truth(chosen).values()), np.float32)
+        stored = self._truth(chosen)
+        return np.array(list(stored.values()), np.float32).reshape(len(stored), self.dim)
 
     def _rebuild(self, reason: str) -> None:
-        """Only the thread that adds and deletes comes here, so rows stay as they are."""
+        """Only the thread that adds and deletes comes here, so rows stay as they are; of those that the store has lost meanwhile it is
+        still to hear."""
         assert self._graph is not None  # noqa: S101
-        labels = sorted(self._graph.live)
-        log.info("building the graph of %d passages again: %s", len(labels), reason)
-        graph = Graph(self.dim, learn(self._sample(_SAMPLE), self._graph_dims), capacity=2 * len(labels) + 1)
-        for at in range(0, len(labels), _ROWS_AT_ONCE):
-            self._precedence.wait_for_searches()
-            stored = self._truth(labels[at : at + _ROWS_AT_ONCE])
-            graph.add(list(stored), np.array(list(stored.values()), np.float32))
+        labels, sample, graph = sorted(self._graph.live), self._sample(_SAMPLE), None
+        if len(sample):
+            log.info("building the graph of %d passages again: %s", len(labels), reason)
+            graph = Graph(self.dim, learn(sample, self._graph_dims), capacity=2 * len(labels))
+            for at in range(0, len(labels), _ROWS_AT_ONCE):
+                self._precedence.wait_for_searches()
+                stored = self._truth(labels[at : at + _ROWS_AT_ONCE])
+                if stored:
+                    graph.add(list(stored), np.array(list(stored.values()), np.float32))
         with self._lock:
             self._graph = graph
 

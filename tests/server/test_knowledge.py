@@ -56,6 +56,7 @@ def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
     index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
     for at in range(0, 2_000, 250):
         index.add(list(range(at, at + 250)), vectors[at : at + 250])
+        index.settle()
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
     got = [list(row) for row in index.search(queries, 10, ef=200)]
     recall = np.mean([len(set(a) & set(b.tolist())) / 10 for a, b in zip(got, exact, strict=True)])
@@ -72,6 +73,7 @@ def test_a_question_s_scores_have_the_same_bits_alone_and_among_others(flat_limi
     rows, questions = unit(300), unit(7, seed=1)
     index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
     index.add(range(300), rows)
+    index.settle()
     together = index.search(questions, 9, allowed=allowed)
     assert [index.search(question[None], 9, allowed=allowed)[0] for question in questions] == together
 
@@ -81,6 +83,7 @@ def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_wh
     vectors = unit(300)
     index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
     index.add(list(range(300)), vectors)
+    index.settle()
     index.delete(list(range(0, 300, 2)))
     [row] = index.search(vectors[:1], 1_000)
     assert set(row) == set(range(1, 300, 2))
@@ -208,6 +211,18 @@ def test_a_knowledge_base_whose_graph_lost_every_row_opens_again(tmp_path: Path,
         assert (found(knowledge_base, "words", vectors[50], "dense"), knowledge_base.graph_rows) == (list(new), 0)
         knowledge_base.snapshot()
         knowledge_base.close()
+
+
+def test_deletions_alone_make_a_graph_of_mostly_deleted_rows_be_built_again(tmp_path: Path) -> None:
+    knowledge_base = EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=20)
+    vectors, ids = unit(50), [f"d{n}" for n in range(50)]
+    store(knowledge_base, dict.fromkeys(ids, "words"), vectors)
+    for gone, kept in ((25, 50), (26, 24), (45, 5), (50, 0)):  # documents deleted, rows that take up room in the graph
+        knowledge_base.delete_documents(ids[:gone])
+        graph = knowledge_base._index._graph
+        assert (len(graph.live) + graph.deleted if graph else 0) == kept
+        assert found(knowledge_base, "words", vectors[49], "dense", top_k=50)[:1] == ids[49:] * (gone < 50)
+    knowledge_base.close()
 
 
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class EmbeddedKnowledgeBase:
             log.info("building the index of %d passages that no snapshot holds", len(missing))
         for numbers, vectors in self._store.generations.vectors(self._generation, missing):
             index.add(numbers, vectors)
+            index.settle()
         self._optimise(index)
         return index
 
@@ -158,10 +159,12 @@ class EmbeddedKnowledgeBase:
         if added:
             self._index.add(added, vectors)
             self._words.add(added, [passage.searched_text for passage in passages])
+        self._index.settle()
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         removed = self._store.delete(ids)
         self._home.forget(removed)
+        self._index.settle()
         return len(removed)
 
     def forget(self, numbers: list[int]) -> None:
@@ -271,6 +274,7 @@ class EmbeddedKnowledgeBase:
         places = self._store.generations.fill(self._generation, numbers, vectors)
         if places:
             self._index.add([numbers[at] for at in places], vectors[places])
+            self._index.settle()
             self._saved = -1
         self._filled = max(numbers)
 

@@ -93,7 +93,7 @@ class VectorIndex:
         return self._graph.width if self._graph else 0
 
     def add(self, labels: Sequence[int], vectors: Vectors) -> None:
-        """Make rows searchable at once.
+        """Make rows searchable at once, in the buffer: whoever adds or deletes calls `settle` afterwards.
 
         Args:
             labels: non-negative, none of them in the index.
@@ -106,10 +106,6 @@ class VectorIndex:
         with self._lock:
             self._flat.update(zip(labels, vectors, strict=True))
             self._scan = None
-        if len(self._flat) > self._flat_limit:
-            self._move_to_graph()
-            if self.graph_rows > _GROWTH * self._checked_rows:
-                self.optimise()
 
     def delete(self, labels: Sequence[int]) -> None:
         """Take rows out of every later search; unknown labels are ignored."""
@@ -119,6 +115,14 @@ class VectorIndex:
                     self._graph.delete(label)
                 elif self._flat.pop(label, None) is not None:
                     self._scan = None
+
+    def settle(self) -> None:
+        """After a change: move a full buffer into the graph, and build again a graph that no longer suits its rows. Searches go on
+        meanwhile."""
+        if len(self._flat) > self._flat_limit:
+            self._move_to_graph()
+        if self._graph is not None and (self._mostly_deleted(self._graph) or self.graph_rows > _GROWTH * self._checked_rows):
+            self.optimise()
 
     def search(self, queries: Vectors, k: int, *, ef: int | None = None, allowed: frozenset[int] | None = None) -> list[dict[int, float]]:
         """For each query label -> inner product of the k nearest rows, best first.
@@ -212,13 +216,17 @@ class VectorIndex:
         if self._graph is None:
             return False
         self._checked_rows = len(self._graph.live)
-        if self._graph.deleted > len(self._graph.live):
+        if self._mostly_deleted(self._graph):
             self._rebuild("most of its rows are deleted")
         elif self._graph.projection is not None and not self._graph.projection.fits(self._sample(_CHECKED)):
             self._rebuild("its rows have become others than its projection was made for")
         else:
             return False
         return True
+
+    @staticmethod
+    def _mostly_deleted(graph: Graph) -> bool:
+        return graph.deleted > len(graph.live)
 
     def _sample(self, rows: int) -> Vectors:
         """Vectors of some rows: of the buffer before there is a graph, then of the graph."""

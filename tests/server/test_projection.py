@@ -69,9 +69,21 @@ def test_scores_are_those_of_the_whole_vectors_and_hardly_a_neighbour_is_missed(
         assert np.array_equal(vector, vectors[label])
     allowed = frozenset(range(0, 3_000, 3))
     for row, scores in zip(index.search(queries, 5, allowed=allowed), exact, strict=True):
-        best = sorted(allowed, key=lambda label: -scores[label])[:5]
-        assert len(set(row) & set(best)) >= 4
-        assert set(row) <= allowed
+        assert list(row) == sorted(allowed, key=lambda label: -scores[label])[:5]
+
+
+@pytest.mark.parametrize("k", [10, 300])
+def test_few_allowed_rows_are_compared_by_their_vectors_however_little_of_them_the_graph_holds(k: int) -> None:
+    vectors, queries = flat(1_000, DIM, seed=1), flat(20, DIM, seed=2)
+    index = index_of(vectors, graph_dims=8)
+    index.add(list(range(900)), vectors[:900])
+    index.settle()
+    index.add(list(range(900, 1_000)), vectors[900:])  # these stay in the buffer
+    allowed = frozenset(range(0, 1_000, 2))
+    assert (index.graph_width, index.graph_rows) == (8, 900)
+    for row, scores in zip(index.search(queries, k, allowed=allowed), queries @ vectors.T, strict=True):
+        assert list(row) == sorted(allowed, key=lambda label: -scores[label])[:k]
+        assert list(row.values()) == pytest.approx([float(scores[label]) for label in row], abs=1e-5)
 
 
 def test_rows_of_another_kind_make_the_graph_be_built_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -157,11 +157,15 @@ class VectorIndex:
         with self._precedence.search(), self._lock:
             graph = self._graph
             inside = sorted(allowed & graph.live) if graph is not None else []
-            proposed = graph.among(queries, inside, k) if graph is not None else [{} for _ in queries]
-            fresh = sorted(allowed & self._flat.keys())
-            vectors = np.array([self._flat[label] for label in fresh], np.float32).reshape(len(fresh), self.dim)
-        found = proposed if graph is None or graph.projection is None else self._rescored(queries, proposed)
-        _add_nearest(found, queries, np.array(fresh, np.int64), vectors, k)
+            shadows = graph is not None and graph.projection is not None
+            few = shadows and len(allowed) <= SCAN_LIMIT  # shadows would only choose which of them are compared
+            proposed = graph.among(queries, inside, k) if graph is not None and not few else [{} for _ in queries]
+            compared = {label: self._flat[label] for label in sorted(allowed & self._flat.keys())}
+        found = self._rescored(queries, proposed) if shadows else proposed
+        if few:
+            compared |= self._truth(inside)
+        vectors = np.array(list(compared.values()), np.float32).reshape(len(compared), self.dim)
+        _add_nearest(found, queries, np.fromiter(compared, np.int64, len(compared)), vectors, k)
         return [_best(row, k) for row in found]
 
     def _rescored(self, queries: Vectors, proposed: Sequence[Mapping[int, float]]) -> list[dict[int, float]]:

@@ -22,7 +22,9 @@ from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.knowledge import Document, Passage, SearchOptions
 from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.generations import Generation
 from openbook_server.knowledge.inventory import describe_generations, remove_generation
+from openbook_server.knowledge.records import BundlePlace
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.tokenization import load_tokenizer
 
@@ -138,6 +140,25 @@ def test_the_disk_gets_back_what_a_removed_generation_took(folder: Path) -> None
     remove_generation(folder, known, kept)
     known.close()
     assert (folder / FILE).stat().st_size < alone + (both - alone) / 4
+
+
+def test_a_generation_that_lacks_nothing_looks_only_at_what_was_stored_since(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = opened(folder, OLD)
+    following = live.open_beside(fingerprint=OLD, dim=DIM[OLD], bundle=BundlePlace("other", "/other"), graph_dims=8)
+    looks, lacking = [], following._store.generations.lacking
+
+    def watched(generation: Generation, *, after: int, limit: int) -> list[int]:
+        looks.append(after)
+        return lacking(generation, after=after, limit=limit)
+
+    monkeypatch.setattr(following._store.generations, "lacking", watched)
+    for last in (60, 61):
+        assert following.lacking(10) is None
+        assert following.lacking(10) is None
+        assert looks[-1] == last
+        store(live, OLD, [f"e{last}"])
+    following.close()
+    live.close()
 
 
 def test_generations_of_one_embedder_share_its_vectors(folder: Path) -> None:

@@ -78,7 +78,7 @@ class EmbeddedKnowledgeBase:
         self._watch: RecallWatch | None = None
         self._opening = threading.Lock()
         self._open = False
-        self._filled = 0  # number of the last passage that was filled in; what is lacking has higher ones
+        self._filled = 0  # number up to which nothing is lacking
         self._gone: list[int] = []  # deleted by another generation while this one was being opened
         self._home.enter(self)
         try:
@@ -265,7 +265,10 @@ class EmbeddedKnowledgeBase:
         self._saved = sequence
 
     def lacking(self, limit: int) -> Gap | None:
+        last = self._store.last_number()
         numbers = self._store.generations.lacking(self._generation, after=self._filled, limit=limit)
+        if not numbers:
+            self._filled = max(self._filled, last)  # it is asked again and again, and need not look through all passages each time
         passages = dict(sorted(self._store.passages(numbers).items()))
         return Gap(list(passages.values()), lambda vectors: self._fill(list(passages), vectors)) if passages else None
 

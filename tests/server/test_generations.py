@@ -19,10 +19,10 @@ from openbook_server import command_index
 from openbook_server.bundle import load_bundle
 from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge import Document, Passage, SearchOptions, embedded
 from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.knowledge.generations import Generation
+from openbook_server.knowledge.generations import Generation, Generations
 from openbook_server.knowledge.inventory import describe_generations, remove_generation
 from openbook_server.knowledge.records import BundlePlace
 from openbook_server.knowledge.store import FILE, Store
@@ -174,6 +174,60 @@ def test_generations_of_one_embedder_share_its_vectors(folder: Path) -> None:
     again = opened(folder, OLD)
     assert (again.graph_width, hits(again, OLD, TEXTS)) == (8, live)
     again.close()
+
+
+@pytest.mark.parametrize("flat_limit", [20, 1_000])
+def test_what_is_written_while_a_generation_of_the_same_embedder_is_open_is_found_by_it_and_on_the_way_back(
+    folder: Path, flat_limit: int
+) -> None:
+    def beside(knowledge_base: EmbeddedKnowledgeBase, name: str) -> EmbeddedKnowledgeBase:
+        place = BundlePlace(name, f"/{name}")
+        return EmbeddedKnowledgeBase(
+            folder, fingerprint=OLD, dim=DIM[OLD], bundle=place, new_generation=True, beside=knowledge_base, flat_limit=flat_limit
+        )
+
+    first = opened(folder, OLD, bundle=BundlePlace("first", "/first"))
+    second = beside(first, "second")
+    store(first, OLD, ["d1", "new"], version="x")
+    assert second.lacking(10) is None
+    second.publish()
+    for mode in ("dense", "hybrid", "lexical"):
+        assert [row[0][0] for row in hits(second, OLD, ["wnewx", "wd1x"], mode)] == ["new#0", "d1#0"]
+    first.close()
+    back = beside(second, "first")
+    store(second, OLD, ["newer"])
+    assert second.delete_documents(["new"]) == 1
+    back.publish()
+    for knowledge_base in (back, second):
+        assert knowledge_base._index.labels == knowledge_base._store.numbers()
+        assert [hit for hit, _ in hits(knowledge_base, OLD, ["wnewer"])[0]].count("newer#0") == 1
+        knowledge_base.close()
+
+
+def test_a_generation_that_is_being_opened_holds_in_the_end_what_was_written_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = opened(folder, OLD)
+
+    def write(ids: list[str]) -> None:
+        store(live, OLD, ids)
+        live.delete_documents(ids[:1])
+
+    def load(*arguments: object, **options: object) -> None:  # the rows that are stored were looked up by now
+        write(["d1", "e1", "e2"])
+
+    def numbers(generation: Generation) -> frozenset[int]:  # they are not yet
+        write(["d2", "e3", "e4"])
+        return known(generation)
+
+    known = live._store.generations.numbers
+    monkeypatch.setattr(embedded, "load_snapshot", load)
+    monkeypatch.setattr(Generations, "numbers", lambda self, generation: numbers(generation))
+    following = live.open_beside(fingerprint=OLD, dim=DIM[OLD], bundle=BundlePlace("other", "/other"))
+    assert following._index.labels == live._index.labels == live._store.numbers()
+    assert [hit for hit, _ in hits(following, OLD, ["we2"])[0]].count("e2#0") == 1
+    following.close()
+    live.close()
 
 
 def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: Path) -> None:

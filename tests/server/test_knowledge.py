@@ -91,6 +91,16 @@ def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_wh
     assert index.search(vectors[:1], 5) == [{}]
 
 
+def test_a_row_that_the_index_has_stays_as_it_is() -> None:
+    vectors = unit(30)
+    index = VectorIndex(DIM, nothing, flat_limit=20)
+    for held in (25, 30):  # the first in the graph, then some more in the buffer
+        for _ in range(2):
+            index.add(range(held), vectors[:held])
+            index.settle()
+        assert (len(index), index.graph_rows, next(iter(index.search(vectors[:1], 40)[0]))) == (held, 25, 0)
+
+
 @pytest.mark.parametrize("bad", [np.full((1, DIM), np.nan, np.float32), np.zeros((1, DIM), np.float32), np.ones((1, DIM + 1), np.float32)])
 def test_a_vector_that_is_none_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"vectors"):

@@ -8,7 +8,6 @@ folder's generations open, which share the store's passages and words and differ
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,11 +75,8 @@ class EmbeddedKnowledgeBase:
             )
         self._home: Home = beside._home if beside is not None else Home(folder)
         self._watch: RecallWatch | None = None
-        self._opening = threading.Lock()
-        self._open = False
         self._filled = 0  # number up to which nothing is lacking
-        self._gone: list[int] = []  # deleted by another generation while this one was being opened
-        self._home.enter(self)
+        self._resident = self._home.enter()
         try:
             self._store = Store(folder, checked=beside is not None)
             self._generation = choose_generation(
@@ -95,11 +91,9 @@ class EmbeddedKnowledgeBase:
             )
             self._words = self._home.words(self._store)
             self._index = self._open_index(flat_limit)
-            with self._opening:
-                self._index.delete(self._gone)
-                self._open = True
+            self._resident.open(self._index, self._generation.table)
         except BaseException:
-            self._home.leave(self)
+            self._home.leave(self._resident)
             raise
 
     def _open_index(self, flat_limit: int) -> VectorIndex:
@@ -157,23 +151,15 @@ class EmbeddedKnowledgeBase:
         removed, added = self._store.replace(documents, passages, vectors, self._generation)
         self._home.forget(removed)
         if added:
-            self._index.add(added, vectors)
+            self._home.add(self._generation.table, added, vectors)
             self._words.add(added, [passage.searched_text for passage in passages])
-        self._index.settle()
+        self._home.settle()
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         removed = self._store.delete(ids)
         self._home.forget(removed)
-        self._index.settle()
+        self._home.settle()
         return len(removed)
-
-    def forget(self, numbers: list[int]) -> None:
-        """Passages are gone from the store, by whichever generation's doing."""
-        with self._opening:
-            if self._open:
-                self._index.delete(numbers)
-            else:
-                self._gone += numbers
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
         return self._store.documents(ids)
@@ -276,8 +262,8 @@ class EmbeddedKnowledgeBase:
         check_vectors(vectors, len(numbers), self._generation.dim)
         places = self._store.generations.fill(self._generation, numbers, vectors)
         if places:
-            self._index.add([numbers[at] for at in places], vectors[places])
-            self._index.settle()
+            self._home.add(self._generation.table, [numbers[at] for at in places], vectors[places])
+            self._home.settle()
             self._saved = -1
         self._filled = max(numbers)
 
@@ -316,5 +302,6 @@ class EmbeddedKnowledgeBase:
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        self._resident.close()
         self._store.close()
-        self._home.leave(self)
+        self._home.leave(self._resident)

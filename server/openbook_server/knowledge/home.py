@@ -1,30 +1,63 @@
-"""A folder that this process holds: one process at a time, with any number of the folder's generations open in it."""
+"""A folder that this process holds: one process at a time, with any number of the folder's generations open in it.
+
+Generations of one embedder share their vectors, so an index must hear of every row that is stored in its table, not only of those that
+its own generation stores.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge.precedence import Precedence
+from openbook_server.knowledge.projection import Vectors
 from openbook_server.knowledge.store import Store
+from openbook_server.knowledge.vectors import VectorIndex
 from openbook_server.knowledge.words import WordIndex
 
 _LOCK = "lock"
 
+Change = Callable[[VectorIndex, str], None]  # made in an index of a table of vectors
 
-class Resident(Protocol):
-    """An open generation."""
 
-    def forget(self, numbers: list[int]) -> None:
-        """Passages are gone from the store."""
+class Resident:
+    """The index of an open generation, which hears of every change in the store, by whichever generation's doing; of what changes while
+    it is being opened, once it is open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: tuple[VectorIndex, str] | None = None
+        self._waiting: list[Change] = []
+
+    def open(self, index: VectorIndex, table: str) -> None:
+        """`index` holds what the store's table of vectors held at some moment since this was made."""
+        with self._lock:
+            self._open = index, table
+            for change in self._waiting:
+                change(index, table)
+            self._waiting.clear()
+
+    def hear(self, change: Change) -> None:
+        with self._lock:
+            if self._open is not None:
+                change(*self._open)
+            else:
+                self._waiting.append(change)
+
+    def close(self) -> None:
+        """The index hears of nothing from now on, so what it reads may be closed."""
+        with self._lock:
+            self._open = None
 
 
 class Home:
-    """The folder's lock, its index of words, and what is open of the folder: all of it hears of every passage that is deleted, and lets
-    searches go first."""
+    """The folder's lock, its index of words, and the open generations' indexes: all of them hear of every change, and let searches go
+    first."""
 
     def __init__(self, folder: Path) -> None:
         """Make the folder where there is none, and hold it until the last resident left or the process ends.
@@ -44,8 +77,11 @@ class Home:
             self._words = WordIndex(self._folder, store.texts, store.numbers())
         return self._words
 
-    def enter(self, resident: Resident) -> None:
+    def enter(self) -> Resident:
+        """From now on it hears of changes."""
+        resident = Resident()
         self._residents.append(resident)
+        return resident
 
     def leave(self, resident: Resident) -> None:
         self._residents = [other for other in self._residents if other is not resident]
@@ -56,12 +92,28 @@ class Home:
         """Let another process have the folder."""
         self._handle.close()
 
-    def forget(self, numbers: list[int]) -> None:
-        """Tell the index of words and every resident."""
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Passages are gone from the store, with the vectors of every table."""
         if self._words is not None:
             self._words.delete(numbers)
+        self._tell(lambda index, _: index.delete(numbers))
+
+    def add(self, table: str, numbers: Sequence[int], vectors: Vectors) -> None:
+        """Vectors of passages were stored in a table."""
+
+        def add(index: VectorIndex, its_table: str) -> None:
+            if its_table == table:
+                index.add(numbers, vectors)
+
+        self._tell(add)
+
+    def settle(self) -> None:
+        """After changes, when all have heard of them: it may take long."""
+        self._tell(lambda index, _: index.settle())
+
+    def _tell(self, change: Change) -> None:
         for resident in self._residents:
-            resident.forget(numbers)
+            resident.hear(change)
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -96,7 +96,7 @@ class VectorIndex:
         """Make rows searchable at once, in the buffer: whoever adds or deletes calls `settle` afterwards.
 
         Args:
-            labels: non-negative, none of them in the index.
+            labels: non-negative; those that the index has stay as they are, for a row's vector never changes.
             vectors: (labels, dim) unit vectors.
 
         Raises:
@@ -104,7 +104,8 @@ class VectorIndex:
         """
         check_vectors(vectors, len(labels), self.dim)
         with self._lock:
-            self._flat.update(zip(labels, vectors, strict=True))
+            known = self._graph.live if self._graph else frozenset[int]()
+            self._flat.update((label, vector) for label, vector in zip(labels, vectors, strict=True) if label not in known)
             self._scan = None
 
     def delete(self, labels: Sequence[int]) -> None:

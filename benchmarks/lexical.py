@@ -65,6 +65,7 @@ def tantivy(folder: Path, passages: Sequence[str]) -> Search:
     for at in range(0, len(passages), CHUNK):
         part = passages[at : at + CHUNK]
         index.add(range(at, at + len(part)), part)
+        index.settle()
     index.flush(stored)
     return lambda question: list(index.search(question, DEPTH))
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pytest
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.filters import Filter, OneOf
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
 from openbook_server.knowledge.lexical import question_words
 from openbook_server.knowledge.store import FILE, FORMAT
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from conftest import Place
 
 DIM = 16
+T = TypeVar("T")
 
 
 def unit(count: int, seed: int = 0) -> np.ndarray:
@@ -221,6 +225,59 @@ def test_a_knowledge_base_whose_graph_lost_every_row_opens_again(tmp_path: Path,
         assert (found(knowledge_base, "words", vectors[50], "dense"), knowledge_base.graph_rows) == (list(new), 0)
         knowledge_base.snapshot()
         knowledge_base.close()
+
+
+@pytest.mark.parametrize("condition", [None, OneOf("k", ("v",))])
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_a_search_finds_a_document_that_is_replaced_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, condition: Filter | None
+) -> None:
+    vectors, looked = unit(3), threading.Event()
+    knowledge_base = EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True)
+    store(knowledge_base, {"a": "zebra", "b": "zebra as well"}, vectors[:2])
+    forget = knowledge_base._home.forget
+
+    def search() -> list[str]:
+        options = SearchOptions(top_k=5, mode=mode, condition=condition)  # type: ignore[arg-type]
+        return sorted(hit.passage.text for hit in knowledge_base.search(["zebra"], vectors[:1], options)[0])
+
+    def seen(find: Callable[..., T]) -> Callable[..., T]:
+        def finding(*arguments: object, **options: object) -> T:
+            found = find(*arguments, **options)
+            looked.set()
+            return found
+
+        return finding
+
+    def committed(removed: Sequence[int]) -> None:  # and the indexes have not heard of it; the search has looked at one of them
+        searches.append(pool.submit(search))
+        assert looked.wait(60)
+        forget(removed)
+
+    for index in (knowledge_base._index, knowledge_base._words):
+        monkeypatch.setattr(index, "search", seen(index.search))
+    monkeypatch.setattr(knowledge_base._home, "forget", committed)
+    searches: list[Future[list[str]]] = []
+    with ThreadPoolExecutor(1) as pool:
+        store(knowledge_base, {"a": "zebra again"}, vectors[2:])
+    assert searches[0].result() == ["zebra again", "zebra as well"]
+    knowledge_base.close()
+
+
+def test_only_what_is_replaced_meanwhile_makes_a_search_look_again(tmp_path: Path) -> None:
+    knowledge_base = EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True)
+    looks: list[str] = []
+
+    def look(then: dict[str, str]) -> int:
+        looks.append("")
+        if len(looks) == 1:
+            store(knowledge_base, then, unit(1))
+        return len(looks)
+
+    for then, expected in (({"a": "new"}, 1), ({"b": "new too"}, 1), ({"a": "again"}, 2)):
+        looks.clear()
+        assert knowledge_base._home.whole(lambda then=then: look(then)) == expected  # type: ignore[misc]
+    knowledge_base.close()
 
 
 def test_deletions_alone_make_a_graph_of_mostly_deleted_rows_be_built_again(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Stored:
     def add(self, index: WordIndex, rows: dict[int, str]) -> None:
         self.rows |= rows
         index.add(list(rows), list(rows.values()))
+        index.settle()
 
     def delete(self, index: WordIndex, rows: Sequence[int]) -> None:
         for row in rows:

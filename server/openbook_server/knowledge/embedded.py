@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,11 +149,13 @@ class EmbeddedKnowledgeBase:
         check_vectors(vectors, len(passages), self._generation.dim)  # a row that the index cannot take must not get into the store
         if self.live_generation != self.generation:
             raise RuntimeError(f"{self.generation} is not live: what is stored must be in the generation that answers")
-        removed, added = self._store.replace(documents, passages, vectors, self._generation)
-        self._home.forget(removed)
-        if added:
-            self._home.add(self._generation.table, added, vectors)
-            self._words.add(added, [passage.searched_text for passage in passages])
+        known = self._store.digests([document.id for document, _ in documents])
+        with self._home.replacing() if known else nullcontext():
+            removed, added = self._store.replace(documents, passages, vectors, self._generation)
+            self._home.forget(removed)
+            if added:
+                self._home.add(self._generation.table, added, vectors)
+                self._words.add(added, [passage.searched_text for passage in passages])
         self._home.settle()
 
     def delete_documents(self, ids: Sequence[str]) -> int:
@@ -201,6 +204,9 @@ class EmbeddedKnowledgeBase:
         return self._store.path.stat().st_size
 
     def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
+        return self._home.whole(lambda: self._search(questions, vectors, options))
+
+    def _search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
         allowed = None if options.condition is None else self._store.matching(options.condition)
         wanted = depth(options)
         nearest: Sequence[dict[int, float]] = [{} for _ in questions]

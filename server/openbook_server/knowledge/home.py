@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge.precedence import Precedence
@@ -22,6 +23,7 @@ from openbook_server.knowledge.words import WordIndex
 
 _LOCK = "lock"
 
+T = TypeVar("T")
 Change = Callable[[VectorIndex, str], None]  # made in an index of a table of vectors
 
 
@@ -70,6 +72,8 @@ class Home:
         self._words: WordIndex | None = None
         self.precedence = Precedence()
         self._residents: list[Resident] = []
+        self._replacing = threading.Lock()
+        self._replaced = 0  # how often it was held
 
     def words(self, store: Store) -> WordIndex:
         """The index of words that all generations share; opened for the first of them."""
@@ -92,6 +96,25 @@ class Home:
         """Let another process have the folder."""
         self._handle.close()
 
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """While passages take the place of others: from before they are stored until all indexes heard of it."""
+        with self._replacing:
+            try:
+                yield
+            finally:
+                self._replaced += 1
+
+    def whole(self, look: Callable[[], T]) -> T:
+        """What `look` finds where nothing is replaced meanwhile. It looks at the store and the indexes one after the other; if something
+        was replaced, it may have missed both what was there and what is there now, so it looks again, and who replaces waits."""
+        before = self._replaced
+        found = look()
+        if not self._replacing.locked() and self._replaced == before:  # in this order: what ends between the two was counted
+            return found
+        with self._replacing:
+            return look()
+
     def forget(self, numbers: Sequence[int]) -> None:
         """Passages are gone from the store, with the vectors of every table."""
         if self._words is not None:
@@ -109,6 +132,8 @@ class Home:
 
     def settle(self) -> None:
         """After changes, when all have heard of them: it may take long."""
+        if self._words is not None:
+            self._words.settle()
         self._tell(lambda index, _: index.settle())
 
     def _tell(self, change: Change) -> None:

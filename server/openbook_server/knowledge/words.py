@@ -50,6 +50,7 @@ class WordIndex:
         for at in range(0, len(missing), _ROWS_AT_ONCE):
             found = texts(missing[at : at + _ROWS_AT_ONCE])
             self.add(list(found), list(found.values()))
+            self.settle()
 
     @property
     def saved_rows(self) -> int:
@@ -57,13 +58,16 @@ class WordIndex:
         return len(self._saved.rows) - len(self._gone) if self._saved else 0
 
     def add(self, rows: Sequence[int], texts: Sequence[str]) -> None:
-        """Make rows searchable at once; none of them may be in the index."""
+        """Make rows searchable at once, in memory; none of them may be in the index. `settle` is to be called afterwards."""
         stems = [self._analyser.analyze(text) for text in texts]
+        with self._writing, self._lock:
+            for row, text, found in zip(rows, texts, stems, strict=True):
+                self._buffer.add(row, found)
+                self._fresh[row] = text
+
+    def settle(self) -> None:
+        """After rows were added: move a full buffer into tantivy. Searches go on meanwhile."""
         with self._writing:
-            with self._lock:
-                for row, text, found in zip(rows, texts, stems, strict=True):
-                    self._buffer.add(row, found)
-                    self._fresh[row] = text
             if len(self._buffer) >= self._buffer_limit and not self._torn:
                 try:
                     self._move()

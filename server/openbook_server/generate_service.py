@@ -20,7 +20,8 @@ from openbook_server.validation import bounded, choose, text_error
 from openbook_server.wire import Parsed
 
 GENERATOR = "generator"
-DEFAULT_TOKENS, MAX_STOPS, MAX_TEMPERATURE = 64, 8, 10.0
+DEFAULT_TOKENS, MAX_TEMPERATURE = 64, 10.0
+MAX_STOPS, MAX_STOP_BYTES = 8, 1_024  # after every token the end of the text is compared with every beginning of each
 
 
 class GenerateService:
@@ -121,6 +122,8 @@ class GenerateService:
             raise InvalidRequest("top_p", f"{top_p:g} is not above 0 and up to 1")
         if len(request.stop) > MAX_STOPS or not all(request.stop):
             raise InvalidRequest("stop", f"{len(request.stop)} strings, at most {MAX_STOPS} are taken, and none that is empty")
+        if (longest := max((len(stop.encode()) for stop in request.stop), default=0)) > MAX_STOP_BYTES:
+            raise InvalidRequest("stop", f"{longest} bytes exceed the limit of {MAX_STOP_BYTES} a string; shorten it")
         seed = request.seed if request.HasField("seed") else secrets.randbits(63)
         return Sampling(max_tokens=max_tokens, temperature=request.temperature, top_p=top_p, seed=seed, stop=tuple(request.stop))
 

@@ -182,5 +182,5 @@ class TextWriter:
 def _settled(text: str, stops: Sequence[str]) -> int:
     """How many of the characters stay whatever follows: a part of a character, or of a stop string, may become something else."""
     end = len(text.rstrip(_UNFINISHED))
-    begun = [length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])]
+    begun = [length for stop in stops for length in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:length])]
     return min([end, *(len(text) - length for length in begun)])

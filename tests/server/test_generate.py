@@ -170,6 +170,7 @@ LM = "language_model"
         (pb.GenerateRequest(text="red", writer=LM, top_p=0), "top_p", "0 is not above 0 and up to 1"),
         (pb.GenerateRequest(text="red", writer=LM, stop=["x"] * 9), "stop", "9 strings, at most 8 are taken"),
         (pb.GenerateRequest(text="red", writer=LM, stop=[""]), "stop", "none that is empty"),
+        (pb.GenerateRequest(text="red", writer=LM, stop=["x", "é" * 513]), "stop", "1026 bytes exceed the limit of 1024 a string"),
         (pb.GenerateRequest(text="red", writer=LM, top_k=3), "top_k", "3 is outside 0 to 2"),
         (pb.GenerateRequest(text="red", writer=LM, mode=77), "mode", "77 is no SearchMode"),  # type: ignore[arg-type]
     ],

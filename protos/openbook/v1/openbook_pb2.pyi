@@ -904,7 +904,7 @@ class GenerateRequest(_message.Message):
     """as in SearchRequest, of `hits`"""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """at most 8: the text ends before the first of them"""
+        """at most 8, of 1,024 bytes each: the text ends before the first of them"""
 
     @_builtins.property
     def filter(self) -> Global___Filter: ...

@@ -4,7 +4,8 @@
 - A batch holds rows of one graph and one padded length, within the budget of padded tokens.
 - It lasts a quarter of a second at most, as far as is known, and no longer than its most urgent row has left.
 - A row that would be too late is not run: under overload its result would cost somebody else's. Too late is what leaves less time than
-  a batch takes that is worth running: a quarter of what a batch may last, or of what the row's caller allowed.
+  a batch takes that is worth running: a quarter of what a batch may last, or of what the row's caller allowed. Where it is not known what
+  a batch takes, only a row whose deadline has passed is too late.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -130,11 +131,12 @@ class Backlog:
                 seconds += self._costs[graph].predict(-(-count // size), count, length)
         return seconds
 
-    def take(self, now: float, *, free: int = 1) -> Batch:
+    def take(self, now: float, *, free: int = 1, unknown: Collection[str] = ()) -> Batch:
         """The group whose head is most urgent gives rows; what is dead or too late is dropped. There must be a row.
 
         Args:
             free: sessions that could run a batch now; what waits in the lane is shared out among them.
+            unknown: graphs whose costs may no longer be what was learned.
         """
         key = min(self._groups, key=lambda name: self._groups[name][0][:3])
         graph, length = key
@@ -151,7 +153,8 @@ class Backlog:
                 continue
             if not batch:
                 worth = cost.rows_within(min(_LONGEST, deadline - job.submitted) / _WORTH, length)
-                spared = cost.predict(1, max(1, min(1 + len(heap), self._most(lane, length), worth)), length)
+                rows = max(1, min(1 + len(heap), self._most(lane, length), worth))
+                spared = 0.0 if graph in unknown else cost.predict(1, rows, length)
             if now + spared >= deadline:
                 job.failure = DeadlineExceeded(
                     f"after {now - job.submitted:.3f} s in the queue {deadline - now:.3f} s are left, and a batch takes {spared:.3f} s"

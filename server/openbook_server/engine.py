@@ -6,7 +6,8 @@ Promises
 - Rows share a batch only with rows of the same graph and the same padded length, so that a row's result never depends
   on its neighbours.
 - Earliest deadline first, the foreground lane before the background lane (`backlog`). A row whose caller hung up or that would be too late
-  is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once.
+  is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once. What a graph costs that ran nothing
+  for a second is not known, and nothing of it is predicted to be too late: whoever refuses everything learns nothing more.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
   answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s. Of several
   sessions, one is kept free of them as long as people ask.
@@ -49,7 +50,8 @@ class Runnable(Protocol):
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
 ASKING = 1.0  # seconds since the last foreground job for which people are taken to ask
 _CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
-_KNOWN = 1.0  # seconds since a graph last ran for which its cost is taken as known: whoever refuses everything learns nothing more
+_KNOWN = 1.0  # seconds since a graph last ran for which its cost is taken as known
+_SOONEST = 0.01  # seconds after which anybody is told to try again
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,20 +174,27 @@ class Engine:
         wait = (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
+        again = max(wait, _SOONEST)
         if queued + len(lengths) > limit and queued:
             raise Overloaded(
-                f"{queued} rows are queued and {len(lengths)} more exceed the limit of {limit}; try again in {wait:.2f} s",
-                retry_after_seconds=max(wait, 0.01),
+                f"{queued} rows are queued and {len(lengths)} more exceed the limit of {limit}; try again in {again:.2f} s",
+                retry_after_seconds=again,
             )
-        run, left = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane), deadline - now
-        run /= min(len(self._threads), len(lengths))
-        if run > left and now - self._ran.get(graph, 0.0) < _KNOWN:
+        run, left = 0.0, deadline - now
+        if self._is_known(graph, now):
+            run = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane)
+            run /= min(len(self._threads), len(lengths))
+        if run > left:
             raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
         if _CAUTION * wait + run > left:
             raise Overloaded(
-                f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {wait:.2f} s",
-                retry_after_seconds=wait,
+                f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {again:.2f} s",
+                retry_after_seconds=again,
             )
+
+    def _is_known(self, graph: str, now: float) -> bool:
+        """Whether what a graph costs was learned lately."""
+        return now - self._ran.get(graph, 0.0) < _KNOWN
 
     def close(self) -> None:
         """Finish what is queued, then end the threads. Later submissions are refused as NotServing."""
@@ -205,7 +214,8 @@ class Engine:
                 if not self.queued:
                     return
                 now = time.monotonic()
-                batch = self._backlog.take(now, free=1 + self._idle)
+                unknown = [name for name in self._graphs if not self._is_known(name, now)]
+                batch = self._backlog.take(now, free=1 + self._idle, unknown=unknown)
                 self._busy_until[number] = now + batch.seconds
                 if batch.lane is Lane.BACKGROUND:
                     self._background_until = now + batch.seconds

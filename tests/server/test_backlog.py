@@ -74,6 +74,16 @@ async def test_a_lone_row_is_run_with_hardly_more_left_than_it_takes() -> None:
     assert [one for _, one in waiting.take(0.0).rows] == [alone]
 
 
+async def test_of_a_graph_whose_cost_is_not_known_any_more_only_what_is_due_already_is_too_late() -> None:
+    waiting = backlog(known(100.0))
+    due, in_time = job(1.0), job(1.5)
+    waiting.add(due, [16])
+    waiting.add(in_time, [16])
+    batch = waiting.take(1.0, unknown=["embedder"])
+    assert batch.dropped == [due]
+    assert [one for _, one in batch.rows] == [in_time]
+
+
 async def test_short_deadlines_are_served_in_short_batches() -> None:
     waiting, served, now = backlog(), 0, 0.0
     for _ in range(40):

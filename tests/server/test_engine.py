@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from openbook_server.backlog import Lane
 from openbook_server.buckets import FINE
+from openbook_server.costs import BatchCost
 from openbook_server.engine import Engine, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
 from openbook_server.rows import Row, collate
@@ -177,6 +178,42 @@ async def test_a_deadline_in_the_past_is_refused_before_the_queue(engine: Engine
     with pytest.raises(DeadlineExceeded):
         await engine.submit("embedder", [row(1)], deadline=time.monotonic() - 1)
     assert engine.queued == 0
+
+
+async def test_a_graph_that_ran_nothing_lately_is_tried_whatever_it_was_known_to_take(
+    graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalled = BatchCost()
+    stalled.learn(1, 4, 1_000.0)
+    monkeypatch.setattr("openbook_server.engine.BatchCost", lambda: stalled)
+    engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
+    graph.let(100)
+    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    with pytest.raises(DeadlineExceeded, match="1 rows take about 1000"):
+        await engine.submit("embedder", [row(1)], deadline=soon())
+    monkeypatch.setattr("openbook_server.engine._KNOWN", 0.0)
+    assert (await engine.submit("embedder", [row(1), row(2)], deadline=soon())).rows == [{"total": 4}, {"total": 5}]
+    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    assert (await engine.submit("embedder", [row(3)], deadline=soon())).rows == [{"total": 6}]  # which was learned from
+    await asyncio.to_thread(engine.close)
+
+
+async def test_whoever_is_told_to_try_again_is_not_told_at_once(graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_server.engine._CAUTION", 1e12)  # the shortest wait is too long
+    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    quick = BatchCost()
+    quick.learn(1, 4, 1e-6)
+    monkeypatch.setattr("openbook_server.engine.BatchCost", lambda: quick)
+    engine = Engine({"embedder": graph}, max_batch_tokens=4, max_queued=20)
+    running = await start(engine, row(1))
+    await graph.wait_entered()
+    waiting = await start(engine, row(2))
+    with pytest.raises(Overloaded, match="try again in 0.01 s") as refused:
+        await engine.submit("embedder", [row(3)], deadline=soon())
+    assert refused.value.retry_after_seconds == 0.01
+    graph.let(100)
+    await asyncio.gather(running, waiting)
+    await asyncio.to_thread(engine.close)
 
 
 async def test_a_row_that_breaks_its_batch_fails_alone(engine: Engine, graph: GatedGraph) -> None:

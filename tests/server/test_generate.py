@@ -226,3 +226,16 @@ def test_sampling_draws_by_temperature_from_the_nucleus() -> None:
         assert drawn == pytest.approx(expected, abs=0.015)
     assert weights[[1, 4]].sum() < 0.85 < weights[[1, 4, 2]].sum()
     assert choose(np.array([0.0, 2.0, 2.0]), temperature=0.0, top_p=1.0, random=random) == 1
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.5, 1.0])
+def test_of_tokens_that_are_equally_probable_the_first_ranks_first(top_p: float) -> None:
+    """Against the ranking written out; many logits are equal."""
+    logits = np.round(np.random.default_rng(1).normal(size=50) * 2)
+    order = sorted(range(50), key=lambda token: (-logits[token], token))
+    weights = np.exp(logits[order] - logits.max())
+    kept = int(np.searchsorted(np.cumsum(weights), top_p * weights.sum())) + 1
+    summed = np.cumsum(weights)[:kept]
+    for seed in range(200):
+        drawn = order[int(np.searchsorted(summed, np.random.default_rng(seed).random() * summed[-1], side="right"))]
+        assert choose(logits, temperature=1.0, top_p=top_p, random=np.random.default_rng(seed)) == drawn

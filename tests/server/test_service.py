@@ -7,8 +7,9 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,17 +22,19 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
+from openbook_server import pipeline, service, turns
 from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, Overloaded
 from openbook_server.frontend import Frontend
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
 from openbook_server.manifest import MANIFEST
 from openbook_server.metrics import Metrics
+from openbook_server.models import Models
 from openbook_server.serving import running_server
 from openbook_server.status import grpc_status
-from openbook_server.tokenization import TextEncoder
+from openbook_server.tokenization import Pair, TextEncoder
 from prometheus_client import generate_latest
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
@@ -292,6 +295,56 @@ async def test_a_long_request_is_refused_before_it_is_tokenised(tiny_bundle: Pat
         too_many = await refusal(stub.Embed(pb.EmbedRequest(texts=["red city in the "] * 300)))
     assert not tokenised
     assert (refused[0], too_many[0]) == (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_many_passages_are_refused_before_they_are_put_beside_their_questions(
+    stub: openbook_pb2_grpc.OpenBookAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Models, model: str, lengths: Sequence[int], *, deadline: float) -> None:
+        if model == "reader":
+            raise Overloaded(f"{len(lengths)} are too many", retry_after_seconds=1.0)
+
+    def pairs(self: TextEncoder, *arguments: object) -> list[Pair]:
+        raise AssertionError("they were put beside their questions")
+
+    monkeypatch.setattr(Models, "check", check)
+    monkeypatch.setattr(TextEncoder, "pairs", pairs)
+    call = stub.Answer(pb.AnswerRequest(questions=["what is red ?"] * 8, top_k=3, read_all=True))
+    with pytest.raises(grpc.aio.AioRpcError, match="24 are too many") as raised:
+        await call
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_request_of_many_questions_lets_others_have_their_turns(
+    stub: openbook_pb2_grpc.OpenBookAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn, done = 0, dict[str, list[int]]()  # the event loop's, and in which of them each step was done
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def noted(owner: object, name: str) -> None:
+        step = getattr(owner, name)
+
+        def note(*arguments: Any, **options: Any) -> object:
+            done.setdefault(name, []).append(turn)
+            return step(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, note)
+
+    monkeypatch.setattr(turns, "TURN", -1.0)  # as if every step took long
+    noted(TextEncoder, "pairs")
+    noted(pipeline, "rank_answers")
+    noted(pipeline.Pipeline, "_posterior")
+    noted(service, "to_answer_result")
+    counting = asyncio.create_task(count())
+    await stub.Answer(pb.AnswerRequest(questions=["what is red ?"] * 4, top_k=2))
+    counting.cancel()
+    assert {name: len(set(steps)) for name, steps in done.items()} == dict.fromkeys(done, 4)
+    assert len(done) == 4
 
 
 async def test_requests_beyond_a_bound_are_refused_while_others_are_worked_on(

@@ -1,4 +1,4 @@
-"""Where gRPC begins and ends: bytes to parsed messages, deadlines from contexts, errors to statuses, requests to metrics.
+"""Where gRPC begins and ends: bytes to parsed messages and back, deadlines from contexts, errors to statuses, requests to metrics.
 
 The only place where an error becomes a gRPC status. While no service is set (starting, draining) every method answers
 UNAVAILABLE with a time to come back.
@@ -22,7 +22,7 @@ from openbook_server.config import ServerConfig
 from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
 from openbook_server.generations_service import GenerationsService
-from openbook_server.listening import REQUESTS_A_ROW
+from openbook_server.listening import REQUESTS_A_ROW, max_wire_bytes
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
 from openbook_server.served import NO_KNOWLEDGE_BASE, Served
@@ -96,7 +96,7 @@ class Frontend:
     def _unary(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]], *, writes: bool = False
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        async def handle(parsed: Parsed[Request], context: Call) -> Reply:
+        async def handle(parsed: Parsed[Request], context: Call) -> bytes:
             return await self._reply(name, method_of, parsed, context, writes=writes)
 
         return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
@@ -106,10 +106,10 @@ class Frontend:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """One request, several replies."""
 
-        async def handle(parsed: Parsed[Request], context: Call) -> AsyncIterator[Reply]:
+        async def handle(parsed: Parsed[Request], context: Call) -> AsyncIterator[bytes]:
             async with self._serving(name, parsed, context, writes=False) as (served, deadline, timings):
                 async for reply in method_of(served)(parsed, deadline, timings):
-                    yield reply
+                    yield self._serialised(reply)
 
         return grpc.unary_stream_rpc_method_handler(handle, **self._serialisers(kind))
 
@@ -118,7 +118,7 @@ class Frontend:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Writes: a reply a request, in order; the next request is read when the reply to the one before is out."""
 
-        async def handle(requests: AsyncIterator[Parsed[Request]], context: Call) -> AsyncIterator[Reply]:
+        async def handle(requests: AsyncIterator[Parsed[Request]], context: Call) -> AsyncIterator[bytes]:
             async for parsed in requests:
                 yield await self._reply(name, method_of, parsed, context, writes=True)
 
@@ -127,8 +127,16 @@ class Frontend:
     def _serialisers(self, kind: type[Message]) -> dict[str, Any]:
         return {
             "request_deserializer": parser(kind, self._config.max_message_bytes),
-            "response_serializer": lambda reply: reply.SerializeToString(),
+            "response_serializer": bytes,  # they are by then
         }
+
+    def _serialised(self, reply: Message) -> bytes:
+        """Where its size can still be an error of the request: gRPC would refuse a larger one without a word on how to go on."""
+        data, limit = reply.SerializeToString(), max_wire_bytes(self._config)
+        if len(data) > limit:
+            way_out = "ask for fewer texts, documents or passages a request, or set omit_text where there is one"
+            raise InvalidRequest("request", f"the reply has {len(data)} bytes, the limit is {limit}; {way_out}")
+        return data
 
     async def _reply(
         self,
@@ -138,9 +146,9 @@ class Frontend:
         context: Call,
         *,
         writes: bool,
-    ) -> Reply:
+    ) -> bytes:
         async with self._serving(name, parsed, context, writes=writes) as (served, deadline, timings):
-            return await method_of(served)(parsed, deadline, timings)
+            return self._serialised(await method_of(served)(parsed, deadline, timings))
 
     @asynccontextmanager
     async def _serving(

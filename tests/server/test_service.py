@@ -443,6 +443,25 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
     assert "red" not in page.replace("registered", "")
 
 
+async def test_a_reply_that_would_be_too_large_is_an_error_of_the_request_and_counts_as_one(
+    tiny_bundle: Path, tiny_knowledge_base: Path, unused_tcp_port: int
+) -> None:
+    config = ServerConfig(port=0, device="cpu", max_message_bytes=1_024, drain_seconds=1.0, metrics_port=unused_tcp_port)
+    async with (
+        running_server(tiny_bundle, tiny_knowledge_base, config) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        request = pb.SearchRequest(questions=["red"] * 50, top_k=3, mode=pb.SEARCH_MODE_LEXICAL)
+        with pytest.raises(grpc.aio.AioRpcError, match="the limit is 4096; ask for fewer") as raised:
+            await stub.Search(request)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert await refusal(stub.Search(request)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", ["request"])
+        assert (await stub.Search(pb.SearchRequest(questions=["red"], top_k=3))).results
+        page = await scrape(unused_tcp_port)
+    assert 'openbook_requests_total{method="Search",status="INVALID_ARGUMENT"} 2.0' in page
+
+
 def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_models() -> None:
     frontend = Frontend(ServerConfig(), Metrics())
     for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):

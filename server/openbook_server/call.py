@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,14 @@ class Call(ABC):
         """End the call with a status that has more to say."""
         await self.abort(status.code, status.details, status.trailing_metadata or ())
 
+    def parsed(self, message: bytes) -> Any:
+        """What the handler gets for a message; bytes that are none end the call, whoever sent them is told."""
+        try:
+            return self.handler.request_deserializer(message)
+        except DecodeError as error:
+            self.end(grpc.StatusCode.INVALID_ARGUMENT, "the bytes are no message that this method takes")
+            raise _Ended from error
+
     def serve(self, request: Any) -> None:
         """Run the handler in a task: with the request's bytes, or with the iterator over requests."""
         self._calls.add(self)
@@ -80,7 +89,7 @@ class Call(ABC):
     async def _run(self, request: bytes | AsyncIterator[Any]) -> None:
         handler = self.handler
         try:
-            parsed = handler.request_deserializer(request) if isinstance(request, bytes) else request
+            parsed = self.parsed(request) if isinstance(request, bytes) else request
             if not handler.response_streaming:
                 method = handler.stream_unary if handler.request_streaming else handler.unary_unary
                 reply = handler.response_serializer(await method(parsed, self))

@@ -251,7 +251,7 @@ class _ServedCall(Call):
             message = await received
             if message is None:
                 return
-            yield self.handler.request_deserializer(message)
+            yield self.parsed(message)
 
     def _closed(self, cancelled: bool) -> None:
         if not cancelled:

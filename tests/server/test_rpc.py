@@ -69,6 +69,10 @@ class Echo:
             "Count": grpc.unary_stream_rpc_method_handler(self.count, **kinds),
             "Each": grpc.stream_stream_rpc_method_handler(self.each, **kinds),
             "Join": grpc.stream_unary_rpc_method_handler(self.join, **kinds),
+            "Parse": grpc.unary_unary_rpc_method_handler(self.echo, request_deserializer=Status.FromString, response_serializer=bytes),
+            "ParseEach": grpc.stream_stream_rpc_method_handler(
+                self.each, request_deserializer=Status.FromString, response_serializer=bytes
+            ),
         }
         return grpc.method_handlers_generic_handler("test.Echo", methods)
 
@@ -133,6 +137,16 @@ async def test_a_failure_is_a_status_without_internals(
     assert raised.value.code() is code
     assert details is None or raised.value.details() == details
     assert await channel.unary_unary("/test.Echo/Echo")(b"next") == b"next"
+
+
+async def test_bytes_that_are_no_message_are_told_to_their_sender_and_nobody_else(
+    channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    for call in (channel.unary_unary("/test.Echo/Parse")(b"\xff"), channel.stream_stream("/test.Echo/ParseEach")(iter([b"\xff"]))):
+        with pytest.raises(grpc.aio.AioRpcError, match="the bytes are no message that this method takes") as raised:
+            await call if isinstance(call, grpc.aio.UnaryUnaryCall) else await call.read()
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not caplog.records
 
 
 async def test_trailing_metadata_of_an_abort_arrives(channel: grpc.aio.Channel) -> None:

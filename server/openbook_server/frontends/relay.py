@@ -197,7 +197,7 @@ class _RelayedCall(Call):
         assert self._messages is not None  # noqa: S101
         while (message := await self._messages.get()) is not None:
             self._front_end.send(Kind.ROOM, self._number)
-            yield self.handler.request_deserializer(message)
+            yield self.parsed(message)
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

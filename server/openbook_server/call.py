@@ -22,6 +22,7 @@ NO_REQUEST = "this method takes one request, none came"
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
+GRPCS_OWN = "/grpc."  # begin the paths of health and reflection: their streams end when their callers like, perhaps never
 NEVER = 1e12  # seconds of time.time(): gRPC's core writes no deadline as a very late one
 _KNOWN = 1_000  # paths that are remembered: whoever calls chooses them
 
@@ -71,6 +72,11 @@ class Call(ABC):
     async def abort_with_status(self, status: grpc.Status) -> NoReturn:
         """End the call with a status that has more to say."""
         await self.abort(status.code, status.details, status.trailing_metadata or ())
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a server that stops lets it finish."""
+        return not self.path.startswith(GRPCS_OWN)
 
     def parsed(self, message: bytes) -> Any:
         """What the handler gets for a message; bytes that are none end the call, whoever sent them is told."""

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 EXPECTED = 16  # calls that the core may hand over before it is asked for more
 TURN = 64  # events taken before whatever else the loop has to do gets its turn
+_LAST_WORD = 0.1  # seconds in which those who watch health hear that the server stops
 _LATE = 0.005  # seconds left of a call that was not read in time
 _WARY = 5.0  # seconds for which one such call makes wary
 _LAG = 0.05  # of the time that its caller still waits, a call may lie unread then
@@ -91,13 +92,17 @@ class RpcServer:
         self._thread.start()
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls; those that run get `grace` seconds, then they are cancelled."""
+        """Take no more calls; those that run get `grace` seconds, then they are cancelled; those of health and reflection before."""
         if self._stopping:
             return
         self._stopping = True
         stopped = self._loop.create_future()
         self._core.shutdown(self._queue, lambda event: stopped.set_result(None))
-        done, _ = await asyncio.wait([stopped], timeout=grace)
+        done, _ = await asyncio.wait([stopped], timeout=min(grace, _LAST_WORD))
+        for call in list(self.calls):
+            if isinstance(call, Call) and call.task and not call.is_waited_for:
+                call.task.cancel()
+        done, _ = await asyncio.wait([stopped], timeout=max(0.0, grace - _LAST_WORD))
         if not done:
             self._core.cancel_all_calls()
             await stopped

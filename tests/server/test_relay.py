@@ -55,7 +55,7 @@ class Methods:
             self.read += 1
         return b"%d" % self.read
 
-    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+    def handler(self, service: str = "test.Methods") -> grpc.GenericRpcHandler[bytes, bytes]:
         kinds = {"request_deserializer": bytes, "response_serializer": bytes}
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Wait": grpc.unary_unary_rpc_method_handler(self.wait, **kinds),
@@ -63,7 +63,7 @@ class Methods:
             "Write": grpc.unary_stream_rpc_method_handler(self.write, **kinds),
             "Count": grpc.stream_unary_rpc_method_handler(self.count, **kinds),
         }
-        return grpc.method_handlers_generic_handler("test.Methods", methods)
+        return grpc.method_handlers_generic_handler(service, methods)
 
 
 def channel_to(port: int) -> grpc.aio.Channel:
@@ -174,6 +174,20 @@ async def test_an_engine_that_stops_lets_calls_finish_within_the_grace(behind: B
         assert await call == b"x" * 50
         await stopping
         assert not relay.calls
+
+
+async def test_an_engine_that_stops_waits_for_nobody_who_reflects(behind: Behind) -> None:
+    methods = Methods()
+    async with (
+        behind.engine([methods.handler("grpc.reflection.v1.Methods")]) as relay,
+        behind.front_end([]) as front_end,
+        channel_to(front_end.port) as channel,
+    ):
+        call = channel.unary_unary("/grpc.reflection.v1.Methods/Wait")(b"x", timeout=2 * WAIT)
+        await methods.entered.wait()
+        await asyncio.wait_for(relay.stop(10 * WAIT), WAIT)
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+            await call
 
 
 async def test_an_engine_that_stops_cancels_after_the_grace_and_says_why(behind: Behind) -> None:

@@ -12,8 +12,11 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from openbook_server.call import Call
+from openbook_server.config import ServerConfig
+from openbook_server.listening import Port
 from openbook_server.rpc import RpcServer
 
 if TYPE_CHECKING:
@@ -223,6 +226,20 @@ async def test_stopping_cancels_after_the_grace(service: Echo, server: tuple[Rpc
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
         await call
     assert not server[0].calls
+
+
+async def test_stopping_waits_for_nobody_who_watches_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_server.rpc._LAST_WORD", 1.0)
+    port = Port((), ServerConfig(port=0))
+    await port.start()
+    await port.set_readiness(ready=True)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port.port}") as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status is health_pb2.HealthCheckResponse.SERVING
+        await asyncio.wait_for(port.stop(300), 30)
+        assert (await watching.read()).status is health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+            await watching.read()
 
 
 async def test_a_port_in_use_is_refused(server: tuple[RpcServer, int]) -> None:

@@ -5,8 +5,9 @@ p(a | x) = Σ_z p(z | x) Σ_{spans s of z whose text is a} p(s | x, z), with the
     p(z, s | x) ∝ exp(prior_weight · retrieval_score(z) + span_score(s)),
 
 normalised over every span of every passage and over "no answer" (Clark & Gardner 2018, section 3.2; Lewis et al. 2020).
-The reader's graph returns the normaliser over all spans but only its best few spans, so probabilities of unlisted
-spans are accounted for without being listed.
+The reader's graph returns the normaliser over all spans and the null, but only its best few spans, so probabilities of unlisted
+spans are accounted for without being listed. Where the null outweighs all spans, what they add to it is lost in float32's rounding:
+together they weigh at least what those listed do.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def rank_answers(
     candidates = []
     for found in places.values():
         best = max(found, key=lambda place: place[0])[1]
-        candidates.append(RankedAnswer(passages[best.passage][best.start : best.end], math.exp(_log_sum([p for p, _ in found])), best))
+        probability = min(1.0, math.exp(_log_sum([p for p, _ in found])))
+        candidates.append(RankedAnswer(passages[best.passage][best.start : best.end], probability, best))
     candidates.sort(key=lambda answer: (-answer.probability, answer.best.passage, answer.best.start))
     chosen: list[RankedAnswer] = []
     for candidate in candidates:
@@ -126,19 +128,21 @@ def passage_probabilities(readings: Sequence[Reading], priors: Sequence[float], 
     if not readings:
         return []
     total = _log_sum(_log_totals(readings, priors, null_bias))
-    return [
-        math.exp(prior + _log_difference(reading.log_normaliser, reading.null_score) - total)
-        for prior, reading in zip(priors, readings, strict=True)
-    ]
+    return [min(1.0, math.exp(prior + _log_spans(reading) - total)) for prior, reading in zip(priors, readings, strict=True)]
 
 
 def _log_totals(readings: Sequence[Reading], priors: Sequence[float], null_bias: float) -> list[float]:
     """Per passage the logarithm of its whole weight."""
     totals = []
     for prior, reading in zip(priors, readings, strict=True):
-        spans_only = _log_difference(reading.log_normaliser, reading.null_score)
-        totals.append(_log_sum([prior + spans_only, prior + reading.null_score + null_bias]))
+        totals.append(_log_sum([prior + _log_spans(reading), prior + reading.null_score + null_bias]))
     return totals
+
+
+def _log_spans(reading: Reading) -> float:
+    """The logarithm of the sum over all spans, without "no answer"."""
+    listed = _log_sum([span.score for span in reading.spans])
+    return max(listed, _log_difference(reading.log_normaliser, reading.null_score))
 
 
 def normalise(text: str) -> str:
@@ -151,7 +155,7 @@ def _overlap(one: Span, other: Span) -> bool:
 
 
 def _log_sum(values: Sequence[float]) -> float:
-    top = max(values)
+    top = max(values, default=-math.inf)
     return top + math.log(sum(math.exp(value - top) for value in values)) if top > -math.inf else top
 
 

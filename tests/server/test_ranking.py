@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from openbook_server.ranking import Reading, Settling, Span, is_settled, log_weight, passage_probabilities, rank_answers
 
@@ -74,6 +75,19 @@ def test_nothing_read_is_no_answer_for_certain() -> None:
 def test_extreme_scores_neither_overflow_nor_lose_the_answer() -> None:
     answers, nothing = rank_answers(["yes"], [Reading([Span(0, 0, 3, 900.0)], -900.0, 900.0)], [0.0], null_bias=0.0, max_answers=1)
     assert (answers[0].probability, nothing) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("null", "gap", "bias"), [(25.0, 16.0, -16.0), (25.0, 16.0, -18.0), (12.0, 15.0, -15.0), (12.0, 10.0, -8.0)])
+def test_spans_that_the_null_outweighs_count_as_much_as_they_are_listed_with(null: float, gap: float, bias: float) -> None:
+    """In float32, as the graph computes, the normaliser is the null's score, or nearly."""
+    scores = {(0, 4): null - gap, (5, 9): null - gap - 1.0}
+    spans = [Span(0, *place, score) for place, score in scores.items()]
+    read = Reading(spans, null, float(np.float32(log_sum([*scores.values(), null]))))
+    answers, nothing = rank_answers(["Rome Pisa"], [read], [0.0], null_bias=bias, max_answers=2)
+    true = math.exp(null - gap - log_sum([*scores.values(), null + bias]))
+    assert answers[0].probability == pytest.approx(true, rel=0.1)
+    assert sum(answer.probability for answer in answers) + nothing <= 1.0 + 1e-9
+    assert passage_probabilities([read], [0.0], null_bias=bias)[0] + nothing == pytest.approx(1.0)
 
 
 def random_readings(rng: random.Random) -> tuple[list[str], list[Reading], list[float]]:

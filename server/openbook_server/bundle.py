@@ -2,7 +2,8 @@
 
 A bundle is an immutable, relocatable folder: manifest.json, tokenizer.json, one graph a model and precision, golden.npz.
 `load_bundle` promises that the format is known, that the manifest is complete, and that every file it lists has the size
-and sha256 it lists. Files it does not list are never opened. Nothing is unpickled, nothing outside the folder is read.
+and sha256 it lists. Files it does not list are never opened here, and none of the graphs that `openbook export` writes has onnxruntime
+open one. Nothing is unpickled, nothing outside the folder is read.
 """
 
 from __future__ import annotations

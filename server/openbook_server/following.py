@@ -95,7 +95,7 @@ class Following:
         """Embed what it lacks; done when a look finds fewer passages than `enough`, or nothing."""
         pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
         encode = PassageEncoder(pair.tokenizer, pair.bundle.embedder.max_tokens, whole=True)
-        while gap := await asyncio.to_thread(knowledge_base.lacking, ROWS_AT_ONCE):
+        while gap := await to_the_end(asyncio.to_thread(knowledge_base.lacking, ROWS_AT_ONCE)):
             vectors = np.empty((len(gap.passages), pair.bundle.embedder.dim), np.float32)
             for at in range(0, len(vectors), ROWS_AT_ONCE):  # a document comes whole, whatever its length
                 rows = await asyncio.to_thread(encode, gap.passages[at : at + ROWS_AT_ONCE])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from openbook_server.errors import NotServing, OpenBookError
 from openbook_server.knowledge import Document, Passage, SearchOptions, filters
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
@@ -39,6 +40,31 @@ def test_a_read_under_way_in_another_thread_hides_no_write(tmp_path: Path) -> No
     done.set()
     reader.join()
     database.close()
+
+
+def test_closing_waits_for_a_read_under_way_and_refuses_what_comes_then(tmp_path: Path) -> None:
+    database = Database(tmp_path / "a.sqlite")
+    began, read = threading.Event(), list[tuple[int]]()
+
+    def look_until_it_is_closed() -> None:
+        while True:
+            database.sequence()
+
+    def read_while_it_is_closed() -> None:
+        with database.read() as connection:
+            began.set()
+            with pytest.raises(OpenBookError):
+                look_until_it_is_closed()
+            read.extend(connection.execute("SELECT 7"))
+
+    reader = threading.Thread(target=read_while_it_is_closed)
+    reader.start()
+    assert began.wait(WAIT)
+    database.close()
+    reader.join(WAIT)
+    assert read == [(7,)]
+    with pytest.raises(NotServing, match=r"a\.sqlite was closed"), database.transaction():
+        pass
 
 
 def scan_beside_looks(folder: str) -> None:

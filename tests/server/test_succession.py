@@ -30,6 +30,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
 from openbook_server.following import Following
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.home import Home
 from openbook_server.serving import running_server
 
@@ -280,6 +281,36 @@ async def test_a_build_that_is_waited_for_holds_up_no_other_change_and_its_remov
     again = await caller.build(tuned_bundle)
     assert await asyncio.gather(*(caller.publish(again) for _ in range(3))) == [again] * 3
     assert [state for state, *_ in await caller.generations()] == [KEPT, LIVE]
+
+
+async def test_a_look_at_what_is_lacking_ends_before_its_generation_is_closed(
+    tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, go_on, order = threading.Event(), threading.Event(), list[str]()
+    really_stop, really_close = Following.stop, EmbeddedKnowledgeBase.close
+
+    def look(self: EmbeddedKnowledgeBase, limit: int) -> None:
+        looking.set()
+        go_on.wait(WAIT)
+        order.append("looked")
+
+    async def stop(self: Following) -> None:
+        asyncio.get_running_loop().call_later(0.1, go_on.set)
+        await really_stop(self)
+
+    def close(self: EmbeddedKnowledgeBase) -> None:
+        order.append("closed")
+        really_close(self)
+
+    async with Running(tiny_bundle, str(tiny_knowledge_base)) as caller:
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddedKnowledgeBase, "lacking", look)
+            patch.setattr(EmbeddedKnowledgeBase, "close", close)
+            patch.setattr(Following, "stop", stop)
+            name = await caller.build(tuned_bundle)
+            assert await asyncio.to_thread(looking.wait, WAIT)
+            await caller.knowledge.RemoveGeneration(kb.RemoveGenerationRequest(name=name), timeout=WAIT)
+    assert order == ["looked", "closed"]
 
 
 async def test_generations_of_one_embedder_with_other_parameters_are_swapped_without_embedding(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.errors import KnowledgeBaseDamaged, NotServing
 from openbook_server.knowledge import filters
 
 _PAGES_AT_ONCE = 1_000  # given back to the disk in one transaction, about 4 MB
@@ -24,6 +24,9 @@ class Database:
     Each thread reads through a connection of its own. On a shared one a read that is under way makes every other see what it
     sees, an old state; and one that calls Python back for a row (`filters.as_number`) waits for the interpreter's lock with
     the connection's held, while who has the first waits for the second.
+
+    A thread goes on reading when nobody waits for it any more, and SQLite crashes where a connection is closed that is in use: so
+    closing waits for every use.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, checked: bool = False) -> None:
@@ -38,7 +41,9 @@ class Database:
         self.path, self._read_only = path, read_only
         self._own = threading.local()  # of each thread, the connection that it reads through
         self._opened: list[sqlite3.Connection] = []
-        with self._explained():
+        self._uses, self._closed = 0, False
+        self._unused = threading.Condition()
+        with self._using():
             self._writer = self._connect()
             if not checked and self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
@@ -57,8 +62,16 @@ class Database:
         return connection
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """SQLite's errors with the file's name and the way out."""
+    def _using(self) -> Iterator[None]:
+        """Within, no connection is closed, and SQLite's errors get the file's name and the way out.
+
+        Raises:
+            NotServing: it was closed before.
+        """
+        with self._unused:
+            if self._closed:
+                raise NotServing(f"{self.path} was closed; try again, or another server", retry_after_seconds=1.0)
+            self._uses += 1
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -70,11 +83,15 @@ class Database:
                 f"{self.path} is damaged ({error}); recover what is left with "
                 f"`sqlite3 {self.path} .recover | sqlite3 recovered.sqlite`, or index the sources again into a new folder"
             ) from error
+        finally:
+            with self._unused:
+                self._uses -= 1
+                self._unused.notify_all()
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """Within, errors are explained."""
-        with self._explained():
+        with self._using():
             if not hasattr(self._own, "connection"):
                 self._own.connection = self._connect()
             yield self._own.connection
@@ -82,7 +99,7 @@ class Database:
     @contextmanager
     def transaction(self, *, counted: bool = True) -> Iterator[sqlite3.Connection]:
         """All of it is durable after the block, or nothing. `counted` ones raise the sequence number: they change what is found."""
-        with self._lock, self._explained():
+        with self._lock, self._using():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -97,11 +114,11 @@ class Database:
     def shrink(self) -> None:
         """Give the disk what was dropped; a file that was made without `auto_vacuum` keeps it for what is stored next."""
         while self._free_pages():
-            with self._lock, self._explained():
+            with self._lock, self._using():
                 self._writer.execute(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})").fetchall()
 
     def _free_pages(self) -> int:
-        with self._explained():
+        with self._using():
             [mode] = self._writer.execute("PRAGMA auto_vacuum").fetchone()
             [pages] = self._writer.execute("PRAGMA freelist_count").fetchone()
         return int(pages) if mode == 2 else 0
@@ -124,5 +141,9 @@ class Database:
         return int(self.meta("sequence") or 0)
 
     def close(self) -> None:
+        """Let go of the file once nobody uses it; who comes from now on is refused."""
+        with self._unused:
+            self._closed = True
+            self._unused.wait_for(lambda: not self._uses)
         for connection in self._opened:
             connection.close()

@@ -107,7 +107,10 @@ def test_the_interval_is_wilsons() -> None:
     assert interval([1.0]).low < 0.3
 
 
-def test_a_knowledge_base_watches_its_own_searches(tmp_path: Path, index: Rows, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("top_k", [1, 10])
+def test_a_knowledge_base_watches_its_own_searches_however_few_passages_they_ask_for(
+    tmp_path: Path, index: Rows, caplog: pytest.LogCaptureFixture, top_k: int
+) -> None:
     knowledge_base = EmbeddedKnowledgeBase(tmp_path, fingerprint="f" * 64, dim=DIM, create=True, flat_limit=50)
     documents = [(Document(id=f"d{n}", text="x"), "d") for n in range(ROWS)]
     passages = [Passage(id=f"d{n}#0", document_id=f"d{n}", text="x", start=0) for n in range(ROWS)]
@@ -115,7 +118,8 @@ def test_a_knowledge_base_watches_its_own_searches(tmp_path: Path, index: Rows, 
     knowledge_base.watch(share=1.0, target=0.9)
     assert knowledge_base.recall is None
     with caplog.at_level(logging.ERROR):
-        knowledge_base.search([""] * 20, index.vectors[:20], SearchOptions(top_k=10, mode="dense"))
+        found = knowledge_base.search([""] * 20, index.vectors[:20], SearchOptions(top_k=top_k, mode="dense"))
+        assert [len(row) for row in found] == [top_k] * 20
         end = time.monotonic() + 30
         while knowledge_base.recall is None and time.monotonic() < end:
             time.sleep(0.01)

@@ -27,7 +27,7 @@ from openbook_server.knowledge.records import BundlePlace, Counts, Document, Gen
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
-from openbook_server.knowledge.watch import Estimate, RecallWatch
+from openbook_server.knowledge.watch import NEAREST, Estimate, RecallWatch
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class EmbeddedKnowledgeBase:
 
     def _search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
         allowed = None if options.condition is None else self._store.matching(options.condition)
-        wanted = depth(options)
+        wanted = max(depth(options), NEAREST)  # so that recall is of as many, however few are asked for
         nearest: Sequence[dict[int, float]] = [{} for _ in questions]
         if options.mode != "lexical":
             if vectors is None:

@@ -83,7 +83,8 @@ class RecallWatch:
         self._thread.start()
 
     def offer(self, vectors: Vectors, found: Sequence[dict[int, float]], horizon: int) -> None:
-        """Tell of some searches: (searches, dim) vectors, what each found best first, and the last label stored before."""
+        """Tell of some searches: (searches, dim) vectors, the NEAREST or more that each found, best first, and the last label stored
+        before."""
         for vector, row in zip(vectors, found, strict=True):
             if self._random.random() < self._share:
                 self._waiting.append(_Search(np.array(vector), frozenset(list(row)[:NEAREST]), horizon))

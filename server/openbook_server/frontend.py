@@ -74,11 +74,13 @@ class Frontend:
             "List": self._unary("List", kb.ListRequest, lambda served: served.knowledge.list),
             "Describe": self._unary("DescribeKnowledgeBase", kb.DescribeKnowledgeBaseRequest, lambda served: served.knowledge.describe),
             "Snapshot": self._unary("Snapshot", kb.SnapshotRequest, lambda served: served.knowledge.snapshot),
-            "BuildGeneration": self._unary("BuildGeneration", kb.BuildGenerationRequest, lambda _: self._generations.build),
-            "ListGenerations": self._unary("ListGenerations", kb.ListGenerationsRequest, lambda _: self._generations.list),
-            "PublishGeneration": self._unary("PublishGeneration", kb.PublishGenerationRequest, lambda _: self._generations.publish),
-            "RollBackGeneration": self._unary("RollBackGeneration", kb.RollBackGenerationRequest, lambda _: self._generations.roll_back),
-            "RemoveGeneration": self._unary("RemoveGeneration", kb.RemoveGenerationRequest, lambda _: self._generations.remove),
+            "BuildGeneration": self._change("BuildGeneration", kb.BuildGenerationRequest, lambda generations: generations.build),
+            "ListGenerations": self._change("ListGenerations", kb.ListGenerationsRequest, lambda generations: generations.list),
+            "PublishGeneration": self._change("PublishGeneration", kb.PublishGenerationRequest, lambda generations: generations.publish),
+            "RollBackGeneration": self._change(
+                "RollBackGeneration", kb.RollBackGenerationRequest, lambda generations: generations.roll_back
+            ),
+            "RemoveGeneration": self._change("RemoveGeneration", kb.RemoveGenerationRequest, lambda generations: generations.remove),
         }
         return (
             grpc.method_handlers_generic_handler(SERVICE, methods),
@@ -98,6 +100,16 @@ class Frontend:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(parsed: Parsed[Request], context: Call) -> bytes:
             return await self._reply(name, method_of, parsed, context, writes=writes)
+
+        return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
+
+    def _change(
+        self, name: str, kind: type[Request], method_of: Callable[[GenerationsService], Method[Request, Reply]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Of what is served, or a look at it: it is not served by the pair of the moment, for it may wait until that one serves nobody."""
+
+        async def handle(parsed: Parsed[Request], context: Call) -> Reply:
+            return await self._reply(name, lambda _: method_of(self._generations), parsed, context, writes=False, counted=False)
 
         return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))
 
@@ -146,15 +158,20 @@ class Frontend:
         context: Call,
         *,
         writes: bool,
+        counted: bool = True,
     ) -> bytes:
-        async with self._serving(name, parsed, context, writes=writes) as (served, deadline, timings):
+        async with self._serving(name, parsed, context, writes=writes, counted=counted) as (served, deadline, timings):
             return self._serialised(await method_of(served)(parsed, deadline, timings))
 
     @asynccontextmanager
     async def _serving(
-        self, name: str, parsed: Parsed[Request], context: Call, *, writes: bool
+        self, name: str, parsed: Parsed[Request], context: Call, *, writes: bool, counted: bool = True
     ) -> AsyncIterator[tuple[Served, float, Timings]]:
-        """What a request is served by, until when, and where its time is noted; its failures become statuses, its end a metric."""
+        """What a request is served by, until when, and where its time is noted; its failures become statuses, its end a metric.
+
+        Args:
+            counted: among the requests that what serves it must finish before it is closed.
+        """
         timings, began = Timings(), time.perf_counter()
         status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
         self._running += 1
@@ -170,7 +187,7 @@ class Frontend:
                 served = self.served  # as it is now: it may have been replaced while the gate was closed
                 if served is None:
                     raise self._not_serving()
-                with served.request():
+                with served.request() if counted else nullcontext():
                     yield served, deadline, timings
             status = grpc.StatusCode.OK
         except OpenBookError as error:

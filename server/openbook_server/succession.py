@@ -59,7 +59,8 @@ class Succession:
         self._watching: asyncio.Future[None] | None = None
 
     async def states(self) -> list[GenerationState]:
-        return await asyncio.to_thread(self._knowledge_base.generation_states)
+        with self.live.served.request():  # it stays open meanwhile
+            return await asyncio.to_thread(self._knowledge_base.generation_states)
 
     async def build(self, folder: Path, graph_dims: int | None) -> str:
         """Begin, or go on, to build the generation of a bundle; returns its name once it is open.

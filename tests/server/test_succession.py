@@ -283,6 +283,31 @@ async def test_a_build_that_is_waited_for_holds_up_no_other_change_and_its_remov
     assert [state for state, *_ in await caller.generations()] == [KEPT, LIVE]
 
 
+async def test_a_removal_that_waits_for_a_publication_does_not_wait_for_itself(
+    caller: Caller, tuned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishes, removing = asyncio.Event(), asyncio.Event()
+    really_make_live, really_remove = succession.Succession._make_live, succession.Succession._remove
+
+    async def make_live(self: succession.Succession, following: Following) -> None:
+        publishes.set()
+        await removing.wait()
+        await really_make_live(self, following)
+
+    async def remove(self: succession.Succession, name: str) -> None:
+        removing.set()
+        await really_remove(self, name)
+
+    monkeypatch.setattr(succession.Succession, "_make_live", make_live)
+    monkeypatch.setattr(succession.Succession, "_remove", remove)
+    [old] = (await caller.knowledge.ListGenerations(kb.ListGenerationsRequest())).generations
+    publishing = asyncio.ensure_future(caller.publish(await caller.build(tuned_bundle)))
+    await asyncio.wait_for(publishes.wait(), WAIT)
+    await caller.knowledge.RemoveGeneration(kb.RemoveGenerationRequest(name=old.name), timeout=WAIT)
+    assert await caller.generations() == [(LIVE, 3, 0)]
+    await publishing
+
+
 async def test_a_look_at_what_is_lacking_ends_before_its_generation_is_closed(
     tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

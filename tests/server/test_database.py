@@ -67,6 +67,21 @@ def test_closing_waits_for_a_read_under_way_and_refuses_what_comes_then(tmp_path
         pass
 
 
+def test_within_a_standstill_a_thread_sees_no_write_of_another(tmp_path: Path) -> None:
+    database = Database(tmp_path / "a.sqlite")
+    with database.transaction(counted=False) as connection:
+        connection.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value)")
+    database.record({"one": "1"})
+    with database.standstill():
+        assert database.meta("one") == "1"
+        writer = threading.Thread(target=database.record, args=({"one": "2"},))
+        writer.start()
+        writer.join()
+        assert database.meta("one") == "1"
+    assert database.meta("one") == "2"
+    database.close()
+
+
 def scan_beside_looks(folder: str) -> None:
     """In a process of its own: where threads wait for each other's locks, no thread of it ever runs again."""
     knowledge_base = EmbeddedKnowledgeBase(Path(folder), fingerprint="f" * 64, dim=4, create=True)

@@ -8,6 +8,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from openbook_server import command_index
 from openbook_server.bundle import load_bundle
 from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.knowledge import Document, Passage, SearchOptions, embedded
+from openbook_server.knowledge import Document, Passage, SearchOptions, embedded, inventory
 from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.generations import Generation, Generations
@@ -123,6 +124,27 @@ def test_each_generation_keeps_its_snapshot_and_takes_it_along_when_it_is_remove
     again = opened(folder, NEW)
     assert hits(again, NEW, TEXTS)[0][0] == ("d1#0", 1.0)
     again.close()
+
+
+def test_a_generation_is_described_as_it_was_at_one_moment_whatever_is_written_and_replaced_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knowledge_base = opened(folder, OLD)
+    really_count = Generations.count
+    [snapshot] = folder.glob("index-*.hnsw")
+
+    def count(self: Generations, generation: Generation) -> int:
+        writer = threading.Thread(target=store, args=(knowledge_base, OLD, ["meanwhile"]))
+        writer.start()
+        writer.join()
+        return really_count(self, generation)
+
+    monkeypatch.setattr(Generations, "count", count)
+    monkeypatch.setattr(inventory, "_snapshots", lambda *_: [snapshot, folder / "index-gone"])
+    [state] = knowledge_base.generation_states()
+    assert (state.passages, state.lacking, state.snapshot_bytes) == (60, 0, snapshot.stat().st_size)
+    assert knowledge_base.counts().passages == 61
+    knowledge_base.close()
 
 
 def test_the_disk_gets_back_what_a_removed_generation_took(folder: Path) -> None:

@@ -97,6 +97,16 @@ class Database:
             yield self._own.connection
 
     @contextmanager
+    def standstill(self) -> Iterator[None]:
+        """Within, all that this thread reads is of one moment, whatever is written meanwhile."""
+        with self.read() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                connection.execute("COMMIT")
+
+    @contextmanager
     def transaction(self, *, counted: bool = True) -> Iterator[sqlite3.Connection]:
         """All of it is durable after the block, or nothing. `counted` ones raise the sequence number: they change what is found."""
         with self._lock, self._using():

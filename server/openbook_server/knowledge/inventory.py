@@ -57,26 +57,25 @@ def look(folder: Path) -> Iterator[Folder | None]:
 
 def describe_generations(folder: Path, store: Store) -> list[GenerationState]:
     """All of them, by number."""
-    live, previous, passages = store.generations.live(), store.generations.previous(), store.counts().passages
-    states = []
-    for generation in store.generations.all():
-        filled = store.generations.count(generation)
-        states.append(
-            GenerationState(
-                name=generation.name,
-                state="live" if generation == live else "kept" if generation.published else "new",
-                previous=generation == previous,
-                fingerprint=generation.fingerprint,
-                dim=generation.dim,
-                graph_dims=generation.graph_dims,
-                bundle=generation.bundle,
-                passages=filled,
-                lacking=passages - filled,
-                vector_bytes=4 * generation.dim * filled,
-                snapshot_bytes=sum(file.stat().st_size for file in _snapshots(folder, generation.name)),
-            )
+    with store.standstill():
+        live, previous, passages = store.generations.live(), store.generations.previous(), store.counts().passages
+        filled = {generation: store.generations.count(generation) for generation in store.generations.all()}
+    return [
+        GenerationState(
+            name=generation.name,
+            state="live" if generation == live else "kept" if generation.published else "new",
+            previous=generation == previous,
+            fingerprint=generation.fingerprint,
+            dim=generation.dim,
+            graph_dims=generation.graph_dims,
+            bundle=generation.bundle,
+            passages=count,
+            lacking=passages - count,
+            vector_bytes=4 * generation.dim * count,
+            snapshot_bytes=sum(map(_bytes, _snapshots(folder, generation.name))),
         )
-    return states
+        for generation, count in filled.items()
+    ]
 
 
 def remove_generation(folder: Path, store: Store, name: str) -> None:
@@ -97,3 +96,10 @@ def remove_generation(folder: Path, store: Store, name: str) -> None:
 
 def _snapshots(folder: Path, name: str) -> list[Path]:
     return [file for file in folder.glob("index-*") if snapshot_generation(file) == name]
+
+
+def _bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # a newer one took its place meanwhile
+        return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -96,6 +97,10 @@ class Store:
     def sequence(self) -> int:
         """Number of the last write."""
         return self._database.sequence()
+
+    def standstill(self) -> AbstractContextManager[None]:
+        """Within, all that this thread reads is of one moment, whatever is written meanwhile."""
+        return self._database.standstill()
 
     def counts(self) -> Counts:
         with self._database.read() as connection:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytest
+from openbook_server.bundle import file_digest
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
@@ -183,7 +185,10 @@ def saved(folder: Path) -> np.ndarray:
     return vectors
 
 
-@pytest.mark.parametrize("damage", ["none", "truncated", "flipped", "missing graph", "missing note", "torn note", "other generation"])
+DAMAGES = ["none", "truncated", "flipped", "written in part", "missing graph", "missing note", "torn note", "other generation"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_happens_to_a_snapshot_the_next_start_holds_what_the_store_holds(tmp_path: Path, damage: str) -> None:
     vectors = saved(tmp_path / "kb")
     [graph] = (tmp_path / "kb").glob("*.hnsw")
@@ -194,6 +199,10 @@ def test_whatever_happens_to_a_snapshot_the_next_start_holds_what_the_store_hold
         data = bytearray(graph.read_bytes())
         data[len(data) // 2] ^= 1
         graph.write_bytes(data)
+    elif damage == "written in part":  # and its digest taken after that
+        graph.write_bytes(graph.read_bytes()[: graph.stat().st_size * 3 // 5])
+        digest = {"bytes": graph.stat().st_size, "sha256": file_digest(graph)}
+        note.write_text(json.dumps(json.loads(note.read_text()) | digest))
     elif damage == "missing graph":
         graph.unlink()
     elif damage == "missing note":
@@ -289,6 +298,33 @@ def test_deletions_alone_make_a_graph_of_mostly_deleted_rows_be_built_again(tmp_
         graph = knowledge_base._index._graph
         assert (len(graph.live) + graph.deleted if graph else 0) == kept
         assert found(knowledge_base, "words", vectors[49], "dense", top_k=50)[:1] == ids[49:] * (gone < 50)
+
+
+class FullDisk:
+    """hnswlib's index, of which the disk takes a part that is larger than all vectors."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._index, name)
+
+    def save_index(self, file: str) -> None:
+        self._index.save_index(file)
+        os.truncate(file, self._index.index_file_size() - 1)
+
+
+def test_a_snapshot_of_which_the_disk_took_a_part_is_refused_and_the_one_before_stays(tmp_path: Path) -> None:
+    saved(tmp_path / "kb")
+    [before] = (tmp_path / "kb").glob("*.hnsw")
+    knowledge_base = EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM, flat_limit=50)
+    store(knowledge_base, {"new": "new"}, unit(1, seed=1))
+    graph = knowledge_base._index._graph
+    assert graph is not None
+    graph._index = FullDisk(graph._index)
+    with pytest.raises(OSError, match="written only in part; is the disk full"):
+        knowledge_base.snapshot()
+    assert list((tmp_path / "kb").glob("*.hnsw")) == [before]
     knowledge_base.close()
 
 

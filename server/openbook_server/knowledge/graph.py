@@ -39,7 +39,11 @@ class Graph:
 
     @classmethod
     def load(cls, file: Path, dim: int, projection: Projection | None, *, rows: int) -> Graph:
-        """A graph of `rows` rows that `save` wrote, whose digest was checked: a damaged file can crash hnswlib."""
+        """A graph of `rows` rows that `save` wrote, whose digest was checked: a damaged file can crash hnswlib.
+
+        Raises:
+            RuntimeError: hnswlib refuses it.
+        """
         graph = cls(dim, projection, capacity=1)
         graph._index = hnswlib.Index("ip", graph.width)
         graph._index.load_index(str(file), max_elements=2 * rows + 1_000, allow_replace_deleted=True)
@@ -106,10 +110,15 @@ class Graph:
         """(labels, width) what it holds of live rows."""
         return np.asarray(self._index.get_items(labels), np.float32)
 
-    def save(self, file: Path) -> list[int]:
-        """Write it; returns the live labels. hnswlib reports no error: check what it wrote."""
+    def save(self, file: Path) -> None:
+        """Write it.
+
+        Raises:
+            OSError: it was written only in part, of which hnswlib reports nothing.
+        """
         self._index.save_index(str(file))
-        return sorted(self.live)
+        if file.stat().st_size != self._index.index_file_size():
+            raise OSError(f"{file} was written only in part; is the disk full?")
 
 
 def inner_products(rows: NDArray[np.float32], query: NDArray[np.float32]) -> list[float]:

@@ -46,10 +46,7 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
     aside = file.with_suffix(".new")
     try:
         graph = index.save_graph(aside)
-        rows = len(graph.live)
-        if aside.stat().st_size <= graph.width * 4 * rows:  # save_index does not report a full disk
-            raise OSError(f"{aside} was written only in part; is the disk full?")
-        header = {"generation": generation, "sequence": sequence, "dim": index.dim, "rows": rows}
+        header = {"generation": generation, "sequence": sequence, "dim": index.dim, "rows": len(graph.live)}
         header |= {"bytes": aside.stat().st_size, "sha256": file_digest(aside)}
         publish(aside, file)
         if graph.projection is not None:
@@ -83,12 +80,11 @@ def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> 
         try:
             header = json.loads(note.read_text())
             problem = _problem(file, header, generation, dim, sequence)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not problem:
+                return Snapshot(Graph.load(file, dim, _projection(file, header), rows=header["rows"]), header["sequence"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             problem = f"unreadable ({error})"
-        if problem:
-            log.warning("index snapshot %s is not used: %s", file.name, problem)
-            continue
-        return Snapshot(Graph.load(file, dim, _projection(file, header), rows=header["rows"]), header["sequence"])
+        log.warning("index snapshot %s is not used: %s", file.name, problem)
     return None
 
 

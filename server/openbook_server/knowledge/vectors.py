@@ -203,7 +203,7 @@ class VectorIndex:
                 yield list(found), np.array(list(found.values()), np.float32)
 
     def save_graph(self, file: Path) -> Graph:
-        """Write the graph to `file`, and return it. hnswlib reports no error: check what it wrote."""
+        """Write the graph to `file`, and return it. Raises OSError: it was written only in part."""
         with self._lock:
             if self._graph is None:
                 raise ValueError("there is no graph to save")

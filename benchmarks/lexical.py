@@ -61,7 +61,7 @@ def tantivy(folder: Path, passages: Sequence[str]) -> Search:
     def stored(rows: Sequence[int]) -> dict[int, str]:
         return {row: passages[row] for row in rows}
 
-    index = WordIndex(folder, stored, frozenset())
+    index = WordIndex(folder, stored, frozenset(), 0)
     for at in range(0, len(passages), CHUNK):
         part = passages[at : at + CHUNK]
         index.add(range(at, at + len(part)), part)

@@ -147,6 +147,35 @@ def test_a_generation_is_described_as_it_was_at_one_moment_whatever_is_written_a
     knowledge_base.close()
 
 
+def test_where_the_store_alone_is_restored_no_generation_finds_what_was_lost_under_numbers_given_again(folder: Path) -> None:
+    answering = opened(folder, OLD)
+    following = opened(folder, NEW, new_generation=True, beside=answering)
+    build(following, NEW)
+    following.close()
+    answering.close()
+    backup = (folder / FILE).read_bytes()
+    answering = opened(folder, OLD)
+    following = opened(folder, NEW, new_generation=True, beside=answering)
+    store(answering, OLD, [f"lost{number}" for number in range(30)])
+    build(following, NEW)
+    answering.snapshot()
+    following.snapshot()
+    following.close()
+    answering.close()
+    (folder / FILE).write_bytes(backup)
+    answering = opened(folder, OLD)
+    for number in range(30):  # until the store is further than it was
+        store(answering, OLD, [f"fresh{number}"])
+    answering.close()  # without a snapshot, as after a crash
+    answering = opened(folder, OLD)
+    following = opened(folder, NEW, new_generation=True, beside=answering)
+    build(following, NEW)
+    for knowledge_base, fingerprint in ((answering, OLD), (following, NEW)):
+        assert [row[0] for row in hits(knowledge_base, fingerprint, ["wfresh0", "wfresh29"])] == [("fresh0#0", 1.0), ("fresh29#0", 1.0)]
+    following.close()
+    answering.close()
+
+
 def test_the_disk_gets_back_what_a_removed_generation_took(folder: Path) -> None:
     knowledge_base = opened(folder, OLD, flat_limit=5_000)
     store(knowledge_base, OLD, [f"e{number}" for number in range(3_000)])

@@ -25,16 +25,17 @@ class Stored:
     """A store of texts, and indexes over it."""
 
     def __init__(self, folder: Path, rows: dict[int, str]) -> None:
-        self.folder, self.rows = folder, dict(rows)
+        self.folder, self.rows, self.last = folder, dict(rows), max(rows, default=0)
 
     def texts(self, rows: Sequence[int]) -> dict[int, str]:
         return {row: self.rows[row] for row in rows if row in self.rows}
 
     def open(self, limit: int = 10) -> WordIndex:
-        return WordIndex(self.folder, self.texts, frozenset(self.rows), buffer_limit=limit)
+        return WordIndex(self.folder, self.texts, frozenset(self.rows), self.last, buffer_limit=limit)
 
     def add(self, index: WordIndex, rows: dict[int, str]) -> None:
         self.rows |= rows
+        self.last = max(self.last, *rows)
         index.add(list(rows), list(rows.values()))
         index.settle()
 
@@ -120,6 +121,20 @@ def test_an_index_opened_again_holds_what_the_store_holds(tmp_path: Path) -> Non
     assert again.saved_rows == 39
     found = again.search(" ".join(VOCABULARY[:30]), 1_000)
     assert set(found) == set(bm25(store.rows, " ".join(VOCABULARY[:30])))
+
+
+def test_an_index_of_rows_that_the_store_lost_is_built_again_before_others_get_their_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Stored(tmp_path, passages(20))
+    restored = Stored(tmp_path, store.rows)
+    index = store.open()
+    store.add(index, dict.fromkeys(range(21, 41), "lost"))
+    store.delete(index, range(31, 41))
+    restored.add(restored.open(), dict.fromkeys(range(21, 31), "fresh"))
+    assert "it goes to passage 40, the store to 20" in caplog.text
+    again = restored.open()
+    assert (again.saved_rows, set(again.search("fresh", 100)), again.search("lost", 100)) == (30, set(range(21, 31)), {})
 
 
 def test_rows_move_to_the_disk_again_once_most_of_it_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,7 +99,7 @@ class EmbeddedKnowledgeBase:
 
     def _open_index(self, flat_limit: int) -> VectorIndex:
         live = self._store.generations.numbers(self._generation)
-        snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._generation.dim, sequence=self._store.sequence())
+        snapshot = load_snapshot(self.folder, generation=self.generation, dim=self._generation.dim)
         self._saved = snapshot.sequence if snapshot else -1  # sequence up to which the snapshot of this very graph goes
         index = VectorIndex(
             self._generation.dim,

@@ -17,6 +17,7 @@ from typing import IO, TypeVar
 from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge.precedence import Precedence
 from openbook_server.knowledge.projection import Vectors
+from openbook_server.knowledge.snapshots import remove_lost
 from openbook_server.knowledge.store import Store
 from openbook_server.knowledge.vectors import VectorIndex
 from openbook_server.knowledge.words import WordIndex
@@ -76,9 +77,10 @@ class Home:
         self._replaced = 0  # how often it was held
 
     def words(self, store: Store) -> WordIndex:
-        """The index of words that all generations share; opened for the first of them."""
+        """The index of words that all generations share; opened for the first of them, when what is derived from lost states goes."""
         if self._words is None:
-            self._words = WordIndex(self._folder, store.texts, store.numbers())
+            remove_lost(self._folder, store.sequence())
+            self._words = WordIndex(self._folder, store.texts, store.numbers(), store.last_number())
         return self._words
 
     def enter(self) -> Resident:

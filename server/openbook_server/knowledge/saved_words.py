@@ -78,15 +78,24 @@ class SavedWords:
             depth *= 4
 
 
-def load(folder: Path) -> SavedWords | None:
-    """What is saved in `folder`; None, and nothing left there, where that is nothing or is damaged."""
+def load(folder: Path, last: int) -> SavedWords | None:
+    """What is saved in `folder`; None, and nothing left there, where that is nothing, is damaged, or is ahead of the store.
+
+    Args:
+        last: number of the row that was stored last. One with a higher number was lost, say because a backup was restored, and
+            another one will get its number.
+    """
     if not folder.exists():
         return None
     try:
         note = json.loads((folder / _NOTE).read_text())
         problem = _problem(folder, note)
         if not problem:
-            return _opened(folder, tantivy.Index.open(str(folder)), note["stems"], note["files"])
+            saved = _opened(folder, tantivy.Index.open(str(folder)), note["stems"], note["files"])
+            highest = max(saved.rows, default=0)
+            if highest <= last:
+                return saved
+            problem = f"it goes to passage {highest}, the store to {last}, perhaps from a backup"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"unreadable ({error})"
     log.warning("the index of words is built again: %s", problem)

@@ -69,17 +69,27 @@ def snapshot_generation(file: Path) -> str:
     return file.name.split(".")[0].removeprefix("index-").rpartition("-")[0]
 
 
-def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> Snapshot | None:
-    """The newest snapshot of this generation that passes its check and is not ahead of the store, or None.
+def remove_lost(folder: Path, sequence: int) -> None:
+    """Remove snapshots, of whichever generation, of states that the store never was in or lost, say because a backup was restored.
+
+    Once the store is as far as they are, nothing would tell that they hold other passages under the same numbers.
 
     Args:
-        sequence: of the store; a snapshot past it belongs to another history (a restored backup, say).
+        sequence: of the store; nobody may be writing.
     """
+    for file in folder.glob("index-*"):
+        if _sequence(file) > sequence:
+            log.warning("index snapshot %s is removed: the store is at %d, perhaps from a backup", file.name, sequence)
+            file.unlink(missing_ok=True)
+
+
+def load_snapshot(folder: Path, *, generation: str, dim: int) -> Snapshot | None:
+    """The newest snapshot of this generation that passes its check, or None."""
     for note in sorted(folder.glob(f"index-{generation}-*.json"), key=_sequence, reverse=True):  # never by time: clocks go backwards
         file = note.with_suffix(".hnsw")
         try:
             header = json.loads(note.read_text())
-            problem = _problem(file, header, generation, dim, sequence)
+            problem = _problem(file, header, generation, dim)
             if not problem:
                 return Snapshot(Graph.load(file, dim, _projection(file, header), rows=header["rows"]), header["sequence"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -88,16 +98,14 @@ def load_snapshot(folder: Path, *, generation: str, dim: int, sequence: int) -> 
     return None
 
 
-def _sequence(note: Path) -> int:
-    number = note.stem.rpartition("-")[2]
+def _sequence(file: Path) -> int:
+    number = file.stem.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
-def _problem(file: Path, header: dict[str, Any], generation: str, dim: int, sequence: int) -> str | None:
-    if (header["generation"], header["dim"]) != (generation, dim):
-        return "it belongs to another generation"
-    if header["sequence"] > sequence:
-        return f"it is of sequence {header['sequence']}, the store is at {sequence}"
+def _problem(file: Path, header: dict[str, Any], generation: str, dim: int) -> str | None:
+    if (header["generation"], header["dim"], header["sequence"]) != (generation, dim, _sequence(file)):
+        return "it belongs to another generation, or to another state of it"
     if not file.is_file():
         return "the graph is missing"
     if file.stat().st_size != header["bytes"]:

@@ -195,10 +195,10 @@ class Store:
             return connection.execute(query, (after, size)).fetchall()
 
     def last_number(self) -> int:
-        """Of the passage stored last; later ones have higher numbers."""
+        """Of the passage stored last, whether it still is or not; later ones have higher numbers."""
         with self._database.read() as connection:
-            [number] = connection.execute("SELECT max(number) FROM passages").fetchone()
-        return int(number or 0)
+            row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'passages'").fetchone()
+        return int(row[0]) if row else 0
 
     def numbers(self) -> frozenset[int]:
         """Every passage's number."""

@@ -29,13 +29,14 @@ Texts = Callable[[Sequence[int]], Mapping[int, str]]
 class WordIndex:
     """Rows with the words of their texts; safe to use from several threads."""
 
-    def __init__(self, folder: Path, texts: Texts, live: frozenset[int], *, buffer_limit: int = BUFFER_LIMIT) -> None:
+    def __init__(self, folder: Path, texts: Texts, live: frozenset[int], last: int, *, buffer_limit: int = BUFFER_LIMIT) -> None:
         """Open what is saved and bring it up to the store.
 
         Args:
             folder: of the knowledge base.
             texts: of those rows that are stored.
             live: every row that is stored.
+            last: number of the row that was stored last, whether it still is or not.
         """
         self._folder, self._buffer_limit = folder / FOLDER, buffer_limit
         self._analyser = saved_words.analyser()
@@ -43,7 +44,7 @@ class WordIndex:
         self._lock = threading.Lock()  # of the two halves
         self._buffer = WordBuffer()
         self._fresh: dict[int, str] = {}  # texts of the buffer's rows
-        self._saved = saved_words.load(self._folder)
+        self._saved = saved_words.load(self._folder, last)
         self._gone = set(self._saved.rows - live) if self._saved else set[int]()
         self._torn = False  # what is on the disk is no longer what `_saved` is
         missing = sorted(live - self._saved.rows if self._saved else live)

@@ -20,11 +20,14 @@ from openbook_server.ingest.limits import MAX_ID_BYTES, excess
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 from openbook_server.knowledge.watch import Estimate
+from openbook_server.listening import max_wire_bytes
 from openbook_server.pipeline import Timings
 from openbook_server.validation import bounded
 from openbook_server.wire import Parsed
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1_000
+_READ_AT_ONCE = 16  # documents
+_FRAME_BYTES = 6  # of a document in a reply: a tag and a length
 
 
 class KnowledgeService:
@@ -73,8 +76,23 @@ class KnowledgeService:
         ids = list(parsed.message.ids)
         for error in self._check_ids(ids, parsed.not_utf8).values():
             raise error
-        stored = await asyncio.to_thread(self._knowledge_base.documents, ids)
-        return kb.GetResponse(documents=[_stored(id_, stored[id_]) for id_ in dict.fromkeys(ids) if id_ in stored])
+        return await asyncio.to_thread(self._gathered, list(dict.fromkeys(ids)))
+
+    def _gathered(self, ids: Sequence[str]) -> kb.GetResponse:
+        """Those documents that are stored; no more of them are read than a reply may hold, and some."""
+        limit = max_wire_bytes(self._config)
+        reply, size = kb.GetResponse(), 0
+        for at in range(0, len(ids), _READ_AT_ONCE):
+            part = ids[at : at + _READ_AT_ONCE]
+            stored = self._knowledge_base.documents(part)
+            for id_ in [id_ for id_ in part if id_ in stored]:
+                document = _stored(id_, stored[id_])
+                reply.documents.append(document)
+                size += document.ByteSize() + _FRAME_BYTES
+                if size > limit:
+                    problem = f"{len(reply.documents)} of these documents exceed the limit of {limit} bytes a reply"
+                    raise InvalidRequest("ids", f"{problem}; ask for fewer, or start the server with a larger --max-message-bytes")
+        return reply
 
     async def list(self, parsed: Parsed[kb.ListRequest], deadline: float, timings: Timings) -> kb.ListResponse:
         request = parsed.message

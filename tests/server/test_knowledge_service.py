@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,12 @@ from openbook_server import serving
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
-from openbook_server.knowledge import SearchOptions, open_knowledge_base
+from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_base
+from openbook_server.knowledge_service import KnowledgeService
+from openbook_server.pipeline import Timings
 from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder, load_tokenizer
+from openbook_server.wire import Parsed
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -194,6 +197,33 @@ async def test_get_and_list_give_back_what_was_written(stub: knowledge_base_pb2_
         if not token:
             break
     assert listed == ["d0", "d1", "d2", "w"]
+
+
+class Documents:
+    """A knowledge base of documents of one passage each, that knows how many were asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.passage, self.asked = Passage(id="p", document_id="d", text="x" * size, start=0), 0
+
+    def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
+        self.asked += len(ids)
+        return {id_: [self.passage] for id_ in reversed(ids)}
+
+
+async def test_no_more_is_read_than_a_reply_may_hold_and_the_order_is_the_request_s() -> None:
+    config = ServerConfig(max_message_bytes=1_024, max_texts=200)  # and four times as many of a reply
+
+    async def get(size: int) -> list[str]:
+        service = KnowledgeService(None, documents := Documents(size), None, config)  # type: ignore[arg-type]
+        parsed = Parsed(kb.GetRequest(ids=[str(number) for number in range(100)]), frozenset())
+        try:
+            return [document.id for document in (await service.get(parsed, 0.0, Timings())).documents]
+        finally:
+            assert documents.asked == (100 if size == 1 else 16)
+
+    assert await get(1) == [str(number) for number in range(100)]
+    with pytest.raises(InvalidRequest, match=r"^ids: 4 of these documents exceed the limit of 4096 bytes a reply; ask for fewer"):
+        await get(1_200)
 
 
 async def test_describe_and_snapshot_tell_the_state(stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, tiny_place: Place) -> None:

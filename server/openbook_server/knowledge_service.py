@@ -16,7 +16,7 @@ from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, ReadOnly
-from openbook_server.ingest.limits import MAX_ID_BYTES, excess
+from openbook_server.ingest.limits import MAX_ID_BYTES, MAX_STORED_ID_BYTES, excess
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 from openbook_server.knowledge.watch import Estimate
@@ -149,7 +149,7 @@ class KnowledgeService:
     def _checked(self, name: str, document: kb.Document, *, bad_utf8: bool, known: Mapping[str, Document]) -> Document:
         if bad_utf8:
             raise InvalidRequest(name, "not valid UTF-8; encode its texts as UTF-8 before sending it")
-        _check_id(f"{name}.id", document.id)
+        _check_id(f"{name}.id", document.id, MAX_ID_BYTES)
         if document.id in known:
             raise InvalidRequest(f"{name}.id", f"{document.id!r} comes twice in the request; send it once")
         if not document.text.strip():
@@ -157,6 +157,8 @@ class KnowledgeService:
         for field in ("title", "text", "source"):
             if "\0" in getattr(document, field):
                 raise InvalidRequest(f"{name}.{field}", "holds a NUL character; leave it out")
+        if any("\0" in key + value for key, value in document.metadata.items()):  # no filter would match it
+            raise InvalidRequest(f"{name}.metadata", "holds a NUL character; leave it out")
         checked = Document(
             id=document.id,
             text=document.text,
@@ -176,7 +178,7 @@ class KnowledgeService:
             try:
                 if ("ids", at) in not_utf8:
                     raise InvalidRequest(f"ids[{at}]", "not valid UTF-8")
-                _check_id(f"ids[{at}]", id_)
+                _check_id(f"ids[{at}]", id_, MAX_STORED_ID_BYTES)
             except InvalidRequest as error:
                 errors[at] = error
         return errors
@@ -192,10 +194,10 @@ def _share(estimate: Estimate | None) -> kb.Share | None:
     return kb.Share(mean=estimate.mean, low=estimate.low, high=estimate.high, samples=estimate.samples)
 
 
-def _check_id(field: str, id_: str) -> None:
+def _check_id(field: str, id_: str, most: int) -> None:
     size = len(id_.encode())
-    if not id_.strip() or "\0" in id_ or size > MAX_ID_BYTES:
-        raise InvalidRequest(field, f"{size} bytes; an id has 1 to {MAX_ID_BYTES}, and no NUL character")
+    if not id_ or "\0" in id_ or size > most:
+        raise InvalidRequest(field, f"{size} bytes; an id has 1 to {most}, and no NUL character")
 
 
 def _failures(ids: Sequence[str], errors: Mapping[int, InvalidRequest]) -> list[kb.WriteResult]:

@@ -128,9 +128,10 @@ def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> Non
         {"id": "long metadata", "text": "two", "metadata": {"a": "b" * 16_384}},
         {"id": "many entries", "text": "x", "metadata": {str(n): "" for n in range(65)}},
         {"id": "i" * 513, "text": "y"},
+        {"id": " ", "text": "zero"},
         {"id": "i" * 512, "title": "t" * 2_048, "text": "three", "metadata": {"a": "b" * 16_383}},
     ]
-    title, metadata, entries, id_, good = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    title, metadata, entries, id_, blank, good = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     assert isinstance(title, Unreadable)
     assert (title.reason, title.where) == ("title: 2049 bytes exceed the limit of 2048; shorten it, or make it part of the text", "row 1")
     assert isinstance(metadata, Unreadable)
@@ -139,6 +140,8 @@ def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> Non
     assert entries.reason == "metadata: 65 entries exceed the limit of 64; leave some out"
     assert isinstance(id_, Unreadable)
     assert id_.reason.startswith("id: 513 bytes exceed the limit of 512; ")
+    assert isinstance(blank, Unreadable)
+    assert (blank.reason, blank.where) == ("id: empty, or nothing but white space; give it another one", "row 5")
     assert isinstance(good, Document)
     [page] = items(write(tmp_path / "a.html", f"<title>{'ü' * 2_000}</title><p>text"))
     assert isinstance(page, Unreadable)

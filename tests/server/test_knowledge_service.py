@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_base
+from openbook_server.knowledge.store import FILE
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.pipeline import Timings
 from openbook_server.serving import running_server
@@ -29,7 +31,7 @@ from openbook_server.wire import Parsed
 if TYPE_CHECKING:
     from conftest import Place
 
-CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, drain_seconds=1.0)
+CONFIG = ServerConfig(port=0, device="cpu", max_texts=9, drain_seconds=1.0)
 
 
 @pytest.fixture
@@ -109,6 +111,8 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         document("i" * 600),
         document("nul", "a\0b"),
         document("long title", title="t" * 2_049),
+        document(" "),
+        kb.Document(id="nul in a key", text="red", metadata={"a\0b": "v"}),
     ]
     reply = await stub.Upsert(kb.UpsertRequest(documents=documents))
     assert [(result.outcome, result.error.field) for result in reply.results] == [
@@ -119,6 +123,8 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         (kb.OUTCOME_UNSPECIFIED, "documents[4].id"),
         (kb.OUTCOME_UNSPECIFIED, "documents[5].text"),
         (kb.OUTCOME_UNSPECIFIED, "documents[6].title"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[7].id"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[8].metadata"),
     ]
     assert all(result.HasField("error") == (at > 0) for at, result in enumerate(reply.results))
 
@@ -226,6 +232,24 @@ async def test_no_more_is_read_than_a_reply_may_hold_and_the_order_is_the_reques
         await get(1_200)
 
 
+@pytest.mark.parametrize("id_", ["i" * 600, " "])
+async def test_a_document_whose_id_would_be_refused_today_can_be_read_and_deleted(
+    tiny_bundle: Path, tiny_knowledge_base: Path, id_: str
+) -> None:
+    with sqlite3.connect(tiny_knowledge_base / FILE) as connection:  # as versions before wrote it
+        connection.execute("UPDATE documents SET id = ? WHERE id = 'd0'", (id_,))
+    connection.close()
+    async with (
+        running_server(tiny_bundle, str(tiny_knowledge_base), CONFIG) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        [stored] = (await stub.Get(kb.GetRequest(ids=[id_]))).documents
+        assert stored.id == id_
+        [deleted] = (await stub.Delete(kb.DeleteRequest(ids=[id_]))).results
+        assert deleted.outcome == kb.OUTCOME_DELETED
+
+
 async def test_describe_and_snapshot_tell_the_state(stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, tiny_place: Place) -> None:
     state = await stub.Describe(kb.DescribeKnowledgeBaseRequest())
     assert (state.documents, state.writable, len(state.embedder_fingerprint)) == (3, True, 64)
@@ -250,9 +274,10 @@ async def test_concurrent_writes_of_one_document_leave_one_of_them_whole(
     ("method", "request_", "field"),
     [
         ("Upsert", kb.UpsertRequest(), "documents"),
-        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(9)]), "documents"),
+        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(10)]), "documents"),
         ("Delete", kb.DeleteRequest(), "ids"),
         ("Get", kb.GetRequest(ids=[""]), "ids[0]"),
+        ("Get", kb.GetRequest(ids=["i" * 8_192, "i" * 8_193]), "ids[1]"),
         ("List", kb.ListRequest(page_size=0), "page_size"),
         ("List", kb.ListRequest(page_token="x"), "page_token"),
     ],

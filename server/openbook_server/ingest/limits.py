@@ -5,6 +5,7 @@ from __future__ import annotations
 from openbook_server.knowledge import Document
 
 MAX_ID_BYTES = 512
+MAX_STORED_ID_BYTES = 8_192  # of a document that was stored before ids were limited, and can still be read and deleted
 MAX_TITLE_BYTES = 2_048  # of which the embedder reads `TITLE_TOKENS`
 MAX_SOURCE_BYTES = 4_096  # the longest path of a file
 MAX_METADATA = 64  # entries
@@ -12,7 +13,9 @@ MAX_METADATA_BYTES = 16_384  # keys and values
 
 
 def excess(document: Document) -> tuple[str, str] | None:
-    """The field that holds too much, and what is wrong with it; None where none does."""
+    """The field that holds too much, or an id that holds nothing, and what is wrong with it; None where none is."""
+    if not document.id.strip():
+        return "id", "empty, or nothing but white space; give it another one"
     if (size := len(document.id.encode())) > MAX_ID_BYTES:
         return "id", f"{size} bytes exceed the limit of {MAX_ID_BYTES}; give it a shorter one: of a file, index a folder nearer to it"
     for field, text, limit in (("title", document.title, MAX_TITLE_BYTES), ("source", document.source, MAX_SOURCE_BYTES)):

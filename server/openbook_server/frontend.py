@@ -108,7 +108,7 @@ class Frontend:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Of what is served, or a look at it: it is not served by the pair of the moment, for it may wait until that one serves nobody."""
 
-        async def handle(parsed: Parsed[Request], context: Call) -> Reply:
+        async def handle(parsed: Parsed[Request], context: Call) -> bytes:
             return await self._reply(name, lambda _: method_of(self._generations), parsed, context, writes=False, counted=False)
 
         return grpc.unary_unary_rpc_method_handler(handle, **self._serialisers(kind))

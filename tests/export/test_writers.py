@@ -150,7 +150,7 @@ def test_one_language_model_graph_reads_a_text_at_once_and_goes_on_token_by_toke
 def test_the_manifest_states_gates_limits_and_digests(bundle: Bundle, generator: Path, language_model: Path) -> None:
     manifest, architecture = bundle.manifest, bundle.writers["generator"].architecture
     assert generator.parent.name == f"{architecture}0"
-    assert (bundle.reader, bundle.tasks) == (None, ("embed", "generate"))  # what a server does with it; it does not write yet
+    assert (bundle.reader, bundle.tasks) == (None, ("embed", "generate"))
     assert manifest["generator"] | {"passages": 2, "max_tokens": 64, "max_answer_tokens": 8} == manifest["generator"]
     assert manifest["language_model"]["passage_tokens"] == 16
     for model in ("generator_encoder", "language_model"):

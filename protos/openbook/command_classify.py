@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from openbook.client import Client
-from openbook.commands import FAILED, InputRow, add_server_arguments, condition, spent, work_through
+from openbook.commands import FAILED, InputRow, add_filter_argument, add_server_arguments, spent, work_through
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES, ClassifyOptions
 from openbook.results import Classified, Hit
@@ -42,14 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help="neighbours (default: as in training), or passages of evidence (default: 5)")
     parser.add_argument("--mode", choices=sorted(MODES), help="how evidence is found (default: hybrid); none labels texts by themselves")
     parser.add_argument("--label-key", metavar="KEY", help="metadata that hold neighbours' labels (default: as in the training data)")
-    parser.add_argument(
-        "--filter",
-        action="append",
-        type=condition,
-        default=[],
-        metavar="KEY=VALUE",
-        help="only documents whose metadata has this value; may be given several times, all must hold",
-    )
+    add_filter_argument(parser)
     add_server_arguments(parser)
 
 

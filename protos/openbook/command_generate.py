@@ -7,7 +7,7 @@ import json
 import sys
 
 from openbook.client import Client
-from openbook.commands import FAILED, add_server_arguments, condition, spent
+from openbook.commands import FAILED, add_filter_argument, add_server_arguments, spent
 from openbook.errors import ClientError
 from openbook.messages import MODES, GenerateOptions
 from openbook.results import Ending
@@ -32,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="the text ends before it; may be repeated")
     parser.add_argument("--top-k", type=int, metavar="N", help="passages that are read, at most as many as in training (the default)")
     parser.add_argument("--mode", choices=sorted(MODES), help="how passages are found (default: hybrid); none reads none")
-    parser.add_argument(
-        "--filter",
-        action="append",
-        type=condition,
-        default=[],
-        metavar="KEY=VALUE",
-        help="only documents whose metadata has this value; may be given several times, all must hold",
-    )
+    add_filter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the whole as JSON when it is written")
     add_server_arguments(parser)
 

@@ -54,6 +54,14 @@ def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iter
     parser.add_argument("--top-k", type=int, metavar="N", help=f"passages {what} (default: 5)")
     parser.add_argument("--mode", choices=sorted(modes), help="how passages are found (default: hybrid)")
     parser.add_argument("--fusion", choices=sorted(FUSIONS), help="how the hybrid mode makes one ranking of two (default: weighted)")
+    add_filter_argument(parser)
+    parser.add_argument("--min-score", type=float, metavar="SCORE", help="only passages that score as much or more")
+    parser.add_argument("--diversity", type=float, metavar="0..1", help="how much a passage loses for being like a better one (default: 0)")
+    parser.add_argument("--ef", type=int, metavar="N", help="candidates of the dense index; more is slower and more exact")
+
+
+def add_filter_argument(parser: argparse.ArgumentParser) -> None:
+    """`filter` becomes a list of the (key, value) pairs that must all hold."""
     parser.add_argument(
         "--filter",
         action="append",
@@ -62,9 +70,6 @@ def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iter
         metavar="KEY=VALUE",
         help="only documents whose metadata has this value; may be given several times, all must hold",
     )
-    parser.add_argument("--min-score", type=float, metavar="SCORE", help="only passages that score as much or more")
-    parser.add_argument("--diversity", type=float, metavar="0..1", help="how much a passage loses for being like a better one (default: 0)")
-    parser.add_argument("--ef", type=int, metavar="N", help="candidates of the dense index; more is slower and more exact")
 
 
 def search_options(arguments: argparse.Namespace) -> SearchOptions:

@@ -25,7 +25,7 @@ from openbook_server.models import Models
 from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, passage_probabilities, rank_answers
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
-from openbook_server.turns import Turns
+from openbook_server.turns import in_turns
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
 FEW_PAIRS = 16  # are put together sooner than the queue is asked whether it would take them
@@ -117,11 +117,7 @@ class Pipeline:
         """The first `count` hits of each question, all of them read, in the order of their probability; then the others."""
         asked = [_Asked(row, hits[:count]) for row, hits in zip(rows, found, strict=True)]
         await self._read(asked, None, deadline, timings)
-        ranked: list[list[Hit]] = []
-        turns = Turns()
-        for one, rest in zip(asked, found, strict=True):
-            ranked.append(self._posterior(one)[0] + rest[count:])
-            await turns.pause()
+        ranked = [self._posterior(one)[0] + rest[count:] async for one, rest in in_turns(zip(asked, found, strict=True))]
         timings.rank += timings.lap()
         return ranked
 
@@ -145,24 +141,20 @@ class Pipeline:
             for end in (*READ_FIRST, None) if settling else (None,):
                 await self._read(unsettled, end, deadline, timings)
                 left: list[_Asked] = []
-                turns = Turns()
-                for one in unsettled:
+                async for one in in_turns(unsettled):
                     self._rank(one, max_answers)
                     if settling and not self._is_settled(one, settling):
                         left.append(one)
-                    await turns.pause()
                 timings.rank += timings.lap()
                 unsettled = left
                 if not unsettled:
                     break
         answered: list[QuestionAnswered] = []
-        turns = Turns()
-        for one in asked:
+        async for one in in_turns(asked):
             ranked, order = self._posterior(one)
             answers = [replace(answer, best=answer.best._replace(passage=order.index(answer.best.passage))) for answer in one.answers]
             self._observe(len(one.readings))
             answered.append(QuestionAnswered(ranked, len(one.readings), answers, one.no_answer_probability))
-            await turns.pause()
         timings.rank += timings.lap()
         return answered
 
@@ -177,24 +169,21 @@ class Pipeline:
 
     async def _read(self, asked: Sequence[_Asked], end: int | None, deadline: float, timings: Timings) -> None:
         """Read those of the first `end` hits of each question (None = of all) that are not read yet."""
-        limit, turns = self._reader.max_tokens, Turns()
+        limit = self._reader.max_tokens
         least = [len(one.row.ids) for one in asked for _ in one.hits[len(one.readings) : end]]  # tokens of each pair
         if len(least) > FEW_PAIRS:
             self._models.check("reader", least, deadline=deadline)
         pairs: list[tuple[_Asked, Pair]] = []
-        for one in asked:
+        async for one in in_turns(asked):
             passages = [hit.passage for hit in one.hits[len(one.readings) : end]]
             texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
             pairs += [(one, pair) for pair in self._encoder.pairs(one.row, texts, limit, kept)]
-            await turns.pause()
         timings.tokenise += timings.lap()
         outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
         timings.read += timings.lap()
         timings.queue += 1000 * outcome.queued_seconds
-        turns = Turns()
-        for (one, pair), outputs in zip(pairs, outcome.rows, strict=True):
+        async for (one, pair), outputs in in_turns(zip(pairs, outcome.rows, strict=True)):
             one.readings.append(reading_of(pair, outputs, len(one.readings)))
-            await turns.pause()
 
     def _rank(self, one: _Asked, max_answers: int) -> None:
         read = one.hits[: len(one.readings)]

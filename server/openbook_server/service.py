@@ -25,7 +25,7 @@ from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
 from openbook_server.replies import to_answer_result, to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
-from openbook_server.turns import Turns
+from openbook_server.turns import in_turns
 from openbook_server.validation import SPLIT, Validated, bounded, refused_first, validate_texts
 from openbook_server.wire import Parsed
 
@@ -90,10 +90,8 @@ class Service:
             retrieved, top_k = found, options.top_k if options else 0
             if rerank:
                 found = await self._pipeline.rerank(valid.rows, found, rerank, deadline, timings)
-            turns = Turns()
-            for at, hits in zip(valid.kept, found, strict=True):
+            async for at, hits in in_turns(zip(valid.kept, found, strict=True)):
                 results[at].hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
-                await turns.pause()
             self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)
         return pb.SearchResponse(
             results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)
@@ -114,10 +112,8 @@ class Service:
             answered = await self._pipeline.answer(
                 valid.texts, valid.rows, options, max_answers, deadline, timings, settle=not request.read_all
             )
-            turns = Turns()
-            for at, outcome in zip(valid.kept, answered, strict=True):
+            async for at, outcome in in_turns(zip(valid.kept, answered, strict=True)):
                 results[at].CopyFrom(to_answer_result(outcome, omit_text=request.omit_text))
-                await turns.pause()
             self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered, read_all=request.read_all)
         return pb.AnswerResponse(
             results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)

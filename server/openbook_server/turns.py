@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterable
+from typing import TypeVar
 
 TURN = 0.005  # seconds
 
+T = TypeVar("T")
 
-class Turns:
-    """Of one piece of work; the first begins with it."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-
-    async def pause(self) -> None:
-        """Between two steps of the work: where its turn was long enough, everybody else has one."""
-        if time.perf_counter() - self._began > TURN:
+async def in_turns(steps: Iterable[T]) -> AsyncIterator[T]:
+    """What one piece of work goes through, step by step: behind a step that ends a turn, everybody else has one."""
+    began = time.perf_counter()
+    for step in steps:
+        yield step
+        if time.perf_counter() - began > TURN:
             await asyncio.sleep(0)
-            self._began = time.perf_counter()
+            began = time.perf_counter()

@@ -198,9 +198,8 @@ def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Ite
     if not isinstance(row, dict):
         return Unreadable("not a table of named values", f"row {number}")
     given = row.get("_id", row.get("id"))
-    extra = dict(row["metadata"]) if isinstance(row.get("metadata"), dict) else {}
-    named = {"_id", "id", "text", *(["metadata"] if isinstance(row.get("metadata"), dict) else [])}
-    others = {key: value for key, value in row.items() if key not in named}
+    others = {key: value for key, value in row.items() if key not in {"_id", "id", "text"}}
+    extra = dict(others.pop("metadata")) if isinstance(row.get("metadata"), dict) else {}
     if isinstance(row.get("text"), str):
         text = row["text"]
         extra |= {key: value for key, value in others.items() if key != "title"}

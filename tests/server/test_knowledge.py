@@ -298,6 +298,7 @@ def test_deletions_alone_make_a_graph_of_mostly_deleted_rows_be_built_again(tmp_
         graph = knowledge_base._index._graph
         assert (len(graph.live) + graph.deleted if graph else 0) == kept
         assert found(knowledge_base, "words", vectors[49], "dense", top_k=50)[:1] == ids[49:] * (gone < 50)
+    knowledge_base.close()
 
 
 class FullDisk:

@@ -13,7 +13,7 @@ from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.records import Fusion, Hit, Passage, SearchOptions
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
-LEXICAL_WEIGHT = 0.02
+LEXICAL_WEIGHT = 0.01
 RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
 SHORTLIST = 30  # of the fused ones that are compared word by word, at least
@@ -53,7 +53,7 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     order = [key for key in pool if key in passages]  # the others were deleted since they were found
     overlap: Sequence[float | None] = [None] * len(order)
     if options.mode == "hybrid" and options.fusion == "weighted":
-        overlap = overlaps(question, [passages[key].word_line for key in order])
+        overlap = overlaps(question, [passages[key].stem_lines for key in order])
     hits = {
         key: Hit(passages[key], scores[key] + (bonus or 0.0), dense.get(key), lexical.get(key), bonus)
         for key, bonus in zip(order, overlap, strict=True)

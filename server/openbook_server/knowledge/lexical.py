@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+import tantivy
+
+from openbook_server.sentences import sentences
 
 MAX_TERMS = 32  # of a question; the rest of a longer one is left out, rare words are not known to come first
+_LONGEST_WORD = 128  # bytes; a longer one is no word
 _WORD = re.compile(r"\w+")
 # Words that nearly every passage holds: they cost time and move no ranking.
 _STOP_WORDS = frozenset(
@@ -24,9 +30,25 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def word_line(text: str) -> str:
-    """The words of a text in order, each between two spaces: what a phrase's words are found in as they would be in a string."""
-    return f" {' '.join(words(text))} "
+def analyser() -> Any:
+    """Texts to words without case and accents, as English stems (Snowball's Porter2)."""
+    builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple()).filter(tantivy.Filter.remove_long(_LONGEST_WORD))
+    builder = builder.filter(tantivy.Filter.lowercase()).filter(tantivy.Filter.ascii_fold())
+    return builder.filter(tantivy.Filter.stemmer("english")).build()
+
+
+_analyser = analyser()
+
+
+def stems(text: str) -> list[str]:
+    """The stems of a text's words in order."""
+    found: list[str] = _analyser.analyze(text)
+    return found
+
+
+def stem_lines(text: str) -> str:
+    """A line for each sentence of a text: its stems, each between two spaces, so that a phrase's stems are found as a string is."""
+    return "\n".join(f" {' '.join(stems(text[start:end]))} " for start, end in sentences(text))
 
 
 def content_words(asked: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from openbook_server.knowledge.filters import Filter
-from openbook_server.knowledge.lexical import searched_text, word_line
+from openbook_server.knowledge.lexical import searched_text, stem_lines
 
 SearchMode = Literal["hybrid", "dense", "lexical"]
 Fusion = Literal["weighted", "reciprocal_rank"]
@@ -50,14 +50,14 @@ class Passage:
     source: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     tokens: bytes = field(default=b"", compare=False, repr=False)  # of the text, see `TextEncoder.kept`; empty = nobody made them
-    _word_line: str = field(default="", init=False, compare=False, repr=False)  # once asked for
+    _stem_lines: str = field(default="", init=False, compare=False, repr=False)  # once asked for
 
     @property
-    def word_line(self) -> str:
-        """The text's words; made when first asked for, and about as long as the text."""
-        if not self._word_line:
-            object.__setattr__(self, "_word_line", word_line(self.text))
-        return self._word_line
+    def stem_lines(self) -> str:
+        """The stems of the text's sentences; made when first asked for, and about as long as the text."""
+        if not self._stem_lines:
+            object.__setattr__(self, "_stem_lines", stem_lines(self.text))
+        return self._stem_lines
 
     @property
     def searched_text(self) -> str:

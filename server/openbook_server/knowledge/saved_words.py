@@ -19,6 +19,7 @@ import tantivy
 
 from openbook_server.bundle import file_digest
 from openbook_server.durable import publish
+from openbook_server.knowledge.lexical import analyser, stems
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,7 @@ _NOTE, _ROWS = "openbook.json", "rows.npy"
 _VERSION = 1  # of the schema and the analysis below; an index of another one is built again
 _HEAP_BYTES = 32 * 1024 * 1024  # of tantivy's writer
 _SELECTED = 5_000  # rows that are named to tantivy one by one; more are picked from what it finds
-_LONGEST_WORD = 128  # bytes; a longer one is no word
 _Query = tantivy.Query
-
-
-def analyser() -> Any:
-    """Texts to words without case and accents, as English stems (Snowball's Porter2)."""
-    builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple()).filter(tantivy.Filter.remove_long(_LONGEST_WORD))
-    builder = builder.filter(tantivy.Filter.lowercase()).filter(tantivy.Filter.ascii_fold())
-    return builder.filter(tantivy.Filter.stemmer("english")).build()
 
 
 def _schema() -> Any:
@@ -137,7 +130,7 @@ def save(folder: Path, base: SavedWords | None, texts: Iterable[tuple[int, str]]
             index.register_tokenizer("stems", analyser())
         else:
             index = base.index
-        stems_of, stems = analyser(), base.stems if base else 0
+        count = base.stems if base else 0
         rows = list(base.rows) if base else []
         writer = index.writer(_HEAP_BYTES, 1)
         for row, text in texts:
@@ -146,20 +139,20 @@ def save(folder: Path, base: SavedWords | None, texts: Iterable[tuple[int, str]]
             document.add_text("text", text)
             writer.add_document(document)
             rows.append(row)
-            stems += len(stems_of.analyze(text))
+            count += len(stems(text))
         writer.commit()
         writer.wait_merging_threads()
         np.save(target / _ROWS, np.array(sorted(rows), np.int64))
         known = base.digests if base else {}
         digests = {file.name: _digest_of(file, known) for file in target.iterdir() if file.suffix != ".lock" and file.name != _NOTE}
         aside = target / (_NOTE + ".new")
-        aside.write_text(json.dumps({"version": _VERSION, "stems": stems, "files": digests}))
+        aside.write_text(json.dumps({"version": _VERSION, "stems": count, "files": digests}))
         publish(aside, target / _NOTE)
         if base is None:
             shutil.rmtree(folder, ignore_errors=True)
             target.rename(folder)
             index = tantivy.Index.open(str(folder))
-        return _opened(folder, index, stems, digests)
+        return _opened(folder, index, count, digests)
     except (OSError, ValueError) as error:  # tantivy raises either
         raise OSError(f"the index of words could not be saved in {folder}: {error}") from error
 

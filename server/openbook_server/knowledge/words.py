@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from openbook_server.knowledge import saved_words
-from openbook_server.knowledge.lexical import question_words
+from openbook_server.knowledge.lexical import question_words, stems
 from openbook_server.knowledge.word_buffer import WordBuffer, idf
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ class WordIndex:
             last: number of the row that was stored last, whether it still is or not.
         """
         self._folder, self._buffer_limit = folder / FOLDER, buffer_limit
-        self._analyser = saved_words.analyser()
         self._writing = threading.RLock()  # of who adds, deletes or saves
         self._lock = threading.Lock()  # of the two halves
         self._buffer = WordBuffer()
@@ -60,9 +59,9 @@ class WordIndex:
 
     def add(self, rows: Sequence[int], texts: Sequence[str]) -> None:
         """Make rows searchable at once, in memory; none of them may be in the index. `settle` is to be called afterwards."""
-        stems = [self._analyser.analyze(text) for text in texts]
+        analysed = [stems(text) for text in texts]
         with self._writing, self._lock:
-            for row, text, found in zip(rows, texts, stems, strict=True):
+            for row, text, found in zip(rows, texts, analysed, strict=True):
                 self._buffer.add(row, found)
                 self._fresh[row] = text
 
@@ -91,13 +90,13 @@ class WordIndex:
         Args:
             allowed: only these rows; None = all.
         """
-        stems = list(dict.fromkeys(self._analyser.analyze(" ".join(question_words(question)))))
+        asked = list(dict.fromkeys(stems(" ".join(question_words(question)))))
         with self._lock:  # a row that moves from one half to the other is in exactly one of them
             saved, gone, buffer = self._saved, self._gone, self._buffer
             rows, held = len(buffer) + (len(saved.rows) if saved else 0), {}
             if saved:
-                held = {stem: count for stem in stems if (count := saved.holding(stem))}
-            weights = {stem: idf(held.get(stem, 0) + buffer.holding(stem), rows) for stem in stems}
+                held = {stem: count for stem in asked if (count := saved.holding(stem))}
+            weights = {stem: idf(held.get(stem, 0) + buffer.holding(stem), rows) for stem in asked}
             average = (buffer.stems + (saved.stems if saved else 0)) / max(rows, 1)
             found = buffer.scores(weights.items(), average, allowed)
         if saved and held:

@@ -24,7 +24,7 @@ from openbook_server.knowledge.lexical import analyser, stems
 log = logging.getLogger(__name__)
 
 _NOTE, _ROWS = "openbook.json", "rows.npy"
-_VERSION = 1  # of the schema and the analysis below; an index of another one is built again
+_VERSION = 1  # of the schema below and of `analyser`; an index of another one is built again
 _HEAP_BYTES = 32 * 1024 * 1024  # of tantivy's writer
 _SELECTED = 5_000  # rows that are named to tantivy one by one; more are picked from what it finds
 _Query = tantivy.Query

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 import heapq
 import itertools
 import math
@@ -40,6 +39,8 @@ class Lane(IntEnum):
 
 _SHARE = {Lane.FOREGROUND: 1, Lane.BACKGROUND: 8}  # a lane's batches hold this fraction of the token budget
 _LONGEST = 0.25  # seconds that a batch of several rows may last
+_DUE_STEP = 0.05  # seconds; deadlines as near to each other as this count as one where it is asked what is due before another
+_NEVER = 1e9  # seconds of a monotonic clock
 _WORTH = 4  # a batch that lasts this part of what it may is worth running
 
 
@@ -85,11 +86,10 @@ class Backlog:
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
         self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
-        # What `wait` found since the last change, for under load it is asked more often than that: seconds by lane, and the foreground's
-        # deadlines in order with the tokens that are due until each.
-        self._waits: dict[Lane, float] = {}
-        self._due: tuple[list[float], list[int]] | None = None
-        self._latest = 0.0  # no foreground row has a later deadline
+        self._waits: dict[
+            Lane, float
+        ] = {}  # seconds by lane, as `wait` found them since the last change: under load it is asked more often
+        self._due: Counter[int] = Counter()  # padded tokens of the foreground by when they are due, in steps of `_DUE_STEP`
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 
     def __len__(self) -> int:
@@ -102,25 +102,17 @@ class Backlog:
             self._waiting[job.graph, job.lane, length] += 1
         self.rows[job.lane] += len(lengths)
         if job.lane is Lane.FOREGROUND:
-            self._latest = max(self._latest, job.deadline)
-        self._changed()
+            self._due[_step(job.deadline)] += sum(lengths)
+        self._waits.clear()
 
     def wait(self, lane: Lane, deadline: float = math.inf) -> float:
         """Seconds until everything is done that goes before a new job of a lane; in the background, whatever its deadline."""
         if lane not in self._waits:
             self._waits[lane] = self.predict(self._waiting, lane)
-        if lane is Lane.BACKGROUND or deadline >= self._latest or not self.rows[lane]:
+        if lane is Lane.BACKGROUND or not self._due:
             return self._waits[lane]
-        if self._due is None:
-            due = sorted((entry[1], length) for (_, length), heap in self._groups.items() for entry in heap if entry[0] is lane)
-            self._due = [one for one, _ in due], list(itertools.accumulate(length for _, length in due))
-        deadlines, tokens = self._due
-        earlier = bisect.bisect_right(deadlines, deadline)
-        return self._waits[lane] * tokens[earlier - 1] / tokens[-1] if earlier else 0.0
-
-    def _changed(self) -> None:
-        self._waits.clear()
-        self._due = None
+        last = _step(deadline)
+        return self._waits[lane] * sum([tokens for step, tokens in self._due.items() if step <= last]) / self._due.total()
 
     def predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
         """Seconds until those of the rows (by graph, lane, padded length) are done that run before anything of a lane below."""
@@ -149,6 +141,8 @@ class Backlog:
             lane, deadline, _, number, job = heapq.heappop(heap)
             self.rows[lane] -= 1
             self._waiting[graph, lane, length] -= 1
+            if lane is Lane.FOREGROUND:
+                self._due[_step(deadline)] -= length
             if job.is_over:
                 continue
             if not batch:
@@ -167,12 +161,14 @@ class Backlog:
             batch.append((number, job))
         if not heap:
             del self._groups[key]
-        self._waiting = +self._waiting  # without those that are empty
-        if not self.rows[Lane.FOREGROUND]:
-            self._latest = 0.0
-        self._changed()
+        self._waiting, self._due = +self._waiting, +self._due  # without those that are empty
+        self._waits.clear()
         return Batch(graph, length, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
 
     def _most(self, lane: Lane, length: int) -> int:
         """Rows of a length that a lane's batch may hold."""
         return max(1, self._budget // _SHARE[lane] // length)
+
+
+def _step(deadline: float) -> int:
+    return math.floor(min(deadline, _NEVER) / _DUE_STEP)

@@ -32,6 +32,7 @@ from openbook_server.backlog import Arrays, Backlog, Job, Lane
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from openbook_server.priority import give_way
 from openbook_server.rows import Row
 
 log = logging.getLogger(__name__)
@@ -72,16 +73,18 @@ class Engine:
         max_batch_tokens: int,
         max_queued: int,
         sessions: int = 1,
+        gives_way: bool = False,
         observe: Callable[[str, int, int, float], None] = lambda graph, rows, tokens, seconds: None,
     ) -> None:
         """Args:
         sessions: batches that the device runs at once.
+        gives_way: whether other threads go first, where batches are computed by the processor that they need.
         observe: told of every batch, for metrics: graph, rows, padded tokens, seconds; from several threads.
         """
         self._graphs: dict[str, Runnable] = {}
         self._costs: dict[str, BatchCost] = {}
         self._backlog = Backlog(self._costs, max_batch_tokens=max_batch_tokens)
-        self._max_queued, self._observe = max_queued, observe
+        self._max_queued, self._gives_way, self._observe = max_queued, gives_way, observe
         self._busy_until = [0.0] * sessions  # when the batch of each session ends, as far as is known
         self._idle = 0  # sessions that wait for work
         self._ran: dict[str, float] = {}  # when each graph last did
@@ -171,7 +174,7 @@ class Engine:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
+        wait = self._wait(lane, deadline, now)
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         again = max(wait, _SOONEST)
@@ -192,6 +195,16 @@ class Engine:
                 retry_after_seconds=again,
             )
 
+    def crowded(self, left: float) -> float:
+        """The seconds of queue for which a question due in `left` seconds is refused, whatever its rows are; 0.0 where it may be taken."""
+        now = time.monotonic()
+        with self._wake:
+            wait = self._wait(Lane.FOREGROUND, now + left, now)
+            return max(wait, _SOONEST) if _CAUTION * wait > left or self.queued >= self._max_queued else 0.0
+
+    def _wait(self, lane: Lane, deadline: float, now: float) -> float:
+        return (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
+
     def _is_known(self, graph: str, now: float) -> bool:
         """Whether what a graph costs was learned lately."""
         return now - self._ran.get(graph, 0.0) < _KNOWN
@@ -205,6 +218,8 @@ class Engine:
             thread.join()
 
     def _loop(self, number: int) -> None:
+        if self._gives_way:
+            give_way()
         while True:
             with self._wake:
                 while not self._closed and (not self.queued or self._pause()):

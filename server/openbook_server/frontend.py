@@ -6,7 +6,9 @@ UNAVAILABLE with a time to come back.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -26,6 +28,7 @@ from openbook_server.listening import REQUESTS_A_ROW, max_wire_bytes
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
 from openbook_server.served import NO_KNOWLEDGE_BASE, Served
+from openbook_server.shedding import Shedding
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
 
@@ -35,6 +38,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["OpenBook"].full_name
 KNOWLEDGE_SERVICE = kb.DESCRIPTOR.services_by_name["KnowledgeBase"].full_name
 
 WAITING = ("Embed", "Search", "Answer", "Classify", "Generate")  # what waits for the models
+_STEP = 0.1  # seconds by which the lengths of the queue differ that callers are told
 
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
@@ -54,6 +58,7 @@ class Frontend:
         self.refusal = "the server is starting"  # told to callers while nothing is served
         problem = "more calls come in than can be read; try again in 1 s, or another server"
         self._unread = grpc_status(Overloaded(problem, retry_after_seconds=1.0))
+        self.shedding = Shedding()
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -87,13 +92,20 @@ class Frontend:
             grpc.method_handlers_generic_handler(KNOWLEDGE_SERVICE, writes),
         )
 
-    def unread(self, path: str) -> grpc.Status | None:
-        """What a call gets that came too late to be read; None of a method that everybody depends on, or that changes something."""
+    def unread(self, path: str, left: float | None, lag: float) -> grpc.Status | None:
+        """What a call gets at sight, see `RpcServer.refusal`; None of a method that everybody depends on, or that changes something."""
         name = path.removeprefix(f"/{SERVICE}/")
         if name not in WAITING:
             return None
-        self._metrics.observe_request(name, self._unread.code.name, 0.0, Timings())
-        return self._unread
+        left, now, status = self._allowed(left), time.monotonic(), None
+        if self.shedding.is_late(left, lag, now):
+            status = self._unread
+        elif wait := self.shedding.wait(left, now):
+            self.shedding.count(now)
+            status = _queued(math.ceil(wait / _STEP))
+        if status is not None:
+            self._metrics.observe_request(name, status.code.name, 0.0, Timings())
+        return status
 
     def _unary(
         self, name: str, kind: type[Request], method_of: Callable[[Served], Method[Request, Reply]], *, writes: bool = False
@@ -192,6 +204,8 @@ class Frontend:
             status = grpc.StatusCode.OK
         except OpenBookError as error:
             status = error.status
+            if isinstance(error, Overloaded):
+                self.shedding.count(time.monotonic())
             await context.abort_with_status(grpc_status(error))
         except Exception as error:  # a defect of ours: logged whole, reported without internals
             log.exception("%s failed", name)
@@ -211,6 +225,16 @@ class Frontend:
         return NotServing(f"{self.refusal}; try again, or another server", retry_after_seconds=1.0)
 
     def _deadline(self, context: Call) -> float:
-        left = context.time_remaining()
-        allowed = self._config.default_deadline_seconds if left is None else min(left, self._config.max_deadline_seconds)
-        return time.monotonic() + allowed
+        return time.monotonic() + self._allowed(context.time_remaining())
+
+    def _allowed(self, left: float | None) -> float:
+        """Seconds that a call may take whose caller waits so long."""
+        return self._config.default_deadline_seconds if left is None else min(left, self._config.max_deadline_seconds)
+
+
+@functools.lru_cache(256)
+def _queued(steps: int) -> grpc.Status:
+    """For calls that are not read; made once for each of few lengths of the queue, for making it takes longer than all else about them."""
+    wait = steps * _STEP
+    problem = f"the queue needs about {wait:.1f} s, too long for the deadline or too much to hold; try again in {wait:.1f} s"
+    return grpc_status(Overloaded(problem, retry_after_seconds=wait))

@@ -23,20 +23,17 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # the stubs stop at grpcio's public face
 
-from openbook_server.call import NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Methods, too_many
+from openbook_server.call import NEVER, NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Methods, too_many
 
 log = logging.getLogger(__name__)
 
 EXPECTED = 16  # calls that the core may hand over before it is asked for more
 TURN = 64  # events taken before whatever else the loop has to do gets its turn
 _LAST_WORD = 0.1  # seconds in which those who watch health hear that the server stops
-_LATE = 0.005  # seconds left of a call that was not read in time
-_WARY = 5.0  # seconds for which one such call makes wary
-_LAG = 0.05  # of the time that its caller still waits, a call may lie unread then
 _FLAGS = 0
 
 Otherwise = Callable[["CoreCall", set[Any]], None]
-Refusal = Callable[[str], grpc.Status | None]
+Refusal = Callable[[str, float | None, float], grpc.Status | None]
 
 
 class RpcServer:
@@ -64,9 +61,10 @@ class RpcServer:
         self._drained = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._wait, name="grpc", daemon=True)
         self._stopping = False
-        self._wary_until = 0.0  # monotonic
         self._behind: float | None = None  # since when more calls come in than the loop keeps up with; monotonic
-        self.refusal: Refusal | None = None  # by path, what calls get that came too late; None where they are served all the same
+        # What a call gets unread, None where it is served: by its path, the seconds that its caller still waits (None = for ever), and the
+        # seconds for which more calls have been coming in than the loop keeps up with.
+        self.refusal: Refusal = lambda path, left, lag: None
         self.calls: set[Any] = set()  # that are being served
 
     def listen(self, address: str) -> int:
@@ -155,23 +153,12 @@ class RpcServer:
             call.end(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_SUCH_METHOD)
         elif len(self.calls) >= self._max_calls:
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], too_many(self._max_calls))
-        elif self._behind and (status := self._too_late(call, self._behind)):
+        elif status := self.refusal(call.path, call.time_left(), time.monotonic() - self._behind if self._behind else 0.0):
             call.end(status.code.value[0], status.details, status.trailing_metadata)
         elif handler is not None:
             _ServedCall(call, handler, self.calls).begin()
         elif self._otherwise is not None:
             self._otherwise(call, self.calls)
-
-    def _too_late(self, call: CoreCall, behind: float) -> grpc.Status | None:
-        """Calls are read in the order in which they came. Where that takes longer than their callers wait, all that is read is read for
-        nothing, and so is the next: so once calls came too late, for a while those are let go unread for whom the loop has been behind too
-        long, until it has caught up."""
-        left, now = call.deadline - time.time(), time.monotonic()
-        if left < _LATE:
-            self._wary_until = now + _WARY
-        if self.refusal is None or now >= self._wary_until or now - behind < _LAG * left:
-            return None
-        return self.refusal(call.path)
 
 
 class CoreCall:
@@ -216,6 +203,10 @@ class CoreCall:
     @property
     def ended(self) -> bool:
         return self._ended
+
+    def time_left(self) -> float | None:
+        """Seconds until the caller's deadline, negative when it has passed; None = it has none."""
+        return None if self.deadline > NEVER else self.deadline - time.time()
 
     def _opening(self) -> tuple[Any, ...]:
         if self._answered:

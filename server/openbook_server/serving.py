@@ -35,6 +35,7 @@ from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.listening import Listen, listen_on_port
 from openbook_server.metrics import Metrics
 from openbook_server.pair import Pair, Shared, load_graphs
+from openbook_server.priority import give_way, put_loop_first
 from openbook_server.runtime import Device, Graph, choose_device
 from openbook_server.succession import Succession
 
@@ -77,11 +78,13 @@ async def running_server(
             max_batch_tokens=config.max_batch_tokens,
             max_queued=config.max_queued,
             sessions=loaded.device.sessions,
+            gives_way=loaded.device.computes_here,
             observe=metrics.observe_batch,
         )
+        frontend.shedding.crowded = engine.crowded
         # Only this machine may write, unless the operator says otherwise: there is no authentication.
         writable = not config.read_only and (config.writable or config.host in LOOPBACK)
-        with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread:
+        with ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=give_way) as thread:
             shared = Shared(config, loaded.device, engine, metrics, thread, writable)
             first = Pair(loaded.bundle, loaded.graphs, loaded.knowledge_base, shared)
             succession = _succession(first, shared, frontend)
@@ -122,6 +125,7 @@ async def running_server(
 
 async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
+    put_loop_first()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)

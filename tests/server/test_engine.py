@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,6 +17,7 @@ from openbook_server.buckets import FINE
 from openbook_server.costs import BatchCost
 from openbook_server.engine import Engine, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from openbook_server.priority import NICE
 from openbook_server.rows import Row, collate
 
 POISON = 666
@@ -172,6 +175,25 @@ async def test_rows_yet_to_come_are_refused_as_those_that_are_there(engine: Engi
     assert engine.queued == 19
     graph.let(100)
     await asyncio.gather(first, waiting)
+
+
+async def test_a_queue_is_crowded_for_those_whom_it_would_refuse_whatever_they_ask(engine: Engine, graph: GatedGraph) -> None:
+    for rows in [1, 2, 4, 8] * 50:
+        engine._costs["embedder"].learn(rows, 4, 1.0 * rows)
+    assert engine.crowded(0.001) == 0.0  # nothing waits
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    assert engine.crowded(0.001) > 0.0  # a batch runs that is known to take a second
+    waiting = await start(engine, *[row(2)] * 10, deadline=time.monotonic() + 600)
+    assert engine.crowded(601.0) == 0.0  # it can wait
+    assert engine.crowded(10.0) == 0.0  # it would go before those that wait
+    hurried = await start(engine, *[row(3)] * 5, deadline=time.monotonic() + 8)
+    assert 4.0 < engine.crowded(9.0) < 7.0  # not before these, which take five seconds and what is left of the one that runs
+    full = await start(engine, *[row(4)] * 5)
+    assert engine.queued == 20
+    assert engine.crowded(1e6) > 0.0  # there is no room
+    graph.let(100)
+    await asyncio.gather(first, waiting, hurried, full)
 
 
 async def test_a_deadline_in_the_past_is_refused_before_the_queue(engine: Engine) -> None:
@@ -387,3 +409,22 @@ async def test_background_rows_fill_at_most_half_of_the_queue(engine: Engine, gr
     await asyncio.sleep(0)
     graph.let(100)
     await asyncio.gather(running, bulk, asked)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+async def test_where_batches_are_computed_by_the_processor_other_threads_go_first() -> None:
+    found: list[int] = []
+
+    class Graph(GatedGraph):
+        def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
+            found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return super().run_rows(rows, length)
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    for gives_way in (False, True):
+        graph = Graph()
+        graph.let(1)
+        engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20, gives_way=gives_way)
+        await engine.submit("embedder", [row(1)], deadline=soon())
+        await asyncio.to_thread(engine.close)
+    assert found == [own, min(19, own + NICE)]

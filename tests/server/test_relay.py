@@ -15,8 +15,10 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 from openbook_server.call import Call
+from openbook_server.errors import Overloaded
 from openbook_server.frontends import link
 from openbook_server.frontends.records import WINDOW, Connection, Ending, Kind, Opening
+from openbook_server.status import grpc_status
 
 if TYPE_CHECKING:
     from conftest import Behind
@@ -93,6 +95,32 @@ def test_openings_and_endings_arrive_as_they_were_sent(message: bytes | None) ->
     for metadata in ([], [("reason", "tést"), ("details-bin", b"\0\xff"), ("empty", "")]):
         ending = Ending(9, "nöt now", metadata, message)
         assert Ending.decoded(b"".join(ending.encoded())) == ending
+
+
+async def test_a_call_that_is_refused_at_sight_never_reaches_its_handler(behind: Behind) -> None:
+    methods = Methods()
+    async with (
+        behind.engine([methods.handler()]) as relay,
+        behind.front_end([]) as front_end,
+        channel_to(front_end.port) as channel,
+    ):
+        asked: list[tuple[str, float | None]] = []
+
+        def refuse(path: str, left: float | None, lag: float) -> grpc.Status | None:
+            asked.append((path, left))
+            return grpc_status(Overloaded("too many", retry_after_seconds=2.0))
+
+        relay.refusal = refuse
+        wait = channel.unary_unary("/test.Methods/Wait")
+        assert await refusal(wait(b"x", timeout=WAIT)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", 2.0)
+        assert await refusal(wait(b"x")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", 2.0)
+        [(path, left), (_, never)] = asked
+        assert path == "/test.Methods/Wait"
+        assert left is not None
+        assert 0 < left <= WAIT
+        assert never is None
+        assert not methods.entered.is_set()
+        assert not relay.calls
 
 
 async def test_a_lost_engine_fails_its_calls_and_the_next_one_answers(behind: Behind) -> None:

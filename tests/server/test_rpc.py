@@ -18,6 +18,7 @@ from openbook_server.call import Call
 from openbook_server.config import ServerConfig
 from openbook_server.listening import Port
 from openbook_server.rpc import RpcServer
+from openbook_server.shedding import Shedding
 
 if TYPE_CHECKING:
     from conftest import Behind
@@ -259,7 +260,8 @@ class Flooded:
 
     def __init__(self) -> None:
         self._sent = threading.Event()
-        self.asked: list[str] = []
+        self.shedding = Shedding()
+        self.refused: list[str] = []
         self.server = RpcServer([self._handler()], options=[], max_calls=10_000)
         self.server.refusal = self._refuse
         self.port = self.server.listen("127.0.0.1:0")
@@ -275,10 +277,12 @@ class Flooded:
         }
         return grpc.method_handlers_generic_handler("test.Echo", methods)
 
-    def _refuse(self, path: str) -> grpc.Status | None:
-        self.asked.append(path)
-        refused = Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="too late")
-        return None if path.endswith("Needed") else rpc_status.to_status(refused)
+    def _refuse(self, path: str, left: float | None, lag: float) -> grpc.Status | None:
+        assert left is not None
+        if path.endswith("Needed") or not self.shedding.is_late(left, lag, time.monotonic()):
+            return None
+        self.refused.append(path)
+        return rpc_status.to_status(Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="too late"))
 
     def flood(self, calls: list[tuple[str, float]]) -> list[grpc.StatusCode]:
         """The codes of calls, each of a method and with seconds that its caller waits; the loop is held for 1.5 s."""
@@ -307,4 +311,4 @@ async def test_a_loop_that_is_behind_reads_every_call_while_none_comes_too_late(
     codes = await asyncio.to_thread(flooded.flood, [("Echo", 30.0)] * 400)
     await flooded.server.stop(0)
     assert set(codes) == {grpc.StatusCode.OK}
-    assert not flooded.asked
+    assert not flooded.refused

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -462,19 +463,44 @@ async def test_a_reply_that_would_be_too_large_is_an_error_of_the_request_and_co
     assert 'openbook_requests_total{method="Search",status="INVALID_ARGUMENT"} 2.0' in page
 
 
+def retry_seconds(status: grpc.Status) -> float:
+    retry = RetryInfo()
+    details = Status.FromString(dict(status.trailing_metadata)["grpc-status-details-bin"]).details
+    assert any(detail.Unpack(retry) for detail in details)
+    return retry.retry_delay.ToTimedelta().total_seconds()
+
+
 def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_models() -> None:
     frontend = Frontend(ServerConfig(), Metrics())
+    assert frontend.unread("/openbook.v1.OpenBook/Answer", 1.0, 0.5) is None  # nothing has come too late yet
+    frontend.unread("/openbook.v1.OpenBook/Answer", 0.0, 0.5)
     for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):
-        assert frontend.unread(path) is None
-    refused = frontend.unread("/openbook.v1.OpenBook/Answer")
+        assert frontend.unread(path, 1.0, 0.5) is None
+    refused = frontend.unread("/openbook.v1.OpenBook/Answer", 1.0, 0.5)
     assert refused is not None
     assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "try again in 1 s" in refused.details
-    retry = RetryInfo()
-    assert any(detail.Unpack(retry) for detail in Status.FromString(dict(refused.trailing_metadata)["grpc-status-details-bin"]).details)
-    assert retry.retry_delay.ToSeconds() == 1
+    assert retry_seconds(refused) == 1
+    assert frontend.unread("/openbook.v1.OpenBook/Answer", None, 0.5) is None  # it can wait
     counted = generate_latest(frontend._metrics.registry).decode()
-    assert 'openbook_requests_total{method="Answer",status="RESOURCE_EXHAUSTED"} 1.0' in counted
+    assert 'openbook_requests_total{method="Answer",status="RESOURCE_EXHAUSTED"} 2.0' in counted
+
+
+def test_where_many_calls_do_not_fit_the_queue_those_without_hope_are_refused_unread() -> None:
+    frontend = Frontend(ServerConfig(), Metrics())
+    frontend.shedding.crowded = lambda left: 2.34 if left < 5 else 0.0
+    assert frontend.unread("/openbook.v1.OpenBook/Embed", 1.0, 0.0) is None  # they are few: each is looked at, for it may be remembered
+    for _ in range(200):
+        frontend.shedding.count(time.monotonic())
+    for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):
+        assert frontend.unread(path, 1.0, 0.0) is None
+    refused = frontend.unread("/openbook.v1.OpenBook/Embed", 1.0, 0.0)
+    assert refused is not None
+    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "the queue needs about 2.4 s" in refused.details
+    assert retry_seconds(refused) == pytest.approx(2.4)
+    assert frontend.unread("/openbook.v1.OpenBook/Embed", 60.0, 0.0) is None
+    assert frontend.unread("/openbook.v1.OpenBook/Embed", None, 0.0) is None
 
 
 @pytest.mark.parametrize("letter", ["x", "\x01", "ü", "\udcff"])

@@ -10,6 +10,7 @@ from openbook_server.frontends.child import Supervised, run, told_to_stop
 from openbook_server.frontends.relay import Relay
 from openbook_server.listening import Handlers, Listener, max_calls, max_wire_bytes
 from openbook_server.metrics import Metrics
+from openbook_server.priority import put_loop_first
 from openbook_server.rpc import Refusal
 from openbook_server.serving import running_server
 
@@ -27,7 +28,7 @@ class _FrontEnds:
         metrics.observe_front_ends(relay, lambda: supervised.restarts)
 
     def refuse(self, refusal: Refusal) -> None:
-        """Front ends read the calls; here they are read already."""
+        self._relay.refusal = refusal
 
     async def serving(self, name: str, state: str) -> None:
         self._relay.tell(ready=True)
@@ -40,6 +41,7 @@ class _FrontEnds:
 
 async def main(supervised: Supervised) -> None:
     """Serve until SIGTERM, then drain."""
+    put_loop_first()
     stop, orders = told_to_stop(), supervised.orders
 
     async def listen(handlers: Handlers, config: ServerConfig) -> Listener:

@@ -16,6 +16,7 @@ import grpc
 from openbook_server.call import NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Methods, too_many
 from openbook_server.frontends.records import OVERHEAD, WINDOW, Connection, Ending, Kind, Opening
 from openbook_server.listening import Handlers
+from openbook_server.rpc import Refusal
 
 BACKLOG = 1_024  # front ends that may wait for an engine, those that died meanwhile included
 _LATE = 5.0  # seconds that the last replies may take to leave
@@ -35,6 +36,9 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._ready = False
         self._refused = 0  # by front ends that are gone
+        self.refusal: Refusal = lambda path, left, lag: (
+            None
+        )  # as `RpcServer.refusal`; front ends have read the calls, but nothing is parsed
         self.calls: set[Any] = set()  # that are being served
 
     async def listen(self, at: socket.socket) -> None:
@@ -119,6 +123,8 @@ class Relay:
             call.end(grpc.StatusCode.UNIMPLEMENTED, NO_SUCH_METHOD)
         elif len(self.calls) >= self._max_calls:
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, too_many(self._max_calls))
+        elif status := self.refusal(call.path, call.time_remaining(), 0.0):
+            call.end(status.code, status.details, status.trailing_metadata or ())
         elif handler.request_streaming:
             call.hear(opening.message)
             if opening.only:

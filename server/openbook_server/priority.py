@@ -1,0 +1,27 @@
+"""Whose turn it is on a processor, within this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+NICE = 10  # docs/speed.md: with 5, refusals at ten times the capacity come later; more changes nothing
+
+
+def give_way() -> None:
+    """Let other threads go first from now on, before the calling one and those that it starts; on Linux, elsewhere nothing changes.
+
+    For threads that compute, read files or build. Those that read calls, refuse and reply take a small part of the time that a batch
+    takes, and callers wait for them; beside a batch on every core, each of their turns would begin milliseconds late.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()  # which is what Linux gives priorities to
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
+
+
+def put_loop_first() -> None:
+    """Have whatever leaves the running event loop's thread give way to it, `asyncio.to_thread` and the threads of sessions loaded there."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="beside", initializer=give_way))

@@ -1,0 +1,44 @@
+"""Which calls are refused at sight, before they are read: only where refusing the others one by one costs too much. Pure, told the time.
+
+- Calls are read in the order in which they came. Where that takes longer than their callers wait, all that is read is read for nothing,
+  and so is the next: so once a call came too late, for a while those are let go unread that lay there too long for the time they have left.
+- Where more than a few calls a second are refused because of what waits before them, reading, parsing and answering each of them takes the
+  processors from what is not refused: those whose time is too short for the queue, whatever they ask for, are let go unread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+LATE = 0.005  # seconds left of a call that was not read in time
+_WARY = 5.0  # seconds for which one such call makes wary
+_LAG = 0.05  # of the time that its caller still waits, a call may lie unread then
+MANY = 100.0  # refusals a second, over the last second or so, beyond which they are made at sight
+
+
+class Shedding:
+    """What a server remembers of the calls that it refused."""
+
+    def __init__(self) -> None:
+        self.crowded: Callable[[float], float] = lambda left: 0.0  # see `Engine.crowded`; nothing is, while there is no engine
+        self._wary_until = 0.0
+        self._refused, self._at = 0.0, 0.0  # calls that did not fit, the older the less they count, as of then
+
+    def count(self, now: float) -> None:
+        """A call was refused because of what waits before it."""
+        self._refused, self._at = self._rate(now) + 1.0, now
+
+    def is_late(self, left: float, lag: float, now: float) -> bool:
+        """Whether a call with so many seconds left has lain unread too long; `lag`: seconds since calls began to come in faster than they
+        are read, 0 where they do not."""
+        if left < LATE:
+            self._wary_until = now + _WARY
+        return bool(lag) and now < self._wary_until and lag >= _LAG * left
+
+    def wait(self, left: float, now: float) -> float:
+        """Seconds of queue that leave a call with so many left no hope; 0 where they leave some, or where looking closer costs little."""
+        return self.crowded(left) if self._rate(now) > MANY else 0.0
+
+    def _rate(self, now: float) -> float:
+        return self._refused * math.exp(self._at - now)

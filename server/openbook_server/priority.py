@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 NICE = 10  # docs/speed.md: with 5, refusals at ten times the capacity come later; more changes nothing
 
@@ -19,7 +20,8 @@ def give_way() -> None:
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()  # which is what Linux gives priorities to
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
+        with suppress(OSError):  # a sandbox may forbid it, and a server is slower then, not broken
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
 
 
 def put_loop_first() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +15,6 @@ from openbook_server.buckets import FINE
 from openbook_server.costs import BatchCost
 from openbook_server.engine import Engine, Outcome
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
-from openbook_server.priority import NICE
 from openbook_server.rows import Row, collate
 
 POISON = 666
@@ -409,22 +406,3 @@ async def test_background_rows_fill_at_most_half_of_the_queue(engine: Engine, gr
     await asyncio.sleep(0)
     graph.let(100)
     await asyncio.gather(running, bulk, asked)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-async def test_where_batches_are_computed_by_the_processor_other_threads_go_first() -> None:
-    found: list[int] = []
-
-    class Graph(GatedGraph):
-        def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
-            found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-            return super().run_rows(rows, length)
-
-    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    for gives_way in (False, True):
-        graph = Graph()
-        graph.let(1)
-        engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20, gives_way=gives_way)
-        await engine.submit("embedder", [row(1)], deadline=soon())
-        await asyncio.to_thread(engine.close)
-    assert found == [own, min(19, own + NICE)]

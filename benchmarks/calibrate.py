@@ -4,7 +4,8 @@
 
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
 same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Two choices are made:
-the weight of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file; and, for the reader,
+the weights of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file, first of all candidates compared word by
+word, then of the choice whom to compare; and, for the reader,
 prior_weight by F1 where the passages found hold the answer, then null_bias by the mean log-probability of the accepted
 answer there, and of "no answer" where they do not. The last line is JSON; prior_weight and null_bias belong into the
 adapter's reader.json. When the server may stop reading is another choice, made for those two: `settling.py`.
@@ -23,6 +24,7 @@ import numpy as np
 from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
+from openbook_server.knowledge.fusion import SHORTLIST
 from openbook_server.pipeline import reading_of
 from openbook_server.ranking import Reading, rank_answers
 from openbook_server.rows import Row, collated
@@ -45,6 +47,11 @@ def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
         for place, at in enumerate(batch):
             outputs[at] = {name: values[place] for name, values in result.items()}
     return outputs
+
+
+def shortlisted(hits: Sequence[Hit], weight: float) -> list[Hit]:
+    """Those that would be compared word by word if BM25 had that weight in their choice."""
+    return sorted(hits, key=lambda hit: -(hit.dense_score or 0.0) - weight * (hit.lexical_score or 0.0))[:SHORTLIST]
 
 
 def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight: float, overlap: float = 1.0) -> tuple[float, float]:
@@ -115,6 +122,11 @@ def main() -> None:
         before_1, before_5 = recall(asked, candidates, weight, overlap=0.0)
         print(f"BM25 weight {weight}: R@1 {at_1:.1f} R@5 {at_5:.1f}; without overlap R@1 {before_1:.1f} R@5 {before_5:.1f}")
 
+    best_fusion = max(fusion, key=lambda weight: sum(fusion[weight]))
+    choice = {weight: recall(asked, [shortlisted(hits, weight) for hits in candidates], best_fusion) for weight in LEXICAL_WEIGHTS}
+    for weight, (at_1, at_5) in choice.items():
+        print(f"BM25 weight {weight} in the choice of {SHORTLIST}: R@1 {at_1:.1f} R@5 {at_5:.1f}")
+
     usable = [question for question in everything if question.gold_spans()]
     _, held = hold_out(usable, arguments.held_out)
     found = search(held, 2 * TOP_K)
@@ -146,11 +158,11 @@ def main() -> None:
     likelihood = {bias: objective(prior, bias) for bias in NULL_BIASES}
     bias = max(likelihood, key=lambda value: likelihood[value])
     print("null bias: log-likelihood " + ", ".join(f"{value:g} {likelihood[value]:.3f}" for value in NULL_BIASES))
-    best_fusion = max(fusion, key=lambda weight: sum(fusion[weight]))
     print(
         json.dumps(
             {
                 "lexical_weight": best_fusion,
+                "shortlist_weight": max(choice, key=lambda weight: sum(choice[weight])),
                 "prior_weight": prior,
                 "null_bias": bias,
                 "questions": [len(asked), len(present), len(absent)],

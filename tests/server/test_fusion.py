@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from openbook_server.knowledge import Hit, Passage, SearchOptions
-from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, Candidates, depth, fuse, rank, relevance
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, SHORTLIST, SHORTLIST_WEIGHT, Candidates, depth, fuse, rank, relevance
 
 DIM = 8
 
@@ -33,7 +33,7 @@ def ids(hits: list[Hit]) -> list[str]:
 
 def test_the_weighted_sum_counts_no_word_in_common_as_nothing() -> None:
     scores = fuse({"a": 0.5, "b": 0.25}, {"b": 10.0}, "weighted")
-    assert scores == {"a": 0.5, "b": pytest.approx(0.25 + LEXICAL_WEIGHT * 10.0)}
+    assert scores == {"a": 0.5, "b": pytest.approx(0.25 + SHORTLIST_WEIGHT * 10.0)}
 
 
 def test_reciprocal_ranks_add_up_over_the_rankings_that_hold_a_candidate() -> None:
@@ -100,6 +100,19 @@ def test_of_two_passages_that_say_the_same_diversity_keeps_one_first() -> None:
     plain = SearchOptions(top_k=2, mode="dense")
     assert ids(rank("q", candidates, plain)) == ["1", "2"]
     assert ids(rank("q", candidates, SearchOptions(top_k=2, mode="dense", diversity=0.6))) == ["1", "3"]
+
+
+def test_words_choose_whom_to_compare_with_more_weight_than_they_have_in_the_end() -> None:
+    keys = range(SHORTLIST + 10)
+    dense = dict.fromkeys(keys, 0.5) | {0: 0.3}
+    lexical = dict.fromkeys(keys, 1.0) | {0: 12.0}
+    passages = {key: Passage(id=str(key), document_id=str(key), text="x", start=0) for key in keys}
+    candidates = Candidates(dense, lexical, lambda keys: {key: passages[key] for key in keys}, lambda keys: {})
+    assert 0.3 + 12 * LEXICAL_WEIGHT < 0.5 + LEXICAL_WEIGHT
+    assert 0.3 + 12 * SHORTLIST_WEIGHT > 0.5 + SHORTLIST_WEIGHT
+    hits = rank("of nothing", candidates, SearchOptions(top_k=SHORTLIST))
+    assert ids(hits) == [str(key) for key in range(1, SHORTLIST)] + ["0"]
+    assert hits[-1].score == pytest.approx(0.3 + 12 * LEXICAL_WEIGHT)
 
 
 def test_a_passage_deleted_since_it_was_found_is_no_hit() -> None:

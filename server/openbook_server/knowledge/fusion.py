@@ -13,7 +13,8 @@ from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.records import Fusion, Hit, Passage, SearchOptions
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
-LEXICAL_WEIGHT = 0.01
+LEXICAL_WEIGHT = 0.01  # beside the comparison word by word, which tells the same better
+SHORTLIST_WEIGHT = 0.03  # in the choice of whom to compare so
 RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
 SHORTLIST = 30  # of the fused ones that are compared word by word, at least
@@ -48,17 +49,18 @@ def depth(options: SearchOptions) -> int:
 def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> list[Hit]:
     """The best `options.top_k` hits, best first, ties by key; with diversity, in the order in which they were chosen."""
     scores, dense, lexical = _scores(candidates, options), candidates.dense, candidates.lexical
-    pool = _best(scores, max(SHORTLIST, _pool(options)) if options.mode == "hybrid" else _pool(options))
+    pool = _best(scores, _pool(options))
     passages = candidates.passages(pool)
     order = [key for key in pool if key in passages]  # the others were deleted since they were found
     overlap: Sequence[float | None] = [None] * len(order)
     if options.mode == "hybrid" and options.fusion == "weighted":
+        scores = {key: dense[key] + LEXICAL_WEIGHT * lexical.get(key, 0.0) for key in order}
         overlap = overlaps(question, [passages[key].stem_lines for key in order])
     hits = {
         key: Hit(passages[key], scores[key] + (bonus or 0.0), dense.get(key), lexical.get(key), bonus)
         for key, bonus in zip(order, overlap, strict=True)
     }
-    order.sort(key=lambda key: -hits[key].score)  # stable: ties stay in the order of their keys
+    order.sort(key=lambda key: (-hits[key].score, key))
     if options.min_score is not None:
         order = [key for key in order if hits[key].score >= options.min_score]
     if options.diversity:
@@ -77,6 +79,7 @@ def _pool(options: SearchOptions) -> int:
 
 
 def _scores(candidates: Candidates[Key], options: SearchOptions) -> dict[Key, float]:
+    """Those by which candidates are chosen."""
     dense, lexical = candidates.dense, candidates.lexical
     if options.mode == "dense":
         return dict(dense)
@@ -88,16 +91,16 @@ def _scores(candidates: Candidates[Key], options: SearchOptions) -> dict[Key, fl
 def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusion) -> dict[Key, float]:
     """Candidates' scores from both rankings.
 
-    "weighted": cosine + LEXICAL_WEIGHT · BM25. It keeps how much better a passage is, which the reader's prior needs, and it
-    ranks better (docs/search.md). "reciprocal_rank": Σ 1 / (RANK_OFFSET + rank) over the rankings that hold it, ranks from
-    1; it needs no weight between scores of different scales.
+    "weighted": cosine + SHORTLIST_WEIGHT · BM25. It keeps how much better a passage is, and it ranks better (docs/search.md).
+    "reciprocal_rank": Σ 1 / (RANK_OFFSET + rank) over the rankings that hold it, ranks from 1; it needs no weight between scores of
+    different scales.
 
     Args:
         dense: cosine of every candidate.
         lexical: BM25 of some of them; the others count as 0, or as not ranked.
     """
     if fusion == "weighted":
-        return {key: cosine + LEXICAL_WEIGHT * lexical.get(key, 0.0) for key, cosine in dense.items()}
+        return {key: cosine + SHORTLIST_WEIGHT * lexical.get(key, 0.0) for key, cosine in dense.items()}
     scores = dict.fromkeys(dense, 0.0)
     for ranking in (dense, lexical):
         for place, key in enumerate(sorted(ranking, key=lambda key: (-ranking[key], key)), 1):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from openbook_training.config import LoopConfig
 from openbook_training.loop import Loop, Staged, Stopped
+from openbook_training.processes import leave
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -89,9 +90,15 @@ def test_two_processes_train_as_one_does_and_a_stop_told_to_one_stops_both_after
         assert torch.allclose(values, two[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_process_that_is_the_only_one_ends_as_any_does() -> None:
+    assert leave(130) == 130
+
+
 if __name__ == "__main__":  # what the launcher starts: the sixth loss of the second process is one of step 4
     try:
         run(Path(sys.argv[1]), stop_at=6)
     except Stopped as stopped:
         print(stopped)
     run(Path(sys.argv[1]), resume=True)
+    leave(0)
+    sys.exit("one of several processes should have ended")

@@ -41,13 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
         objective = OBJECTIVES[arguments.objective]
         config = load_config(arguments.config, objective.config(), overrides)
         from openbook_training.loop import Stopped
+        from openbook_training.processes import leave
         from openbook_training.run import train
 
         try:
             metrics = train(objective, config, resume=arguments.resume, console=console)
         except Stopped as stop:
             console.print(str(stop))
-            return 130
+            return leave(130)
     except TrainingError as error:
         print(f"openbook train: {error}", file=sys.stderr)
         return 1
@@ -55,4 +56,4 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not console.quiet:  # of several processes the first
         print(f"best: {config.output}/best  {metric_lines(metrics)[0]}")
-    return 0
+    return leave(0)

@@ -9,9 +9,10 @@ another one than after reading all of `--top-k` passages. Stopping early costs a
 where EM on a few hundred questions hides a loss behind what is gained by chance. Questions about the corpus that is served do best; the
 more passages of other articles are in KB, the more it is like serving.
 
-Unread passages are taken to weigh as much as nearly all do (a high quantile of what passages weigh), and the best answer must keep a
-probability nevertheless. Of such pairs the one is chosen that reads the fewest passages while at most `--em-budget` in a hundred best
-answers change. The last line is JSON; its `settling` belongs into the adapter's reader.json. Without one the server reads every passage.
+The best answer is settled where it would stay the best though every unread passage weighed as much as some do (a quantile of what
+passages weigh) and all of that were for the second. Of these weights the least is chosen, which reads the fewest passages, for which at
+most `--em-budget` in a hundred best answers change. The last line is JSON; its `settling` belongs into the adapter's reader.json.
+Without one the server reads every passage.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import hold_out, load_questions
 from raw import load_texts
 
-PROBABILITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-QUANTILES = (0.9, 0.99)  # of the weights of passages
+QUANTILES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)  # of the weights of passages
 
 Read = tuple[Sequence[Hit], Sequence[Reading]]  # a question's passages, and what was read in them
 
@@ -52,12 +52,11 @@ class Settled:
         chosen, least, changed = None, float(np.mean([len(hits) for hits, _ in self._rows])), 0.0
         weights = [log_weight(one, self._bias) for _, readings in self._rows for one in readings]
         for quantile in QUANTILES:
-            for probability in PROBABILITIES:
-                settling = Settling(probability, round(float(np.quantile(weights, quantile)), 3))
-                passages, others = self._effect(settling)
-                print(f"{probability} with unread passages at {settling.unread_weight}: {passages:.2f} passages, {others:.2f} % changed")
-                if others <= budget and passages < least:
-                    chosen, least, changed = settling, passages, others
+            settling = Settling(round(float(np.quantile(weights, quantile)), 3))
+            passages, others = self._effect(settling)
+            print(f"unread passages at {settling.unread_weight}: {passages:.2f} passages, {others:.2f} % changed")
+            if others <= budget and passages < least:
+                chosen, least, changed = settling, passages, others
         return chosen, least, changed
 
     def _effect(self, settling: Settling) -> tuple[float, float]:
@@ -69,21 +68,20 @@ class Settled:
         """How many the server would read, round by round."""
         hits, readings = row
         for count in READ_FIRST:
-            best = self._best(row, count)
-            probability = best.probability if best else 0.0
-            if is_settled(probability, readings[:count], self._priors(hits), null_bias=self._bias, settling=settling):
+            if is_settled(self._answers(row, count), readings[:count], self._priors(hits), null_bias=self._bias, settling=settling):
                 return min(count, len(hits))
         return len(hits)
 
-    def _best(self, row: Read, count: int) -> RankedAnswer | None:
+    def _answers(self, row: Read, count: int) -> list[RankedAnswer]:
+        """The best two."""
         hits, readings = row[0][:count], row[1][:count]
         texts = [hit.passage.text for hit in hits]
-        answers, _ = rank_answers(texts, readings, self._priors(hits), null_bias=self._bias, max_answers=1)
-        return answers[0] if answers else None
+        answers, _ = rank_answers(texts, readings, self._priors(hits), null_bias=self._bias, max_answers=2)
+        return answers
 
     def _text(self, row: Read, count: int) -> str:
-        best = self._best(row, count)
-        return normalise(best.text) if best else ""
+        answers = self._answers(row, count)
+        return normalise(answers[0].text) if answers else ""
 
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._prior * relevance(hit) for hit in hits]

@@ -170,13 +170,13 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
 
 
 def _settling(stated: Any) -> dict[str, float] | None:
-    """What reader.json states of stopping early; ValueError or TypeError where that is not two finite numbers."""
+    """What reader.json states of stopping early; ValueError or TypeError where that is no finite number."""
     if stated is None:
         return None
-    settling = {name: float(stated[name]) for name in ("probability", "unread_weight")}
-    if not all(map(math.isfinite, settling.values())):
+    weight = float(stated["unread_weight"])
+    if not math.isfinite(weight):
         raise ValueError(f"settling is {stated}")
-    return settling
+    return {"unread_weight": weight}
 
 
 def _adapter_settings(checkpoint: Checkpoint, folder: Path, kind: _Adapter) -> dict[str, Any]:

@@ -246,8 +246,7 @@ def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> Wri
 def _settling(table: Mapping[str, Any], folder: Path) -> Settling | None:
     if "settling" not in table:
         return None
-    settling = get(table, "settling", dict, folder)
-    return Settling(probability=get(settling, "probability", float, folder), unread_weight=get(settling, "unread_weight", float, folder))
+    return Settling(unread_weight=get(get(table, "settling", dict, folder), "unread_weight", float, folder))
 
 
 def _check_file(folder: Path, name: str, listed: object) -> None:

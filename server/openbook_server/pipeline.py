@@ -152,7 +152,9 @@ class Pipeline:
         answered: list[QuestionAnswered] = []
         async for one in in_turns(asked):
             ranked, order = self._posterior(one)
-            answers = [replace(answer, best=answer.best._replace(passage=order.index(answer.best.passage))) for answer in one.answers]
+            answers = [
+                replace(answer, best=answer.best._replace(passage=order.index(answer.best.passage))) for answer in one.answers[:max_answers]
+            ]
             self._observe(len(one.readings))
             answered.append(QuestionAnswered(ranked, len(one.readings), answers, one.no_answer_probability))
         timings.rank += timings.lap()
@@ -188,11 +190,11 @@ class Pipeline:
     def _rank(self, one: _Asked, max_answers: int) -> None:
         read = one.hits[: len(one.readings)]
         texts, priors, null_bias = [hit.passage.text for hit in read], self._priors(read), self._reader.null_bias
-        one.answers, one.no_answer_probability = rank_answers(texts, one.readings, priors, null_bias=null_bias, max_answers=max_answers)
+        count = max(2, max_answers)  # whether the best is settled depends on the next
+        one.answers, one.no_answer_probability = rank_answers(texts, one.readings, priors, null_bias=null_bias, max_answers=count)
 
     def _is_settled(self, one: _Asked, settling: Settling) -> bool:
-        best = one.answers[0].probability if one.answers else 0.0
-        return is_settled(best, one.readings, self._priors(one.hits), null_bias=self._reader.null_bias, settling=settling)
+        return is_settled(one.answers, one.readings, self._priors(one.hits), null_bias=self._reader.null_bias, settling=settling)
 
     def _posterior(self, one: _Asked) -> tuple[list[Hit], list[int]]:
         """Hits in the order of what was read in them, then those that were not read as they were; and which rows the first are of."""

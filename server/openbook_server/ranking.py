@@ -47,27 +47,30 @@ class RankedAnswer:
 class Settling:
     """When a question's answer counts as settled although passages are unread; calibrated together with the reader."""
 
-    probability: float  # that the best answer must keep even in the worst case, 0 to 1
     unread_weight: float  # nats: what an unread passage is taken to weigh at most beside its prior, see `log_weight`
 
 
-def is_settled(best: float, readings: Sequence[Reading], priors: Sequence[float], *, null_bias: float, settling: Settling) -> bool:
-    """Whether reading on could hardly change the best answer; true where nothing is left to read.
+def is_settled(
+    answers: Sequence[RankedAnswer], readings: Sequence[Reading], priors: Sequence[float], *, null_bias: float, settling: Settling
+) -> bool:
+    """Whether reading on could hardly make another answer the best; true where nothing is left to read.
 
-    In the worst case every unread passage weighs as much as its prior and `settling.unread_weight` allow, and none of that
-    is for the best answer so far.
+    In the worst case every unread passage weighs as much as its prior and `settling.unread_weight` allow, and all of that is for the
+    answer that comes second so far.
 
     Args:
-        best: the best answer's probability after what was read; 0 where there is no answer yet.
+        answers: after what was read, the best two first.
         readings: of the first passages, at least one.
         priors: of all passages.
     """
     read = len(readings)
     if read == len(priors):
         return True
+    if not answers:
+        return False
+    lead = answers[0].probability - (answers[1].probability if len(answers) > 1 else 0.0)
     total = _log_sum(_log_totals(readings, priors[:read], null_bias))
-    worst = _log_sum([total, *(prior + settling.unread_weight for prior in priors[read:])])
-    return best > 0 and best * math.exp(total - worst) >= settling.probability
+    return lead > 0 and math.log(lead) >= _log_sum(priors[read:]) + settling.unread_weight - total
 
 
 def log_weight(reading: Reading, null_bias: float) -> float:

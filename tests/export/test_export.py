@@ -202,14 +202,14 @@ def test_the_licence_is_what_the_model_cards_state(tiny_checkpoint: Path, tiny_r
 
 def test_calibrated_constants_come_from_the_reader_unless_given(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
     reader = shutil.copytree(tiny_reader, tmp_path / "reader")
-    settling = {"probability": 0.9, "unread_weight": 3}
+    settling = {"unread_weight": 3}
     settings_of(reader, prior_weight=2.5, null_bias=-1.0, settling=settling)
     info = export_bundle(options(tmp_path, tiny_checkpoint, reader=reader, null_bias=0.5), silent).reader
     assert info is not None
     assert (info.prior_weight, info.null_bias, info.settling) == (2.5, 0.5, None)  # settling was calibrated with another bias
     info = export_bundle(options(tmp_path / "own", tiny_checkpoint, reader=reader), silent).reader
     assert info is not None
-    assert (info.null_bias, info.settling) == (-1.0, Settling(0.9, 3.0))
+    assert (info.null_bias, info.settling) == (-1.0, Settling(3.0))
     assert (info.max_tokens, info.max_question_tokens, info.max_answer_tokens) == (64, 16, 5)
 
 

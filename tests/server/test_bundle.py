@@ -121,7 +121,7 @@ def test_a_false_fingerprint_is_refused(copy: Path) -> None:
         (lambda manifest: manifest["reader"].update(spans=0), r'key "spans" is 0, expected 1 or more'),
         (lambda manifest: manifest["reader"].update(null_bias=None), r'key "null_bias" is NoneType, expected float'),
         (lambda manifest: manifest["reader"].update(settling=0.9), r'key "settling" is float, expected dict'),
-        (lambda manifest: manifest["reader"].update(settling={"probability": 1}), r'key "probability" is int, expected float'),
+        (lambda manifest: manifest["reader"].update(settling={"unread_weight": 1}), r'key "unread_weight" is int, expected float'),
         (lambda manifest: manifest["reader"]["graphs"].pop("fp32"), "has no fp32 graph"),
         (lambda manifest: manifest.update(heads={"topics": {}}), r'key "labels" is missing, expected list'),
         (lambda manifest: manifest.update(heads={"topics": head(labels=[1])}), r'"labels" of \'topics\' holds something other than texts'),

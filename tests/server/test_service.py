@@ -181,8 +181,8 @@ async def test_reading_stops_when_the_answer_is_settled_and_changes_nothing_wher
     results = {}
     for name, settling in (
         ("off", None),
-        ("never", {"probability": 2.0, "unread_weight": 0.0}),
-        ("at once", {"probability": 0.0, "unread_weight": 0.0}),
+        ("never", {"unread_weight": 1e6}),
+        ("at once", {"unread_weight": -1e6}),
     ):
         bundle = shutil.copytree(tiny_bundle, tmp_path / name)
         manifest = json.loads((bundle / MANIFEST).read_text())

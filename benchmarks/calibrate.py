@@ -5,7 +5,7 @@
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
 same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Two choices are made:
 the weights of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file, first of all candidates compared word by
-word, then of the choice whom to compare; and, for the reader,
+word, then of the choice whom to compare, among the candidates that the choice of now leaves; and, for the reader,
 prior_weight by F1 where the passages found hold the answer, then null_bias by the mean log-probability of the accepted
 answer there, and of "no answer" where they do not. The last line is JSON; prior_weight and null_bias belong into the
 adapter's reader.json. When the server may stop reading is another choice, made for those two: `settling.py`.

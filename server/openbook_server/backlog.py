@@ -86,9 +86,8 @@ class Backlog:
         self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
         self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
-        self._waits: dict[
-            Lane, float
-        ] = {}  # seconds by lane, as `wait` found them since the last change: under load it is asked more often
+        # Seconds by lane, as `wait` found them since the last change: under load it is asked more often than that.
+        self._waits: dict[Lane, float] = {}
         self._due: Counter[int] = Counter()  # padded tokens of the foreground by when they are due, in steps of `_DUE_STEP`
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 

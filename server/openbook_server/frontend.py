@@ -95,16 +95,16 @@ class Frontend:
     def unread(self, path: str, left: float | None, lag: float) -> grpc.Status | None:
         """What a call gets at sight, see `RpcServer.refusal`; None of a method that everybody depends on, or that changes something."""
         name = path.removeprefix(f"/{SERVICE}/")
-        if name not in WAITING:
+        if name not in WAITING or self.served is None:
             return None
         left, now, status = self._allowed(left), time.monotonic(), None
         if self.shedding.is_late(left, lag, now):
             status = self._unread
-        elif wait := self.shedding.wait(left, now):
+        elif wait := self.shedding.wait(max(0.0, left), now):
             self.shedding.count(now)
             status = _queued(math.ceil(wait / _STEP))
         if status is not None:
-            self._metrics.observe_request(name, status.code.name, 0.0, Timings())
+            self._metrics.count_request(name, status.code.name)
         return status
 
     def _unary(
@@ -204,7 +204,7 @@ class Frontend:
             status = grpc.StatusCode.OK
         except OpenBookError as error:
             status = error.status
-            if isinstance(error, Overloaded):
+            if isinstance(error, Overloaded) and name in WAITING:
                 self.shedding.count(time.monotonic())
             await context.abort_with_status(grpc_status(error))
         except Exception as error:  # a defect of ours: logged whole, reported without internals

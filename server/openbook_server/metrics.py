@@ -43,8 +43,12 @@ class Metrics:
         self._cached = Gauge("openbook_cache_bytes", "Vectors kept, with their keys", registry=self.registry)
         self._queued = Gauge("openbook_queued_rows", "Rows waiting for the device", registry=self.registry)
 
-    def observe_request(self, method: str, status: str, seconds: float, timings: Timings) -> None:
+    def count_request(self, method: str, status: str) -> None:
+        """One that was refused unread: it took no time worth a place among those that were served."""
         self._child(self._requests, method, status).inc()
+
+    def observe_request(self, method: str, status: str, seconds: float, timings: Timings) -> None:
+        self.count_request(method, status)
         self._child(self._latency, method).observe(seconds)
         for stage in ("tokenise", "embed", "search", "read", "rank", "queue"):
             spent = getattr(timings, stage)

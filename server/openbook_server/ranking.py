@@ -56,7 +56,7 @@ def is_settled(
     """Whether reading on could hardly make another answer the best; true where nothing is left to read.
 
     In the worst case every unread passage weighs as much as its prior and `settling.unread_weight` allow, and all of that is for the
-    answer that comes second so far.
+    answer that comes second so far, of those that do not overlap the best: whether it becomes a word longer is not asked.
 
     Args:
         answers: after what was read, the best two first.

@@ -3,7 +3,8 @@
 - Calls are read in the order in which they came. Where that takes longer than their callers wait, all that is read is read for nothing,
   and so is the next: so once a call came too late, for a while those are let go unread that lay there too long for the time they have left.
 - Where more than a few calls a second are refused because of what waits before them, reading, parsing and answering each of them takes the
-  processors from what is not refused: those whose time is too short for the queue, whatever they ask for, are let go unread.
+  processors from what is not refused: those whose time is too short for the queue are let go unread, whatever they ask for; some of them
+  might have needed no device, for their texts are in the cache or they search by words alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-LATE = 0.005  # seconds left of a call that was not read in time
+_LATE = 0.005  # seconds left of a call that was not read in time
 _WARY = 5.0  # seconds for which one such call makes wary
 _LAG = 0.05  # of the time that its caller still waits, a call may lie unread then
 MANY = 100.0  # refusals a second, over the last second or so, beyond which they are made at sight
@@ -32,9 +33,11 @@ class Shedding:
     def is_late(self, left: float, lag: float, now: float) -> bool:
         """Whether a call with so many seconds left has lain unread too long; `lag`: seconds since calls began to come in faster than they
         are read, 0 where they do not."""
-        if left < LATE:
+        if not lag:
+            return False
+        if left < _LATE:
             self._wary_until = now + _WARY
-        return bool(lag) and now < self._wary_until and lag >= _LAG * left
+        return now < self._wary_until and lag >= _LAG * left
 
     def wait(self, left: float, now: float) -> float:
         """Seconds of queue that leave a call with so many left no hope; 0 where they leave some, or where looking closer costs little."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
@@ -37,6 +37,9 @@ from openbook_server.serving import running_server
 from openbook_server.status import grpc_status
 from openbook_server.tokenization import Pair, TextEncoder
 from prometheus_client import generate_latest
+
+if TYPE_CHECKING:
+    from openbook_server.served import Served
 
 CONFIG = ServerConfig(port=0, device="cpu", max_texts=8, max_text_bytes=2_000, max_message_bytes=20_000, drain_seconds=1.0)
 
@@ -472,6 +475,9 @@ def retry_seconds(status: grpc.Status) -> float:
 
 def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_models() -> None:
     frontend = Frontend(ServerConfig(), Metrics())
+    frontend.unread("/openbook.v1.OpenBook/Answer", 0.0, 0.5)
+    assert frontend.unread("/openbook.v1.OpenBook/Answer", 1.0, 0.5) is None  # while nothing is served, callers hear of that
+    frontend.served = cast("Served", object())
     assert frontend.unread("/openbook.v1.OpenBook/Answer", 1.0, 0.5) is None  # nothing has come too late yet
     frontend.unread("/openbook.v1.OpenBook/Answer", 0.0, 0.5)
     for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):
@@ -488,9 +494,10 @@ def test_calls_that_came_too_late_are_refused_unread_where_they_wait_for_the_mod
 
 def test_where_many_calls_do_not_fit_the_queue_those_without_hope_are_refused_unread() -> None:
     frontend = Frontend(ServerConfig(), Metrics())
+    frontend.served = cast("Served", object())
     frontend.shedding.crowded = lambda left: 2.34 if left < 5 else 0.0
     assert frontend.unread("/openbook.v1.OpenBook/Embed", 1.0, 0.0) is None  # they are few: each is looked at, for it may be remembered
-    for _ in range(200):
+    for _ in range(20_000):
         frontend.shedding.count(time.monotonic())
     for path in ("/openbook.v1.OpenBook/Describe", "/openbook.v1.KnowledgeBase/Upsert", "/grpc.health.v1.Health/Check"):
         assert frontend.unread(path, 1.0, 0.0) is None
@@ -499,6 +506,9 @@ def test_where_many_calls_do_not_fit_the_queue_those_without_hope_are_refused_un
     assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "the queue needs about 2.4 s" in refused.details
     assert retry_seconds(refused) == pytest.approx(2.4)
+    frontend.shedding.crowded = lambda left: 0.1 if left < 0 else 0.0
+    assert frontend.unread("/openbook.v1.OpenBook/Embed", -1.0, 0.0) is None  # its time is over, the queue is not too long
+    frontend.shedding.crowded = lambda left: 2.34 if left < 5 else 0.0
     assert frontend.unread("/openbook.v1.OpenBook/Embed", 60.0, 0.0) is None
     assert frontend.unread("/openbook.v1.OpenBook/Embed", None, 0.0) is None
 

@@ -9,6 +9,8 @@ from openbook_server.shedding import MANY, Shedding
 def test_nobody_is_late_until_a_call_came_too_late_and_for_a_while_after_it() -> None:
     shedding = Shedding()
     assert not shedding.is_late(1.0, 0.9, now=100.0)
+    assert not shedding.is_late(0.001, 0.0, now=100.0)  # who comes with so little time is not too late because of us
+    assert not shedding.is_late(1.0, 0.9, now=100.0)
     assert shedding.is_late(0.001, 0.1, now=100.0)
     assert shedding.is_late(1.0, 0.06, now=101.0)
     assert not shedding.is_late(1.0, 0.04, now=101.0)  # it lay unread for less than a twentieth of its time

@@ -36,9 +36,8 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._ready = False
         self._refused = 0  # by front ends that are gone
-        self.refusal: Refusal = lambda path, left, lag: (
-            None
-        )  # as `RpcServer.refusal`; front ends have read the calls, but nothing is parsed
+        # As `RpcServer.refusal`: front ends have read the calls, but nothing is parsed yet.
+        self.refusal: Refusal = lambda path, left, lag: None
         self.calls: set[Any] = set()  # that are being served
 
     async def listen(self, at: socket.socket) -> None:

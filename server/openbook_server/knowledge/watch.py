@@ -19,6 +19,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.priority import give_way
+
 log = logging.getLogger(__name__)
 
 NEAREST = 10  # recall is of so many neighbours
@@ -101,6 +103,7 @@ class RecallWatch:
         self._thread.join()
 
     def _run(self) -> None:
+        give_way()
         while True:
             self._wake.wait()
             self._wake.clear()

@@ -27,6 +27,11 @@ NEVER = 1e12  # seconds of time.time(): gRPC's core writes no deadline as a very
 _KNOWN = 1_000  # paths that are remembered: whoever calls chooses them
 
 
+def seconds_left(deadline: float) -> float | None:
+    """Until a deadline of time.time(), negative when it has passed; None = there is none."""
+    return None if deadline > NEVER else deadline - time.time()
+
+
 def too_many(limit: int) -> str:
     return f"{limit} calls are being served; try again"
 
@@ -62,7 +67,8 @@ class Call(ABC):
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline; None = it has none."""
-        return None if self.deadline > NEVER else max(0.0, self.deadline - time.time())
+        left = seconds_left(self.deadline)
+        return None if left is None else max(0.0, left)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """End the call with a status."""

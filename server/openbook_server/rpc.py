@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # the stubs stop at grpcio's public face
 
-from openbook_server.call import NEVER, NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Methods, too_many
+from openbook_server.call import NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Methods, seconds_left, too_many
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class RpcServer:
             call.end(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_SUCH_METHOD)
         elif len(self.calls) >= self._max_calls:
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], too_many(self._max_calls))
-        elif status := self.refusal(call.path, call.time_left(), time.monotonic() - self._behind if self._behind else 0.0):
+        elif status := self.refusal(call.path, seconds_left(call.deadline), time.monotonic() - self._behind if self._behind else 0.0):
             call.end(status.code.value[0], status.details, status.trailing_metadata)
         elif handler is not None:
             _ServedCall(call, handler, self.calls).begin()
@@ -203,10 +203,6 @@ class CoreCall:
     @property
     def ended(self) -> bool:
         return self._ended
-
-    def time_left(self) -> float | None:
-        """Seconds until the caller's deadline, negative when it has passed; None = it has none."""
-        return None if self.deadline > NEVER else self.deadline - time.time()
 
     def _opening(self) -> tuple[Any, ...]:
         if self._answered:

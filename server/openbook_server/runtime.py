@@ -48,8 +48,12 @@ class Device:
     threads: int = 0  # processor threads of a graph, shared by all that runs in it; 0 = all cores
     sessions: int = 1  # batches that run at once
     memory: str = ""  # onnxruntime's name of the memory that inputs and outputs are preallocated in; "" = none are
-    computes_here: bool = True  # on the processor that everything else needs as well
     prepares_lengths: bool = False  # the first batch of a padded length takes longer than the next: kernels are made or chosen for it
+
+    @property
+    def computes_here(self) -> bool:
+        """On the processor that everything else needs as well."""
+        return self.name != "cuda"
 
 
 def require_onnxruntime() -> ModuleType:
@@ -109,7 +113,7 @@ def build_device(name: str, precision: str, threads: int = 0, sessions: int = 1)
         providers = [(PROVIDERS[name], options), cpu]
         sessions = sessions or GPU_SESSIONS
         device = Device(name=name, precision=precision, providers=providers, threads=threads, sessions=sessions)
-        return replace(device, memory="cuda", computes_here=False, prepares_lengths=True)
+        return replace(device, memory="cuda", prepares_lengths=True)
     if sessions != 1:
         threads = threads or cores()
         sessions = min(sessions or MOST_SESSIONS, threads)

@@ -55,10 +55,15 @@ def shortlisted(hits: Sequence[Hit], weight: float) -> list[Hit]:
 
 
 def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight: float, overlap: float = 1.0) -> tuple[float, float]:
-    """R@1 and R@5 in percent when hits are ranked by cosine + weight · BM25 + overlap (times `overlap`, which may be 0)."""
+    """R@1 and R@5 in percent when hits are ranked by the nearest window's cosine (the passage's own where it has no windows) + weight ·
+    BM25 + overlap (times `overlap`, which may be 0)."""
     at_1 = at_5 = 0
     for question, hits in zip(questions, found, strict=True):
-        scores = [(hit.dense_score or 0.0) + weight * (hit.lexical_score or 0.0) + overlap * (hit.overlap_score or 0.0) for hit in hits]
+        cosines = [hit.dense_score if hit.window_score is None else hit.window_score for hit in hits]
+        scores = [
+            (cosine or 0.0) + weight * (hit.lexical_score or 0.0) + overlap * (hit.overlap_score or 0.0)
+            for cosine, hit in zip(cosines, hits, strict=True)
+        ]
         order = [hits[at] for at in sorted(range(len(hits)), key=lambda at: -scores[at])]
         own = [hit.passage.text in question.context for hit in order]
         at_1 += own[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from openbook_server.runtime import HIDDEN_STATES
 from openbook_training.objectives import NEGATIVE
 from optimum.exporters.onnx import export
 from optimum.exporters.onnx.model_configs import BertOnnxConfig
@@ -95,7 +96,7 @@ class TaskGraph(nn.Module):
 
 
 class EmbedderGraph(TaskGraph):
-    """Token ids to a unit vector."""
+    """Token ids to a unit vector and, where that is a mean, to the (B, L, d) states it is the mean of: windows are pooled from them."""
 
     outputs: ClassVar = {"sentence_embedding": {0: "batch_size"}}
 
@@ -103,10 +104,13 @@ class EmbedderGraph(TaskGraph):
         super().__init__()
         self.config = model.config
         self.model, self.pooling = model, UnitPooling(pooling, self.config.hidden_size)
+        if pooling == "mean":
+            self.outputs = {**self.outputs, HIDDEN_STATES: {0: "batch_size", 1: "sequence_length"}}  # type: ignore[misc]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
-        return {"sentence_embedding": self.pooling(states, attention_mask)}
+        outputs = {"sentence_embedding": self.pooling(states, attention_mask), HIDDEN_STATES: states}
+        return {name: outputs[name] for name in self.outputs}
 
 
 class ReaderGraph(TaskGraph):

@@ -22,7 +22,7 @@ from openbook_export.errors import ExportFailed
 MASKED = -10_000.0  # added to the scores of padding, as onnxruntime's fused attention does: exp of it is 0
 PREFIX = "/unpadded/"  # of the names of what is added
 TOKENS = PREFIX + "tokens"  # (1, T, d) embeddings
-STATES = PREFIX + "states"  # (B, L, d) of the last layer; rows of padding hold some token's
+STATES = PREFIX + "states"  # (1, T, d) of the last layer
 KEPT = PREFIX + "kept"  # (T,) where the tokens stand among B·L places
 PLACES = PREFIX + "places"  # (B, L) which token stands there; 0 for padding
 BIAS = PREFIX + "bias"  # (B, 1, 1, L) 0, or MASKED for padding
@@ -46,14 +46,14 @@ def unpad(fused: Path, unpadded: Path) -> None:
             writer.take_out(embedded)
         if node.op_type == "SkipLayerNormalization":
             _rename(node, embedded, TOKENS)
-        _rename(node, last, STATES)
         if node.op_type == "Attention":
             _rename(node, embedded, TOKENS)
             writer.attention(node)
         else:
             writer.nodes.append(node)
-        if node.output[0] == last:
-            writer.put_back(last, STATES)
+        if node.output[0] == last:  # who takes the states, the graph's caller among them, finds them (B, L, d) as before
+            node.output[0] = STATES
+            writer.put_back(STATES, last)
     del model.graph.node[:], model.graph.value_info[:]  # shapes inside are others now
     model.graph.node.extend(writer.nodes)
     helper.set_model_props(model, {PADDING_FREE_KEY: "1"})

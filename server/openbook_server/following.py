@@ -11,10 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from openbook_server.backlog import Lane
+from openbook_server.backlog import Arrays, Lane
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.errors import (
@@ -26,6 +23,7 @@ from openbook_server.errors import (
     Overloaded,
 )
 from openbook_server.ingest.embed import PassageEncoder
+from openbook_server.ingest.windows import GRAPH, vectors_of
 from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import place_of
 from openbook_server.pair import Pair, Shared, load_graphs, to_the_end
@@ -96,19 +94,20 @@ class Following:
         pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
         encode = PassageEncoder(pair.tokenizer, pair.bundle.embedder.max_tokens, whole=True)
         while gap := await to_the_end(asyncio.to_thread(knowledge_base.lacking, ROWS_AT_ONCE)):
-            vectors = np.empty((len(gap.passages), pair.bundle.embedder.dim), np.float32)
-            for at in range(0, len(vectors), ROWS_AT_ONCE):  # a document comes whole, whatever its length
+            outputs: list[Arrays] = []
+            for at in range(0, len(gap.passages), ROWS_AT_ONCE):  # a document comes whole, whatever its length
                 rows = await asyncio.to_thread(encode, gap.passages[at : at + ROWS_AT_ONCE])
-                vectors[at : at + len(rows)] = await self._embed(pair, rows)
-            await self._shared.in_writer(lambda gap=gap, vectors=vectors: gap.fill(vectors))  # type: ignore[misc]
-            if len(vectors) < enough:
+                outputs += await self._embed(pair, rows)
+            vectors = vectors_of(outputs, pair.bundle.embedder.dim)
+            await self._shared.in_writer(lambda gap=gap, vectors=vectors: gap.fill(*vectors))  # type: ignore[misc]
+            if len(gap.passages) < enough:
                 return
 
-    async def _embed(self, pair: Pair, rows: Sequence[Row]) -> NDArray[np.float32]:
+    async def _embed(self, pair: Pair, rows: Sequence[Row]) -> list[Arrays]:
         while True:
             try:
-                outcome = await pair.models.submit("embedder", rows, deadline=time.monotonic() + _PATIENCE)
-                return np.array([row["sentence_embedding"] for row in outcome.rows], np.float32)
+                outcome = await pair.models.submit(GRAPH, rows, deadline=time.monotonic() + _PATIENCE)
+                return outcome.rows
             except (Overloaded, DeadlineExceeded) as error:  # uploads fill the lane
                 await asyncio.sleep(max(_LOOK_AGAIN, getattr(error, "retry_after_seconds", 0.0)))
 

@@ -26,6 +26,8 @@ from openbook_server.generate_service import GenerateService
 from openbook_server.golden import verify_golden
 from openbook_server.heads import neighbours_graph
 from openbook_server.ingest.preparation import FACTS, choose_splitting
+from openbook_server.ingest.windows import GRAPH as PASSAGES
+from openbook_server.ingest.windows import PassageGraph
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge_service import KnowledgeService
@@ -117,7 +119,8 @@ class Pair:
         voting = {name: graphs[graph] for name in bundle.heads if (graph := neighbours_graph(name)) in graphs}
         decoders, writing = decoders_of(bundle.writers, graphs)
         read = [name for name in ("embedder", "reader", *bundle.heads) if name in graphs]
-        self.models = Models(shared.engine, {name: graphs[name] for name in read} | writing, lane=lane)
+        passages = {PASSAGES: PassageGraph(graphs["embedder"])}
+        self.models = Models(shared.engine, {name: graphs[name] for name in read} | passages | writing, lane=lane)
         self.tokenizer = load_tokenizer(bundle.tokenizer_path)
         self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
         config = self._config = shared.config

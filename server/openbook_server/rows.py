@@ -17,6 +17,7 @@ class Row:
 
     ids: Sequence[int]
     types: Sequence[int] | None = None  # segment of each token; None = all zero
+    text_from: int = 1  # of a passage, the first token after its title
 
     @property
     def tokens(self) -> int:

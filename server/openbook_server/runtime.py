@@ -35,6 +35,7 @@ GPU_SESSIONS = 2  # one computes while the other copies
 # shapes that may never come again. With as many as this, nothing that repeats is slower.
 OPENVINO_KERNELS = 512
 
+HIDDEN_STATES = "last_hidden_state"  # output of an embedder's graph, (batch, length, dim): large, and only passages need it
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
 
@@ -154,7 +155,9 @@ class Graph:
             ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed
         self._session = _load(ort, path, device)
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
-        self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+        outputs = [value.name for value in self._session.get_outputs()]
+        self.gives_states: bool = HIDDEN_STATES in outputs
+        self.output_names: list[str] = [name for name in outputs if name != HIDDEN_STATES]
         self._shapes = {value.name: value.shape for value in self._session.get_inputs()}
         padding_free = PADDING_FREE_KEY in self._session.get_modelmeta().custom_metadata_map
         # What rows are padded to. In bf16 a batch of one row costs a third more a token than larger ones do.
@@ -163,24 +166,26 @@ class Graph:
         self._bound: LifoQueue[BoundSession] = LifoQueue()  # those that are free; the last one used is warm
         for number in range(device.sessions if device.memory else 0):
             session = _load(ort, path, device) if number else self._session
-            self._bound.put(BoundSession(ort, session, device.memory))
+            self._bound.put(BoundSession(ort, session, device.memory, self.output_names))
         self._binds = bool(device.memory)
 
-    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+    def run(self, inputs: Mapping[str, NDArray[np.generic]], *, states: bool = False) -> Arrays:
         """Run one batch.
 
         Args:
             inputs: (batch, length) int64 arrays by name, all of one shape; names that the graph does not take are ignored.
+            states: HIDDEN_STATES as well, of a graph that `gives_states`.
 
         Returns:
             The outputs by name, the first axis being the batch.
         """
         feed = {name: inputs[name] for name in self.input_names}
+        names = [*self.output_names, HIDDEN_STATES] if states else self.output_names
         if not self._binds:
-            return dict(zip(self.output_names, self._session.run(self.output_names, feed), strict=True))
+            return dict(zip(names, self._session.run(names, feed), strict=True))
         session = self._bound.get()
         try:
-            return session.run(feed)
+            return session.run_unbound(names, feed) if states else session.run(feed)
         finally:
             self._bound.put(session)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from openbook_server.errors import FingerprintMismatch, InvalidRequest, KnowledgeBaseDamaged
-from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors, SearchOptions, pack
 from openbook_server.knowledge.building import build_generation, publish_generation
 from openbook_server.knowledge.records import BundlePlace
 
@@ -34,10 +34,11 @@ class Embed:
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint, self.passages = fingerprint, 0
 
-    def __call__(self, passages: Sequence[Passage]) -> np.ndarray:
+    def __call__(self, passages: Sequence[Passage]) -> PassageVectors:
         self.passages += len(passages)
         rows = [vector(self.fingerprint, passage.text) for passage in passages]
-        return np.array(rows, np.float32).reshape(len(rows), DIM[self.fingerprint])
+        windows = [pack(np.stack([row, vector(self.fingerprint, passage.id)])) for row, passage in zip(rows, passages, strict=True)]
+        return PassageVectors(np.array(rows, np.float32).reshape(len(rows), DIM[self.fingerprint]), windows)
 
 
 def store(knowledge_base: KnowledgeBase, fingerprint: str, ids: Sequence[str], version: str = "", passages: int = 1) -> None:
@@ -47,7 +48,7 @@ def store(knowledge_base: KnowledgeBase, fingerprint: str, ids: Sequence[str], v
         for document, _ in documents
         for n in range(passages)
     ]
-    knowledge_base.replace_documents(documents, rows, Embed(fingerprint)(rows))
+    knowledge_base.replace_documents(documents, rows, *Embed(fingerprint)(rows))
 
 
 def build(knowledge_base: KnowledgeBase, fingerprint: str) -> int:
@@ -140,7 +141,7 @@ def test_what_is_written_while_a_generation_is_built_is_in_it(live: KnowledgeBas
     assert first is not None
     store(live, OLD, ["d3", "d40", "new"], version="changed", passages=2)  # just read; not yet; not there before
     live.delete_documents(["d4", "d41"])
-    first.fill(Embed(NEW)(first.passages))
+    first.fill(*Embed(NEW)(first.passages))
     store(live, OLD, ["d5"], version="changed")  # filled already
     live.delete_documents(["d6"])
     build(following, NEW)

@@ -24,7 +24,7 @@ from openbook_server.errors import (
     KnowledgeBaseRefused,
     KnowledgeBaseUnavailable,
 )
-from openbook_server.knowledge import Document, Passage, SearchOptions
+from openbook_server.knowledge import Document, Passage, PassageVectors, SearchOptions, pack
 from openbook_server.knowledge.building import build_generation, publish_generation
 from openbook_server.knowledge.elastic import connection, difference, publication, schema
 from openbook_server.knowledge.elastic import knowledge_base as knowledge_base_module
@@ -41,35 +41,35 @@ PLACES = {FIRST: BundlePlace("first", "/bundles/first"), SECOND: BundlePlace("se
 SEED = {FIRST: 1, SECOND: 2}
 
 
-def vectors(fingerprint: str, passages: Sequence[Passage]) -> np.ndarray:
-    """What an embedder makes of passages: the same of the same text."""
+def vectors(fingerprint: str, passages: Sequence[Passage]) -> PassageVectors:
+    """What an embedder makes of passages: the same of the same text; of each, one window."""
     rows = [np.random.default_rng([*passage.text.encode(), SEED[fingerprint]]).normal(size=DIM) for passage in passages]
     found = np.array(rows, np.float32).reshape(len(rows), DIM)
-    return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
+    return PassageVectors(found / np.linalg.norm(found, axis=1, keepdims=True), [pack(row[None]) for row in found])
 
 
-def embed(fingerprint: str) -> Callable[[Sequence[Passage]], np.ndarray]:
+def embed(fingerprint: str) -> Callable[[Sequence[Passage]], PassageVectors]:
     return lambda passages: vectors(fingerprint, passages)
 
 
 def write(knowledge_base: ElasticsearchKnowledgeBase, fingerprint: str, word: str, *ids: str) -> None:
     """Store documents of two passages that hold `word`."""
     rows = [Passage(id=f"{id_}#{n}", document_id=id_, text=f"{word} {n} of {id_}", start=n) for id_ in ids for n in range(2)]
-    knowledge_base.replace_documents([(Document(id=id_, text=""), word) for id_ in ids], rows, vectors(fingerprint, rows))
+    knowledge_base.replace_documents([(Document(id=id_, text=""), word) for id_ in ids], rows, *vectors(fingerprint, rows))
 
 
 def stored(knowledge_base: ElasticsearchKnowledgeBase, fingerprint: str) -> dict[str, str]:
     """The word of each document; every one is whole, is found with the score of its embedder, and nothing else is found."""
     digests = knowledge_base.digests([id_ for _, id_, _, _ in knowledge_base.page(0, 10_000)])
     expected = {f"{digest} {n} of {id_}" for id_, digest in digests.items() for n in range(2)}
-    question = vectors(fingerprint, [Passage(id="", document_id="", text="?", start=0)])
+    question = vectors(fingerprint, [Passage(id="", document_id="", text="?", start=0)]).whole
     [dense] = knowledge_base.search([""], question, SearchOptions(top_k=2_000, mode="dense", ef=4_000))
     [lexical] = knowledge_base.search(["of"], None, SearchOptions(top_k=2_000, mode="lexical"))
     for hits in (dense, lexical):
         assert {hit.passage.text for hit in hits} == expected
         assert len(hits) == len(expected) == knowledge_base.counts().passages
     for hit in dense:
-        assert hit.score == pytest.approx(float(question[0] @ vectors(fingerprint, [hit.passage])[0]), abs=1e-5)
+        assert hit.score == pytest.approx(float(question[0] @ vectors(fingerprint, [hit.passage]).whole[0]), abs=1e-5)
     return digests
 
 
@@ -363,13 +363,13 @@ def test_what_another_process_copies_while_a_generation_is_published_does_not_ge
         with monkeypatch.context() as impatient:
             impatient.setattr(connection, "WRITING_PATIENCE", 0.3)
             with pytest.raises(KnowledgeBaseUnavailable, match="being published"):
-                late.fill(vectors(SECOND, late.passages))
+                late.fill(*vectors(SECOND, late.passages))
         really_publish(*arguments)
 
     monkeypatch.setattr(publication, "publish", publish_after_a_copy)
     publish_generation(following, embed(SECOND))
     with pytest.raises(GenerationNotReady, match="published"):
-        late.fill(vectors(SECOND, late.passages))
+        late.fill(*vectors(SECOND, late.passages))
     expected = OLD | {"d1": "new"}
     del expected["d2"]
     assert stored(following, SECOND) == expected
@@ -429,13 +429,13 @@ def test_a_generation_that_another_process_published_or_removed_takes_no_more_co
     publish_generation(following, embed(SECOND))
     write(following, SECOND, "new", "d1")
     with pytest.raises(GenerationNotReady, match="published"):
-        gap.fill(vectors(SECOND, gap.passages))
+        gap.fill(*vectors(SECOND, gap.passages))
     back = beside(following, FIRST, live.generation)
     gap = back.lacking(100)
     assert gap is not None
     following.remove_generation(live.generation)
     with pytest.raises(KnowledgeBaseDamaged, match="gone"):
-        gap.fill(vectors(FIRST, gap.passages))
+        gap.fill(*vectors(FIRST, gap.passages))
     with pytest.raises(InvalidRequest, match="none of"):
         beside(following, FIRST, live.generation)
     assert stored(following, SECOND) == OLD | {"d1": "new"}
@@ -453,9 +453,9 @@ def test_a_generation_that_was_replaced_again_takes_no_copies_until_somebody_bui
     gap = late.lacking(100)
     assert gap is not None
     with pytest.raises(GenerationNotReady, match="published and replaced meanwhile"):
-        gap.fill(vectors(SECOND, gap.passages))
+        gap.fill(*vectors(SECOND, gap.passages))
     again = beside(back, SECOND, late.generation)
-    gap.fill(vectors(SECOND, gap.passages))
+    gap.fill(*vectors(SECOND, gap.passages))
     assert again.lacking(1) is None
     for each in (following, late, back, again):
         each.close()

@@ -20,7 +20,7 @@ from openbook_server import command_index
 from openbook_server.bundle import load_bundle
 from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged, PassageTooLong
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.knowledge import Document, Passage, SearchOptions, embedded, inventory
+from openbook_server.knowledge import Document, Passage, PassageVectors, SearchOptions, embedded, inventory, pack
 from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.generations import Generation, Generations
@@ -45,9 +45,10 @@ class Embed:
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint, self.passages = fingerprint, 0
 
-    def __call__(self, passages: Sequence[Passage]) -> np.ndarray:
+    def __call__(self, passages: Sequence[Passage]) -> PassageVectors:
         self.passages += len(passages)
-        return np.array([vector(self.fingerprint, passage.text) for passage in passages])
+        rows = np.array([vector(self.fingerprint, passage.text) for passage in passages])
+        return PassageVectors(rows, [pack(row[None]) for row in rows])
 
 
 def opened(folder: Path, fingerprint: str, *, flat_limit: int = 20, **options: object) -> EmbeddedKnowledgeBase:
@@ -64,7 +65,7 @@ def opened(folder: Path, fingerprint: str, *, flat_limit: int = 20, **options: o
 def store(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str, ids: Sequence[str], version: str = "") -> None:
     documents = [(Document(id=id_, text=f"w{id_}{version}"), "d" + version) for id_ in ids]
     passages = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document, _ in documents]
-    knowledge_base.replace_documents(documents, passages, np.array([vector(fingerprint, document.text) for document, _ in documents]))
+    knowledge_base.replace_documents(documents, passages, *Embed(fingerprint)(passages))
 
 
 def build(knowledge_base: EmbeddedKnowledgeBase, fingerprint: str) -> int:
@@ -312,19 +313,29 @@ def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: P
     assert states(folder) == [("live", 60, 0)]
 
 
-def test_a_folder_from_before_tokens_is_brought_to_the_new_format_and_keeps_them_from_then_on(folder: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_folder_from_before_tokens_or_windows_is_brought_to_the_new_format_and_keeps_them_from_then_on(
+    folder: Path, version: int
+) -> None:
     before = opened(folder, OLD)
-    expected = hits(before, OLD, TEXTS, "hybrid")
+    expected = [hits(before, OLD, TEXTS, mode) for mode in ("dense", "lexical")]
     before.close()
-    with sqlite3.connect(folder / FILE) as connection:  # as format 2 was
-        connection.execute("ALTER TABLE passages DROP COLUMN tokens")
-        connection.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+    with sqlite3.connect(folder / FILE) as connection:  # as that format was
+        [table] = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'windows_*'")]
+        connection.execute(f"DROP TABLE {table}")
+        if version < 3:
+            connection.execute("ALTER TABLE passages DROP COLUMN tokens")
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(version),))
     connection.close()
     again = opened(folder, OLD)
-    assert hits(again, OLD, TEXTS, "hybrid") == expected
+    assert [hits(again, OLD, TEXTS, mode) for mode in ("dense", "lexical")] == expected
+    assert all(hits(again, OLD, TEXTS, "hybrid"))
     document = Document(id="new", text="a zebra")
     passage = Passage(id="new#0", document_id="new", text="a zebra", start=0, tokens=b"its tokens")
-    again.replace_documents([(document, "digest")], [passage], Embed(OLD)([passage]))
+    again.replace_documents([(document, "digest")], [passage], *Embed(OLD)([passage]))
+    with sqlite3.connect(folder / FILE) as connection:
+        assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,)  # noqa: S608
+    connection.close()
     found = again.documents(["new", "d0"])
     assert [[passage.tokens for passage in found[id_]] for id_ in ("new", "d0")] == [[b"its tokens"], [b""]]
     again.close()
@@ -343,7 +354,7 @@ def work(folder: Path, number: int, out: int) -> None:
         following = opened(folder, other, new_generation=True, beside=answering)
         turns = 0
         while gap := following.lacking(9):
-            gap.fill(Embed(other)(gap.passages))
+            gap.fill(*Embed(other)(gap.passages))
             turns += 1
             if turns % 3 == 0:
                 store(answering, one, [f"n{number}"])

@@ -20,7 +20,7 @@ from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.python_docs import python_docs
 from openbook_server.ingest.sources import find_sources, read_source
-from openbook_server.knowledge import Document, Passage
+from openbook_server.knowledge import Document, Passage, PassageVectors, pack
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from reportlab.pdfgen.canvas import Canvas
@@ -315,10 +315,10 @@ def test_the_documentation_inside_python_names_what_it_documents() -> None:
     assert not any("/" in document.source for document in documents.values())
 
 
-def fake_embed(passages: Sequence[Passage]) -> np.ndarray:
-    """A unit vector from the text alone."""
+def fake_embed(passages: Sequence[Passage]) -> PassageVectors:
+    """A unit vector from the text alone, and one window."""
     vectors = np.array([np.random.default_rng(len(passage.text)).normal(size=8) for passage in passages], np.float32).reshape(-1, 8)
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    return PassageVectors(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), [pack(row[None]) for row in vectors])
 
 
 class Run:
@@ -330,7 +330,7 @@ class Run:
         tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
         self.indexing = Indexing(self.knowledge_base, TextEncoder(tokenizer), self._embed, Splitting(8, 2), batch=4, **options)
 
-    def _embed(self, passages: Sequence[Passage]) -> np.ndarray:
+    def _embed(self, passages: Sequence[Passage]) -> PassageVectors:
         self.embedded += len(passages)
         return fake_embed(passages)
 

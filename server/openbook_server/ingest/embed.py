@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from openbook_server.engine import Runnable
 from openbook_server.errors import PassageTooLong
-from openbook_server.knowledge import Passage
+from openbook_server.ingest.windows import PassageGraph, vectors_of
+from openbook_server.knowledge import Passage, PassageVectors
 from openbook_server.rows import Row
+from openbook_server.runtime import Graph
 
 TITLE_TOKENS = 32  # of a title that stand before its passage; the rest is cut
 SEPARATOR = "\n"
@@ -28,7 +28,7 @@ class PassageEncoder:
     def __call__(self, passages: Sequence[Passage]) -> list[Row]:
         """Raises PassageTooLong, see `whole`."""
         beginnings = {title: self._beginning(title) for title in {passage.title for passage in passages}}  # most share theirs
-        encodings = self._tokenizer.encode_batch_fast([beginnings[passage.title] + passage.text for passage in passages])
+        encodings = self._tokenizer.encode_batch_fast([beginnings[passage.title][0] + passage.text for passage in passages])
         rows = [encoding.ids for encoding in encodings]
         for passage, ids in zip(passages, rows, strict=True) if self._whole else ():
             if len(ids) > self._max_tokens:
@@ -36,16 +36,22 @@ class PassageEncoder:
                     f"passage {passage.id!r} has {len(ids)} tokens, this bundle's embedder reads {self._max_tokens} whole; documents "
                     f"must be split again: openbook index BUNDLE NEW-KB SOURCES..."
                 )
-        return [Row(ids if len(ids) <= self._max_tokens else [*ids[: self._max_tokens - 1], ids[-1]]) for ids in rows]
+        return [
+            Row(
+                ids if len(ids) <= self._max_tokens else [*ids[: self._max_tokens - 1], ids[-1]], text_from=1 + beginnings[passage.title][1]
+            )
+            for passage, ids in zip(passages, rows, strict=True)
+        ]
 
-    def _beginning(self, title: str) -> str:
-        """What the embedder reads before a text: its title, so that a passage from the middle of a document says what it is about."""
+    def _beginning(self, title: str) -> tuple[str, int]:
+        """What the embedder reads before a text, and its tokens: the title, so that a passage from the middle of a document says what it
+        is about."""
         if not title:
-            return ""
+            return "", 0
         encoding = self._tokenizer.encode(title, add_special_tokens=False)
         if len(encoding.ids) > TITLE_TOKENS:
             title = title[: encoding.offsets[TITLE_TOKENS - 1][1]]
-        return title + SEPARATOR
+        return title + SEPARATOR, min(len(encoding.ids), TITLE_TOKENS)
 
 
 class PassageEmbedder:
@@ -54,7 +60,7 @@ class PassageEmbedder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        graph: Runnable,
+        graph: Graph,
         *,
         dim: int,
         max_tokens: int,
@@ -63,19 +69,21 @@ class PassageEmbedder:
         sessions: int = 1,
     ) -> None:
         """`sessions`: batches that the graph's device runs at once."""
-        self._encode, self._graph = PassageEncoder(tokenizer, max_tokens, whole=whole), graph
+        self._encode, self._graph = PassageEncoder(tokenizer, max_tokens, whole=whole), PassageGraph(graph)
         self._dim, self._budget, self._sessions = dim, max_batch_tokens, sessions
 
-    def __call__(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
-        """(passages, dim) unit vectors; each depends on its own passage alone, never on its neighbours."""
+    def __call__(self, passages: Sequence[Passage]) -> PassageVectors:
+        """What each passage is found by; it depends on that passage alone, never on its neighbours."""
         rows = self._encode(passages)
-        vectors = np.empty((len(rows), self._dim), np.float32)
+        outputs: list[Mapping[str, Any]] = [{}] * len(rows)
         buckets = self._graph.buckets
 
         def run(batch: Sequence[int]) -> None:
             length = buckets.padded_length(rows[batch[0]].tokens)
-            vectors[batch] = self._graph.run_rows([rows[at] for at in batch], length)["sentence_embedding"]
+            results = self._graph.run_rows([rows[at] for at in batch], length)
+            for place, at in enumerate(batch):
+                outputs[at] = {name: values[place] for name, values in results.items()}
 
         with ThreadPoolExecutor(self._sessions) as threads:
             list(threads.map(run, buckets.batches([row.tokens for row in rows], self._budget)))
-        return vectors
+        return vectors_of(outputs, self._dim)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.preparation import Splitting, prepare
 from openbook_server.ingest.sources import Source, read_source
-from openbook_server.knowledge import Document, KnowledgeBase, Passage
+from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors
 from openbook_server.tokenization import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class Indexing:
         self,
         knowledge_base: KnowledgeBase,
         encoder: TextEncoder,
-        embed: Callable[[Sequence[Passage]], NDArray[np.float32]],
+        embed: Callable[[Sequence[Passage]], PassageVectors],
         splitting: Splitting,
         *,
         batch: int = 64,
@@ -107,15 +106,16 @@ class Indexing:
         passages = prepared.passages
         if not prepared.documents:
             return True
-        vectors = []
+        parts = []
         for at in range(0, max(len(passages), 1), _EMBEDDED_AT_ONCE):  # one document may have a hundred thousand
             if at:
                 report(self.progress)
             if at and stopping():
                 return False
-            vectors.append(self._embed(passages[at : at + _EMBEDDED_AT_ONCE]))
-            self.progress.embedded += len(vectors[-1])
-        self._knowledge_base.replace_documents(prepared.documents, passages, np.concatenate(vectors))
+            parts.append(self._embed(passages[at : at + _EMBEDDED_AT_ONCE]))
+            self.progress.embedded += len(parts[-1].whole)
+        vectors = PassageVectors(np.concatenate([part.whole for part in parts]), [one for part in parts for one in part.windows])
+        self._knowledge_base.replace_documents(prepared.documents, passages, *vectors)
         self.progress.passages += len(passages)
         return True
 

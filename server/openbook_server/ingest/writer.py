@@ -9,16 +9,15 @@ them everywhere: in the engine's queue, and in the index.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
-
-import numpy as np
+from typing import Any, TypeVar
 
 from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.preparation import Prepared, Splitting, prepare
+from openbook_server.ingest.windows import GRAPH, vectors_of
 from openbook_server.knowledge import Document, KnowledgeBase
 from openbook_server.models import Models
 from openbook_server.tokenization import TextEncoder
@@ -59,15 +58,16 @@ class Writer:
         prepared = await self._run(lambda: prepare(documents, self._knowledge_base, self._encoder, self._splitting))
         if not prepared.documents:
             return prepared
-        vectors = np.empty((len(prepared.passages), self._dim), np.float32)
+        outputs: list[Mapping[str, Any]] = []
         for at in range(0, len(prepared.passages), ROWS_AT_ONCE):
             part = prepared.passages[at : at + ROWS_AT_ONCE]
             rows = await self._run(lambda part=part: self._encode(part))  # type: ignore[misc]
-            outcome = await self._models.submit("embedder", rows, deadline=deadline, lane=Lane.BACKGROUND)
-            vectors[at : at + len(part)] = [row["sentence_embedding"] for row in outcome.rows]
+            outcome = await self._models.submit(GRAPH, rows, deadline=deadline, lane=Lane.BACKGROUND)
+            outputs += outcome.rows
+        vectors = vectors_of(outputs, self._dim)
         # From here on a caller that hangs up changes nothing: the write happens whole.
         await asyncio.shield(
-            self._run(lambda: self._knowledge_base.replace_documents(prepared.documents, prepared.passages, vectors)),
+            self._run(lambda: self._knowledge_base.replace_documents(prepared.documents, prepared.passages, *vectors)),
         )
         return prepared
 

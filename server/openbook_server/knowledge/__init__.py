@@ -11,6 +11,19 @@ from openbook_server.knowledge.filters import Filter
 from openbook_server.knowledge.fusion import relevance
 from openbook_server.knowledge.interface import KnowledgeBase
 from openbook_server.knowledge.opening import open_knowledge_base
-from openbook_server.knowledge.records import Counts, Document, Hit, Passage, SearchOptions
+from openbook_server.knowledge.records import Counts, Document, Hit, Passage, PassageVectors, SearchOptions
+from openbook_server.knowledge.windows import pack
 
-__all__ = ["Counts", "Document", "Filter", "Hit", "KnowledgeBase", "Passage", "SearchOptions", "open_knowledge_base", "relevance"]
+__all__ = [
+    "Counts",
+    "Document",
+    "Filter",
+    "Hit",
+    "KnowledgeBase",
+    "Passage",
+    "PassageVectors",
+    "SearchOptions",
+    "open_knowledge_base",
+    "pack",
+    "relevance",
+]

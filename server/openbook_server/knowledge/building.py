@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from openbook_server.knowledge.interface import KnowledgeBase
-from openbook_server.knowledge.records import Passage
+from openbook_server.knowledge.records import Passage, PassageVectors
 
 _FILLED_AT_ONCE = 1_024  # passages embedded between two looks at whether to stop
 
-Embed = Callable[[Sequence[Passage]], NDArray[np.float32]]  # (passages, dim) unit vectors
+Embed = Callable[[Sequence[Passage]], PassageVectors]
 
 
 def build_generation(
@@ -34,7 +31,7 @@ def build_generation(
     while not stopping():
         gap = knowledge_base.lacking(_FILLED_AT_ONCE)
         if gap is not None:
-            gap.fill(embed(gap.passages))
+            gap.fill(*embed(gap.passages))
             filled += len(gap.passages)
             report(filled, max(filled, state.passages + state.lacking))
         if gap is None or len(gap.passages) < _FILLED_AT_ONCE:
@@ -51,7 +48,7 @@ def publish_generation(knowledge_base: KnowledgeBase, embed: Embed) -> None:
     knowledge_base.hold()
     try:
         while gap := knowledge_base.lacking(_FILLED_AT_ONCE):
-            gap.fill(embed(gap.passages))
+            gap.fill(*embed(gap.passages))
         knowledge_base.publish()
     except BaseException:
         knowledge_base.release()

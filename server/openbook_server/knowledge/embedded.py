@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,13 +146,15 @@ class EmbeddedKnowledgeBase:
     def counts(self) -> Counts:
         return self._store.counts()
 
-    def replace_documents(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
+    def replace_documents(
+        self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors, windows: Sequence[bytes] = ()
+    ) -> None:
         check_vectors(vectors, len(passages), self._generation.dim)  # a row that the index cannot take must not get into the store
         if self.live_generation != self.generation:
             raise RuntimeError(f"{self.generation} is not live: what is stored must be in the generation that answers")
         known = self._store.digests([document.id for document, _ in documents])
         with self._home.replacing() if known else nullcontext():
-            removed, added = self._store.replace(documents, passages, vectors, self._generation)
+            removed, added = self._store.replace(documents, passages, vectors, windows, self._generation)
             self._home.forget(removed)
             if added:
                 self._home.add(self._generation.table, added, vectors)
@@ -225,7 +228,8 @@ class EmbeddedKnowledgeBase:
             words = self._words.search(question, wanted, allowed) if options.mode != "dense" else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
                 dense = dense | self._index.compare(vectors[at], [number for number in words if number not in dense])
-            found.append(rank(question, Candidates(dense, words, load, self._index.vectors), options))
+            near = partial(self._store.generations.nearness, self._generation, None if vectors is None else vectors[at])
+            found.append(rank(question, Candidates(dense, words, load, self._index.vectors, near), options))
         return found
 
     def watch(self, *, share: float, target: float) -> None:
@@ -262,11 +266,11 @@ class EmbeddedKnowledgeBase:
         if not numbers:
             self._filled = max(self._filled, last)  # it is asked again and again, and need not look through all passages each time
         passages = dict(sorted(self._store.passages(numbers).items()))
-        return Gap(list(passages.values()), lambda vectors: self._fill(list(passages), vectors)) if passages else None
+        return Gap(list(passages.values()), partial(self._fill, list(passages))) if passages else None
 
-    def _fill(self, numbers: Sequence[int], vectors: Vectors) -> None:
+    def _fill(self, numbers: Sequence[int], vectors: Vectors, windows: Sequence[bytes] = ()) -> None:
         check_vectors(vectors, len(numbers), self._generation.dim)
-        places = self._store.generations.fill(self._generation, numbers, vectors)
+        places = self._store.generations.fill(self._generation, numbers, vectors, windows)
         if places:
             self._home.add(self._generation.table, [numbers[at] for at in places], vectors[places])
             self._home.settle()

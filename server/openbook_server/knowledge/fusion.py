@@ -14,10 +14,10 @@ from openbook_server.knowledge.records import Fusion, Hit, Passage, SearchOption
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
 LEXICAL_WEIGHT = 0.01  # beside the comparison word by word, which tells the same better
-SHORTLIST_WEIGHT = 0.03  # in the choice of whom to compare so
+SHORTLIST_WEIGHT = 0.03  # in the choice of whom to look at so
 RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
-SHORTLIST = 30  # of the fused ones that are compared word by word, at least
+SHORTLIST = 30  # of the fused ones that are looked at window by window and word by word, at least
 _DIVERSE_POOL = 3  # times top_k: what diverse hits are chosen from, at least
 
 
@@ -39,6 +39,7 @@ class Candidates(Generic[Key]):
     lexical: Mapping[Key, float]  # BM25 of those that share a word with the question
     passages: Callable[[Sequence[Key]], Mapping[Key, Passage]]  # loads those that are still stored, and maybe others
     vectors: Callable[[Sequence[Key]], Mapping[Key, NDArray[np.float32]]]  # loads unit vectors of those
+    nearness: Callable[[Sequence[Key]], Mapping[Key, float]] = lambda keys: {}  # see `windows.nearness`
 
 
 def depth(options: SearchOptions) -> int:
@@ -52,14 +53,12 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     pool = _best(scores, _pool(options))
     passages = candidates.passages(pool)
     order = [key for key in pool if key in passages]  # the others were deleted since they were found
-    overlap: Sequence[float | None] = [None] * len(order)
+    hits = {key: Hit(passages[key], scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key)) for key in order}
     if options.mode == "hybrid" and options.fusion == "weighted":
-        scores = {key: dense[key] + LEXICAL_WEIGHT * lexical.get(key, 0.0) for key in order}
-        overlap = overlaps(question, [passages[key].stem_lines for key in order])
-    hits = {
-        key: Hit(passages[key], scores[key] + (bonus or 0.0), dense.get(key), lexical.get(key), bonus)
-        for key, bonus in zip(order, overlap, strict=True)
-    }
+        near, overlap = candidates.nearness(order), overlaps(question, [passages[key].stem_lines for key in order])
+        for key, bonus in zip(order, overlap, strict=True):
+            looked_at = hits[key]._replace(window_score=near.get(key), overlap_score=bonus)
+            hits[key] = looked_at._replace(score=relevance(looked_at))
     order.sort(key=lambda key: (-hits[key].score, key))
     if options.min_score is not None:
         order = [key for key in order if hits[key].score >= options.min_score]
@@ -109,8 +108,12 @@ def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusio
 
 
 def relevance(hit: Hit) -> float:
-    """A hit's score on the scale of the weighted fusion, whatever mode found it: what the reader's prior was calibrated on."""
-    return (hit.dense_score or 0.0) + LEXICAL_WEIGHT * (hit.lexical_score or 0.0) + (hit.overlap_score or 0.0)
+    """A hit's score on the scale of the weighted fusion, whatever mode found it: what the reader's prior was calibrated on.
+
+    The nearest window's cosine (the passage's own where it has no windows) + LEXICAL_WEIGHT · BM25 + overlap; what was not computed is 0.
+    """
+    cosine = hit.dense_score if hit.window_score is None else hit.window_score
+    return (cosine or 0.0) + LEXICAL_WEIGHT * (hit.lexical_score or 0.0) + (hit.overlap_score or 0.0)
 
 
 def _diverse(

@@ -21,12 +21,14 @@ from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.graph import EF_CONSTRUCTION
 from openbook_server.knowledge.graph import M as LINKS
 from openbook_server.knowledge.records import BundlePlace
+from openbook_server.knowledge.windows import nearness
 
 SCHEMA = (
     "CREATE TABLE generations (number INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL, dim INTEGER NOT NULL, "
     "graph_dims INTEGER NOT NULL, bundle_id TEXT NOT NULL, bundle TEXT NOT NULL, published INTEGER NOT NULL)"
 )
 _PREFIX = "vectors_"  # of the tables of vectors
+_WINDOWS = "windows_"  # of those of the vectors of windows, see `PassageVectors`
 _ROWS_AT_ONCE = 500  # of a query that could return any number
 
 
@@ -49,6 +51,12 @@ class Generation:
     def table(self) -> str:
         """Of its vectors."""
         return _PREFIX + hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
+
+    @property
+    def windows_table(self) -> str:
+        """Of the vectors of its passages' windows: one of its own, for they are read without the others, and a page of SQLite holds
+        three of the one or two of the other, but none of each."""
+        return self.table.replace(_PREFIX, _WINDOWS)
 
 
 class Generations:
@@ -98,6 +106,7 @@ class Generations:
             connection.execute("DELETE FROM generations WHERE number = ?", (generation.number,))
             if all(other.table != generation.table for other in _read(connection)):
                 connection.execute(f"DROP TABLE {generation.table}")
+                connection.execute(f"DROP TABLE {generation.windows_table}")
         self._database.shrink()
 
     def numbers(self, generation: Generation) -> frozenset[int]:
@@ -121,12 +130,18 @@ class Generations:
             data = b"".join(vector for _, vector in rows)
             yield [number for number, _ in rows], np.frombuffer(data, "<f4").reshape(len(rows), generation.dim).astype(np.float32)
 
+    def nearness(self, generation: Generation, question: NDArray[np.float32] | None, numbers: Sequence[int]) -> dict[int, float]:
+        """See `windows.nearness`."""
+        query = f"SELECT passage, vectors FROM {generation.windows_table} WHERE passage IN ({marks(numbers)})"  # noqa: S608
+        with self._database.read() as connection:
+            return nearness(question, numbers, dict(connection.execute(query, numbers).fetchall()))
+
     def lacking(self, generation: Generation, *, after: int, limit: int) -> list[int]:
         """Numbers above `after`, in order, of the first passages that it has no vector of."""
         with self._database.read() as connection:
             return _lacking(connection, generation, after, limit)
 
-    def fill(self, generation: Generation, numbers: Sequence[int], vectors: NDArray[np.float32]) -> list[int]:
+    def fill(self, generation: Generation, numbers: Sequence[int], vectors: NDArray[np.float32], windows: Sequence[bytes]) -> list[int]:
         """Store its vectors of passages; returns the places in `numbers` of those that it lacked and that are still stored."""
         query = (
             f"SELECT number FROM passages WHERE number IN ({marks(numbers)}) "  # noqa: S608
@@ -135,7 +150,8 @@ class Generations:
         with self._database.transaction(counted=False) as connection:
             lacked = {number for (number,) in connection.execute(query, numbers)}
             places = [at for at, number in enumerate(numbers) if number in lacked]
-            insert(connection, generation, [numbers[at] for at in places], vectors[places])
+            there = [windows[at] for at in places] if windows else ()
+            insert(connection, generation, [numbers[at] for at in places], vectors[places], there)
         return places
 
 
@@ -150,6 +166,7 @@ def add(connection: sqlite3.Connection, *, fingerprint: str, dim: int, graph_dim
         connection.execute(f"CREATE TABLE {generation.table} (passage INTEGER PRIMARY KEY, vector BLOB NOT NULL)")
         # Which passages are in it is asked at every start; without this that would read every vector.
         connection.execute(f"CREATE INDEX {generation.table}_passages ON {generation.table} (passage)")
+        add_windows(connection)
     return generation
 
 
@@ -162,15 +179,30 @@ def publish(connection: sqlite3.Connection, generation: Generation) -> None:
     )
 
 
-def insert(connection: sqlite3.Connection, generation: Generation, numbers: Sequence[int], vectors: NDArray[np.float32]) -> None:
-    """Its vectors of passages that it lacks, as a part of a transaction."""
+def insert(
+    connection: sqlite3.Connection,
+    generation: Generation,
+    numbers: Sequence[int],
+    vectors: NDArray[np.float32],
+    windows: Sequence[bytes],
+) -> None:
+    """Its vectors of passages that it lacks, as a part of a transaction; `windows` as of `KnowledgeBase.replace_documents`."""
     rows = [(number, vector.astype("<f4").tobytes()) for number, vector in zip(numbers, vectors, strict=True)]
     connection.executemany(f"INSERT INTO {generation.table} (passage, vector) VALUES (?, ?)", rows)  # noqa: S608
+    pooled = [(number, packed) for number, packed in zip(numbers, windows, strict=True) if packed] if windows else []
+    connection.executemany(f"INSERT INTO {generation.windows_table} (passage, vectors) VALUES (?, ?)", pooled)  # noqa: S608
+
+
+def add_windows(connection: sqlite3.Connection) -> None:
+    """A table of windows, empty, for each of vectors that has none, as a part of a transaction."""
+    for table in _tables(connection):
+        windows = table.replace(_PREFIX, _WINDOWS)
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {windows} (passage INTEGER PRIMARY KEY, vectors BLOB NOT NULL)")
 
 
 def delete(connection: sqlite3.Connection, numbers: Sequence[int]) -> None:
     """Vectors of passages that are being deleted, of every embedder, as a part of a transaction."""
-    for table in _tables(connection):
+    for table in (*_tables(connection), *_tables(connection, _WINDOWS)):
         connection.executemany(f"DELETE FROM {table} WHERE passage = ?", [(number,) for number in numbers])  # noqa: S608
 
 
@@ -187,10 +219,10 @@ def _read(connection: sqlite3.Connection) -> list[Generation]:
     ]
 
 
-def _tables(connection: sqlite3.Connection) -> list[str]:
-    """Every table of vectors."""
+def _tables(connection: sqlite3.Connection, prefix: str = _PREFIX) -> list[str]:
+    """Every table of vectors, or of those of windows."""
     query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB ?"
-    return [name for (name,) in connection.execute(query, (_PREFIX + "*",))]
+    return [name for (name,) in connection.execute(query, (prefix + "*",))]
 
 
 def _lacking(connection: sqlite3.Connection, generation: Generation, after: int, limit: int) -> list[int]:

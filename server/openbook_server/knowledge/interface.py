@@ -18,8 +18,8 @@ class Gap:
     """Some of what a generation lacks."""
 
     passages: Sequence[Passage]  # to be embedded; none where something is only to be removed or copied
-    fill: Callable[[NDArray[np.float32]], None]
-    """Takes their (passages, dim) unit vectors; durable when it returns. What is gone meanwhile is left out. Raises as
+    fill: Callable[[NDArray[np.float32], Sequence[bytes]], None]
+    """Takes their vectors, see `PassageVectors`; durable when it returns. What is gone meanwhile is left out. Raises as
     `KnowledgeBase.replace_documents`."""
 
 
@@ -67,7 +67,11 @@ class KnowledgeBase(Protocol):
     def counts(self) -> Counts: ...
 
     def replace_documents(
-        self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: NDArray[np.float32]
+        self,
+        documents: Sequence[tuple[Document, str]],
+        passages: Sequence[Passage],
+        vectors: NDArray[np.float32],
+        windows: Sequence[bytes] = (),
     ) -> None:
         """Store documents (each with its digest) and their passages; durable and searchable when this returns.
 
@@ -75,6 +79,7 @@ class KnowledgeBase(Protocol):
             documents: replaced whole where their ids are stored already; ids must differ within a call.
             passages: all passages of all of them.
             vectors: (passages, dim) unit vectors.
+            windows: of each passage, see `PassageVectors`; none at all where the embedder gives none.
 
         Raises:
             KnowledgeBaseDamaged: the write failed (disk full, folder read-only); nothing of it is stored.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from openbook_server.knowledge.filters import Filter
 from openbook_server.knowledge.lexical import searched_text, stem_lines
@@ -65,6 +68,13 @@ class Passage:
         return searched_text(self.title, self.text)
 
 
+class PassageVectors(NamedTuple):
+    """What an embedder gives of some passages."""
+
+    whole: NDArray[np.float32]  # (passages, dim) unit vectors
+    windows: Sequence[bytes]  # of each, the vectors of its windows as `windows.pack` makes them; empty where the embedder gives none
+
+
 class Hit(NamedTuple):
     """A passage that a search found; docs/search.md gives the scale of each score. A tuple, for ten are made a question, and a
     frozen dataclass takes three times as long to make."""
@@ -72,6 +82,7 @@ class Hit(NamedTuple):
     passage: Passage
     score: float  # what retrieval orders hits by
     dense_score: float | None = None  # inner product of unit vectors
+    window_score: float | None = None  # inner product with the nearest of its windows
     lexical_score: float | None = None  # BM25
     overlap_score: float | None = None  # what of the question stands in it word by word
     answer_probability: float | None = None  # that the question's answer stands in it, where it was read

@@ -26,7 +26,7 @@ from openbook_server.knowledge.records import BundlePlace, Counts, Document, Pas
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # raised whenever the tables change; see `_upgrade`
+FORMAT = 4  # raised whenever the tables change; see `_upgrade`
 FILE = "knowledge.sqlite"
 
 _TOKENS = "tokens BLOB NOT NULL DEFAULT x''"  # of the text, see `Passage`
@@ -118,6 +118,7 @@ class Store:
         documents: Sequence[tuple[Document, str]],
         passages: Sequence[Passage],
         vectors: NDArray[np.float32],
+        windows: Sequence[bytes],
         generation: Generation,
     ) -> tuple[list[int], list[int]]:
         """Store documents (each with its digest) and all their passages, in place of what they had; one transaction.
@@ -144,7 +145,7 @@ class Store:
                     "INSERT INTO passages (document, id, start, title, text, tokens) VALUES (?, ?, ?, ?, ?, ?)", row
                 )
                 added.append(int(cursor.lastrowid or 0))
-            generations.insert(connection, generation, added, vectors)
+            generations.insert(connection, generation, added, vectors, windows)
         return removed, added
 
     def delete(self, ids: Sequence[str]) -> list[int]:
@@ -228,7 +229,9 @@ class Store:
 def _upgrade(connection: Connection, version: int) -> None:
     if version < 2:
         _to_format_2(connection)
-    connection.execute(f"ALTER TABLE passages ADD COLUMN {_TOKENS}")  # format 2 had none; those that are stored stay without
+    if version < 3:
+        connection.execute(f"ALTER TABLE passages ADD COLUMN {_TOKENS}")  # those that are stored stay without
+    generations.add_windows(connection)  # and those without, until they are embedded again
     connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT),))
 
 
@@ -246,6 +249,6 @@ def _to_format_2(connection: Connection) -> None:
         bundle=BundlePlace(),
     )
     generations.publish(connection, first)
-    connection.execute(f"INSERT INTO {first.table} SELECT number, vector FROM passages")  # noqa: S608
+    connection.execute(f"INSERT INTO {first.table} (passage, vector) SELECT number, vector FROM passages")  # noqa: S608
     connection.execute("ALTER TABLE passages DROP COLUMN vector")
     connection.execute("DELETE FROM meta WHERE key IN ('fingerprint', 'dim', 'graph_dims', 'generation')")

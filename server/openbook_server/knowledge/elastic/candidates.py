@@ -19,10 +19,11 @@ from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import lexical
 from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Connection
-from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, parse_passage, parse_record
+from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, parse_passage, parse_record, parse_windows
 from openbook_server.knowledge.fusion import Candidates, depth, rank
 from openbook_server.knowledge.graph import EF
 from openbook_server.knowledge.records import Hit, Passage, SearchOptions
+from openbook_server.knowledge.windows import nearness
 
 MOST = 10_000  # candidates of one search: Elasticsearch's own limit
 _ROUNDS = 5  # of asking again without what is not live
@@ -89,9 +90,20 @@ class Searcher:
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
             self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
         return [
-            Candidates(row, words[at], lambda keys, lost=gone[at]: self._passages(keys, lost), self._vectors)  # type: ignore[misc]
+            self._candidates(row, words[at], gone[at], vectors[at] if options.mode == "hybrid" and vectors is not None else None)
             for at, row in enumerate(dense)
         ]
+
+    def _candidates(self, dense: dict[Key, float], words: dict[Key, float], gone: set[Key], vector: Vector | None) -> Candidates[Key]:
+        """`vector` of a question whose candidates' windows will be looked at."""
+        windows: dict[Key, bytes] = {}
+        return Candidates(
+            dense,
+            words,
+            lambda keys: self._passages(keys, gone, windows if vector is not None else None),
+            self._vectors,
+            lambda keys: nearness(vector, keys, windows),
+        )
 
     def _run(self, searches: Sequence[tuple[dict[Key, float], Query]]) -> None:
         """Make searches in one request; each adds what it finds, with its score, to the mapping before it."""
@@ -110,15 +122,14 @@ class Searcher:
                 document, _, number = hit["_id"].rpartition(".")
                 found[int(number), document] = schema.inner_product(hit["_score"]) if "knn" in query else max(hit["_score"], 0.0)
 
-    def _passages(self, keys: Sequence[Key], gone: set[Key]) -> Mapping[Key, Passage]:
-        """Those that are live; the others are added to `gone`."""
+    def _passages(self, keys: Sequence[Key], gone: set[Key], windows: dict[Key, bytes] | None) -> Mapping[Key, Passage]:
+        """Those that are live; the others are added to `gone`, and their windows to `windows`, where they are wanted."""
         if not keys:
             return {}
         documents = list(dict.fromkeys(document for _, document in keys))
         wanted: list[Query] = [{"_id": document, "routing": document} for document in documents]
-        wanted += [
-            {"_id": schema.passage_key(document, number), "routing": document, "_source": PASSAGE_FIELDS} for number, document in keys
-        ]
+        fields = PASSAGE_FIELDS if windows is None else [*PASSAGE_FIELDS, "windows"]
+        wanted += [{"_id": schema.passage_key(document, number), "routing": document, "_source": fields} for number, document in keys]
         entries = self._connection.call(
             lambda client: client.mget(index=self._index, docs=wanted, realtime=False, preference=self._preference)
         )["docs"]
@@ -128,6 +139,8 @@ class Searcher:
             record = records.get(key[1])
             if entry["found"] and record is not None and record.holds(key[0]):
                 found[key] = parse_passage(entry, record)
+                if windows is not None:
+                    windows[key] = parse_windows(entry)
             else:
                 gone.add(key)
         return found

@@ -6,7 +6,7 @@ before and however it ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge.elastic.connection import Connection
 from openbook_server.knowledge.elastic.difference import LISTED, Difference, differences
-from openbook_server.knowledge.elastic.documents import Documents
+from openbook_server.knowledge.elastic.documents import Documents, Part
 from openbook_server.knowledge.elastic.entries import Record
 from openbook_server.knowledge.interface import Gap
-from openbook_server.knowledge.records import Passage
 
 Vectors = NDArray[np.float32]
 
@@ -63,11 +62,11 @@ class Copying:
             if record.number == wanted[record.key].number:  # else it was replaced meanwhile, and is looked at again
                 raise KnowledgeBaseDamaged(f"{self._connection.name}: passages of document {record.id!r} are gone; write it again")
 
-        def fill(vectors: Vectors) -> None:
-            parts: dict[str, tuple[list[Passage], Vectors]] = {}
+        def fill(vectors: Vectors, windows: Sequence[bytes] = ()) -> None:
+            parts: dict[str, Part] = {}
             first = 0
             for key, rows in passages.items():
-                parts[key] = rows, vectors[first : first + len(rows)]
+                parts[key] = rows, vectors[first : first + len(rows)], windows[first : first + len(rows)]
                 first += len(rows)
             self._own.copy([wanted[key] for key in passages], parts)
             self._own.drop(gone)

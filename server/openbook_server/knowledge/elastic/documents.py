@@ -53,6 +53,7 @@ _AT_ONCE = 1_000  # entries read by one request
 
 _T = TypeVar("_T")
 Vectors = NDArray[np.float32]
+Part = tuple[Sequence[Passage], Vectors, Sequence[bytes]]  # of a document: passages, their vectors, and those of their windows or none
 _STORED: list[dict[str, Any]] = [{"term": {"kind": "document"}}, {"term": {"live": True}}]
 
 
@@ -65,7 +66,9 @@ class Documents:
         self._connection, self._state, self._entrance = connection, state, entrance
         self._swept = -math.inf  # when, on the monotonic clock
 
-    def replace(self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors) -> None:
+    def replace(
+        self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors, windows: Sequence[bytes]
+    ) -> None:
         """Store documents and all their passages in place of what they had; durable and searchable when this returns."""
         self._sweep_if_due()
         rows: dict[str, list[int]] = {document.id: [] for document, _ in documents}
@@ -91,7 +94,10 @@ class Documents:
                     live=live,
                 )
                 first += live.count
-            parts = {key: ([passages[row] for row in rows[record.id]], vectors[rows[record.id]]) for key, record in wanted.items()}
+            parts: dict[str, Part] = {}
+            for key, record in wanted.items():
+                own = rows[record.id]
+                parts[key] = [passages[row] for row in own], vectors[own], [windows[row] for row in own] if windows else ()
             stored = self._switch(wanted, self.stored(wanted), parts, lost)
             for key in wanted.keys() - stored.keys():
                 lost[key] = (*lost.get(key, ()), _range(wanted[key]))
@@ -101,13 +107,13 @@ class Documents:
                 return
         raise self._outrun(len(left))
 
-    def copy(self, records: Sequence[Record], parts: Mapping[str, tuple[Sequence[Passage], Vectors]]) -> None:
+    def copy(self, records: Sequence[Record], parts: Mapping[str, Part]) -> None:
         """Store documents as they stand in another index, each with the number that it has there; its passages get numbers of their own.
 
         What is here already stays; what others write at the same time is left to a next time.
 
         Args:
-            parts: passages and vectors of each record, by key.
+            parts: of each record, by key.
         """
         before = self.stored(record.key for record in records)
         wanted = {record.key: record for record in records if not _same_write(before.get(record.key), record)}
@@ -122,14 +128,14 @@ class Documents:
         self,
         wanted: Mapping[str, Record],
         before: Mapping[str, Record],
-        parts: Mapping[str, tuple[Sequence[Passage], Vectors]],
+        parts: Mapping[str, Part],
         lost: Mapping[str, tuple[Range, ...]],
     ) -> dict[str, Record]:
         """Steps 1 to 5; returns the records of those documents that got through.
 
         Args:
             wanted: records as they shall be; `before`: as they are.
-            parts: passages and vectors of each.
+            parts: of each.
             lost: ranges of earlier tries.
         """
         intents = []
@@ -140,9 +146,11 @@ class Documents:
             intents.append(replace(known, stale=(*known.stale, *beaten, _range(record))))
         intended = self._write(intents)
         self._entrance.bulk(
-            passage_action(key, _range(wanted[key]).first + at, passage, json.loads(wanted[key].metadata), vector)
-            for key in intended
-            for at, (passage, vector) in enumerate(zip(*parts[key], strict=True))
+            passage_action(
+                key, _range(wanted[key]).first + at, passage, json.loads(wanted[key].metadata), vectors[at], windows[at : at + 1]
+            )
+            for key, (passages, vectors, windows) in ((key, parts[key]) for key in intended)
+            for at, passage in enumerate(passages)
         )
         now = time.time()
         stored = self._write(

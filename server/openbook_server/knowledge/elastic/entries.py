@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,10 @@ def forget_action(record: Record) -> Action:
     return {"delete": {"_id": record.key, "routing": record.key, **(_unchanged(record.seen) if record.seen else {})}}, None
 
 
-def passage_action(key: str, number: int, passage: Passage, metadata: Mapping[str, str], vector: NDArray[np.float32]) -> Action:
-    """Writes a passage of the document that `key` names, with the document's metadata."""
+def passage_action(
+    key: str, number: int, passage: Passage, metadata: Mapping[str, str], vector: NDArray[np.float32], windows: Sequence[bytes]
+) -> Action:
+    """Writes a passage of the document that `key` names, with the document's metadata; `windows` holds what there is of it, or nothing."""
     entry = {
         "kind": "passage",
         "number": number,
@@ -94,6 +96,7 @@ def passage_action(key: str, number: int, passage: Passage, metadata: Mapping[st
         "title": passage.title,
         "text": passage.text,
         "tokens": b64encode(passage.tokens).decode(),
+        "windows": b64encode(b"".join(windows)).decode(),
         "vector": vector.astype(np.float64).round(9).tolist(),  # shorter, and the same float32 but for its last bit
         **schema.terms(metadata),
     }
@@ -124,6 +127,10 @@ def parse_record(entry: Mapping[str, Any]) -> Record:
         stale=tuple(Range(*part) for part in row["stale"]),
         seen=(entry["_seq_no"], entry["_primary_term"]),
     )
+
+
+def parse_windows(entry: Mapping[str, Any]) -> bytes:
+    return b64decode(entry["_source"].get("windows", ""))  # an earlier version stored none
 
 
 def parse_passage(entry: Mapping[str, Any], record: Record) -> Passage:

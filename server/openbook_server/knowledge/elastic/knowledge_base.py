@@ -135,11 +135,15 @@ class ElasticsearchKnowledgeBase:
         return self._documents.counts()
 
     def replace_documents(
-        self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: NDArray[np.float32]
+        self,
+        documents: Sequence[tuple[Document, str]],
+        passages: Sequence[Passage],
+        vectors: NDArray[np.float32],
+        windows: Sequence[bytes] = (),
     ) -> None:
         check_vectors(vectors, len(passages), self._dim)
         self._check_live()
-        self._documents.replace(documents, passages, vectors)
+        self._documents.replace(documents, passages, vectors, windows)
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         self._check_live()
@@ -221,7 +225,7 @@ class ElasticsearchKnowledgeBase:
             if gap.passages:
                 lacks = f"{self.name}: generation {self.generation} lacks {self._copying.lacking()} passages"
                 raise KnowledgeBaseDamaged(f"{lacks}; build it to the end first")
-            gap.fill(np.empty((0, self._dim), np.float32))
+            gap.fill(np.empty((0, self._dim), np.float32), ())
         self._state.go_on_from(self._live_state)
         assert self._entrance.held is not None  # noqa: S101
         publication.publish(self._connection, self._address.alias, self._entrance.held, self._generation)

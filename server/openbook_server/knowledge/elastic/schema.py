@@ -36,6 +36,7 @@ def settings(*, shards: int, replicas: int, active_copies: str) -> dict[str, Any
 ADDED: Mapping[str, Any] = {  # to an index since its format was fixed; an earlier version left them out
     "mark": {"type": "long", "index": False},  # of a document, see `mark`
     "tokens": {"type": "binary"},  # of a passage's text, see `Passage`; only given back
+    "windows": {"type": "binary"},  # of a passage, see `PassageVectors`; only given back
 }
 OVERSAMPLE = 2.0  # candidates that are compared exactly, for each one that is wanted
 

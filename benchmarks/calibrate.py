@@ -3,9 +3,10 @@
     python benchmarks/calibrate.py BUNDLE KB TRAIN.jsonl [--held-out 300] [--retrieval 1500]
 
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
-same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Two choices are made:
-the weights of BM25 beside the cosine, by R@1 and R@5 over `--retrieval` questions of the file, first of all candidates compared word by
-word, then of the choice whom to compare, among the candidates that the choice of now leaves; and, for the reader,
+same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Three choices are made:
+over `--retrieval` questions of the file, the weights of BM25, coverage and pairs beside the cosine of the nearest window, by the
+likelihood of the question's own passage among those that are looked at so; the weight of BM25 in the choice of those, by R@1 and R@5,
+among the candidates that the choice of now leaves; and, for the reader,
 prior_weight by F1 where the passages found hold the answer, then null_bias by the mean log-probability of the accepted
 answer there, and of "no answer" where they do not. The last line is JSON; prior_weight and null_bias belong into the
 adapter's reader.json. When the server may stop reading is another choice, made for those two: `settling.py`.
@@ -21,10 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
-from openbook_server.knowledge.fusion import SHORTLIST
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, SHORTLIST, SHORTLIST_WEIGHT
+from openbook_server.knowledge.overlap import COVERAGE_WEIGHT, PAIR_WEIGHT, shared
 from openbook_server.pipeline import reading_of
 from openbook_server.ranking import Reading, rank_answers
 from openbook_server.rows import Row, collated
@@ -32,7 +35,9 @@ from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions
 
-LEXICAL_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
+WEIGHTS = ("cosine", "BM25", "coverage", "pairs")
+NOW = (1.0, LEXICAL_WEIGHT, COVERAGE_WEIGHT, PAIR_WEIGHT)
+SHORTLIST_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
 PRIOR_WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 NULL_BIASES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 ABSENT_SHARE = 0.1  # weight of questions whose passages were taken away, as in training
@@ -50,25 +55,43 @@ def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
 
 
 def shortlisted(hits: Sequence[Hit], weight: float) -> list[Hit]:
-    """Those that would be compared word by word if BM25 had that weight in their choice."""
+    """Those that would be looked at if BM25 had that weight in their choice."""
     return sorted(hits, key=lambda hit: -(hit.dense_score or 0.0) - weight * (hit.lexical_score or 0.0))[:SHORTLIST]
 
 
-def recall(questions: Sequence[Question], found: Sequence[Sequence[Hit]], weight: float, overlap: float = 1.0) -> tuple[float, float]:
-    """R@1 and R@5 in percent when hits are ranked by the nearest window's cosine (the passage's own where it has no windows) + weight ·
-    BM25 + overlap (times `overlap`, which may be 0)."""
-    at_1 = at_5 = 0
-    for question, hits in zip(questions, found, strict=True):
+class Ranking:
+    """A question's candidates as numbers: what they are ranked by, and which of them are its own."""
+
+    def __init__(self, question: Question, hits: Sequence[Hit]) -> None:
+        overlap = shared(question.text, [hit.passage.stem_lines for hit in hits])
         cosines = [hit.dense_score if hit.window_score is None else hit.window_score for hit in hits]
-        scores = [
-            (cosine or 0.0) + weight * (hit.lexical_score or 0.0) + overlap * (hit.overlap_score or 0.0)
-            for cosine, hit in zip(cosines, hits, strict=True)
-        ]
-        order = [hits[at] for at in sorted(range(len(hits)), key=lambda at: -scores[at])]
-        own = [hit.passage.text in question.context for hit in order]
-        at_1 += own[0]
-        at_5 += any(own[:5])
-    return 100 * at_1 / len(questions), 100 * at_5 / len(questions)
+        self.features = np.array(  # (hits, 4), as `WEIGHTS` names them
+            [(cosine or 0.0, hit.lexical_score or 0.0, *part) for cosine, hit, part in zip(cosines, hits, overlap, strict=True)]
+        )
+        self.own = np.array([hit.passage.text in question.context for hit in hits])
+
+
+def fitted(rankings: Sequence[Ranking]) -> NDArray[np.float64]:
+    """The weights that maximise the mean log Σ_own softmax(features · weights), by Fisher's scoring, scaled so that the cosine's is 1."""
+    usable = [ranking for ranking in rankings if ranking.own.any()]
+    weights = np.array([20.0, 0.1, 5.0, 0.5])
+    for _ in range(30):
+        gradient, information = np.zeros(len(weights)), np.zeros((len(weights),) * 2)
+        for ranking in usable:
+            scores = ranking.features @ weights
+            odds = np.exp(scores - scores.max())
+            everyone, own = odds / odds.sum(), odds * ranking.own / (odds @ ranking.own)
+            mean = everyone @ ranking.features
+            gradient += own @ ranking.features - mean
+            information += (ranking.features * everyone[:, None]).T @ ranking.features - np.outer(mean, mean)
+        weights = weights + np.linalg.solve(information, gradient)
+    return weights / weights[0]
+
+
+def recall(rankings: Sequence[Ranking], weights: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """R@1 and R@5 in percent of candidates ranked with these weights."""
+    best = [ranking.own[np.argsort(-ranking.features @ np.asarray(weights), kind="stable")] for ranking in rankings]
+    return 100 * float(np.mean([own[0] for own in best])), 100 * float(np.mean([own[:5].any() for own in best]))
 
 
 def read(
@@ -105,7 +128,7 @@ def main() -> None:
     parser.add_argument("knowledge_base", type=Path)
     parser.add_argument("train", help="the reader's training file")
     parser.add_argument("--held-out", type=int, default=300, help="as in the training's configuration (default: %(default)s)")
-    parser.add_argument("--retrieval", type=int, default=1_500, help="questions for the fusion weight (default: %(default)s)")
+    parser.add_argument("--retrieval", type=int, default=6_000, help="questions for the weights of search (default: %(default)s)")
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle)
     device = choose_device("auto")
@@ -122,15 +145,18 @@ def main() -> None:
     everything = load_questions(arguments.train)
     asked = random.Random(0).sample(everything, min(arguments.retrieval, len(everything)))
     candidates = search(asked, 100)
-    fusion = {weight: recall(asked, candidates, weight) for weight in LEXICAL_WEIGHTS}
-    for weight, (at_1, at_5) in fusion.items():
-        before_1, before_5 = recall(asked, candidates, weight, overlap=0.0)
-        print(f"BM25 weight {weight}: R@1 {at_1:.1f} R@5 {at_5:.1f}; without overlap R@1 {before_1:.1f} R@5 {before_5:.1f}")
-
-    best_fusion = max(fusion, key=lambda weight: sum(fusion[weight]))
-    choice = {weight: recall(asked, [shortlisted(hits, weight) for hits in candidates], best_fusion) for weight in LEXICAL_WEIGHTS}
-    for weight, (at_1, at_5) in choice.items():
-        print(f"BM25 weight {weight} in the choice of {SHORTLIST}: R@1 {at_1:.1f} R@5 {at_5:.1f}")
+    rankings = [Ranking(question, shortlisted(hits, SHORTLIST_WEIGHT)) for question, hits in zip(asked, candidates, strict=True)]
+    chosen = fitted(rankings)
+    tried = {"the cosine alone": (1.0, 0.0, 0.0, 0.0), "weights of now": NOW, "weights fitted": chosen}
+    for name, weights in tried.items():
+        at_1, at_5 = recall(rankings, weights)
+        stated = ", ".join(f"{what} {weight:.4f}" for what, weight in zip(WEIGHTS, weights, strict=True))
+        print(f"{name} ({stated}): R@1 {at_1:.1f} R@5 {at_5:.1f}")
+    choice = {}
+    for weight in SHORTLIST_WEIGHTS:
+        left = [Ranking(question, shortlisted(hits, weight)) for question, hits in zip(asked, candidates, strict=True)]
+        choice[weight] = recall(left, chosen)
+        print(f"BM25 weight {weight} in the choice of {SHORTLIST}: R@1 {choice[weight][0]:.1f} R@5 {choice[weight][1]:.1f}")
 
     usable = [question for question in everything if question.gold_spans()]
     _, held = hold_out(usable, arguments.held_out)
@@ -166,7 +192,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "lexical_weight": best_fusion,
+                "weights": dict(zip(WEIGHTS, chosen.round(4).tolist(), strict=True)),
                 "shortlist_weight": max(choice, key=lambda weight: sum(choice[weight])),
                 "prior_weight": prior,
                 "null_bias": bias,

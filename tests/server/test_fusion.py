@@ -43,9 +43,12 @@ def test_reciprocal_ranks_add_up_over_the_rankings_that_hold_a_candidate() -> No
 
 def test_relevance_is_on_the_weighted_scale_whatever_found_the_passage() -> None:
     passage = Passage(id="p", document_id="p", text="", start=0)
-    assert relevance(Hit(passage=passage, score=12.0, lexical_score=12.0)) == pytest.approx(12 * LEXICAL_WEIGHT)
+    assert relevance(Hit(passage=passage, score=12.0, lexical_score=12.0)) == pytest.approx(12 * SHORTLIST_WEIGHT)
     assert relevance(Hit(passage=passage, score=0.4, dense_score=0.4)) == pytest.approx(0.4)
-    assert relevance(Hit(passage=passage, score=0.03, dense_score=0.4, lexical_score=10.0)) == pytest.approx(0.4 + 10 * LEXICAL_WEIGHT)
+    assert relevance(Hit(passage=passage, score=0.03, dense_score=0.4, lexical_score=10.0)) == pytest.approx(0.4 + 10 * SHORTLIST_WEIGHT)
+    looked_at = Hit(passage=passage, score=0.0, dense_score=0.4, lexical_score=10.0, overlap_score=0.2)
+    assert relevance(looked_at) == pytest.approx(0.4 + 10 * LEXICAL_WEIGHT + 0.2)
+    assert relevance(looked_at._replace(window_score=0.7)) == pytest.approx(0.7 + 10 * LEXICAL_WEIGHT + 0.2)
     candidates, _ = backend(40)
     for hit in rank("nothing of it", candidates, SearchOptions(top_k=40)):
         assert relevance(hit) == pytest.approx(hit.score)

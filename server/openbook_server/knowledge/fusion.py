@@ -13,7 +13,7 @@ from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.records import Fusion, Hit, Passage, SearchOptions
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
-LEXICAL_WEIGHT = 0.01  # beside the comparison word by word, which tells the same better
+LEXICAL_WEIGHT = 0.005  # beside the comparison word by word, which tells the same better
 SHORTLIST_WEIGHT = 0.03  # in the choice of whom to look at so
 RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
@@ -53,12 +53,14 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     pool = _best(scores, _pool(options))
     passages = candidates.passages(pool)
     order = [key for key in pool if key in passages]  # the others were deleted since they were found
-    hits = {key: Hit(passages[key], scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key)) for key in order}
+    hits: dict[Key, Hit] = {}
     if options.mode == "hybrid" and options.fusion == "weighted":
         near, overlap = candidates.nearness(order), overlaps(question, [passages[key].stem_lines for key in order])
         for key, bonus in zip(order, overlap, strict=True):
-            looked_at = hits[key]._replace(window_score=near.get(key), overlap_score=bonus)
-            hits[key] = looked_at._replace(score=relevance(looked_at))
+            cosine, window, bm25 = dense[key], near.get(key), lexical.get(key)
+            hits[key] = Hit(passages[key], _sum(cosine, window, bm25, bonus), cosine, window, bm25, bonus)
+    else:
+        hits = {key: Hit(passages[key], scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key)) for key in order}
     order.sort(key=lambda key: (-hits[key].score, key))
     if options.min_score is not None:
         order = [key for key in order if hits[key].score >= options.min_score]
@@ -110,10 +112,16 @@ def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusio
 def relevance(hit: Hit) -> float:
     """A hit's score on the scale of the weighted fusion, whatever mode found it: what the reader's prior was calibrated on.
 
-    The nearest window's cosine (the passage's own where it has no windows) + LEXICAL_WEIGHT · BM25 + overlap; what was not computed is 0.
+    Of a hit that was looked at its score; of others cosine + SHORTLIST_WEIGHT · BM25, as `fuse` adds them; what was not computed is 0.
     """
-    cosine = hit.dense_score if hit.window_score is None else hit.window_score
-    return (cosine or 0.0) + LEXICAL_WEIGHT * (hit.lexical_score or 0.0) + (hit.overlap_score or 0.0)
+    if hit.overlap_score is None:
+        return (hit.dense_score or 0.0) + SHORTLIST_WEIGHT * (hit.lexical_score or 0.0)
+    return _sum(hit.dense_score or 0.0, hit.window_score, hit.lexical_score, hit.overlap_score)
+
+
+def _sum(cosine: float, window: float | None, bm25: float | None, overlap: float) -> float:
+    """The nearest window's cosine, or the passage's own where it has no windows, + LEXICAL_WEIGHT · BM25 + overlap."""
+    return (cosine if window is None else window) + LEXICAL_WEIGHT * (bm25 or 0.0) + overlap
 
 
 def _diverse(

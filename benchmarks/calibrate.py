@@ -1,6 +1,6 @@
 """Which constants rank best? Fusion weight, prior weight and null bias, chosen on questions nothing was trained on.
 
-    python benchmarks/calibrate.py BUNDLE KB TRAIN.jsonl [--held-out 300] [--retrieval 1500]
+    python benchmarks/calibrate.py BUNDLE KB TRAIN.jsonl [--held-out 300] [--retrieval 6000]
 
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
 same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Three choices are made:

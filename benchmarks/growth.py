@@ -26,13 +26,14 @@ from pathlib import Path
 import numpy as np
 from driver import memory_mb, percentile
 from numpy.typing import NDArray
-from openbook_server.knowledge import Document, Hit, Passage, SearchOptions
+from openbook_server.knowledge import Document, Hit, Passage, SearchOptions, pack
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.records import SearchMode
 from report import add_results_arguments, publish
 
 CHUNK = 1_000  # documents a write
 ROWS_AT_ONCE = 50_000  # of vectors made or compared
+WINDOWS = 6  # of a passage
 CLUSTER = 100  # passages of one subject
 SPREAD = 0.6  # of a passage around its subject's centre, whose length is 1 a dimension
 VOCABULARY, SHIFT = 20_000, 50  # words known; the n-th most frequent one comes in proportion to 1 / (n + SHIFT)
@@ -83,8 +84,10 @@ def write(folder: Path, vectors: NDArray[np.float32], rng: np.random.Generator) 
         part = vectors[at : at + CHUNK]
         documents = [Document(id=f"d{at + n}", text=text) for n, text in enumerate(texts(len(part), PASSAGE_WORDS, rng))]
         rows = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document in documents]
+        around = SPREAD / part.shape[1] ** 0.5
+        windows = [pack(row + around * rng.standard_normal((WINDOWS, part.shape[1]), np.float32)) for row in part]
         began = time.perf_counter()
-        knowledge_base.replace_documents([(document, document.id) for document in documents], rows, part)
+        knowledge_base.replace_documents([(document, document.id) for document in documents], rows, part, windows)
         writing += time.perf_counter() - began
     began = time.perf_counter()
     knowledge_base.snapshot()

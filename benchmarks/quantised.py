@@ -80,7 +80,7 @@ def question_vectors(folder: Path, file: Path, count: int) -> Vectors:
     embed = PassageEmbedder(load_tokenizer(bundle.tokenizer_path), graph, dim=limits.dim, max_tokens=limits.max_tokens)
     with file.open() as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
-    return embed([Passage(id="", document_id="", text=row.get("question") or row["text"], start=0) for row in rows])
+    return embed([Passage(id="", document_id="", text=row.get("question") or row["text"], start=0) for row in rows]).whole
 
 
 def measure(

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from openbook_server.backlog import Arrays, Lane
+from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.errors import (
@@ -23,8 +23,8 @@ from openbook_server.errors import (
     Overloaded,
 )
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.ingest.windows import GRAPH, vectors_of
-from openbook_server.knowledge import KnowledgeBase
+from openbook_server.ingest.windows import GRAPH, joined, vectors_of
+from openbook_server.knowledge import KnowledgeBase, PassageVectors
 from openbook_server.knowledge.opening import place_of
 from openbook_server.pair import Pair, Shared, load_graphs, to_the_end
 from openbook_server.rows import Row
@@ -94,20 +94,20 @@ class Following:
         pair, knowledge_base = self.opened_pair, self.opened_knowledge_base
         encode = PassageEncoder(pair.tokenizer, pair.bundle.embedder.max_tokens, whole=True)
         while gap := await to_the_end(asyncio.to_thread(knowledge_base.lacking, ROWS_AT_ONCE)):
-            outputs: list[Arrays] = []
-            for at in range(0, len(gap.passages), ROWS_AT_ONCE):  # a document comes whole, whatever its length
+            parts = []
+            for at in range(0, max(len(gap.passages), 1), ROWS_AT_ONCE):  # a document comes whole, whatever its length
                 rows = await asyncio.to_thread(encode, gap.passages[at : at + ROWS_AT_ONCE])
-                outputs += await self._embed(pair, rows)
-            vectors = vectors_of(outputs, pair.bundle.embedder.dim)
+                parts.append(await self._embed(pair, rows))
+            vectors = joined(parts)
             await self._shared.in_writer(lambda gap=gap, vectors=vectors: gap.fill(*vectors))  # type: ignore[misc]
             if len(gap.passages) < enough:
                 return
 
-    async def _embed(self, pair: Pair, rows: Sequence[Row]) -> list[Arrays]:
+    async def _embed(self, pair: Pair, rows: Sequence[Row]) -> PassageVectors:
         while True:
             try:
                 outcome = await pair.models.submit(GRAPH, rows, deadline=time.monotonic() + _PATIENCE)
-                return outcome.rows
+                return vectors_of(outcome.rows, pair.bundle.embedder.dim)
             except (Overloaded, DeadlineExceeded) as error:  # uploads fill the lane
                 await asyncio.sleep(max(_LOOK_AGAIN, getattr(error, "retry_after_seconds", 0.0)))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from openbook_server.binding import Arrays
 from openbook_server.bundle import GOLDEN, Bundle
 from openbook_server.errors import BundleInvalid
-from openbook_server.runtime import Device, Graph
+from openbook_server.runtime import HIDDEN_STATES, Device, Graph
 
 DISTRIBUTIONS = ("probability", "model", "knn", "combined")  # outputs of graphs that label texts, by themselves and with neighbours
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of a graph that reads texts, as `rows.collate` makes them
@@ -67,6 +67,8 @@ def verify_golden(bundle: Bundle, graphs: Mapping[str, Graph], device: Device) -
         for model, graph in graphs.items():
             expected = {name.removeprefix(f"{model}/"): value for name, value in golden.items() if name.startswith(f"{model}/")}
             measured[model] = compare(expected, _run_as_served(graph, expected))
+            if graph.gives_states:
+                measured[model]["cosine"] = min(measured[model]["cosine"], _cosine_of_states(graph, expected))
     except Exception as error:  # onnxruntime's own kinds among them
         reason = str(error).strip().split("\n", 1)[0]
         raise BundleInvalid(
@@ -94,6 +96,15 @@ def _run_as_served(graph: Graph, golden: Arrays) -> Arrays:
         for name, values in graph.run({name: golden[name][rows, :length] for name in INPUTS}).items():
             outputs.setdefault(name, np.empty((len(lengths), *values.shape[1:]), values.dtype))[rows] = values
     return outputs
+
+
+def _cosine_of_states(graph: Graph, golden: Arrays) -> float:
+    """Of a text's vector and the mean of the states that come when they are asked for, which passages' windows are pooled from."""
+    tokens = int(golden["attention_mask"][0].sum())
+    length = min(graph.buckets.padded_length(tokens), golden["attention_mask"].shape[1])
+    states = graph.run({name: golden[name][:1, :length] for name in INPUTS}, states=True)[HIDDEN_STATES]
+    mean = np.asarray(states[0, :tokens], np.float32).mean(axis=0)
+    return lowest_cosine(golden["sentence_embedding"][:1], (mean / np.linalg.norm(mean))[None])
 
 
 def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:

@@ -14,7 +14,7 @@ _numbers = itertools.count(1)
 
 
 class Models:
-    """Runs the rows of one bundle, by the names its graphs have there: embedder, reader."""
+    """Runs the rows of one bundle, by the names its graphs have there: embedder, embedder.passages, reader and so on."""
 
     def __init__(self, engine: Engine, graphs: Mapping[str, Runnable], *, lane: Lane = Lane.FOREGROUND) -> None:
         """`lane` is the most urgent one that rows get, whatever is asked for; it may be changed at any time."""

@@ -15,10 +15,10 @@ from openbook_export.export import ExportOptions, export_bundle
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, SpanScoring
 from openbook_export.models import load_embedder, load_reader, load_tokenizer
 from openbook_export.optimise import fuse
-from openbook_export.parity import check_parity
+from openbook_export.parity import check_parity, expected_outputs
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.ranking import Settling
-from openbook_server.runtime import Graph, build_device
+from openbook_server.runtime import HIDDEN_STATES, Graph, build_device
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidData
 from openbook_training.negatives import embed
@@ -91,6 +91,17 @@ def test_the_embedder_gives_the_vectors_of_pytorch(bundle: Bundle, tiny_checkpoi
         vectors = graph(bundle, "embedder", precision).run(inputs)["sentence_embedding"]
         assert vectors.dtype == np.float32
         assert (vectors * wanted).sum(1).min() >= cosine
+
+
+def test_a_graph_whose_windows_are_others_fails_parity(bundle: Bundle, tiny_checkpoint: Path) -> None:
+    inputs = dict(batch(Tokenizer.from_file(str(bundle.tokenizer_path)), TEXTS, 24))
+    expected = expected_outputs(EmbedderGraph(load_embedder(resolve_checkpoint(str(tiny_checkpoint))).model, "mean").eval(), inputs)
+    for precision in ("fp32", "fp16", "int8"):
+        check_parity(bundle.graph_path("embedder", precision), precision, inputs, expected)
+    with pytest.raises(ExportFailed, match="is not the model it was exported from"):
+        check_parity(
+            bundle.graph_path("embedder", "fp32"), "fp32", inputs, expected | {HIDDEN_STATES: expected[HIDDEN_STATES][:, :, ::-1].copy()}
+        )
 
 
 def test_the_reader_gives_the_spans_and_normaliser_of_the_training_objective(
@@ -401,8 +412,9 @@ def test_pooling_on_the_first_token_gives_its_state(tiny_checkpoint: Path) -> No
     model, (tokenizer, _) = load_embedder(checkpoint).model, load_tokenizer(checkpoint)
     inputs = {name: torch.from_numpy(values) for name, values in batch(tokenizer, TEXTS, 24).items()}
     with torch.inference_mode():
-        vectors = EmbedderGraph(model, "cls")(**inputs)["sentence_embedding"]
+        [(name, vectors)] = EmbedderGraph(model, "cls")(**inputs).items()  # windows are means: a model that pools otherwise gives none
         states = model(**inputs).last_hidden_state[:, 0]
+    assert name == "sentence_embedding"
     assert torch.allclose(vectors, torch.nn.functional.normalize(states, dim=1), atol=1e-5)
 
 

@@ -220,8 +220,12 @@ def test_generations_of_one_embedder_share_its_vectors(folder: Path) -> None:
     live = hits(other, OLD, TEXTS)
     other.close()
     known = Store(folder)
-    remove_generation(folder, known, known.generations.all()[0].name)  # and its vectors are still needed
+    remove_generation(folder, known, known.generations.all()[0].name)  # and its vectors are still needed, those of windows too
     known.close()
+    with sqlite3.connect(folder / FILE) as connection:
+        [table] = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'windows_*'")]
+        assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (60,)  # noqa: S608
+    connection.close()
     assert states(folder) == [("live", 60, 0)]
     again = opened(folder, OLD)
     assert (again.graph_width, hits(again, OLD, TEXTS)) == (8, live)
@@ -284,7 +288,7 @@ def test_a_generation_that_is_being_opened_holds_in_the_end_what_was_written_mea
 
 def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: Path) -> None:
     before = opened(folder, OLD)
-    expected, generation = hits(before, OLD, TEXTS, "hybrid"), before.generation
+    expected, generation = [hits(before, OLD, TEXTS, mode) for mode in ("dense", "lexical")], before.generation
     before.close()
     [snapshot] = folder.glob("index-*.hnsw")
     with sqlite3.connect(folder / FILE) as connection:  # as format 1 was
@@ -293,6 +297,7 @@ def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: P
         connection.execute("ALTER TABLE passages ADD COLUMN vector BLOB")
         connection.execute(f"UPDATE passages SET vector = (SELECT vector FROM {table} WHERE passage = number)")  # noqa: S608
         connection.execute(f"DROP TABLE {table}")
+        connection.execute(f"DROP TABLE {table.replace('vectors', 'windows')}")
         connection.execute("DROP TABLE generations")
         connection.execute("CREATE VIRTUAL TABLE words USING fts5(title, text, content='passages', content_rowid='number')")
         connection.executemany(
@@ -303,12 +308,13 @@ def test_a_folder_from_before_generations_is_brought_to_the_new_format(folder: P
     with pytest.raises(KnowledgeBaseDamaged, match="openbook serve"):
         Store(folder, read_only=True)
     again = opened(folder, OLD)
-    assert (hits(again, OLD, TEXTS, "hybrid"), again.generation) == (expected, generation)
+    assert ([hits(again, OLD, TEXTS, mode) for mode in ("dense", "lexical")], again.generation) == (expected, generation)
     assert again._saved == again.sequence  # the snapshot is still good
     assert snapshot.is_file()
     again.close()
     with sqlite3.connect(folder / FILE) as connection:
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name GLOB 'words*'").fetchall()
+        assert connection.execute(f"SELECT count(*) FROM {table.replace('vectors', 'windows')}").fetchone() == (0,)  # noqa: S608
     connection.close()
     assert states(folder) == [("live", 60, 0)]
 
@@ -327,6 +333,8 @@ def test_a_folder_from_before_tokens_or_windows_is_brought_to_the_new_format_and
             connection.execute("ALTER TABLE passages DROP COLUMN tokens")
         connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(version),))
     connection.close()
+    with pytest.raises(KnowledgeBaseDamaged, match="openbook serve"):
+        Store(folder, read_only=True)
     again = opened(folder, OLD)
     assert [hits(again, OLD, TEXTS, mode) for mode in ("dense", "lexical")] == expected
     assert all(hits(again, OLD, TEXTS, "hybrid"))

@@ -9,7 +9,7 @@ import pytest
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.errors import BundleInvalid
 from openbook_server.golden import TOLERANCES, compare, largest_difference, largest_distance, lowest_cosine, verify_golden
-from openbook_server.runtime import Graph, choose_device
+from openbook_server.runtime import HIDDEN_STATES, Graph, choose_device
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,15 @@ def test_golden_vectors_match_in_every_precision(bundle: Bundle, precision: str)
 class Wrong:
     """A graph whose floats are off."""
 
-    def __init__(self, graph: Graph, change: float) -> None:
-        self._graph, self._change, self.buckets = graph, change, graph.buckets
+    def __init__(self, graph: Graph, change: float, *, states: bool = False) -> None:
+        """`states`: those of the hidden states alone."""
+        self._graph, self._change, self._states = graph, change, states
+        self.buckets, self.gives_states = graph.buckets, graph.gives_states
 
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = self._graph.run(inputs)
-        return {name: values if values.dtype == np.int64 else values + np.float32(self._change) for name, values in outputs.items()}
+    def run(self, inputs: dict[str, np.ndarray], *, states: bool = False) -> dict[str, np.ndarray]:
+        outputs = self._graph.run(inputs, states=states)
+        off = {name for name, values in outputs.items() if values.dtype != np.int64 and (name == HIDDEN_STATES or not self._states)}
+        return {name: values + np.float32(self._change) if name in off else values for name, values in outputs.items()}
 
 
 @pytest.mark.parametrize("change", [0.01, float("nan")])
@@ -49,6 +52,8 @@ def test_a_graph_that_computes_something_else_is_refused(bundle: Bundle, change:
         verify_golden(bundle, {"embedder": embedder, "reader": Wrong(reader, change)}, device)  # type: ignore[dict-item]  # the same
     with pytest.raises(BundleInvalid, match="does not fit its graphs"):
         verify_golden(bundle, {"embedder": reader}, device)
+    with pytest.raises(BundleInvalid, match="embedder_cosine"):  # vectors of passages' windows would be wrong
+        verify_golden(bundle, {"embedder": Wrong(embedder, 100 * change, states=True)}, device)  # type: ignore[dict-item]  # the same
 
 
 def test_a_vector_that_is_no_unit_vector_counts_as_wrong() -> None:

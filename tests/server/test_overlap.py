@@ -53,6 +53,15 @@ def test_a_pair_of_words_does_not_reach_from_one_sentence_into_the_next() -> Non
     assert across == pytest.approx(COVERAGE_WEIGHT / 2)
 
 
+def test_pairs_of_words_count_in_the_sentence_that_has_most_of_them() -> None:
+    question = "red bridge of a wide river"
+    spread, together = overlaps(
+        question, [stem_lines("It was a red bridge. They saw a wide river."), stem_lines("A wide river. A red bridge of a wide river.")]
+    )
+    assert spread == pytest.approx(COVERAGE_WEIGHT / 2 + 2 * PAIR_WEIGHT)  # a wide, wide river
+    assert together == pytest.approx(COVERAGE_WEIGHT + 5 * PAIR_WEIGHT)
+
+
 def test_words_are_compared_by_their_stems_and_parts_of_words_are_none() -> None:
     assert overlaps("oil in art", [stem_lines("Soil, part: spoiled carts"), stem_lines("Oils in arts, écrits")]) == [
         0.0,

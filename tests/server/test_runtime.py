@@ -17,8 +17,9 @@ from openbook_server import runtime
 from openbook_server.binding import BOUND_SHAPES, BoundSession
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.errors import BundleInvalid, DeviceUnavailable
-from openbook_server.rows import Row
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import (
+    HIDDEN_STATES,
     Device,
     Graph,
     build_device,
@@ -153,6 +154,23 @@ def test_bound_buffers_give_the_same_bytes_as_a_plain_run(bundle: Bundle) -> Non
             kept.append((wanted, bound.run(inputs)))
         for wanted, got in kept:  # an earlier result must not be a view of a buffer that a later run wrote to
             assert {name: values.tobytes() for name, values in got.items()} == {name: values.tobytes() for name, values in wanted.items()}
+
+
+@pytest.mark.parametrize("device", [build_device("cpu", "fp32"), BOUND, replace(BOUND, sessions=2)])
+def test_the_states_come_when_they_are_asked_for_and_change_nothing_else(bundle: Bundle, device: Device) -> None:
+    graph, rows = Graph(bundle.graph_path("embedder", "fp32"), device), [Row([5, 6, 7]), Row([8, 9, 10, 11])]
+    assert graph.gives_states
+    assert not Graph(bundle.graph_path("reader", "fp32"), device).gives_states
+    for length in (4, 16):  # a length that was bound before is bound after
+        plain = graph.run_rows(rows, length)
+        whole = graph.run(collate(rows, length), states=True)
+        assert {name: values.tobytes() for name, values in plain.items()} == {
+            name: values.tobytes() for name, values in whole.items() if name != HIDDEN_STATES
+        }
+        assert whole[HIDDEN_STATES].shape == (2, length, bundle.embedder.dim)
+        assert {name: values.tobytes() for name, values in graph.run_rows(rows, length).items()} == {
+            name: values.tobytes() for name, values in plain.items()
+        }
 
 
 def test_buffers_of_the_least_recent_shape_are_given_up(bundle: Bundle) -> None:

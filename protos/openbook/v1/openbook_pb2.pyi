@@ -68,7 +68,7 @@ class _FusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fusion.ValueTy
     FUSION_UNSPECIFIED: _Fusion.ValueType  # 0
     """the server's default: weighted"""
     FUSION_WEIGHTED: _Fusion.ValueType  # 1
-    """cosine + weight * BM25, and what of the question stands in the passage word by word"""
+    """cosine of the nearest window + weight * BM25 + overlap, of the best candidates"""
     FUSION_RECIPROCAL_RANK: _Fusion.ValueType  # 2
     """sum of 1 / (60 + rank); scores from 0 to 0.033"""
 
@@ -78,7 +78,7 @@ class Fusion(_Fusion, metaclass=_FusionEnumTypeWrapper):
 FUSION_UNSPECIFIED: Fusion.ValueType  # 0
 """the server's default: weighted"""
 FUSION_WEIGHTED: Fusion.ValueType  # 1
-"""cosine + weight * BM25, and what of the question stands in the passage word by word"""
+"""cosine of the nearest window + weight * BM25 + overlap, of the best candidates"""
 FUSION_RECIPROCAL_RANK: Fusion.ValueType  # 2
 """sum of 1 / (60 + rank); scores from 0 to 0.033"""
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015

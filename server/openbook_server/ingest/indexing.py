@@ -11,11 +11,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.preparation import Splitting, prepare
 from openbook_server.ingest.sources import Source, read_source
+from openbook_server.ingest.windows import joined
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors
 from openbook_server.tokenization import TextEncoder
 
@@ -114,8 +113,7 @@ class Indexing:
                 return False
             parts.append(self._embed(passages[at : at + _EMBEDDED_AT_ONCE]))
             self.progress.embedded += len(parts[-1].whole)
-        vectors = PassageVectors(np.concatenate([part.whole for part in parts]), [one for part in parts for one in part.windows])
-        self._knowledge_base.replace_documents(prepared.documents, passages, *vectors)
+        self._knowledge_base.replace_documents(prepared.documents, passages, *joined(parts))
         self.progress.passages += len(passages)
         return True
 

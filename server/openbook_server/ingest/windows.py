@@ -15,7 +15,7 @@ from openbook_server.knowledge import PassageVectors, pack
 from openbook_server.rows import Row, collate
 from openbook_server.runtime import HIDDEN_STATES, Graph
 
-GRAPH = "passages"  # what models call it
+GRAPH = "embedder.passages"  # what models call it; no head has a dot in its name
 WINDOW_TOKENS = 24  # of a window, about; in docs/search.md is why
 _WINDOWS = "windows"
 
@@ -35,6 +35,11 @@ class PassageGraph:
         states = outputs.pop(HIDDEN_STATES, None)
         packed = [b"" if states is None else pack(pooled(states[at], spans_of(row))) for at, row in enumerate(rows)]
         return {OUTPUT: outputs[OUTPUT], _WINDOWS: packed}
+
+
+def joined(parts: Sequence[PassageVectors]) -> PassageVectors:
+    """The vectors of passages that were embedded some at a time; one part at least, though it be empty."""
+    return PassageVectors(np.concatenate([part.whole for part in parts]), [windows for part in parts for windows in part.windows])
 
 
 def vectors_of(rows: Sequence[Mapping[str, Any]], dim: int) -> PassageVectors:

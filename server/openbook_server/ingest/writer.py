@@ -9,15 +9,15 @@ them everywhere: in the engine's queue, and in the index.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.preparation import Prepared, Splitting, prepare
-from openbook_server.ingest.windows import GRAPH, vectors_of
+from openbook_server.ingest.windows import GRAPH, joined, vectors_of
 from openbook_server.knowledge import Document, KnowledgeBase
 from openbook_server.models import Models
 from openbook_server.tokenization import TextEncoder
@@ -58,13 +58,13 @@ class Writer:
         prepared = await self._run(lambda: prepare(documents, self._knowledge_base, self._encoder, self._splitting))
         if not prepared.documents:
             return prepared
-        outputs: list[Mapping[str, Any]] = []
-        for at in range(0, len(prepared.passages), ROWS_AT_ONCE):
+        parts = []
+        for at in range(0, max(len(prepared.passages), 1), ROWS_AT_ONCE):
             part = prepared.passages[at : at + ROWS_AT_ONCE]
             rows = await self._run(lambda part=part: self._encode(part))  # type: ignore[misc]
             outcome = await self._models.submit(GRAPH, rows, deadline=deadline, lane=Lane.BACKGROUND)
-            outputs += outcome.rows
-        vectors = vectors_of(outputs, self._dim)
+            parts.append(vectors_of(outcome.rows, self._dim))
+        vectors = joined(parts)
         # From here on a caller that hangs up changes nothing: the write happens whole.
         await asyncio.shield(
             self._run(lambda: self._knowledge_base.replace_documents(prepared.documents, prepared.passages, *vectors)),

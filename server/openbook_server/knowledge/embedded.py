@@ -154,7 +154,7 @@ class EmbeddedKnowledgeBase:
             raise RuntimeError(f"{self.generation} is not live: what is stored must be in the generation that answers")
         known = self._store.digests([document.id for document, _ in documents])
         with self._home.replacing() if known else nullcontext():
-            removed, added = self._store.replace(documents, passages, vectors, windows, self._generation)
+            removed, added = self._store.replace(documents, passages, vectors, windows or [b""] * len(passages), self._generation)
             self._home.forget(removed)
             if added:
                 self._home.add(self._generation.table, added, vectors)
@@ -162,8 +162,9 @@ class EmbeddedKnowledgeBase:
         self._home.settle()
 
     def delete_documents(self, ids: Sequence[str]) -> int:
-        removed = self._store.delete(ids)
-        self._home.forget(removed)
+        with self._home.replacing():  # a search must not find one whose windows are gone already: it would look at none of the others'
+            removed = self._store.delete(ids)
+            self._home.forget(removed)
         self._home.settle()
         return len(removed)
 
@@ -268,7 +269,7 @@ class EmbeddedKnowledgeBase:
         passages = dict(sorted(self._store.passages(numbers).items()))
         return Gap(list(passages.values()), partial(self._fill, list(passages))) if passages else None
 
-    def _fill(self, numbers: Sequence[int], vectors: Vectors, windows: Sequence[bytes] = ()) -> None:
+    def _fill(self, numbers: Sequence[int], vectors: Vectors, windows: Sequence[bytes]) -> None:
         check_vectors(vectors, len(numbers), self._generation.dim)
         places = self._store.generations.fill(self._generation, numbers, vectors, windows)
         if places:

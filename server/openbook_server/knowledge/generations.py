@@ -54,8 +54,8 @@ class Generation:
 
     @property
     def windows_table(self) -> str:
-        """Of the vectors of its passages' windows: one of its own, for they are read without the others, and a page of SQLite holds
-        three of the one or two of the other, but none of each."""
+        """Of the vectors of its passages' windows: a table of its own, for they are read without the others, and a page of SQLite holds
+        three of these or two of those, and only one of both in one row."""
         return self.table.replace(_PREFIX, _WINDOWS)
 
 
@@ -114,6 +114,12 @@ class Generations:
         with self._database.read() as connection:
             return frozenset(number for (number,) in connection.execute(f"SELECT passage FROM {generation.table}"))  # noqa: S608
 
+    def size_bytes(self, generation: Generation) -> int:
+        """Of its vectors and those of windows, without what SQLite puts around them."""
+        with self._database.read() as connection:
+            [windows] = connection.execute(f"SELECT coalesce(sum(length(vectors)), 0) FROM {generation.windows_table}").fetchone()  # noqa: S608
+        return 4 * generation.dim * self.count(generation) + int(windows)
+
     def count(self, generation: Generation) -> int:
         """Passages that it has vectors of."""
         with self._database.read() as connection:
@@ -150,8 +156,7 @@ class Generations:
         with self._database.transaction(counted=False) as connection:
             lacked = {number for (number,) in connection.execute(query, numbers)}
             places = [at for at, number in enumerate(numbers) if number in lacked]
-            there = [windows[at] for at in places] if windows else ()
-            insert(connection, generation, [numbers[at] for at in places], vectors[places], there)
+            insert(connection, generation, [numbers[at] for at in places], vectors[places], [windows[at] for at in places])
         return places
 
 
@@ -186,10 +191,10 @@ def insert(
     vectors: NDArray[np.float32],
     windows: Sequence[bytes],
 ) -> None:
-    """Its vectors of passages that it lacks, as a part of a transaction; `windows` as of `KnowledgeBase.replace_documents`."""
+    """Its vectors of passages that it lacks, and those of their windows, as a part of a transaction."""
     rows = [(number, vector.astype("<f4").tobytes()) for number, vector in zip(numbers, vectors, strict=True)]
     connection.executemany(f"INSERT INTO {generation.table} (passage, vector) VALUES (?, ?)", rows)  # noqa: S608
-    pooled = [(number, packed) for number, packed in zip(numbers, windows, strict=True) if packed] if windows else []
+    pooled = [(number, packed) for number, packed in zip(numbers, windows, strict=True) if packed]
     connection.executemany(f"INSERT INTO {generation.windows_table} (passage, vectors) VALUES (?, ?)", pooled)  # noqa: S608
 
 

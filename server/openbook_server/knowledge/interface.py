@@ -79,7 +79,7 @@ class KnowledgeBase(Protocol):
             documents: replaced whole where their ids are stored already; ids must differ within a call.
             passages: all passages of all of them.
             vectors: (passages, dim) unit vectors.
-            windows: of each passage, see `PassageVectors`; none at all where the embedder gives none.
+            windows: of each passage, see `PassageVectors`; none at all means that no passage has any.
 
         Raises:
             KnowledgeBaseDamaged: the write failed (disk full, folder read-only); nothing of it is stored.

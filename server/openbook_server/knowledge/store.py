@@ -231,7 +231,7 @@ def _upgrade(connection: Connection, version: int) -> None:
         _to_format_2(connection)
     if version < 3:
         connection.execute(f"ALTER TABLE passages ADD COLUMN {_TOKENS}")  # those that are stored stay without
-    generations.add_windows(connection)  # and those without, until they are embedded again
+    generations.add_windows(connection)  # nor have they windows: only a graph of a later export gives any
     connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(FORMAT),))
 
 

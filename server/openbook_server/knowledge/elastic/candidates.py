@@ -89,8 +89,9 @@ class Searcher:
         if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
             self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
+        looked_at = options.mode == "hybrid" and options.fusion == "weighted"
         return [
-            self._candidates(row, words[at], gone[at], vectors[at] if options.mode == "hybrid" and vectors is not None else None)
+            self._candidates(row, words[at], gone[at], vectors[at] if looked_at and vectors is not None else None)
             for at, row in enumerate(dense)
         ]
 
@@ -123,7 +124,7 @@ class Searcher:
                 found[int(number), document] = schema.inner_product(hit["_score"]) if "knn" in query else max(hit["_score"], 0.0)
 
     def _passages(self, keys: Sequence[Key], gone: set[Key], windows: dict[Key, bytes] | None) -> Mapping[Key, Passage]:
-        """Those that are live; the others are added to `gone`, and their windows to `windows`, where they are wanted."""
+        """Those that are live; their windows are added to `windows`, where they are wanted, and the others to `gone`."""
         if not keys:
             return {}
         documents = list(dict.fromkeys(document for _, document in keys))

@@ -62,7 +62,7 @@ class Copying:
             if record.number == wanted[record.key].number:  # else it was replaced meanwhile, and is looked at again
                 raise KnowledgeBaseDamaged(f"{self._connection.name}: passages of document {record.id!r} are gone; write it again")
 
-        def fill(vectors: Vectors, windows: Sequence[bytes] = ()) -> None:
+        def fill(vectors: Vectors, windows: Sequence[bytes]) -> None:
             parts: dict[str, Part] = {}
             first = 0
             for key, rows in passages.items():

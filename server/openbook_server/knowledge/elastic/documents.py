@@ -53,7 +53,7 @@ _AT_ONCE = 1_000  # entries read by one request
 
 _T = TypeVar("_T")
 Vectors = NDArray[np.float32]
-Part = tuple[Sequence[Passage], Vectors, Sequence[bytes]]  # of a document: passages, their vectors, and those of their windows or none
+Part = tuple[Sequence[Passage], Vectors, Sequence[bytes]]  # of a document: passages, their vectors, and those of their windows
 _STORED: list[dict[str, Any]] = [{"term": {"kind": "document"}}, {"term": {"live": True}}]
 
 
@@ -97,7 +97,7 @@ class Documents:
             parts: dict[str, Part] = {}
             for key, record in wanted.items():
                 own = rows[record.id]
-                parts[key] = [passages[row] for row in own], vectors[own], [windows[row] for row in own] if windows else ()
+                parts[key] = [passages[row] for row in own], vectors[own], [windows[row] for row in own]
             stored = self._switch(wanted, self.stored(wanted), parts, lost)
             for key in wanted.keys() - stored.keys():
                 lost[key] = (*lost.get(key, ()), _range(wanted[key]))
@@ -146,9 +146,7 @@ class Documents:
             intents.append(replace(known, stale=(*known.stale, *beaten, _range(record))))
         intended = self._write(intents)
         self._entrance.bulk(
-            passage_action(
-                key, _range(wanted[key]).first + at, passage, json.loads(wanted[key].metadata), vectors[at], windows[at : at + 1]
-            )
+            passage_action(key, _range(wanted[key]).first + at, passage, json.loads(wanted[key].metadata), vectors[at], windows[at])
             for key, (passages, vectors, windows) in ((key, parts[key]) for key in intended)
             for at, passage in enumerate(passages)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,9 @@ def forget_action(record: Record) -> Action:
 
 
 def passage_action(
-    key: str, number: int, passage: Passage, metadata: Mapping[str, str], vector: NDArray[np.float32], windows: Sequence[bytes]
+    key: str, number: int, passage: Passage, metadata: Mapping[str, str], vector: NDArray[np.float32], windows: bytes
 ) -> Action:
-    """Writes a passage of the document that `key` names, with the document's metadata; `windows` holds what there is of it, or nothing."""
+    """Writes a passage of the document that `key` names, with the document's metadata."""
     entry = {
         "kind": "passage",
         "number": number,
@@ -96,7 +96,7 @@ def passage_action(
         "title": passage.title,
         "text": passage.text,
         "tokens": b64encode(passage.tokens).decode(),
-        "windows": b64encode(b"".join(windows)).decode(),
+        "windows": b64encode(windows).decode(),
         "vector": vector.astype(np.float64).round(9).tolist(),  # shorter, and the same float32 but for its last bit
         **schema.terms(metadata),
     }

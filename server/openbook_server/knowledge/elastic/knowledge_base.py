@@ -143,7 +143,7 @@ class ElasticsearchKnowledgeBase:
     ) -> None:
         check_vectors(vectors, len(passages), self._dim)
         self._check_live()
-        self._documents.replace(documents, passages, vectors, windows)
+        self._documents.replace(documents, passages, vectors, windows or [b""] * len(passages))
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         self._check_live()
@@ -225,7 +225,7 @@ class ElasticsearchKnowledgeBase:
             if gap.passages:
                 lacks = f"{self.name}: generation {self.generation} lacks {self._copying.lacking()} passages"
                 raise KnowledgeBaseDamaged(f"{lacks}; build it to the end first")
-            gap.fill(np.empty((0, self._dim), np.float32), ())
+            gap.fill(np.empty((0, self._dim), np.float32), [])
         self._state.go_on_from(self._live_state)
         assert self._entrance.held is not None  # noqa: S101
         publication.publish(self._connection, self._address.alias, self._entrance.held, self._generation)

@@ -18,7 +18,7 @@ class ServerConfig:
     frontends: int = 0  # processes that speak gRPC beside the one that computes; 0 = one process does both
     threads: int = 0  # processor threads for inference; 0 = all cores
     sessions: int = 0  # batches at once, which share the threads; 0 = as many as threads, up to 8; on a GPU 2
-    max_batch_tokens: int = 2_048  # a batch, padding included; raise it on a GPU until the device is busy
+    max_batch_tokens: int = 1_024  # a batch, padding included: what a core keeps in its cache; raise it on a GPU until the device is busy
     cache_mb: int = 64  # vectors of texts and questions kept, about 500 of them a MB; 0 = every text is computed
     max_queued: int = 2_048  # texts and passages waiting; beyond it callers get RESOURCE_EXHAUSTED
     max_texts: int = 256  # texts or questions a request

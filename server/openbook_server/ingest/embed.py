@@ -65,7 +65,7 @@ class PassageEmbedder:
         dim: int,
         max_tokens: int,
         whole: bool = False,
-        max_batch_tokens: int = 4_096,
+        max_batch_tokens: int = 1_024,
         sessions: int = 1,
     ) -> None:
         """`sessions`: batches that the graph's device runs at once."""

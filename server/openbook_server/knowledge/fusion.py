@@ -47,6 +47,11 @@ def depth(options: SearchOptions) -> int:
     return max(CANDIDATES, _pool(options)) if options.mode == "hybrid" else _pool(options)
 
 
+def looks_closely(options: SearchOptions) -> bool:
+    """Whether the best candidates are compared window by window and word by word."""
+    return options.mode == "hybrid" and options.fusion == "weighted"
+
+
 def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> list[Hit]:
     """The best `options.top_k` hits, best first, ties by key; with diversity, in the order in which they were chosen."""
     scores, dense, lexical = _scores(candidates, options), candidates.dense, candidates.lexical
@@ -54,7 +59,7 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     passages = candidates.passages(pool)
     order = [key for key in pool if key in passages]  # the others were deleted since they were found
     hits: dict[Key, Hit] = {}
-    if options.mode == "hybrid" and options.fusion == "weighted":
+    if looks_closely(options):
         near, overlap = candidates.nearness(order), overlaps(question, [passages[key].stem_lines for key in order])
         for key, bonus in zip(order, overlap, strict=True):
             cosine, window, bm25 = dense[key], near.get(key), lexical.get(key)

@@ -20,7 +20,7 @@ from openbook_server.knowledge import lexical
 from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Connection
 from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, parse_passage, parse_record, parse_windows
-from openbook_server.knowledge.fusion import Candidates, depth, rank
+from openbook_server.knowledge.fusion import Candidates, depth, looks_closely, rank
 from openbook_server.knowledge.graph import EF
 from openbook_server.knowledge.records import Hit, Passage, SearchOptions
 from openbook_server.knowledge.windows import nearness
@@ -89,9 +89,8 @@ class Searcher:
         if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
             self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
-        looked_at = options.mode == "hybrid" and options.fusion == "weighted"
         return [
-            self._candidates(row, words[at], gone[at], vectors[at] if looked_at and vectors is not None else None)
+            self._candidates(row, words[at], gone[at], vectors[at] if looks_closely(options) and vectors is not None else None)
             for at, row in enumerate(dense)
         ]
 

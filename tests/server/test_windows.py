@@ -162,6 +162,8 @@ def test_windows_go_with_their_passages(tmp_path: Path) -> None:
     store(knowledge_base, ["a", "b", "c"], unit(3), packed)
     store(knowledge_base, ["b"], unit(1), packed[:1])
     knowledge_base.delete_documents(["c"])
+    [state] = knowledge_base.generation_states()
+    assert (state.passages, state.vector_bytes) == (2, 2 * (4 * DIM + 2 * DIM // 2))  # of each a vector and two windows
     knowledge_base.close()
     connection = sqlite3.connect(tmp_path / FILE)
     [table] = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'windows_*'")]

@@ -56,7 +56,7 @@ class Generation:
     def windows_table(self) -> str:
         """Of the vectors of its passages' windows: a table of its own, for they are read without the others, and a page of SQLite holds
         three of these or two of those, and only one of both in one row."""
-        return self.table.replace(_PREFIX, _WINDOWS)
+        return _windows_of(self.table)
 
 
 class Generations:
@@ -114,11 +114,12 @@ class Generations:
         with self._database.read() as connection:
             return frozenset(number for (number,) in connection.execute(f"SELECT passage FROM {generation.table}"))  # noqa: S608
 
-    def size_bytes(self, generation: Generation) -> int:
-        """Of its vectors and those of windows, without what SQLite puts around them."""
+    def bytes_a_passage(self, generation: Generation) -> float:
+        """Of a passage's vector and those of its windows, as many as the first ones take on average: to add up all is to read all."""
+        first = f"SELECT length(vectors) AS size FROM {generation.windows_table} LIMIT {_ROWS_AT_ONCE}"  # noqa: S608
         with self._database.read() as connection:
-            [windows] = connection.execute(f"SELECT coalesce(sum(length(vectors)), 0) FROM {generation.windows_table}").fetchone()  # noqa: S608
-        return 4 * generation.dim * self.count(generation) + int(windows)
+            [windows] = connection.execute(f"SELECT coalesce(avg(size), 0) FROM ({first})").fetchone()  # noqa: S608
+        return 4 * generation.dim + float(windows)
 
     def count(self, generation: Generation) -> int:
         """Passages that it has vectors of."""
@@ -201,8 +202,7 @@ def insert(
 def add_windows(connection: sqlite3.Connection) -> None:
     """A table of windows, empty, for each of vectors that has none, as a part of a transaction."""
     for table in _tables(connection):
-        windows = table.replace(_PREFIX, _WINDOWS)
-        connection.execute(f"CREATE TABLE IF NOT EXISTS {windows} (passage INTEGER PRIMARY KEY, vectors BLOB NOT NULL)")
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {_windows_of(table)} (passage INTEGER PRIMARY KEY, vectors BLOB NOT NULL)")
 
 
 def delete(connection: sqlite3.Connection, numbers: Sequence[int]) -> None:
@@ -222,6 +222,11 @@ def _read(connection: sqlite3.Connection) -> list[Generation]:
         Generation(number, fingerprint, dim, graph_dims, BundlePlace(bundle_id, bundle), published)
         for number, fingerprint, dim, graph_dims, bundle_id, bundle, published in connection.execute(query).fetchall()
     ]
+
+
+def _windows_of(table: str) -> str:
+    """The table of windows that goes with one of vectors."""
+    return table.replace(_PREFIX, _WINDOWS)
 
 
 def _tables(connection: sqlite3.Connection, prefix: str = _PREFIX) -> list[str]:

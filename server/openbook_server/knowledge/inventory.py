@@ -60,7 +60,6 @@ def describe_generations(folder: Path, store: Store) -> list[GenerationState]:
     with store.standstill():
         live, previous, passages = store.generations.live(), store.generations.previous(), store.counts().passages
         filled = {generation: store.generations.count(generation) for generation in store.generations.all()}
-        room = {generation: store.generations.size_bytes(generation) for generation in filled}
     return [
         GenerationState(
             name=generation.name,
@@ -72,7 +71,7 @@ def describe_generations(folder: Path, store: Store) -> list[GenerationState]:
             bundle=generation.bundle,
             passages=count,
             lacking=passages - count,
-            vector_bytes=room[generation],
+            vector_bytes=round(count * store.generations.bytes_a_passage(generation)),
             snapshot_bytes=sum(map(_bytes, _snapshots(folder, generation.name))),
         )
         for generation, count in filled.items()

@@ -115,7 +115,7 @@ class GenerationState:
     bundle: BundlePlace
     passages: int  # that it has vectors of
     lacking: int  # that it has none of
-    vector_bytes: int  # on the disk; a folder's generations of one embedder share them; in Elasticsearch, of the whole index
+    vector_bytes: int  # on the disk, about; a folder's generations of one embedder share them; in Elasticsearch, of the whole index
     snapshot_bytes: int
 
     def __str__(self) -> str:

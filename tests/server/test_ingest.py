@@ -279,6 +279,18 @@ def test_folders_are_read_whole_in_a_fixed_order_without_hidden_files(tmp_path: 
     assert [source.name for source in find_sources([str(tmp_path)])] == ["a.md", "b.txt", "sub/c.txt"]
 
 
+def test_the_questions_of_a_data_set_are_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("beir/corpus.jsonl", "beir/queries.jsonl", "queries.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, '{"text": "something"}')
+    with caplog.at_level("INFO"):
+        assert [source.name for source in find_sources([str(tmp_path)])] == ["beir/corpus.jsonl", "queries.jsonl"]
+    assert "queries.jsonl beside corpus.jsonl holds questions" in caplog.text
+    assert "other formats" not in caplog.text
+    [named] = find_sources([str(tmp_path / "beir/queries.jsonl")])
+    assert named.name == "queries.jsonl"
+
+
 def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("one/read.txt", "two/read.txt", "two/other.txt", "two/slides.pptx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 PYTHON_DOCS = "python-docs:"
 HUGGING_FACE = "hf:"
+_CORPUS, _QUERIES = "corpus.jsonl", "queries.jsonl"  # of a data set in BEIR's layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,13 @@ def find_sources(names: Sequence[str]) -> list[Source]:
             sources.append(Source(HUGGING_FACE + name, None, 0))
         elif path.is_dir():
             visible = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
-            files = [file for file in visible if file.suffix.lower() in READERS]
+            asked = [file for file in visible if file.name == _QUERIES and (file.parent / _CORPUS).is_file()]
+            if asked:
+                log.info("%s: %s beside %s holds questions, not documents (BEIR's layout), and is left out", name, _QUERIES, _CORPUS)
+            files = [file for file in visible if file.suffix.lower() in READERS and file not in asked]
             others = sorted({file.suffix or file.name for file in visible if file.suffix.lower() not in READERS})
             if others:
-                count = len(visible) - len(files)
+                count = len(visible) - len(files) - len(asked)
                 log.info("%s: %d files of other formats are left out (%s)", name, count, " ".join(others[:10]))
             if not files:
                 raise SourceInvalid(f"source {name!r}: no file in it of a known format ({_formats()})")

@@ -4,7 +4,7 @@
 
 TRAIN.jsonl holds the questions the reader was trained with; those that `openbook train reader` held out (whole passages, the
 same ones for the same file) are used here, the benchmark's are not. KB must hold their passages. Three choices are made:
-over `--retrieval` questions of the file, the weights of BM25, coverage and pairs beside the cosine of the nearest window, by the
+over `--retrieval` questions of the file, the weights of tokens, BM25, coverage and pairs beside the cosine of the nearest window, by the
 likelihood of the question's own passage among those that are looked at so; the weight of BM25 in the choice of those, by R@1 and R@5,
 among the candidates that the choice of now leaves; and, for the reader,
 prior_weight by F1 where the passages found hold the answer, then null_bias by the mean log-probability of the accepted
@@ -18,40 +18,55 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, load_bundle
-from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
-from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, SHORTLIST, SHORTLIST_WEIGHT
+from openbook_server.embedder import OUTPUT, TOKENS
+from openbook_server.engine import Runnable
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, open_knowledge_base, relevance
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, SHORTLIST, TOKEN_WEIGHT
 from openbook_server.knowledge.overlap import COVERAGE_WEIGHT, PAIR_WEIGHT, shared
 from openbook_server.pipeline import reading_of
 from openbook_server.ranking import Reading, rank_answers
-from openbook_server.rows import Row, collated
+from openbook_server.rows import Row
 from openbook_server.runtime import Graph, choose_device
+from openbook_server.states import QuestionGraph
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions
 
-WEIGHTS = ("cosine", "BM25", "coverage", "pairs")
-NOW = (1.0, LEXICAL_WEIGHT, COVERAGE_WEIGHT, PAIR_WEIGHT)
+WEIGHTS = ("window", "tokens", "BM25", "coverage", "pairs")
+NOW = (1.0, TOKEN_WEIGHT, LEXICAL_WEIGHT, COVERAGE_WEIGHT, PAIR_WEIGHT)
+FIRST_GUESS = (20.0, 20.0, 0.1, 5.0, 0.5)
 SHORTLIST_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
 PRIOR_WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 NULL_BIASES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 ABSENT_SHARE = 0.1  # weight of questions whose passages were taken away, as in training
+DEPTH = 100
 TOP_K = 5
 
 
-def run_rows(graph: Graph, rows: Sequence[Row]) -> list[Arrays]:
+def run_rows(graph: Runnable, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
     """A graph's outputs row by row, in the order of the rows."""
-    outputs: list[Arrays] = [{}] * len(rows)
-    for batch, inputs in collated(rows, graph.buckets, 2_048):
-        result = graph.run(inputs)
+    outputs: list[Mapping[str, Any]] = [{}] * len(rows)
+    lengths = [row.tokens for row in rows]
+    for batch in graph.buckets.batches(lengths, 1_024):
+        result = graph.run_rows([rows[at] for at in batch], graph.buckets.padded_length(lengths[batch[0]]))
         for place, at in enumerate(batch):
             outputs[at] = {name: values[place] for name, values in result.items()}
     return outputs
+
+
+def found_by(
+    knowledge_base: KnowledgeBase, bundle: Bundle, embedder: Graph, encoder: TextEncoder, questions: Sequence[str], top_k: int
+) -> list[list[Hit]]:
+    """What hybrid search finds for each question, as in a server."""
+    rows = run_rows(QuestionGraph(embedder, bundle.embedder.token_dims), encoder.texts(questions))
+    vectors = np.stack([row[OUTPUT] for row in rows]).astype(np.float32)
+    return knowledge_base.search(questions, vectors, SearchOptions(top_k=top_k), [row[TOKENS] for row in rows])
 
 
 def shortlisted(hits: Sequence[Hit], weight: float) -> list[Hit]:
@@ -63,18 +78,19 @@ class Ranking:
     """A question's candidates as numbers: what they are ranked by, and which of them are its own."""
 
     def __init__(self, question: Question, hits: Sequence[Hit]) -> None:
+        if any(hit.window_score is None or hit.token_score is None for hit in hits):
+            raise SystemExit("passages have no windows or no tokens: export the bundle again, and index with it")
         overlap = shared(question.text, [hit.passage.stem_lines for hit in hits])
-        cosines = [hit.dense_score if hit.window_score is None else hit.window_score for hit in hits]
-        self.features = np.array(  # (hits, 4), as `WEIGHTS` names them
-            [(cosine or 0.0, hit.lexical_score or 0.0, *part) for cosine, hit, part in zip(cosines, hits, overlap, strict=True)]
+        self.features = np.array(  # (hits, 5), as `WEIGHTS` names them
+            [(hit.window_score, hit.token_score, hit.lexical_score or 0.0, *part) for hit, part in zip(hits, overlap, strict=True)], float
         )
         self.own = np.array([hit.passage.text in question.context for hit in hits])
 
 
 def fitted(rankings: Sequence[Ranking]) -> NDArray[np.float64]:
-    """The weights that maximise the mean log Σ_own softmax(features · weights), by Fisher's scoring, scaled so that the cosine's is 1."""
+    """The weights that maximise the mean log Σ_own softmax(features · weights), by Fisher's scoring, scaled so that the window's is 1."""
     usable = [ranking for ranking in rankings if ranking.own.any()]
-    weights = np.array([20.0, 0.1, 5.0, 0.5])
+    weights = np.array(FIRST_GUESS)
     for _ in range(30):
         gradient, information = np.zeros(len(weights)), np.zeros((len(weights),) * 2)
         for ranking in usable:
@@ -138,21 +154,19 @@ def main() -> None:
     knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle)
 
     def search(questions: Sequence[Question], top_k: int) -> list[list[Hit]]:
-        texts = [question.text for question in questions]
-        vectors = np.stack([row["sentence_embedding"] for row in run_rows(embedder, encoder.texts(texts))]).astype(np.float32)
-        return knowledge_base.search(texts, vectors, SearchOptions(top_k=top_k))
+        return found_by(knowledge_base, bundle, embedder, encoder, [question.text for question in questions], top_k)
 
     everything = load_questions(arguments.train)
     asked = random.Random(0).sample(everything, min(arguments.retrieval, len(everything)))
-    candidates = search(asked, 100)
-    rankings = [Ranking(question, shortlisted(hits, SHORTLIST_WEIGHT)) for question, hits in zip(asked, candidates, strict=True)]
+    rankings = [Ranking(question, hits) for question, hits in zip(asked, search(asked, SHORTLIST), strict=True)]
     chosen = fitted(rankings)
-    tried = {"the cosine alone": (1.0, 0.0, 0.0, 0.0), "weights of now": NOW, "weights fitted": chosen}
+    tried = {"the window alone": (1.0, 0.0, 0.0, 0.0, 0.0), "weights of now": NOW, "weights fitted": chosen}
     for name, weights in tried.items():
         at_1, at_5 = recall(rankings, weights)
         stated = ", ".join(f"{what} {weight:.4f}" for what, weight in zip(WEIGHTS, weights, strict=True))
         print(f"{name} ({stated}): R@1 {at_1:.1f} R@5 {at_5:.1f}")
     choice = {}
+    candidates = search(asked, DEPTH)  # whose tokens are weighed by what they tell of all of these
     for weight in SHORTLIST_WEIGHTS:
         left = [Ranking(question, shortlisted(hits, weight)) for question, hits in zip(asked, candidates, strict=True)]
         choice[weight] = recall(left, chosen)

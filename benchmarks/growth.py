@@ -26,14 +26,18 @@ from pathlib import Path
 import numpy as np
 from driver import memory_mb, percentile
 from numpy.typing import NDArray
-from openbook_server.knowledge import Document, Hit, Passage, SearchOptions, pack
+from openbook_server.knowledge import Document, Hit, Passage, SearchOptions, Signs, pack
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.records import SearchMode
+from openbook_server.knowledge.windows import WINDOW_TOKENS
 from report import add_results_arguments, publish
 
 CHUNK = 1_000  # documents a write
 ROWS_AT_ONCE = 50_000  # of vectors made or compared
 WINDOWS = 6  # of a passage
+TOKENS = WINDOWS * WINDOW_TOKENS  # of a passage
+QUESTION_TOKENS = 12
+SIGNS = 4  # times 64 of a token
 CLUSTER = 100  # passages of one subject
 SPREAD = 0.6  # of a passage around its subject's centre, whose length is 1 a dimension
 VOCABULARY, SHIFT = 20_000, 50  # words known; the n-th most frequent one comes in proportion to 1 / (n + SHIFT)
@@ -76,6 +80,11 @@ def texts(rows: int, words: int, rng: np.random.Generator) -> list[str]:
     return [" ".join(f"w{word}" for word in row) for row in drawn.tolist()]
 
 
+def signs_of(tokens: int, rng: np.random.Generator) -> Signs:
+    """As those of states that have nothing to do with each other."""
+    return rng.integers(0, 1 << 64, (tokens, SIGNS), np.uint64)
+
+
 def write(folder: Path, vectors: NDArray[np.float32], rng: np.random.Generator) -> dict[str, float]:
     """A new knowledge base of these passages; seconds of writing and of saving. Passage `d7#0` has the vector of row 7."""
     knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=vectors.shape[1], create=True)
@@ -85,7 +94,8 @@ def write(folder: Path, vectors: NDArray[np.float32], rng: np.random.Generator) 
         documents = [Document(id=f"d{at + n}", text=text) for n, text in enumerate(texts(len(part), PASSAGE_WORDS, rng))]
         rows = [Passage(id=f"{document.id}#0", document_id=document.id, text=document.text, start=0) for document in documents]
         around = SPREAD / part.shape[1] ** 0.5
-        windows = [pack(row + around * rng.standard_normal((WINDOWS, part.shape[1]), np.float32)) for row in part]
+        pooled = (row + around * rng.standard_normal((WINDOWS, part.shape[1]), np.float32) for row in part)
+        windows = [pack(vectors_, signs_of(TOKENS, rng)) for vectors_ in pooled]
         began = time.perf_counter()
         knowledge_base.replace_documents([(document, document.id) for document in documents], rows, part, windows)
         writing += time.perf_counter() - began
@@ -107,13 +117,13 @@ def look(folder: Path, questions: Sequence[str], asked: NDArray[np.float32], exa
     began = time.perf_counter()
     knowledge_base = EmbeddedKnowledgeBase(folder, fingerprint=FINGERPRINT, dim=asked.shape[1])
     result: dict[str, float] = {"open_seconds": time.perf_counter() - began}
-    found = 0
+    found, tokens = 0, [signs_of(QUESTION_TOKENS, np.random.default_rng(0))]
     modes: tuple[SearchMode, ...] = ("dense", "hybrid")
     for mode in modes:
         took = []
         for number, question in enumerate(questions):
             began = time.perf_counter()
-            [hits] = knowledge_base.search([question], asked[number : number + 1], SearchOptions(top_k=DEPTH, mode=mode))
+            [hits] = knowledge_base.search([question], asked[number : number + 1], SearchOptions(top_k=DEPTH, mode=mode), tokens)
             took.append(1000 * (time.perf_counter() - began))
             if mode == "dense":
                 found += len(set(row_numbers(hits)) & set(exact[number].tolist()))

@@ -76,8 +76,7 @@ def stored_vectors(folder: Path) -> Vectors:
 def question_vectors(folder: Path, file: Path, count: int) -> Vectors:
     bundle = load_bundle(folder)
     graph = Graph(bundle.graph_path("embedder", "fp32"), build_device("cpu", "fp32", 0))
-    limits = bundle.embedder
-    embed = PassageEmbedder(load_tokenizer(bundle.tokenizer_path), graph, dim=limits.dim, max_tokens=limits.max_tokens)
+    embed = PassageEmbedder(load_tokenizer(bundle.tokenizer_path), graph, bundle.embedder)
     with file.open() as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
     return embed([Passage(id="", document_id="", text=row.get("question") or row["text"], start=0) for row in rows]).whole

@@ -24,9 +24,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from calibrate import read, run_rows
+from calibrate import found_by, read
 from openbook_server.bundle import load_bundle
-from openbook_server.knowledge import Hit, SearchOptions, open_knowledge_base, relevance
+from openbook_server.knowledge import Hit, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST
 from openbook_server.ranking import RankedAnswer, Reading, Settling, is_settled, log_weight, normalise, rank_answers
 from openbook_server.runtime import Graph, choose_device
@@ -113,8 +113,7 @@ def main() -> None:
         held_out(str(arguments.questions), arguments.held_out) if arguments.held_out else load_texts(arguments.questions, arguments.limit)
     )
     knowledge_base = open_knowledge_base(arguments.knowledge_base, bundle)
-    vectors = np.stack([row["sentence_embedding"] for row in run_rows(embedder, encoder.texts(questions))]).astype(np.float32)
-    found = knowledge_base.search(questions, vectors, SearchOptions(top_k=arguments.top_k))
+    found = found_by(knowledge_base, bundle, embedder, encoder, questions, arguments.top_k)
     knowledge_base.close()
     rows = list(zip(found, read(bundle, reader, encoder, questions, found), strict=True))
     settled = Settled(rows, prior_weight=bundle.reader.prior_weight, null_bias=bundle.reader.null_bias)

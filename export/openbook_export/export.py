@@ -24,7 +24,7 @@ from openbook_server.binding import Arrays
 from openbook_server.bundle import FORMAT, GOLDEN, TOKENIZER, Bundle, bundle_id, embedder_fingerprint, file_digest, load_bundle
 from openbook_server.golden import verify_golden
 from openbook_server.manifest import MANIFEST
-from openbook_server.runtime import Graph, build_device
+from openbook_server.runtime import HIDDEN_STATES, Graph, build_device
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import InvalidData
 from openbook_training.squad import Question, load_questions, spread
@@ -42,6 +42,8 @@ from openbook_export.staging import staged
 from openbook_export.unpad import unpad
 from openbook_export.writers import Writer, export_writer, load_writer
 
+# Of a token's state, those whose signs a knowledge base keeps, 32 bytes a token; in docs/search.md is what more or fewer would do.
+TOKEN_DIMS = 256
 _RECORDED = ("openbook", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 _LICENSE = re.compile(r"\A---\n(?:(?!---).*\n)*?license:\s*(\S+)\s*$", re.MULTILINE)  # a key of the card's front matter
 
@@ -136,6 +138,8 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
 def _embedder(embedder: EmbedderModel, checkpoint: Checkpoint, tokenizer: Tokenizer) -> _Exported:
     graph = EmbedderGraph(embedder.model, checkpoint.pooling)
     facts: dict[str, Any] = {"dim": int(graph.config.hidden_size), "max_tokens": embedder.max_tokens, "pooling": checkpoint.pooling}
+    if HIDDEN_STATES in graph.outputs:
+        facts["token_dims"] = min(TOKEN_DIMS, graph.config.hidden_size)
     if embedder.dims:
         facts["matryoshka_dims"] = list(embedder.dims)
     return _Exported("embedder", graph.eval(), text_inputs(tokenizer, embedder.max_tokens), facts, padding_free=True)

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from openbook_server.binding import Arrays
 from openbook_server.golden import TOLERANCES, compare, lowest_cosine
-from openbook_server.ingest.windows import pooled, spans_of
 from openbook_server.rows import Row
 from openbook_server.runtime import HIDDEN_STATES, Graph, build_device
+from openbook_server.states import pooled, spans_of
 from tokenizers import Encoding, Tokenizer
 from torch import nn
 

@@ -59,6 +59,7 @@ def render(result: SearchResult) -> str:
     for number, hit in enumerate(result.hits, 1):
         parts = [f"cosine {hit.dense_score:.3f}"] if hit.dense_score is not None else []
         parts += [f"nearest window {hit.window_score:.3f}"] if hit.window_score is not None else []
+        parts += [f"tokens {hit.token_score:.3f}"] if hit.token_score is not None else []
         parts += [f"BM25 {hit.lexical_score:.2f}"] if hit.lexical_score is not None else []
         parts += [f"overlap {hit.overlap_score:.2f}"] if hit.overlap_score is not None else []
         parts += [f"answer in it {100 * hit.answer_probability:.0f} %"] if hit.answer_probability is not None else []

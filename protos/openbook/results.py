@@ -23,6 +23,7 @@ class Hit:
     dense_score: float | None
     lexical_score: float | None
     window_score: float | None
+    token_score: float | None
     overlap_score: float | None
     answer_probability: float | None  # that the answer stands in it, where it was read
     title: str
@@ -214,6 +215,7 @@ def hit(message: pb.Hit) -> Hit:
         dense_score=message.dense_score if message.HasField("dense_score") else None,
         lexical_score=message.lexical_score if message.HasField("lexical_score") else None,
         window_score=message.window_score if message.HasField("window_score") else None,
+        token_score=message.token_score if message.HasField("token_score") else None,
         overlap_score=message.overlap_score if message.HasField("overlap_score") else None,
         answer_probability=message.answer_probability if message.HasField("answer_probability") else None,
         title=message.title,

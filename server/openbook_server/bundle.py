@@ -42,6 +42,7 @@ class EmbedderInfo:
     fingerprint: str  # names the embedder; a knowledge base records the one it was built with
     dim: int  # of the unit vectors it returns
     max_tokens: int  # longest text, special tokens included
+    token_dims: int  # of a token's state, the first whose signs a knowledge base keeps; 0 = tokens are not compared one by one
     graphs: Mapping[str, str]  # precision -> file name
 
 
@@ -151,12 +152,13 @@ def bundle_id(manifest: Mapping[str, Any]) -> str:
 
 
 def embedder_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """sha256 over what decides a text's vector: the fp32 embedder graph, the tokenizer, and the length limit.
+    """sha256 over what decides a text's vectors: the fp32 embedder graph, the tokenizer, the length limit, and what is kept of tokens.
 
     The other precisions share it: they return the same vectors within their tolerance, so one knowledge base serves all.
     """
     files, embedder = manifest["files"], manifest["embedder"]
-    parts = (files[embedder["graphs"]["fp32"]]["sha256"], files[TOKENIZER]["sha256"], str(embedder["max_tokens"]))
+    parts = [files[embedder["graphs"]["fp32"]]["sha256"], files[TOKENIZER]["sha256"], str(embedder["max_tokens"])]
+    parts += [str(embedder["token_dims"])] if "token_dims" in embedder else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -218,6 +220,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             fingerprint=get(embedder, "fingerprint", str, folder),
             dim=positive(embedder, "dim", folder),
             max_tokens=positive(embedder, "max_tokens", folder),
+            token_dims=_token_dims(embedder, folder),
             graphs=graphs_of(embedder, folder),
         ),
         reader=reader,
@@ -225,6 +228,13 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         writers={name: _writer(get(manifest, name, dict, folder), models, folder) for name, models in WRITERS.items() if name in manifest},
         manifest=manifest,
     )
+
+
+def _token_dims(embedder: dict[str, Any], folder: Path) -> int:
+    dims = positive(embedder, "token_dims", folder) if "token_dims" in embedder else 0
+    if dims > embedder["dim"]:
+        raise invalid(folder, f'key "token_dims" is {dims}, expected at most {embedder["dim"]}, the embedder\'s dimensions')
+    return dims
 
 
 def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> WriterInfo:

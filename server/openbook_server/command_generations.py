@@ -153,9 +153,8 @@ def _publish(target: str, name: str) -> int:
     try:
         device = choose_device(sessions=0)
         graph = Graph(bundle.graph_path("embedder", device.precision), device)
-        limits = bundle.embedder
         tokenizer = load_tokenizer(bundle.tokenizer_path)
-        embed = PassageEmbedder(tokenizer, graph, dim=limits.dim, max_tokens=limits.max_tokens, whole=True, sessions=device.sessions)
+        embed = PassageEmbedder(tokenizer, graph, bundle.embedder, whole=True, sessions=device.sessions)
         build_generation(knowledge_base, embed)
         knowledge_base.optimise()
         knowledge_base.snapshot()

@@ -97,8 +97,7 @@ def _index(arguments: argparse.Namespace) -> int:
     graph = Graph(bundle.graph_path("embedder", device.precision), device)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
     encoder = TextEncoder(tokenizer, bundle.tokenizer_digest)
-    dim, max_tokens = bundle.embedder.dim, bundle.embedder.max_tokens
-    embedder = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, sessions=device.sessions)
+    embedder = PassageEmbedder(tokenizer, graph, bundle.embedder, sessions=device.sessions)
     if arguments.new_generation:  # looked at before a generation is added that nothing could fill
         check_stored_passages(bundle, recorded_facts(arguments.knowledge_base, *FACTS))
     knowledge_base = open_knowledge_base(
@@ -115,7 +114,7 @@ def _index(arguments: argparse.Namespace) -> int:
         began = time.monotonic()
         with _stop_on_signal() as stopping:
             if arguments.new_generation:
-                whole = PassageEmbedder(tokenizer, graph, dim=dim, max_tokens=max_tokens, whole=True, sessions=device.sessions)
+                whole = PassageEmbedder(tokenizer, graph, bundle.embedder, whole=True, sessions=device.sessions)
                 if build_generation(knowledge_base, whole, _report_build(), stopping):
                     knowledge_base.optimise()
                     knowledge_base.snapshot()

@@ -23,11 +23,11 @@ from openbook_server.errors import (
     Overloaded,
 )
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.ingest.windows import GRAPH, joined, vectors_of
 from openbook_server.knowledge import KnowledgeBase, PassageVectors
 from openbook_server.knowledge.opening import place_of
 from openbook_server.pair import Pair, Shared, load_graphs, to_the_end
 from openbook_server.rows import Row
+from openbook_server.states import PASSAGES, joined, vectors_of
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Following:
     async def _embed(self, pair: Pair, rows: Sequence[Row]) -> PassageVectors:
         while True:
             try:
-                outcome = await pair.models.submit(GRAPH, rows, deadline=time.monotonic() + _PATIENCE)
+                outcome = await pair.models.submit(PASSAGES, rows, deadline=time.monotonic() + _PATIENCE)
                 return vectors_of(outcome.rows, pair.bundle.embedder.dim)
             except (Overloaded, DeadlineExceeded) as error:  # uploads fill the lane
                 await asyncio.sleep(max(_LOOK_AGAIN, getattr(error, "retry_after_seconds", 0.0)))

@@ -20,14 +20,12 @@ from openbook_server.classify_service import ClassifyService
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
 from openbook_server.decoding import Decoder, decoders_of
-from openbook_server.embedder import Embedder
-from openbook_server.engine import Engine
+from openbook_server.embedder import QUESTIONS, Embedder
+from openbook_server.engine import Engine, Runnable
 from openbook_server.generate_service import GenerateService
 from openbook_server.golden import verify_golden
 from openbook_server.heads import neighbours_graph
 from openbook_server.ingest.preparation import FACTS, choose_splitting
-from openbook_server.ingest.windows import GRAPH as PASSAGES
-from openbook_server.ingest.windows import PassageGraph
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge_service import KnowledgeService
@@ -38,6 +36,7 @@ from openbook_server.rows import Row
 from openbook_server.runtime import Device, Graph, build_device
 from openbook_server.served import Served
 from openbook_server.service import Service
+from openbook_server.states import PASSAGES, PassageGraph, QuestionGraph
 from openbook_server.text_writer import TextWriter
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 
@@ -119,8 +118,9 @@ class Pair:
         voting = {name: graphs[graph] for name in bundle.heads if (graph := neighbours_graph(name)) in graphs}
         decoders, writing = decoders_of(bundle.writers, graphs)
         read = [name for name in ("embedder", "reader", *bundle.heads) if name in graphs]
-        passages = {PASSAGES: PassageGraph(graphs["embedder"])}
-        self.models = Models(shared.engine, {name: graphs[name] for name in read} | passages | writing, lane=lane)
+        dims = bundle.embedder.token_dims
+        views: dict[str, Runnable] = {PASSAGES: PassageGraph(graphs["embedder"], dims), QUESTIONS: QuestionGraph(graphs["embedder"], dims)}
+        self.models = Models(shared.engine, {name: graphs[name] for name in read} | views | writing, lane=lane)
         self.tokenizer = load_tokenizer(bundle.tokenizer_path)
         self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
         config = self._config = shared.config

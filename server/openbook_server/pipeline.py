@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle, ReaderInfo
-from openbook_server.embedder import Embedder
-from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, relevance
+from openbook_server.embedder import GRAPH, QUESTIONS, Embedded, Embedder
+from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, looks_closely, relevance
 from openbook_server.models import Models
 from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, passage_probabilities, rank_answers
 from openbook_server.rows import Row
@@ -95,10 +95,13 @@ class Pipeline:
 
     async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings) -> NDArray[np.float32]:
         """(rows, dim) unit vectors of tokenised texts."""
-        embedded = await self._embedder.embed(rows, deadline=deadline)
+        return (await self._embed(rows, GRAPH, deadline, timings)).vectors
+
+    async def _embed(self, rows: Sequence[Row], graph: str, deadline: float, timings: Timings) -> Embedded:
+        embedded = await self._embedder.embed(rows, deadline=deadline, graph=graph)
         timings.embed += timings.lap()
         timings.queue += 1000 * embedded.queued_seconds
-        return embedded.vectors
+        return embedded
 
     async def search(
         self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, deadline: float, timings: Timings
@@ -106,8 +109,13 @@ class Pipeline:
         """Best passages for each question, best first; none where `options` is None."""
         if options is None or self._knowledge_base is None:
             return [[] for _ in questions]
-        vectors = None if options.mode == "lexical" else await self.embed(rows, deadline, timings)
-        hits = await asyncio.get_running_loop().run_in_executor(self._searcher, self._knowledge_base.search, questions, vectors, options)
+        vectors, tokens = None, []
+        if options.mode != "lexical":
+            graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
+            embedded = await self._embed(rows, graph, deadline, timings)
+            vectors, tokens = embedded.vectors, embedded.tokens
+        search = self._knowledge_base.search
+        hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search, questions, vectors, options, tokens)
         timings.search += timings.lap()
         return hits
 

@@ -31,6 +31,7 @@ def to_hit(hit: Hit, *, omit_text: bool) -> pb.Hit:
         dense_score=hit.dense_score,
         lexical_score=hit.lexical_score,
         window_score=hit.window_score,
+        token_score=hit.token_score,
         overlap_score=hit.overlap_score,
         answer_probability=hit.answer_probability,
         document_start=passage.start,

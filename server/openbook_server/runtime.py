@@ -35,7 +35,8 @@ GPU_SESSIONS = 2  # one computes while the other copies
 # shapes that may never come again. With as many as this, nothing that repeats is slower.
 OPENVINO_KERNELS = 512
 
-HIDDEN_STATES = "last_hidden_state"  # output of an embedder's graph, (batch, length, dim): large, and only passages need it
+# Output of an embedder's graph, (batch, length, dim): large, and only passages and the questions of hybrid searches need it.
+HIDDEN_STATES = "last_hidden_state"
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
 

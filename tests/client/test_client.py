@@ -59,7 +59,14 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
     def Search(self, request: pb.SearchRequest, context: grpc.ServicerContext) -> pb.SearchResponse:  # noqa: N802
         self._next(request, context)
         hit = pb.Hit(
-            passage_id="d#0", document_id="d", score=1.5, lexical_score=0.0, window_score=0.5, text="the passage", source="file.txt"
+            passage_id="d#0",
+            document_id="d",
+            score=1.5,
+            lexical_score=0.0,
+            window_score=0.5,
+            token_score=0.75,
+            text="the passage",
+            source="file.txt",
         )
         return pb.SearchResponse(
             results=[pb.SearchResult(hits=[hit]) for _ in request.questions], errors=self._errors("questions", request.questions)
@@ -153,7 +160,7 @@ def test_results_are_plain_objects_with_the_documented_json(client: Client) -> N
     [searched] = client.search(["what?"])
     assert isinstance(searched, SearchResult)
     hit = searched.hits[0]
-    assert (hit.dense_score, hit.window_score, hit.lexical_score, hit.overlap_score) == (None, 0.5, 0.0, None)
+    assert (hit.dense_score, hit.window_score, hit.token_score, hit.lexical_score, hit.overlap_score) == (None, 0.5, 0.75, 0.0, None)
 
 
 def test_labels_are_plain_objects_with_the_documented_json(client: Client, scripted: Scripted) -> None:

@@ -102,7 +102,7 @@ def _index(tiny_bundle: Path, target: str, folder: Path) -> None:
     device = build_device("cpu", "fp32", 1)
     graph = Graph(bundle.graph_path("embedder", "fp32"), device)
     tokenizer = load_tokenizer(bundle.tokenizer_path)
-    embed = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
+    embed = PassageEmbedder(tokenizer, graph, bundle.embedder)
     knowledge_base = open_knowledge_base(target, bundle, create=True)
     indexing = Indexing(knowledge_base, TextEncoder(tokenizer, bundle.tokenizer_digest), embed, Splitting(20, 4))
     indexing.run(find_sources([str(folder / "documents.jsonl")]), lambda progress: None, lambda: False)

@@ -43,6 +43,19 @@ def test_a_bundle_says_what_its_models_take_and_are_called(tiny_bundle: Path) ->
     assert bundle.embedder.fingerprint == embedder_fingerprint(bundle.manifest)
 
 
+def test_what_is_kept_of_tokens_is_part_of_the_fingerprint(copy: Path) -> None:
+    now = load_bundle(copy).embedder
+
+    def as_an_earlier_export(manifest: dict[str, Any]) -> None:
+        del manifest["embedder"]["token_dims"]
+        manifest["embedder"]["fingerprint"] = embedder_fingerprint(manifest)
+
+    rewrite(copy, as_an_earlier_export)
+    before = load_bundle(copy).embedder
+    assert (now.token_dims, before.token_dims) == (32, 0)
+    assert now.fingerprint != before.fingerprint
+
+
 def test_a_bundle_can_be_moved(copy: Path, tiny_bundle: Path) -> None:
     assert load_bundle(copy).id == load_bundle(tiny_bundle).id
 
@@ -118,6 +131,8 @@ def test_a_false_fingerprint_is_refused(copy: Path) -> None:
         (lambda manifest: manifest.update(embedder=[]), r'key "embedder" is list, expected dict'),
         (lambda manifest: manifest["embedder"].update(dim="384"), r'key "dim" is str, expected int'),
         (lambda manifest: manifest["embedder"].update(dim=True), r'key "dim" is bool, expected int'),
+        (lambda manifest: manifest["embedder"].update(token_dims=0), r'key "token_dims" is 0, expected 1 or more'),
+        (lambda manifest: manifest["embedder"].update(token_dims=33), r'key "token_dims" is 33, expected at most 32'),
         (lambda manifest: manifest["reader"].update(spans=0), r'key "spans" is 0, expected 1 or more'),
         (lambda manifest: manifest["reader"].update(null_bias=None), r'key "null_bias" is NoneType, expected float'),
         (lambda manifest: manifest["reader"].update(settling=0.9), r'key "settling" is float, expected dict'),

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from openbook_server.buckets import FINE
-from openbook_server.embedder import ENTRY_BYTES, Embedded, Embedder
+from openbook_server.embedder import ENTRY_BYTES, QUESTIONS, TOKENS_BYTES, Embedded, Embedder
 from openbook_server.engine import Engine
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, Overloaded
 from openbook_server.rows import Row, collate
@@ -60,16 +61,30 @@ class Lookups:
         self.hits, self.joined, self.misses = self.hits + hits, self.joined + joined, self.misses + misses
 
 
+class GatedQuestions(GatedGraph):
+    """With "signs" of as many tokens as a row has."""
+
+    def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, Any]:
+        tokens = [np.full((row.tokens, 2), row.ids[0], np.uint64) for row in rows]
+        return {**super().run_rows(rows, length), "tokens": tokens}
+
+
 @pytest.fixture
 def graph() -> GatedGraph:
     return GatedGraph()
 
 
 @pytest.fixture
-async def engine(graph: GatedGraph) -> AsyncIterator[Engine]:
-    engine = Engine({"embedder": graph}, max_batch_tokens=512, max_queued=20)
+def questions() -> GatedQuestions:
+    return GatedQuestions()
+
+
+@pytest.fixture
+async def engine(graph: GatedGraph, questions: GatedQuestions) -> AsyncIterator[Engine]:
+    engine = Engine({"embedder": graph, QUESTIONS: questions}, max_batch_tokens=512, max_queued=20)
     yield engine
     graph.gate.set()
+    questions.gate.set()
     await asyncio.to_thread(engine.close)
 
 
@@ -257,3 +272,29 @@ async def test_a_full_queue_refuses_misses_and_answers_hits(embedder: Embedder, 
             await embedder.embed([row(3)], deadline=soon())
         assert (await embedder.embed([row(1)], deadline=soon())).vectors.shape == (1, DIM)
     await asyncio.gather(blocking, waiting)
+
+
+async def test_a_question_brings_the_signs_of_its_tokens_from_the_cache_and_from_others_too(
+    embedder: Embedder, graph: GatedGraph, questions: GatedQuestions, lookups: Lookups
+) -> None:
+    with questions.shut():
+        first = asyncio.create_task(embedder.embed([row(5)], deadline=soon(), graph=QUESTIONS))
+        await questions.wait_entered()
+        joining = asyncio.create_task(embedder.embed([row(5)], deadline=soon(), graph=QUESTIONS))
+        await asyncio.sleep(0)
+    known = await embedder.embed([row(5)], deadline=soon(), graph=QUESTIONS)
+    for embedded in (await first, await joining, known):
+        [tokens] = embedded.tokens
+        assert tokens is not None
+        assert tokens.tolist() == [[5, 5]] * 3
+    plain = await embedder.embed([row(5)], deadline=soon())
+    assert plain.tokens == [None]
+    assert plain.vectors.tobytes() == known.vectors.tobytes()
+    assert (questions.ran, graph.ran) == ([5], [5])  # a text that is not asked about is another entry
+    assert (lookups.joined, lookups.misses) == (1, 2)
+    assert embedder.cached_bytes == ENTRY + ENTRY + 1 + 3 * 2 * 8 + TOKENS_BYTES
+
+
+async def test_without_a_cache_a_question_brings_them_too(engine: Engine) -> None:
+    embedded = await Embedder(engine, cache_bytes=0).embed([row(5), row(6)], deadline=soon(), graph=QUESTIONS)
+    assert [None if tokens is None else tokens[0, 0] for tokens in embedded.tokens] == [5, 6]

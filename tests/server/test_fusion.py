@@ -7,7 +7,17 @@ import random
 import numpy as np
 import pytest
 from openbook_server.knowledge import Hit, Passage, SearchOptions
-from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, SHORTLIST, SHORTLIST_WEIGHT, Candidates, depth, fuse, rank, relevance
+from openbook_server.knowledge.fusion import (
+    LEXICAL_WEIGHT,
+    SHORTLIST,
+    SHORTLIST_WEIGHT,
+    TOKEN_WEIGHT,
+    Candidates,
+    depth,
+    fuse,
+    rank,
+    relevance,
+)
 
 DIM = 8
 
@@ -49,6 +59,8 @@ def test_relevance_is_on_the_weighted_scale_whatever_found_the_passage() -> None
     looked_at = Hit(passage=passage, score=0.0, dense_score=0.4, lexical_score=10.0, overlap_score=0.2)
     assert relevance(looked_at) == pytest.approx(0.4 + 10 * LEXICAL_WEIGHT + 0.2)
     assert relevance(looked_at._replace(window_score=0.7)) == pytest.approx(0.7 + 10 * LEXICAL_WEIGHT + 0.2)
+    near = looked_at._replace(window_score=0.7, token_score=0.5)
+    assert relevance(near) == pytest.approx(0.7 + 0.5 * TOKEN_WEIGHT + 10 * LEXICAL_WEIGHT + 0.2)
     candidates, _ = backend(40)
     for hit in rank("nothing of it", candidates, SearchOptions(top_k=40)):
         assert relevance(hit) == pytest.approx(hit.score)

@@ -21,7 +21,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_base
-from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
+from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, TOKEN_WEIGHT
 from openbook_server.knowledge.store import FILE
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.pipeline import Timings
@@ -74,8 +74,9 @@ async def test_an_acknowledged_document_is_found_at_once_and_after_a_restart(tin
             questions: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
             reply = await questions.Search(pb.SearchRequest(questions=["zebra"]))
             [new] = [hit for hit in reply.results[0].hits if hit.document_id == "new"]
-            assert all(hit.HasField("window_score") for hit in reply.results[0].hits)
-            assert new.score == pytest.approx(new.window_score + LEXICAL_WEIGHT * new.lexical_score + new.overlap_score)
+            assert all(hit.HasField("window_score") and hit.HasField("token_score") for hit in reply.results[0].hits)
+            near = new.window_score + TOKEN_WEIGHT * new.token_score
+            assert new.score == pytest.approx(near + LEXICAL_WEIGHT * new.lexical_score + new.overlap_score)
 
 
 async def test_passages_keep_their_tokens_whoever_stored_them(tiny_bundle: Path, tiny_place: Place) -> None:

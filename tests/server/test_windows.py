@@ -1,9 +1,12 @@
-"""Windows of passages: pooled from the states that their vectors were pooled from, kept in half a byte a dimension, and ranked by."""
+"""Windows of passages: pooled from the states that their vectors were pooled from, kept in half a byte a dimension,
+and the signs of their tokens; and ranked by."""
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +14,14 @@ import numpy as np
 import pytest
 from openbook_server.bundle import load_bundle
 from openbook_server.ingest.embed import PassageEmbedder, PassageEncoder
-from openbook_server.ingest.windows import WINDOW_TOKENS, PassageGraph, pooled, spans_of
-from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions, pack
+from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions, pack, relevance, signs
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.fusion import TOKEN_WEIGHT
 from openbook_server.knowledge.store import FILE
-from openbook_server.knowledge.windows import nearness
+from openbook_server.knowledge.windows import QUESTION_TOKENS, WINDOW_TOKENS, Nearness, edges, nearness
 from openbook_server.rows import Row, collate
 from openbook_server.runtime import HIDDEN_STATES, Graph, build_device
+from openbook_server.states import PassageGraph, QuestionGraph, pooled, spans_of
 from openbook_server.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,21 +51,21 @@ def test_half_a_byte_a_dimension_keeps_directions() -> None:
     packed = [pack(rows * 5) for rows in windows]  # of any length
     assert [len(part) for part in packed] == [192, 7 * 192, 3 * 192]
     for question in unit(20, 384, seed=9):
-        near = nearness(question, ["a", "b", "c"], dict(zip("abc", packed, strict=True)))
+        near = nearness(question, None, ["a", "b", "c"], dict(zip("abc", packed, strict=True)))
         expected = [max(float(question @ row) for row in rows) for rows in windows]
-        assert [near[key] for key in "abc"] == pytest.approx(expected, abs=0.02)
+        assert [near[key].window for key in "abc"] == pytest.approx(expected, abs=0.02)
     exact = np.array([[7, -7, 0, 3], [1, 2, -7, 4]], np.float32) / 10  # what four bits hold
-    near = nearness(exact[1] / np.linalg.norm(exact[1]), ["x"], {"x": pack(exact)})
-    assert near == {"x": pytest.approx(1.0, abs=1e-6)}
+    near = nearness(exact[1] / np.linalg.norm(exact[1]), None, ["x"], {"x": pack(exact)})
+    assert near == {"x": Nearness(pytest.approx(1.0, abs=1e-6), None)}
 
 
 def test_passages_with_and_without_windows_do_not_compare() -> None:
     question, packed = unit(1)[0], pack(unit(2))
-    assert nearness(question, ["a"], {"a": packed}) != {}
-    assert nearness(question, ["a", "b"], {"a": packed}) == {}
-    assert nearness(question, ["a", "b"], {"a": packed, "b": b""}) == {}
-    assert nearness(question, [], {}) == {}
-    assert nearness(None, ["a"], {"a": packed}) == {}
+    assert nearness(question, None, ["a"], {"a": packed}) != {}
+    assert nearness(question, None, ["a", "b"], {"a": packed}) == {}
+    assert nearness(question, None, ["a", "b"], {"a": packed, "b": b""}) == {}
+    assert nearness(question, None, [], {}) == {}
+    assert nearness(None, None, ["a"], {"a": packed}) == {}
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 23, 24, 35, 36, 37, 200])
@@ -100,7 +104,7 @@ def test_a_passages_windows_are_pooled_behind_its_title_whatever_shares_its_batc
         Passage(id="a", document_id="a", title="the king", text="the red king read a book " * 8, start=0),
         Passage(id="b", document_id="b", text="one book", start=0),
     ]
-    embed = PassageEmbedder(tokenizer, graph, dim=bundle.embedder.dim, max_tokens=bundle.embedder.max_tokens)
+    embed = PassageEmbedder(tokenizer, graph, bundle.embedder)
     together = embed(passages)
     for at, (passage, row) in enumerate(zip(passages, PassageEncoder(tokenizer, bundle.embedder.max_tokens)(passages), strict=True)):
         [alone], [windows] = embed([passage])
@@ -108,16 +112,18 @@ def test_a_passages_windows_are_pooled_behind_its_title_whatever_shares_its_batc
         states = np.asarray(graph.run(collate([row], 128), states=True)[HIDDEN_STATES][0], np.float32)
         assert row.text_from == 1 + len(tokenizer.encode(passage.title, add_special_tokens=False).ids)
         expected = pooled(states, spans_of(row))
-        assert len(expected) == len(windows) // (bundle.embedder.dim // 2)
-        near = nearness(expected[0] / np.linalg.norm(expected[0]), ["p"], {"p": windows})
-        assert near["p"] == pytest.approx(1.0, abs=0.02)
+        tokens = signs(states[row.text_from : len(row.ids) - 1], bundle.embedder.token_dims)
+        assert windows == pack(expected, tokens)
+        assert len(windows) == 3 + len(expected) * bundle.embedder.dim // 2 + tokens.nbytes
+        near = nearness(expected[0] / np.linalg.norm(expected[0]), None, ["p"], {"p": windows})
+        assert near["p"].window == pytest.approx(1.0, abs=0.02)
 
 
 def test_a_graph_of_an_earlier_export_gives_vectors_alone(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row([5, 6, 7])
-    whole = PassageGraph(graph).run_rows([row], 16)
+    whole = PassageGraph(graph, 16).run_rows([row], 16)
     monkeypatch.setattr(graph, "gives_states", False)
-    plain = PassageGraph(graph).run_rows([row], 16)
+    plain = PassageGraph(graph, 16).run_rows([row], 16)
     assert (whole["windows"] != [b""], plain["windows"]) == (True, [b""])
     assert plain["sentence_embedding"].tobytes() == whole["sentence_embedding"].tobytes()
 
@@ -170,3 +176,107 @@ def test_windows_go_with_their_passages(tmp_path: Path) -> None:
     rows = connection.execute(f"SELECT p.id, w.vectors FROM {table} w LEFT JOIN passages p ON p.number = w.passage ORDER BY 1").fetchall()  # noqa: S608
     connection.close()
     assert rows == [("a#0", packed[0]), ("b#0", packed[0])]
+
+
+def slow_token_scores(question: np.ndarray, passages: Sequence[np.ndarray], dims: int) -> list[float]:
+    """From the states themselves, a token, a window and a passage after the other."""
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> float:
+        return math.cos(math.pi * sum((a > 0) != (b > 0) for a, b in zip(one[:dims], other[:dims], strict=True)) / dims)
+
+    near = []  # of each passage, of each window, of each token of the question
+    for states in passages:
+        ends = edges(len(states))
+        near.append([[max(cosine(token, other) for other in states[a:b]) for token in question] for a, b in pairwise(ends)])
+    best = [[max(window[i] for window in windows) for i in range(len(question))] for windows in near]
+    weights = [max(max(row[i] for row in best) - sum(row[i] for row in best) / len(best), 1e-3) for i in range(len(question))]
+    return [
+        max(sum(weight * token for weight, token in zip(weights, window, strict=True)) for window in windows) / sum(weights)
+        for windows in near
+    ]
+
+
+def states_of(count: int, dim: int = 128, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+def packed_states(states: np.ndarray, dims: int) -> bytes:
+    return pack(pooled(states, list(pairwise(edges(len(states))))), signs(states, dims))
+
+
+def test_tokens_are_compared_window_by_window() -> None:
+    question = states_of(7, seed=1)
+    passages = [states_of(count, seed=10 + count) for count in (1, 90, 24, 37)]
+    passages[1][60] = question[2]  # so that something stands out
+    passages[3][5:8] = question[4:7]
+    vector = question.mean(axis=0) / np.linalg.norm(question.mean(axis=0))
+    packed = dict(enumerate(packed_states(states, 64) for states in passages))
+    near = nearness(vector, signs(question, 64), list(packed), packed)
+    assert [near[n].tokens for n in range(4)] == pytest.approx(slow_token_scores(question, passages, 64), abs=1e-6)
+    alone = nearness(vector, None, list(packed), packed)
+    assert alone == {n: Nearness(near[n].window, None) for n in range(4)}
+    for n, states in enumerate(passages):
+        rows = pooled(states, list(pairwise(edges(len(states)))))
+        assert near[n].window == pytest.approx(float((rows @ vector / np.linalg.norm(rows, axis=1)).max()), abs=0.04)
+
+
+def test_signs_of_few_dimensions_are_filled_up() -> None:
+    states = np.array([[1.0, -1.0, 0.0, 2.0] * 5], np.float32)
+    found = signs(states, 20)
+    assert (found.shape, found.dtype) == ((1, 1), np.uint64)
+    assert int(np.bitwise_count(found).sum()) == 10
+    assert signs(states_of(3), 65).shape == (3, 2)
+
+
+def test_where_tokens_are_lacking_windows_alone_are_compared() -> None:
+    question, tokens = unit(1, 128)[0], signs(states_of(3), 64)
+    kept, plain = packed_states(states_of(30), 64), pack(unit(2, 128))
+    assert {near.tokens is None for near in nearness(question, tokens, "ab", {"a": kept, "b": kept}).values()} == {False}
+    assert {near.tokens for near in nearness(question, tokens, "ab", {"a": kept, "b": plain}).values()} == {None}
+    assert {near.tokens for near in nearness(question, tokens[:0], "a", {"a": kept}).values()} == {None}
+    assert nearness(question, None, "a", {"a": kept})["a"] == nearness(question, tokens, "ab", {"a": kept, "b": plain})["a"]
+
+
+def test_many_passages_are_compared_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = {n: packed_states(states_of(1 + 13 * n, seed=n), 64) for n in range(12)}
+    tokens, vector = signs(states_of(5, seed=99), 64), unit(1, 128)[0]
+    whole = nearness(vector, tokens, list(passages), passages)
+    for at_once in (1, 50, 200):
+        monkeypatch.setattr("openbook_server.knowledge.windows._AT_ONCE", at_once)
+        assert nearness(vector, tokens, list(passages), passages) == whole
+
+
+def test_a_question_has_the_signs_of_its_own_tokens_whatever_shares_its_batch(graph: Graph) -> None:
+    rows = [Row([1, 6, 7, 2]), Row([1, *range(5, 40), 2]), Row([1, 2]), Row([1, *[6, 7] * QUESTION_TOKENS])]
+    together = QuestionGraph(graph, 16).run_rows(rows, 144)
+    assert [len(tokens) for tokens in together["tokens"]] == [2, 35, 0, QUESTION_TOKENS]
+    for at, row in enumerate(rows):
+        alone = QuestionGraph(graph, 16).run_rows([row], 144)
+        assert alone["tokens"][0].tobytes() == together["tokens"][at].tobytes()
+        states = graph.run(collate([row], 144), states=True)[HIDDEN_STATES][0]
+        assert together["tokens"][at].tolist() == signs(states[1 : len(row.ids) - 1], 16)[:QUESTION_TOKENS].tolist()
+    assert QuestionGraph(graph, 0).run_rows(rows, 144)["tokens"] == [None] * 4
+
+
+def test_hybrid_search_adds_how_near_the_tokens_are(place: Place) -> None:
+    states = [states_of(30 + 5 * n, DIM, seed=n) for n in range(6)]
+    question = states_of(4, DIM, seed=50)
+    states[4][7:11] = question
+    vector, tokens = unit(1)[0], signs(question, DIM)
+    knowledge_base = place.open()
+    store(knowledge_base, [f"d{n}" for n in range(6)], unit(6), [packed_states(each, DIM) for each in states])
+    for _ in range(2):
+        [hits] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6), [tokens])
+        assert [hit.token_score for hit in hits if hit.passage.document_id == "d4"] == [1.0]
+        for hit in hits:
+            assert hit.token_score is not None
+            assert hit.window_score is not None
+            assert hit.score == pytest.approx(hit.window_score + TOKEN_WEIGHT * hit.token_score)  # no word in common
+            assert relevance(hit) == hit.score
+        [without] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6))
+        assert {hit.token_score for hit in without} == {None}
+        [dense] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6, mode="dense"), [tokens])
+        assert {hit.token_score for hit in dense} == {None}
+        knowledge_base.close()
+        knowledge_base = place.open()
+    knowledge_base.close()

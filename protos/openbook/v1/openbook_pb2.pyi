@@ -68,7 +68,7 @@ class _FusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fusion.ValueTy
     FUSION_UNSPECIFIED: _Fusion.ValueType  # 0
     """the server's default: weighted"""
     FUSION_WEIGHTED: _Fusion.ValueType  # 1
-    """cosine of the nearest window + weight * BM25 + overlap, of the best candidates"""
+    """cosines of the nearest window and its tokens + weight * BM25 + overlap, of the best candidates"""
     FUSION_RECIPROCAL_RANK: _Fusion.ValueType  # 2
     """sum of 1 / (60 + rank); scores from 0 to 0.033"""
 
@@ -78,7 +78,7 @@ class Fusion(_Fusion, metaclass=_FusionEnumTypeWrapper):
 FUSION_UNSPECIFIED: Fusion.ValueType  # 0
 """the server's default: weighted"""
 FUSION_WEIGHTED: Fusion.ValueType  # 1
-"""cosine of the nearest window + weight * BM25 + overlap, of the best candidates"""
+"""cosines of the nearest window and its tokens + weight * BM25 + overlap, of the best candidates"""
 FUSION_RECIPROCAL_RANK: Fusion.ValueType  # 2
 """sum of 1 / (60 + rank); scores from 0 to 0.033"""
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
@@ -1054,6 +1054,7 @@ class Hit(_message.Message):
     DOCUMENT_START_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     WINDOW_SCORE_FIELD_NUMBER: _builtins.int
+    TOKEN_SCORE_FIELD_NUMBER: _builtins.int
     OVERLAP_SCORE_FIELD_NUMBER: _builtins.int
     ANSWER_PROBABILITY_FIELD_NUMBER: _builtins.int
     passage_id: _builtins.str
@@ -1072,6 +1073,8 @@ class Hit(_message.Message):
     """where the passage begins in the document's text"""
     window_score: _builtins.float
     """hybrid only: inner product with the nearest of the passage's windows, runs of some 24 tokens"""
+    token_score: _builtins.float
+    """hybrid only: cosine of the question's tokens with the nearest ones of the passage's best window"""
     overlap_score: _builtins.float
     """hybrid only: what of the question stands in the passage word by word, 0 and up"""
     answer_probability: _builtins.float
@@ -1092,12 +1095,13 @@ class Hit(_message.Message):
         document_start: _builtins.int = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         window_score: _builtins.float | None = ...,
+        token_score: _builtins.float | None = ...,
         overlap_score: _builtins.float | None = ...,
         answer_probability: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability", "_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "_window_score", b"_window_score", "answer_probability", b"answer_probability", "dense_score", b"dense_score", "lexical_score", b"lexical_score", "overlap_score", b"overlap_score", "window_score", b"window_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability", "_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "_token_score", b"_token_score", "_window_score", b"_window_score", "answer_probability", b"answer_probability", "dense_score", b"dense_score", "lexical_score", b"lexical_score", "overlap_score", b"overlap_score", "token_score", b"token_score", "window_score", b"window_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability", "_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "_window_score", b"_window_score", "answer_probability", b"answer_probability", "dense_score", b"dense_score", "document_id", b"document_id", "document_start", b"document_start", "lexical_score", b"lexical_score", "metadata", b"metadata", "overlap_score", b"overlap_score", "passage_id", b"passage_id", "score", b"score", "source", b"source", "text", b"text", "title", b"title", "window_score", b"window_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability", "_dense_score", b"_dense_score", "_lexical_score", b"_lexical_score", "_overlap_score", b"_overlap_score", "_token_score", b"_token_score", "_window_score", b"_window_score", "answer_probability", b"answer_probability", "dense_score", b"dense_score", "document_id", b"document_id", "document_start", b"document_start", "lexical_score", b"lexical_score", "metadata", b"metadata", "overlap_score", b"overlap_score", "passage_id", b"passage_id", "score", b"score", "source", b"source", "text", b"text", "title", b"title", "token_score", b"token_score", "window_score", b"window_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__answer_probability: _TypeAlias = _typing.Literal["answer_probability"]  # noqa: Y015
     _WhichOneofArgType__answer_probability: _TypeAlias = _typing.Literal["_answer_probability", b"_answer_probability"]  # noqa: Y015
@@ -1107,6 +1111,8 @@ class Hit(_message.Message):
     _WhichOneofArgType__lexical_score: _TypeAlias = _typing.Literal["_lexical_score", b"_lexical_score"]  # noqa: Y015
     _WhichOneofReturnType__overlap_score: _TypeAlias = _typing.Literal["overlap_score"]  # noqa: Y015
     _WhichOneofArgType__overlap_score: _TypeAlias = _typing.Literal["_overlap_score", b"_overlap_score"]  # noqa: Y015
+    _WhichOneofReturnType__token_score: _TypeAlias = _typing.Literal["token_score"]  # noqa: Y015
+    _WhichOneofArgType__token_score: _TypeAlias = _typing.Literal["_token_score", b"_token_score"]  # noqa: Y015
     _WhichOneofReturnType__window_score: _TypeAlias = _typing.Literal["window_score"]  # noqa: Y015
     _WhichOneofArgType__window_score: _TypeAlias = _typing.Literal["_window_score", b"_window_score"]  # noqa: Y015
     @_typing.overload
@@ -1117,6 +1123,8 @@ class Hit(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lexical_score) -> _WhichOneofReturnType__lexical_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap_score) -> _WhichOneofReturnType__overlap_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_score) -> _WhichOneofReturnType__token_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__window_score) -> _WhichOneofReturnType__window_score | None: ...
 

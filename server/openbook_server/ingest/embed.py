@@ -8,11 +8,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from openbook_server.bundle import EmbedderInfo
 from openbook_server.errors import PassageTooLong
-from openbook_server.ingest.windows import PassageGraph, vectors_of
 from openbook_server.knowledge import Passage, PassageVectors
 from openbook_server.rows import Row
 from openbook_server.runtime import Graph
+from openbook_server.states import PassageGraph, vectors_of
 
 TITLE_TOKENS = 32  # of a title that stand before its passage; the rest is cut
 SEPARATOR = "\n"
@@ -61,16 +62,15 @@ class PassageEmbedder:
         self,
         tokenizer: Tokenizer,
         graph: Graph,
+        limits: EmbedderInfo,
         *,
-        dim: int,
-        max_tokens: int,
         whole: bool = False,
         max_batch_tokens: int = 1_024,
         sessions: int = 1,
     ) -> None:
         """`sessions`: batches that the graph's device runs at once."""
-        self._encode, self._graph = PassageEncoder(tokenizer, max_tokens, whole=whole), PassageGraph(graph)
-        self._dim, self._budget, self._sessions = dim, max_batch_tokens, sessions
+        self._encode, self._graph = PassageEncoder(tokenizer, limits.max_tokens, whole=whole), PassageGraph(graph, limits.token_dims)
+        self._dim, self._budget, self._sessions = limits.dim, max_batch_tokens, sessions
 
     def __call__(self, passages: Sequence[Passage]) -> PassageVectors:
         """What each passage is found by; it depends on that passage alone, never on its neighbours."""

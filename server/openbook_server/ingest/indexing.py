@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.preparation import Splitting, prepare
 from openbook_server.ingest.sources import Source, read_source
-from openbook_server.ingest.windows import joined
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors
+from openbook_server.states import joined
 from openbook_server.tokenization import TextEncoder
 
 log = logging.getLogger(__name__)

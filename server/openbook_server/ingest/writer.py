@@ -17,9 +17,9 @@ from openbook_server.backlog import Lane
 from openbook_server.bundle import Bundle
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.ingest.preparation import Prepared, Splitting, prepare
-from openbook_server.ingest.windows import GRAPH, joined, vectors_of
 from openbook_server.knowledge import Document, KnowledgeBase
 from openbook_server.models import Models
+from openbook_server.states import PASSAGES, joined, vectors_of
 from openbook_server.tokenization import TextEncoder
 
 ROWS_AT_ONCE = 256  # passages in the engine's queue for one write
@@ -62,7 +62,7 @@ class Writer:
         for at in range(0, max(len(prepared.passages), 1), ROWS_AT_ONCE):
             part = prepared.passages[at : at + ROWS_AT_ONCE]
             rows = await self._run(lambda part=part: self._encode(part))  # type: ignore[misc]
-            outcome = await self._models.submit(GRAPH, rows, deadline=deadline, lane=Lane.BACKGROUND)
+            outcome = await self._models.submit(PASSAGES, rows, deadline=deadline, lane=Lane.BACKGROUND)
             parts.append(vectors_of(outcome.rows, self._dim))
         vectors = joined(parts)
         # From here on a caller that hangs up changes nothing: the write happens whole.

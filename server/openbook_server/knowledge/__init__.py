@@ -8,13 +8,14 @@ opening    which of them a user's word means
 """
 
 from openbook_server.knowledge.filters import Filter
-from openbook_server.knowledge.fusion import relevance
+from openbook_server.knowledge.fusion import looks_closely, relevance
 from openbook_server.knowledge.interface import KnowledgeBase
 from openbook_server.knowledge.opening import open_knowledge_base
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, PassageVectors, SearchOptions
-from openbook_server.knowledge.windows import pack
+from openbook_server.knowledge.windows import QUESTION_TOKENS, Signs, edges, pack, signs
 
 __all__ = [
+    "QUESTION_TOKENS",
     "Counts",
     "Document",
     "Filter",
@@ -23,7 +24,11 @@ __all__ = [
     "Passage",
     "PassageVectors",
     "SearchOptions",
+    "Signs",
+    "edges",
+    "looks_closely",
     "open_knowledge_base",
     "pack",
     "relevance",
+    "signs",
 ]

@@ -14,9 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from openbook_server.errors import GenerationNotReady, KnowledgeBaseDamaged
 from openbook_server.knowledge.choice import choose_generation
 from openbook_server.knowledge.fusion import Candidates, depth, rank
@@ -29,6 +26,7 @@ from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
 from openbook_server.knowledge.store import FILE, Store
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import NEAREST, Estimate, RecallWatch
+from openbook_server.knowledge.windows import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +205,10 @@ class EmbeddedKnowledgeBase:
     def size_bytes(self) -> int:
         return self._store.path.stat().st_size
 
-    def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
-        return self._home.whole(lambda: self._search(questions, vectors, options))
+    def search(self, questions: Sequence[str], vectors: Vectors | None, options: SearchOptions, tokens: Tokens = ()) -> list[list[Hit]]:
+        return self._home.whole(lambda: self._search(questions, vectors, options, tokens))
 
-    def _search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
+    def _search(self, questions: Sequence[str], vectors: Vectors | None, options: SearchOptions, tokens: Tokens) -> list[list[Hit]]:
         allowed = None if options.condition is None else self._store.matching(options.condition)
         wanted = max(depth(options), NEAREST)  # so that recall is of as many, however few are asked for
         nearest: Sequence[dict[int, float]] = [{} for _ in questions]
@@ -229,7 +227,8 @@ class EmbeddedKnowledgeBase:
             words = self._words.search(question, wanted, allowed) if options.mode != "dense" else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
                 dense = dense | self._index.compare(vectors[at], [number for number in words if number not in dense])
-            near = partial(self._store.generations.nearness, self._generation, None if vectors is None else vectors[at])
+            asked = None if vectors is None else vectors[at], tokens[at] if tokens else None
+            near = partial(self._store.generations.nearness, self._generation, *asked)
             found.append(rank(question, Candidates(dense, words, load, self._index.vectors, near), options))
         return found
 

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 
 from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.records import Fusion, Hit, Passage, SearchOptions
+from openbook_server.knowledge.windows import Nearness
 
 # One BM25 point is worth this much cosine. Chosen on SQuAD training questions, not on the benchmark: docs/search.md.
-LEXICAL_WEIGHT = 0.005  # beside the comparison word by word, which tells the same better
+LEXICAL_WEIGHT = 0.007  # beside the comparison word by word, which tells the same better
+TOKEN_WEIGHT = 1.6  # of the cosine of tokens; fitted with the others
 SHORTLIST_WEIGHT = 0.03  # in the choice of whom to look at so
 RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
 SHORTLIST = 30  # of the fused ones that are looked at window by window and word by word, at least
+_NOTHING_NEAR = (None, None)
 _DIVERSE_POOL = 3  # times top_k: what diverse hits are chosen from, at least
 
 
@@ -39,7 +42,7 @@ class Candidates(Generic[Key]):
     lexical: Mapping[Key, float]  # BM25 of those that share a word with the question
     passages: Callable[[Sequence[Key]], Mapping[Key, Passage]]  # loads those that are still stored, and maybe others
     vectors: Callable[[Sequence[Key]], Mapping[Key, NDArray[np.float32]]]  # loads unit vectors of those
-    nearness: Callable[[Sequence[Key]], Mapping[Key, float]] = lambda keys: {}  # see `windows.nearness`
+    nearness: Callable[[Sequence[Key]], Mapping[Key, Nearness]] = lambda keys: {}  # see `windows.nearness`
 
 
 def depth(options: SearchOptions) -> int:
@@ -62,8 +65,8 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     if looks_closely(options):
         near, overlap = candidates.nearness(order), overlaps(question, [passages[key].stem_lines for key in order])
         for key, bonus in zip(order, overlap, strict=True):
-            cosine, window, bm25 = dense[key], near.get(key), lexical.get(key)
-            hits[key] = Hit(passages[key], _sum(cosine, window, bm25, bonus), cosine, window, bm25, bonus)
+            (window, tokens), cosine, bm25 = near.get(key, _NOTHING_NEAR), dense[key], lexical.get(key)
+            hits[key] = Hit(passages[key], _sum(cosine, window, tokens, bm25, bonus), cosine, window, bm25, bonus, tokens)
     else:
         hits = {key: Hit(passages[key], scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key)) for key in order}
     order.sort(key=lambda key: (-hits[key].score, key))
@@ -121,12 +124,13 @@ def relevance(hit: Hit) -> float:
     """
     if hit.overlap_score is None:
         return (hit.dense_score or 0.0) + SHORTLIST_WEIGHT * (hit.lexical_score or 0.0)
-    return _sum(hit.dense_score or 0.0, hit.window_score, hit.lexical_score, hit.overlap_score)
+    return _sum(hit.dense_score or 0.0, hit.window_score, hit.token_score, hit.lexical_score, hit.overlap_score)
 
 
-def _sum(cosine: float, window: float | None, bm25: float | None, overlap: float) -> float:
-    """The nearest window's cosine, or the passage's own where it has no windows, + LEXICAL_WEIGHT · BM25 + overlap."""
-    return (cosine if window is None else window) + LEXICAL_WEIGHT * (bm25 or 0.0) + overlap
+def _sum(cosine: float, window: float | None, tokens: float | None, bm25: float | None, overlap: float) -> float:
+    """The nearest window's cosine, or the passage's own where it has no windows, + TOKEN_WEIGHT · the tokens' + LEXICAL_WEIGHT · BM25 +
+    overlap."""
+    return (cosine if window is None else window) + TOKEN_WEIGHT * (tokens or 0.0) + LEXICAL_WEIGHT * (bm25 or 0.0) + overlap
 
 
 def _diverse(

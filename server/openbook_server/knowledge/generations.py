@@ -21,14 +21,14 @@ from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.graph import EF_CONSTRUCTION
 from openbook_server.knowledge.graph import M as LINKS
 from openbook_server.knowledge.records import BundlePlace
-from openbook_server.knowledge.windows import nearness
+from openbook_server.knowledge.windows import Nearness, Signs, nearness
 
 SCHEMA = (
     "CREATE TABLE generations (number INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL, dim INTEGER NOT NULL, "
     "graph_dims INTEGER NOT NULL, bundle_id TEXT NOT NULL, bundle TEXT NOT NULL, published INTEGER NOT NULL)"
 )
 _PREFIX = "vectors_"  # of the tables of vectors
-_WINDOWS = "windows_"  # of those of the vectors of windows, see `PassageVectors`
+_WINDOWS = "windows_"  # of those of windows, see `PassageVectors`
 _ROWS_AT_ONCE = 500  # of a query that could return any number
 
 
@@ -54,8 +54,7 @@ class Generation:
 
     @property
     def windows_table(self) -> str:
-        """Of the vectors of its passages' windows: a table of its own, for they are read without the others, and a page of SQLite holds
-        three of these or two of those, and only one of both in one row."""
+        """Of its passages' windows: a table of its own, for they are read without the vectors, and those without them."""
         return _windows_of(self.table)
 
 
@@ -115,7 +114,7 @@ class Generations:
             return frozenset(number for (number,) in connection.execute(f"SELECT passage FROM {generation.table}"))  # noqa: S608
 
     def bytes_a_passage(self, generation: Generation) -> float:
-        """Of a passage's vector and those of its windows, as many as the first ones take on average: to add up all is to read all."""
+        """Of a passage's vector and its windows, as many as those of the first ones take on average: to add up all is to read all."""
         first = f"SELECT length(vectors) AS size FROM {generation.windows_table} LIMIT {_ROWS_AT_ONCE}"  # noqa: S608
         with self._database.read() as connection:
             [windows] = connection.execute(f"SELECT coalesce(avg(size), 0) FROM ({first})").fetchone()  # noqa: S608
@@ -137,11 +136,13 @@ class Generations:
             data = b"".join(vector for _, vector in rows)
             yield [number for number, _ in rows], np.frombuffer(data, "<f4").reshape(len(rows), generation.dim).astype(np.float32)
 
-    def nearness(self, generation: Generation, question: NDArray[np.float32] | None, numbers: Sequence[int]) -> dict[int, float]:
+    def nearness(
+        self, generation: Generation, question: NDArray[np.float32] | None, tokens: Signs | None, numbers: Sequence[int]
+    ) -> dict[int, Nearness]:
         """See `windows.nearness`."""
         query = f"SELECT passage, vectors FROM {generation.windows_table} WHERE passage IN ({marks(numbers)})"  # noqa: S608
         with self._database.read() as connection:
-            return nearness(question, numbers, dict(connection.execute(query, numbers).fetchall()))
+            return nearness(question, tokens, numbers, dict(connection.execute(query, numbers).fetchall()))
 
     def lacking(self, generation: Generation, *, after: int, limit: int) -> list[int]:
         """Numbers above `after`, in order, of the first passages that it has no vector of."""
@@ -192,7 +193,7 @@ def insert(
     vectors: NDArray[np.float32],
     windows: Sequence[bytes],
 ) -> None:
-    """Its vectors of passages that it lacks, and those of their windows, as a part of a transaction."""
+    """Its vectors of passages that it lacks, and their windows, as a part of a transaction."""
     rows = [(number, vector.astype("<f4").tobytes()) for number, vector in zip(numbers, vectors, strict=True)]
     connection.executemany(f"INSERT INTO {generation.table} (passage, vector) VALUES (?, ?)", rows)  # noqa: S608
     pooled = [(number, packed) for number, packed in zip(numbers, windows, strict=True) if packed]

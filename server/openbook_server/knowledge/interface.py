@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.watch import Estimate
+from openbook_server.knowledge.windows import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +106,14 @@ class KnowledgeBase(Protocol):
     def record(self, facts: Mapping[str, str]) -> None:
         """Keep facts about the knowledge base; durable when this returns."""
 
-    def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
+    def search(
+        self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions, tokens: Tokens = ()
+    ) -> list[list[Hit]]:
         """The best passages for each question, best first, ties in the order of storing.
 
         Args:
             vectors: (questions, dim) unit vectors; not needed for mode "lexical".
+            tokens: of each question the signs of its tokens; hybrid mode compares them with those of passages that have some.
         """
 
     def watch(self, *, share: float, target: float) -> None:

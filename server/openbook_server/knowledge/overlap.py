@@ -15,8 +15,8 @@ from itertools import compress, pairwise
 from openbook_server.knowledge.lexical import content_words, stems, words
 
 # Fitted on SQuAD training questions, not on the benchmark: docs/search.md.
-COVERAGE_WEIGHT = 0.28  # of a passage with a sentence that holds every content word of the question
-PAIR_WEIGHT = 0.032  # of each two neighbouring words of the question that are neighbours in one sentence too
+COVERAGE_WEIGHT = 0.29  # of a passage with a sentence that holds every content word of the question
+PAIR_WEIGHT = 0.046  # of each two neighbouring words of the question that are neighbours in one sentence too
 
 
 def overlaps(question: str, passages: Sequence[str]) -> list[float]:

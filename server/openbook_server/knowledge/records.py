@@ -72,7 +72,7 @@ class PassageVectors(NamedTuple):
     """What an embedder gives of some passages."""
 
     whole: NDArray[np.float32]  # (passages, dim) unit vectors
-    windows: Sequence[bytes]  # of each, the vectors of its windows as `windows.pack` makes them; empty where the embedder gives none
+    windows: Sequence[bytes]  # of each, its windows as `windows.pack` makes them; empty where the embedder gives none
 
 
 class Hit(NamedTuple):
@@ -85,6 +85,7 @@ class Hit(NamedTuple):
     window_score: float | None = None  # inner product with the nearest of its windows
     lexical_score: float | None = None  # BM25
     overlap_score: float | None = None  # what of the question stands in it word by word
+    token_score: float | None = None  # cosine of the question's tokens with those nearest to them in one window, weighed; see `windows`
     answer_probability: float | None = None  # that the question's answer stands in it, where it was read
 
 

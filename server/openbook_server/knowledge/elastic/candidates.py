@@ -23,7 +23,7 @@ from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, parse_pass
 from openbook_server.knowledge.fusion import Candidates, depth, looks_closely, rank
 from openbook_server.knowledge.graph import EF
 from openbook_server.knowledge.records import Hit, Passage, SearchOptions
-from openbook_server.knowledge.windows import nearness
+from openbook_server.knowledge.windows import Signs, Tokens, nearness
 
 MOST = 10_000  # candidates of one search: Elasticsearch's own limit
 _ROUNDS = 5  # of asking again without what is not live
@@ -44,7 +44,7 @@ class Searcher:
         self._preference = uuid.uuid4().hex
         self._pool = ThreadPoolExecutor(_RANKED_AT_ONCE, thread_name_prefix="rank")
 
-    def search(self, questions: Sequence[str], vectors: Vector | None, options: SearchOptions) -> list[list[Hit]]:
+    def search(self, questions: Sequence[str], vectors: Vector | None, options: SearchOptions, tokens: Tokens) -> list[list[Hit]]:
         """See `KnowledgeBase.search`."""
         if options.mode != "lexical" and vectors is None:
             raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
@@ -59,7 +59,11 @@ class Searcher:
                 part = left[at : at + _ASKED_AT_ONCE]
                 known = [len(gone[question]) for question in part]
                 proposed = self._propose(
-                    [questions[i] for i in part], vectors[part] if vectors is not None else None, [gone[i] for i in part], options
+                    [questions[i] for i in part],
+                    vectors[part] if vectors is not None else None,
+                    [tokens[i] if tokens else None for i in part],
+                    [gone[i] for i in part],
+                    options,
                 )
 
                 def ranked(question: int, candidates: Candidates[Key]) -> list[Hit]:
@@ -74,7 +78,12 @@ class Searcher:
         return hits
 
     def _propose(
-        self, questions: Sequence[str], vectors: Vector | None, gone: Sequence[set[Key]], options: SearchOptions
+        self,
+        questions: Sequence[str],
+        vectors: Vector | None,
+        tokens: Tokens,
+        gone: Sequence[set[Key]],
+        options: SearchOptions,
     ) -> list[Candidates[Key]]:
         dense: list[dict[Key, float]] = [{} for _ in questions]
         words: list[dict[Key, float]] = [{} for _ in questions]
@@ -90,19 +99,21 @@ class Searcher:
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
             self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
         return [
-            self._candidates(row, words[at], gone[at], vectors[at] if looks_closely(options) and vectors is not None else None)
+            self._candidates(row, words[at], gone[at], vectors[at] if looks_closely(options) and vectors is not None else None, tokens[at])
             for at, row in enumerate(dense)
         ]
 
-    def _candidates(self, dense: dict[Key, float], words: dict[Key, float], gone: set[Key], vector: Vector | None) -> Candidates[Key]:
-        """`vector` of a question whose candidates' windows will be looked at."""
+    def _candidates(
+        self, dense: dict[Key, float], words: dict[Key, float], gone: set[Key], vector: Vector | None, tokens: Signs | None
+    ) -> Candidates[Key]:
+        """`vector` and `tokens` of a question whose candidates' windows will be looked at."""
         windows: dict[Key, bytes] = {}
         return Candidates(
             dense,
             words,
             lambda keys: self._passages(keys, gone, windows if vector is not None else None),
             self._vectors,
-            lambda keys: nearness(vector, keys, windows),
+            lambda keys: nearness(vector, tokens, keys, windows),
         )
 
     def _run(self, searches: Sequence[tuple[dict[Key, float], Query]]) -> None:

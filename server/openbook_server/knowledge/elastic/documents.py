@@ -53,7 +53,7 @@ _AT_ONCE = 1_000  # entries read by one request
 
 _T = TypeVar("_T")
 Vectors = NDArray[np.float32]
-Part = tuple[Sequence[Passage], Vectors, Sequence[bytes]]  # of a document: passages, their vectors, and those of their windows
+Part = tuple[Sequence[Passage], Vectors, Sequence[bytes]]  # of a document: passages, their vectors, and their windows
 _STORED: list[dict[str, Any]] = [{"term": {"kind": "document"}}, {"term": {"live": True}}]
 
 

@@ -24,6 +24,7 @@ from openbook_server.knowledge.graph import EF
 from openbook_server.knowledge.interface import Gap
 from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.vectors import check_vectors
+from openbook_server.knowledge.windows import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +171,10 @@ class ElasticsearchKnowledgeBase:
         self._check_live()
         self._state.record(facts)
 
-    def search(self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions) -> list[list[Hit]]:
-        return self._searcher.search(questions, vectors, options)
+    def search(
+        self, questions: Sequence[str], vectors: NDArray[np.float32] | None, options: SearchOptions, tokens: Tokens = ()
+    ) -> list[list[Hit]]:
+        return self._searcher.search(questions, vectors, options, tokens)
 
     def watch(self, *, share: float, target: float) -> None:
         """Nothing: to search a whole cluster exactly costs too much."""

@@ -247,15 +247,15 @@ def test_many_passages_are_compared_as_few_are(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_question_has_the_signs_of_its_own_tokens_whatever_shares_its_batch(graph: Graph) -> None:
-    rows = [Row([1, 6, 7, 2]), Row([1, *range(5, 40), 2]), Row([1, 2]), Row([1, *[6, 7] * QUESTION_TOKENS])]
-    together = QuestionGraph(graph, 16).run_rows(rows, 144)
+    rows = [Row([1, 6, 7, 2]), Row([1, *range(5, 40), 2]), Row([1, 2]), Row([1, *[6] * (QUESTION_TOKENS + 20), 2])]
+    together = QuestionGraph(graph, 16).run_rows(rows, 96)
     assert [len(tokens) for tokens in together["tokens"]] == [2, 35, 0, QUESTION_TOKENS]
     for at, row in enumerate(rows):
-        alone = QuestionGraph(graph, 16).run_rows([row], 144)
+        alone = QuestionGraph(graph, 16).run_rows([row], 96)
         assert alone["tokens"][0].tobytes() == together["tokens"][at].tobytes()
-        states = graph.run(collate([row], 144), states=True)[HIDDEN_STATES][0]
+        states = graph.run(collate([row], 96), states=True)[HIDDEN_STATES][0]
         assert together["tokens"][at].tolist() == signs(states[1 : len(row.ids) - 1], 16)[:QUESTION_TOKENS].tolist()
-    assert QuestionGraph(graph, 0).run_rows(rows, 144)["tokens"] == [None] * 4
+    assert QuestionGraph(graph, 0).run_rows(rows, 96)["tokens"] == [None] * 4
 
 
 def test_hybrid_search_adds_how_near_the_tokens_are(place: Place) -> None:

@@ -282,8 +282,9 @@ async def test_a_question_brings_the_signs_of_its_tokens_from_the_cache_and_from
         await questions.wait_entered()
         joining = asyncio.create_task(embedder.embed([row(5)], deadline=soon(), graph=QUESTIONS))
         await asyncio.sleep(0)
+    computed = [await first, await joining]
     known = await embedder.embed([row(5)], deadline=soon(), graph=QUESTIONS)
-    for embedded in (await first, await joining, known):
+    for embedded in (*computed, known):
         [tokens] = embedded.tokens
         assert tokens is not None
         assert tokens.tolist() == [[5, 5]] * 3

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from driver import add_arguments
 from openbook_server.buckets import COARSE, Buckets
 from openbook_server.bundle import load_bundle
-from openbook_server.rows import Row, collated
+from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine
@@ -27,7 +27,10 @@ EXACT = Buckets((), 1)  # a batch a length
 
 def seconds_of(graph: Graph, rows: Sequence[Row], buckets: Buckets) -> float:
     """Wall time of all rows, in batches of one bucket each."""
-    batches = [inputs for _, inputs in collated(rows, buckets, 1_000_000)]
+    lengths = [row.tokens for row in rows]
+    batches = [
+        collate([rows[at] for at in batch], buckets.padded_length(lengths[batch[0]])) for batch in buckets.batches(lengths, 1_000_000)
+    ]
     began = time.perf_counter()
     for batch in batches:
         graph.run(batch)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from openbook_server.buckets import Buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +34,3 @@ def collate(rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
         if row.types is not None:
             types[at, : len(row.types)] = row.types
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-
-
-def collated(rows: Sequence[Row], buckets: Buckets, max_batch_tokens: int) -> Iterator[tuple[list[int], dict[str, NDArray[np.int64]]]]:
-    """Rows in batches of one bucket each, as `Buckets.batches`: which rows they are, and their arrays."""
-    lengths = [len(row.ids) for row in rows]
-    for batch in buckets.batches(lengths, max_batch_tokens):
-        yield batch, collate([rows[at] for at in batch], buckets.padded_length(lengths[batch[0]]))

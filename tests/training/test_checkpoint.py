@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.heads import RowEncoder
-from openbook_training.reader import build_reader
+from openbook_training.reader import PairEncoder, build_reader, forward
 from openbook_training.retriever import build_retriever
 from transformers import AutoConfig, AutoModel
 
@@ -18,14 +19,18 @@ SENTENCE = "sentence_transformers.models."
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "mpnet", "roberta"])
-def test_a_checkpoint_without_segments_is_refused_by_the_reader(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_without_segments_becomes_a_reader_that_is_told_none(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
     small = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32} if kind == "distilbert" else small
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / kind))
     sizes = {"vocab_size": 150, "max_position_embeddings": 64, **({"type_vocab_size": 1} if kind == "roberta" else {})}
     AutoModel.from_config(AutoConfig.for_model(kind, **small, **sizes)).save_pretrained(folder)
-    with pytest.raises(CheckpointNotFound, match="segment"):
-        build_reader(resolve_checkpoint(str(folder)), lora_rank=2, lora_alpha=2)
+    checkpoint = resolve_checkpoint(str(folder))
+    encoder = PairEncoder(checkpoint, max_tokens=32, stride=4, max_question_tokens=8)
+    pairs = list(encoder.pairs("what was red ?", ["red blue green"], 0))
+    start, end = forward(build_reader(checkpoint, lora_rank=2, lora_alpha=2), pairs, encoder, torch.device("cpu"))
+    assert not encoder.has_segments
+    assert start.shape == end.shape == (1, len(pairs[0].ids))
     if kind == "distilbert":
         with pytest.raises(CheckpointNotFound, match="not of BERT's shape"):
             build_retriever(resolve_checkpoint(str(folder)), lora_rank=2, lora_alpha=2)

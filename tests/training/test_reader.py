@@ -94,8 +94,8 @@ def test_logits_do_not_depend_on_the_other_pairs_of_a_batch(encoder: PairEncoder
     model = build_reader(resolve_checkpoint(str(tiny_checkpoint)), lora_rank=2, lora_alpha=2).eval()
     pairs = list(encoder.pairs("what was red ?", ["red blue", "one two three city river king book one two"], 0))
     with torch.inference_mode():
-        together = forward(model, pairs, encoder.pad, torch.device("cpu"))[0]
-        alone = forward(model, pairs[:1], encoder.pad, torch.device("cpu"))[0]
+        together = forward(model, pairs, encoder, torch.device("cpu"))[0]
+        alone = forward(model, pairs[:1], encoder, torch.device("cpu"))[0]
     width = alone.shape[1]
     assert torch.allclose(together[0, :width], alone[0], atol=1e-5)
 

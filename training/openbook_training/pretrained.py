@@ -83,6 +83,11 @@ def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1, one_segment: 
     return backbone
 
 
+def count_segments(checkpoint: Checkpoint) -> int:
+    """Kinds of tokens that its model tells apart; 0 where it knows none."""
+    return int(getattr(AutoConfig.from_pretrained(checkpoint.folder), "type_vocab_size", 0))
+
+
 def read_in_one_segment(model: PreTrainedModel) -> None:
     """Let the passage carry the question's segment, as if token_type_ids were all zero.
 

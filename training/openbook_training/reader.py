@@ -20,9 +20,9 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 from openbook_training.adapters import add_adapter, load_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
-from openbook_training.errors import CheckpointNotFound, InvalidConfig
+from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
-from openbook_training.pretrained import check_length, fast_tokenizer, load_model, read_in_one_segment
+from openbook_training.pretrained import check_length, count_segments, fast_tokenizer, load_model, read_in_one_segment
 
 READER_SETTINGS = "reader.json"  # beside a reader's adapter
 
@@ -55,6 +55,7 @@ class PairEncoder:
         tokenizer = fast_tokenizer(checkpoint)
         self._tokenizer = tokenizer.backend_tokenizer
         self.cls, self.sep, self.pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id or 0
+        self.has_segments = count_segments(checkpoint) > 1
         if max_tokens - max_question_tokens - 3 <= stride:
             raise InvalidConfig(f"max_tokens {max_tokens} leaves no room for a window beside the question; lower stride {stride}")
         self._max_tokens, self._stride, self._max_question_tokens = max_tokens, stride, max_question_tokens
@@ -96,21 +97,19 @@ def trained_reader(checkpoint: Checkpoint, folder: str, *, dropout: float = 0.1)
 
 def _span_model(checkpoint: Checkpoint, *, dropout: float) -> PreTrainedModel:
     model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
-    read_in_one_segment(model)
-    if model.config.type_vocab_size < 2:
-        kind = model.config.model_type
-        raise CheckpointNotFound(
-            f"checkpoint {checkpoint.name!r}: a {kind} of one segment cannot tell question and passage apart; take a BERT"
-        )
+    if count_segments(checkpoint) > 1:
+        read_in_one_segment(model)
     return model
 
 
-def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def forward(model: nn.Module, pairs: Sequence[Pair], encoder: PairEncoder, device: torch.device) -> tuple[Tensor, Tensor]:
     """Run the reader over pairs in chunks of similar length, so that little is padded.
 
+    Args:
+        encoder: the one that made the pairs.
+
     Returns:
-        start, end: (pairs, length) float32 logits, padded to the longest pair.
-        context: (pairs, length) bool, True where a token belongs to the passage.
+        Start and end logits, each (pairs, length) float32, padded to the longest pair.
     """
     longest = max(len(pair.ids) for pair in pairs)
     chunks = length_chunks([len(pair.ids) for pair in pairs])
@@ -118,17 +117,22 @@ def forward(model: nn.Module, pairs: Sequence[Pair], pad: int, device: torch.dev
     for chunk in chunks:
         rows = [pairs[i] for i in chunk]
         width = len(rows[-1].ids)
-        ids = torch.tensor([pair.ids + [pad] * (width - len(pair.ids)) for pair in rows], device=device)
-        types = torch.tensor([[int(i >= pair.first) for i in range(width)] for pair in rows], device=device)
+        ids = torch.tensor([pair.ids + [encoder.pad] * (width - len(pair.ids)) for pair in rows], device=device)
         mask = torch.tensor([[int(i < len(pair.ids)) for i in range(width)] for pair in rows], device=device)
-        output = model(input_ids=ids, token_type_ids=types * mask, attention_mask=mask)
+        types = torch.tensor([[int(i >= pair.first) for i in range(width)] for pair in rows], device=device) * mask
+        output = model(input_ids=ids, attention_mask=mask, **({"token_type_ids": types} if encoder.has_segments else {}))
         logits = torch.stack([output.start_logits, output.end_logits]).float()
         parts.append(nn.functional.pad(logits, (0, longest - width)))
     start, end = torch.cat(parts, dim=1)[:, torch.tensor(restored(chunks), device=device)]
-    context = torch.zeros((len(pairs), longest), dtype=torch.bool, device=device)
+    return start, end
+
+
+def passage_tokens(pairs: Sequence[Pair], length: int) -> Tensor:
+    """(pairs, length) bool, True where a token belongs to the passage."""
+    context = torch.zeros((len(pairs), length), dtype=torch.bool)
     for row, pair in enumerate(pairs):
         context[row, pair.first : pair.first + len(pair.offsets)] = True
-    return start, end, context
+    return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,8 @@ def predict(
     """Answer each (question, passages) with its most probable span."""
     pairs = [pair for row, (text, passages) in enumerate(questions) for pair in encoder.pairs(text, passages, row)]
     with autocast():
-        start, end, context = forward(model, pairs, encoder.pad, device)
+        start, end = forward(model, pairs, encoder, device)
+    context = passage_tokens(pairs, start.shape[1]).to(device)
     spans = span_scores(start, end, context, max_answer_tokens).flatten(1)
     null = null_scores(start, end)
     totals = torch.logaddexp(torch.logsumexp(spans, dim=1), null).tolist()

@@ -19,12 +19,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from openbook_training.adapters import save_adapter
-from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
 from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.loop import length_grouped
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.pretrained import best_device
-from openbook_training.reader import READER_SETTINGS, Pair, PairEncoder, build_reader, forward, predict, trained_reader
+from openbook_training.reader import READER_SETTINGS, Pair, PairEncoder, build_reader, forward, passage_tokens, predict, trained_reader
 from openbook_training.squad import Question, answer_scores, occurrences
 
 
@@ -76,15 +76,18 @@ class SpanTask:
     def __init__(self, config: SpanConfig) -> None:
         self._settings = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
-        self.encoder = PairEncoder(
-            self.checkpoint, max_tokens=config.max_tokens, stride=config.stride, max_question_tokens=config.max_question_tokens
-        )
+        self.encoder = self.encoder_of(self.checkpoint)
         self.model: nn.Module = (
             trained_reader(self.checkpoint, config.initial_adapter)
             if config.initial_adapter
             else build_reader(self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
         )
         self._device = best_device()
+
+    def encoder_of(self, checkpoint: Checkpoint) -> PairEncoder:
+        """Makes windows with the limits of the settings, by the tokenizer of `checkpoint`."""
+        limits = self._settings
+        return PairEncoder(checkpoint, max_tokens=limits.max_tokens, stride=limits.stride, max_question_tokens=limits.max_question_tokens)
 
     def unlearnable(self, question: Question) -> str:
         """Why no span of its own passage can be its gold, "" where one can: beside that passage it would learn to abstain."""
@@ -109,7 +112,11 @@ class SpanTask:
         return [pair for row, example in enumerate(batch) for pair in self.encoder.pairs(example.question.text, example.passages, row)]
 
     def read(self, model: nn.Module, pairs: Sequence[Pair]) -> Reading:
-        start, end, context = forward(model, pairs, self.encoder.pad, self._device)
+        return self.scored(pairs, *forward(model, pairs, self.encoder, self._device))
+
+    def scored(self, pairs: Sequence[Pair], start: Tensor, end: Tensor) -> Reading:
+        """What (pairs, length) logits come to."""
+        context = passage_tokens(pairs, start.shape[1]).to(self._device)
         owner = torch.tensor([pair.question for pair in pairs], device=self._device)
         return Reading(span_scores(start, end, context, self._settings.max_answer_tokens), null_scores(start, end), owner)
 

@@ -11,18 +11,17 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from openbook_training.checkpoint import Checkpoint
+from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.config import no_share, not_positive, too_low
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import span_distillation_loss
-from openbook_training.reader import trained_reader
 from openbook_training.span_task import Example, SpanConfig, SpanTask
 from openbook_training.squad import Question, hold_out, load_questions, spread
+from openbook_training.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +35,9 @@ class ReaderConfig(SpanConfig):
     held_out: int = 300  # training questions set aside (whole passages) to choose the best epoch
     negatives: tuple[int, ...] = (2,)  # hard negatives beside the gold passage, by epoch; the last value repeats
     mined: int = 20  # depth of the ranking that negatives are drawn from
+    embedder: str = ""  # checkpoint whose ranking that is; empty: `checkpoint`
     teacher: str = ""  # adapter folder of a reader whose probabilities are learned beside the gold answers
+    teacher_checkpoint: str = ""  # that it is of, where it is not `checkpoint`; its tokenizer must cut texts in the same places
     teacher_weight: float = 0.5  # of the distance to the teacher in the loss; the gold answers have the rest
     teacher_temperature: float = 2.0  # scores are divided by it in that distance
 
@@ -52,7 +53,11 @@ class ReaderTask(SpanTask):
     def __init__(self, config: ReaderConfig, console: Console) -> None:
         self._config = config
         super().__init__(config)
-        self._teacher = _teacher(self.checkpoint, config.teacher).to(self._device) if config.teacher else None
+        if not self.encoder.has_segments:
+            console.print(
+                f"a reader of {config.checkpoint} can teach others, but not be exported: it tells no segments apart", soft_wrap=True
+            )
+        self._teacher = self._load_teacher() if config.teacher else None
         usable = self._usable(load_questions(config.train, console), console)
         self.train, self.held_out = hold_out(usable, config.held_out)
         if not self.train:
@@ -61,7 +66,8 @@ class ReaderTask(SpanTask):
         self.passages = sorted({question.context for question in usable})
         everything = [*self.train, *self.held_out]
         self._mines = max(config.negatives) > 0
-        mined = _mined_negatives(self.checkpoint, everything, self.passages, config, console) if self._mines else [[] for _ in everything]
+        miner = resolve_checkpoint(config.embedder) if config.embedder else self.checkpoint
+        mined = _mined_negatives(miner, everything, self.passages, config, console) if self._mines else [[] for _ in everything]
         # By row: ids may be missing, or stand twice.
         self._mined, self._held_out_mined = mined[: len(self.train)], mined[len(self.train) :]
 
@@ -102,8 +108,7 @@ class ReaderTask(SpanTask):
         loss = self.gold_loss(reading, pairs, batch)
         if self._teacher is None:
             return loss
-        with torch.no_grad():
-            taught = self.read(self._teacher, pairs)
+        taught = self.scored(pairs, *self._teacher.logits([(one.question.text, one.passages) for one in batch], pairs))
         distance = span_distillation_loss(
             reading.spans, reading.null, taught.spans, taught.null, reading.owner, len(batch), self._config.teacher_temperature
         )
@@ -119,11 +124,10 @@ class ReaderTask(SpanTask):
         metrics["score"] = metrics.get("held_out_f1", metrics.get("dev_f1", 0.0))
         return metrics
 
-
-def _teacher(checkpoint: Checkpoint, folder: str) -> nn.Module:
-    """The reader whose adapter is in `folder`, to be asked alone."""
-    merged: nn.Module = trained_reader(checkpoint, folder).merge_and_unload()
-    return merged.requires_grad_(False).eval()
+    def _load_teacher(self) -> Teacher:
+        name = self._config.teacher_checkpoint
+        checkpoint = resolve_checkpoint(name) if name else self.checkpoint
+        return Teacher(checkpoint, self._config.teacher, self.encoder_of(checkpoint), self._device)
 
 
 def _mined_negatives(

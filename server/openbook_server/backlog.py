@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from openbook_server.errors import DeadlineExceeded
 from openbook_server.rows import Row
 
 Arrays = Mapping[str, NDArray[np.generic]]
+K = TypeVar("K")
 
 
 class Lane(IntEnum):
@@ -56,6 +58,7 @@ class Job:
     submitted: float
     results: list[Arrays] = field(default_factory=list)
     missing: int = 0
+    waiting: dict[int, int] = field(default_factory=dict)  # padded length of each row, by number, that is neither run nor given up
     started: float = 0.0  # when its first row began to run; 0 = not yet
     failure: Exception | None = None
 
@@ -88,6 +91,7 @@ class Backlog:
         self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
         # Seconds by lane, as `wait` found them since the last change: under load it is asked more often than that.
         self._waits: dict[Lane, float] = {}
+        self._dead: Counter[tuple[str, int]] = Counter()  # entries of each group whose rows were given up
         self._due: Counter[int] = Counter()  # padded tokens of the foreground by when they are due, in steps of `_DUE_STEP`
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 
@@ -99,9 +103,42 @@ class Backlog:
         for number, length in enumerate(lengths):
             heapq.heappush(self._groups.setdefault((job.graph, length), []), (job.lane, job.deadline, next(self._order), number, job))
             self._waiting[job.graph, job.lane, length] += 1
+        job.waiting = dict(enumerate(lengths))
         self.rows[job.lane] += len(lengths)
         if job.lane is Lane.FOREGROUND:
             self._due[_step(job.deadline)] += sum(lengths)
+        self._waits.clear()
+
+    def give_up(self, job: Job) -> None:
+        """Nobody wants the rows of a job that still wait: from now on they take no room and keep nobody waiting."""
+        keys = {(job.graph, length) for length in job.waiting.values()}
+        for length in job.waiting.values():
+            self._leave(job, length)
+            self._dead[job.graph, length] += 1
+        job.waiting.clear()
+        for key in keys:
+            heap = self._groups[key]
+            if 2 * self._dead[key] > len(heap):  # so that each costs little, and there are never more of them than of those that live
+                heap[:] = [entry for entry in heap if entry[3] in entry[4].waiting]
+                heapq.heapify(heap)
+                del self._dead[key]
+            self._settle(key)
+
+    def _settle(self, key: tuple[str, int]) -> None:
+        """The head of a group is a row that somebody wants; a group without one is none."""
+        heap = self._groups[key]
+        while heap and heap[0][3] not in heap[0][4].waiting:
+            heapq.heappop(heap)
+            self._dead[key] -= 1
+        if not heap:
+            del self._groups[key]
+            del self._dead[key]
+
+    def _leave(self, job: Job, length: int) -> None:
+        self.rows[job.lane] -= 1
+        _take_off(self._waiting, (job.graph, job.lane, length), 1)
+        if job.lane is Lane.FOREGROUND:
+            _take_off(self._due, _step(job.deadline), length)
         self._waits.clear()
 
     def wait(self, lane: Lane, deadline: float = math.inf) -> float:
@@ -123,7 +160,7 @@ class Backlog:
         return seconds
 
     def take(self, now: float, *, free: int = 1, unknown: Collection[str] = ()) -> Batch:
-        """The group whose head is most urgent gives rows; what is dead or too late is dropped. There must be a row.
+        """The group whose head is most urgent gives rows; what is too late is dropped, and its whole job with it. There must be a row.
 
         Args:
             free: sessions that could run a batch now; what waits in the lane is shared out among them.
@@ -138,10 +175,10 @@ class Backlog:
         share = limit = -(-self.rows[first] // free) if free > 1 else sys.maxsize
         while heap and len(batch) < min(limit, self._most(heap[0][0], length)):
             lane, deadline, _, number, job = heapq.heappop(heap)
-            self.rows[lane] -= 1
-            self._waiting[graph, lane, length] -= 1
-            if lane is Lane.FOREGROUND:
-                self._due[_step(deadline)] -= length
+            if job.waiting.pop(number, None) is None:
+                self._dead[key] -= 1
+                continue
+            self._leave(job, length)
             if job.is_over:
                 continue
             if not batch:
@@ -158,15 +195,20 @@ class Backlog:
                 limit = min(share, max(1, cost.rows_within(min(_LONGEST, deadline - now), length)))
             job.started = job.started or now
             batch.append((number, job))
-        if not heap:
-            del self._groups[key]
-        self._waiting, self._due = +self._waiting, +self._due  # without those that are empty
-        self._waits.clear()
+        self._settle(key)
+        for job in dropped.values():
+            self.give_up(job)
         return Batch(graph, length, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
 
     def _most(self, lane: Lane, length: int) -> int:
         """Rows of a length that a lane's batch may hold."""
         return max(1, self._budget // _SHARE[lane] // length)
+
+
+def _take_off(counter: Counter[K], key: K, count: int) -> None:
+    counter[key] -= count
+    if not counter[key]:
+        del counter[key]
 
 
 def _step(deadline: float) -> int:

@@ -23,7 +23,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -140,7 +140,12 @@ class Engine:
             if lane is Lane.FOREGROUND:
                 self._asked = now
             self._wake.notify()
-        return Outcome(await job.done, job.started - job.submitted)
+        try:
+            return Outcome(await job.done, job.started - job.submitted)
+        except asyncio.CancelledError:
+            with self._wake:
+                self._backlog.give_up(job)
+            raise
 
     @contextmanager
     def attended(self) -> Iterator[None]:
@@ -237,9 +242,13 @@ class Engine:
                     self._background += 1
                 if self.queued:
                     self._wake.notify()  # whoever is free as well; a wake-up for each row would be too many
-            _tell(batch.dropped)
-            if batch.rows:
-                self._run(batch.graph, batch.length, batch.rows)
+            try:
+                _tell(batch.dropped)
+                if batch.rows:
+                    self._run(batch.graph, batch.length, batch.rows)
+            except Exception as error:  # a defect; the session must go on, and whoever waits must hear of it
+                log.exception("graph %s: its batch was lost", batch.graph)
+                self._fail({id(job): job for _, job in batch.rows}.values(), InferenceFailed(f"{batch.graph} failed: {error}"))
             with self._wake:
                 self._busy_until[number] = 0.0
                 self._background -= batch.lane is Lane.BACKGROUND
@@ -257,18 +266,16 @@ class Engine:
         began = time.monotonic()
         try:
             outputs = self._graphs[graph].run_rows([job.rows[number] for number, job in batch], length)
+            rows = [{name: values[at] for name, values in outputs.items()} for at in range(len(batch))]
         except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
             if len(batch) > 1:
                 for one in batch:
                     self._run(graph, length, [one])
                 return
             log.error("graph %s failed on a row of %d tokens: %s", graph, length, error)
-            failed = batch[0][1]
-            failed.failure = InferenceFailed(f"{graph} failed: {error}")
-            _tell([failed])
+            self._fail([batch[0][1]], InferenceFailed(f"{graph} failed: {error}"))
             return
         seconds = time.monotonic() - began
-        rows = [{name: values[at] for name, values in outputs.items()} for at in range(len(batch))]
         finished = []
         with self._wake:
             if batch[0][1].lane is Lane.BACKGROUND:
@@ -280,8 +287,15 @@ class Engine:
                 job.missing -= 1
                 if not job.missing:
                     finished.append(job)
-        self._observe(graph, len(batch), len(batch) * length, seconds)
         _tell(finished)
+        self._observe(graph, len(batch), len(batch) * length, seconds)
+
+    def _fail(self, jobs: Collection[Job], failure: Exception) -> None:
+        with self._wake:
+            for job in jobs:
+                job.failure = job.failure or failure
+                self._backlog.give_up(job)
+        _tell(jobs)
 
 
 def _tell(jobs: Iterable[Job]) -> None:

@@ -160,3 +160,52 @@ async def test_what_can_be_done_in_time_is_done_in_time_however_much_is_asked_fo
             cost.learn(len(batch.rows), 16, seconds)
         in_time += sum(now <= one.deadline for _, one in batch.rows)
     assert in_time > 0.9 * ends / (A_ROW * slowdown)
+
+
+async def test_a_job_that_is_given_up_leaves_nothing_behind_and_others_keep_their_order() -> None:
+    waiting = backlog()
+    gone, first, second = job(1.0, rows=6), job(2.0, rows=2), job(3.0, rows=2)
+    for one, lengths in ((gone, [16, 16, 32, 32, 16, 16]), (second, [16, 32]), (first, [16, 32])):
+        waiting.add(one, lengths)
+    waiting.give_up(gone)
+    assert len(waiting) == 4
+    assert waiting.wait(Lane.FOREGROUND) == pytest.approx(0.04, rel=0.6)
+    assert waiting.wait(Lane.FOREGROUND, 1.5) == 0.0
+    taken = [waiting.take(0.0) for _ in range(2)]
+    assert [[one for _, one in batch.rows] for batch in taken] == [[first, second]] * 2
+    assert not waiting._groups
+    assert not waiting._dead
+
+
+async def test_whoever_comes_and_goes_at_once_does_not_make_the_backlog_grow() -> None:
+    waiting = backlog()
+    stays = job(1.0, rows=3)
+    waiting.add(stays, [16] * 3)
+    for number in range(1_000):
+        gone = job(60.0 + number, rows=2)
+        waiting.add(gone, [16, 48])
+        waiting.give_up(gone)
+    assert len(waiting) == 3
+    assert sum(map(len, waiting._groups.values())) <= 6
+    assert [one for _, one in waiting.take(0.0).rows] == [stays] * 3
+    assert not waiting._groups
+
+
+async def test_background_rows_are_run_once_those_before_them_are_given_up() -> None:
+    waiting = backlog()
+    gone, late = job(1.0), job(60.0, rows=3, lane=Lane.BACKGROUND)
+    waiting.add(gone, [16])
+    waiting.add(late, [16] * 3)
+    waiting.give_up(gone)
+    batch = waiting.take(0.0, free=2)
+    assert batch.lane is Lane.BACKGROUND
+    assert [one for _, one in batch.rows] == [late] * 2
+
+
+async def test_of_a_job_that_is_too_late_nothing_waits_any_longer() -> None:
+    waiting = backlog()
+    late = job(1.0, rows=4)
+    waiting.add(late, [16, 16, 32, 32])
+    assert waiting.take(2.0).dropped == [late]
+    assert len(waiting) == 0
+    assert not waiting._groups

@@ -246,6 +246,52 @@ async def test_a_row_that_breaks_its_batch_fails_alone(engine: Engine, graph: Ga
     await first
 
 
+async def test_what_callers_gave_up_takes_no_room_and_keeps_nobody_waiting(engine: Engine, graph: GatedGraph) -> None:
+    busy = await start(engine, row(1))
+    await graph.wait_entered()
+    gone = [await start(engine, *[row(number)] * 4, deadline=soon() + 500) for number in range(2, 7)]
+    assert engine.queued == 20
+    with pytest.raises(Overloaded):
+        await engine.submit("embedder", [row(9)], deadline=soon())
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
+    assert engine.queued == 0
+    last = await start(engine, row(9))
+    graph.let(2)
+    await asyncio.gather(busy, last)
+    assert graph.batches == [[1], [9]]
+
+
+async def test_a_row_that_fails_takes_those_of_its_job_that_still_wait_out_of_the_queue(engine: Engine, graph: GatedGraph) -> None:
+    failing = await start(engine, row(POISON), *[row(2)] * 3, *[row(3, length=30)] * 6)
+    await graph.wait_entered()
+    graph.let(5)
+    with pytest.raises(InferenceFailed):
+        await failing
+    assert engine.queued == 0
+
+
+async def test_a_session_outlives_an_observer_that_fails_and_a_graph_that_gives_too_little(caplog: pytest.LogCaptureFixture) -> None:
+    class Short(GatedGraph):
+        def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
+            return {"total": np.array([row.ids[0] for row in rows if row.ids[0] != POISON])}
+
+    def observe(graph: str, rows: int, tokens: int, seconds: float) -> None:
+        if rows == 1:
+            raise RuntimeError("no metrics today")
+
+    engine = Engine({"embedder": Short()}, max_batch_tokens=64, max_queued=20, observe=observe)
+    try:
+        assert (await engine.submit("embedder", [row(5)], deadline=soon())).rows == [{"total": 5}]
+        with pytest.raises(InferenceFailed):
+            await engine.submit("embedder", [row(POISON)], deadline=soon())
+        assert (await engine.submit("embedder", [row(7), row(8)], deadline=soon())).rows == [{"total": 7}, {"total": 8}]
+    finally:
+        await asyncio.to_thread(engine.close)
+    assert "its batch was lost" in caplog.text
+
+
 async def test_closing_finishes_what_is_queued_and_refuses_what_comes_later(graph: GatedGraph) -> None:
     engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
     first = await start(engine, row(1))

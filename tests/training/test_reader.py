@@ -297,7 +297,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(training_file: Path, tiny
 def test_a_diverged_step_names_itself_and_its_batch(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReaderTask, "loss", lambda self, model, batch, rng: torch.tensor(float("nan")))
-        with pytest.raises(TrainingDiverged, match=r"step 0.*Batch: q\d+"):
+        with pytest.raises(TrainingDiverged, match=r"loss is nan at step 1;.*Batch: q\d+"):
             train(OBJECTIVES["reader"], config_for(training_file, tiny_checkpoint, tmp_path / "run"), resume=False, console=quiet())
 
 

@@ -56,9 +56,15 @@ def test_bad_rows_of_a_beir_folder_are_named_and_the_rest_is_used(tmp_path: Path
         ["no object"],
         {"_id": "t", "text": "x", "title": 3},
     ]
-    queries: list[object] = [*QUERIES, {"_id": "lost", "text": "where?"}, {"_id": "q2", "text": "x", "metadata": {"answers": "king"}}]
+    queries: list[object] = [
+        *QUERIES,
+        {"_id": "lost", "text": "where?"},
+        {"_id": "q2", "text": "x", "metadata": {"answers": "king"}},
+        {"_id": "q", "text": "who again?"},
+    ]
+    qrels = "q\ta\t1\nlost\tgone\t1\nq\ta\nq\ta\tmuch\nq\ta\tnan\nq\taway\t1\nnobody\ta\t1\n"
     out = console()
-    data = load_retrieval(str(beir(tmp_path / "data", corpus, queries, "q\ta\t1\nlost\tgone\t1\nq\ta\nq\ta\tmuch\n")), out, TRAINING)
+    data = load_retrieval(str(beir(tmp_path / "data", corpus, queries, qrels)), out, TRAINING)
     assert (len(data.passages), [question.id for question in data.questions]) == (2, ["q"])
     for problem in (
         "corpus.jsonl: line 3: its _id 'a' stands further up",
@@ -69,6 +75,10 @@ def test_bad_rows_of_a_beir_folder_are_named_and_the_rest_is_used(tmp_path: Path
         "test.tsv: line 4: expected query-id, corpus-id and score",
         "test.tsv: line 5: expected",
         "query lost: none of its relevant passages",
+        "queries.jsonl: line 5: its _id 'q' stands further up",
+        "test.tsv: line 6: expected",
+        "query nobody: no usable row of queries.jsonl",
+        "query q: of its relevant passages, away not in corpus.jsonl",
     ):
         assert problem in said(out)
 

@@ -7,6 +7,7 @@ and named; only a folder without a usable row is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,17 +75,25 @@ def load_queries(folder: Path, console: Console, splits: Sequence[str]) -> list[
     console.print(f"{folder}: questions of qrels/{table.name}", soft_wrap=True, markup=False)
     relevant = _judgements(table, console)
 
+    seen: set[str] = set()
+
     def build(row: Mapping[str, Any]) -> Query:
         answers = (row.get("metadata") or {}).get("answers", ())
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError("metadata.answers is no list of texts")
         id_ = _text(row, "_id")
         accepted = tuple(answer for answer in answers if answer.strip())
-        return Query(id=id_, text=_text(row, "text"), answers=accepted, relevant=relevant.get(id_, {}))
+        query = Query(id=id_, text=_text(row, "text"), answers=accepted, relevant=relevant.get(id_, {}))
+        if id_ in seen:
+            raise ValueError(f"its _id {id_!r} stands further up")
+        seen.add(id_)
+        return query
 
     queries = [query for query in _build(folder / "queries.jsonl", build, console) if query.relevant]
     if not queries:
         raise InvalidData(f"{folder}: qrels/{table.name} judges no query of queries.jsonl")
+    lacking = relevant.keys() - {query.id for query in queries}
+    report_left_out(console, str(table), len(queries), [f"query {id_}: no usable row of queries.jsonl" for id_ in sorted(lacking)])
     return queries
 
 
@@ -108,6 +117,8 @@ def _judgements(table: Path, console: Console) -> dict[str, dict[str, float]]:
             continue
         try:
             query, passage, grade = fields[0], fields[1], float(fields[2])
+            if not math.isfinite(grade):
+                raise ValueError
         except (IndexError, ValueError):
             problems.append(f"{table}: line {number}: expected query-id, corpus-id and score between tabs")
             continue

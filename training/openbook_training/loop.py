@@ -107,6 +107,7 @@ class Loop(Generic[Example]):
         self._average = [parameter.detach().clone() for parameter in self._trained] if config.average_decay else None
         self._step = self._evaluated = 0
         self._best: dict[str, float] = {}  # metrics of the best epoch so far
+        self._saved = 0.0  # when the last checkpoint was
         self._stopping, self._agreed = threading.Event(), False  # this process was told to stop; all stop after this step
 
     def run(self, *, resume: bool) -> dict[str, float]:
@@ -114,7 +115,7 @@ class Loop(Generic[Example]):
 
         Raises:
             Stopped: after SIGINT or SIGTERM, once a checkpoint is on the disk.
-            TrainingDiverged: the loss is NaN or infinite.
+            TrainingDiverged: the loss, or its gradient, is NaN or infinite.
             InvalidData: there is no batch to train on.
         """
         config = self._config
@@ -125,6 +126,9 @@ class Loop(Generic[Example]):
         if resume and self._file.is_file():
             self._restore(self._file)
             self._console.print(f"resuming {self._folder} at step {self._step}")
+        elif resume:
+            self._console.print(f"{self._folder} holds no checkpoint to resume; beginning")
+        self._saved = time.monotonic()
         silent = not self.accelerator.is_main_process
         with (
             self._signals(),
@@ -146,7 +150,7 @@ class Loop(Generic[Example]):
 
     def _train_epoch(self, epoch: int, first: int, total: int, update: Update) -> None:
         """The epoch's batches that are not behind us yet; `first` is the step that the epoch begins with."""
-        saved = began = ended = time.monotonic()
+        began = ended = time.monotonic()
         examples = 0
         for batch in self._task.batches(epoch)[self._step - first : total - first]:
             row = {"epoch": epoch, "learning_rate": self._rate(total)}
@@ -160,9 +164,8 @@ class Loop(Generic[Example]):
             if self._agreed if self.accelerator.num_processes > 1 else self._stopping.is_set():
                 self._checkpoint()
                 raise Stopped(f"stopped at step {self._step} of {total}; go on with --resume")
-            if time.monotonic() - saved > self._config.checkpoint_minutes * 60:
+            if time.monotonic() - self._saved > self._config.checkpoint_minutes * 60:
                 self._checkpoint()
-                saved = time.monotonic()
 
     def _take_step(self, batch: list[Example], total: int) -> float:
         config = self._config
@@ -180,10 +183,12 @@ class Loop(Generic[Example]):
                 loss = self._task.loss(self._model, part, rng) * (len(part) / len(batch))
             value += float(loss.detach())
             if not math.isfinite(value):
-                raise TrainingDiverged(f"loss is {value} at step {self._step}; lower the learning rate. Batch: {self._task.describe(part)}")
+                raise self._diverged("loss", value, part)
             self.accelerator.backward(loss)
         value = self._summed(value)
-        self.accelerator.clip_grad_norm_(self._trained, config.max_gradient_norm)
+        norm = float(self.accelerator.clip_grad_norm_(self._trained, config.max_gradient_norm))
+        if not math.isfinite(norm):  # before it is in the weights, and they in a checkpoint
+            raise self._diverged("gradient", norm, batch)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
@@ -192,6 +197,10 @@ class Loop(Generic[Example]):
             with torch.no_grad():
                 torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._trained], 1 - decay)
         return value
+
+    def _diverged(self, what: str, value: float, examples: list[Example]) -> TrainingDiverged:
+        batch = self._task.describe(examples)
+        return TrainingDiverged(f"{what} is {value} at step {self._step + 1}; lower the learning rate. Batch: {batch}")
 
     def _summed(self, loss: float) -> float:
         """The loss over all processes; gradients become their sums over all, and all agree on whether one was told to stop. Each process
@@ -245,6 +254,7 @@ class Loop(Generic[Example]):
             _copy(self._trained, own)
 
     def _checkpoint(self) -> None:
+        self._saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
         state = {

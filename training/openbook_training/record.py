@@ -32,12 +32,15 @@ class Record:
     def __init__(self, folder: Path, console: Console, *, first_step: int, silent: bool = False) -> None:
         """Args:
         console: told of a picture that could not be drawn.
-        first_step: the one that the run begins or goes on with; TensorBoard forgets what it had seen from there on.
+        first_step: the one that the run begins or goes on with; TensorBoard forgets what it had seen from there on. A run that begins
+            forgets all that one before it, stopped without a checkpoint, had left.
         silent: write nothing (the processes of a distributed run that are not the first).
         """
         self._folder, self._console = folder, console
         self._writer = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         file = folder / METRICS
+        if self._writer is not None and first_step == 1:
+            file.unlink(missing_ok=True)
         if self._writer is not None and file.is_file() and not file.read_bytes().endswith(b"\n"):
             with file.open("a") as stream:
                 stream.write("\n")  # the half a line stays by itself

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from openbook_training.beir import EVALUATION, Passage, load_corpus, load_queries
-from openbook_training.rows import Row, build_rows, read_rows, report_left_out
+from openbook_training.rows import Row, build_rows, name_first, read_rows, report_left_out
 from openbook_training.squad import held_out_rows, load_questions
 
 _PEEKED = 10  # rows by which a file of questions is told from one of texts
@@ -93,14 +93,17 @@ def _text_of(row: Row) -> str:
 def _of_beir(folder: Path, console: Console, splits: Sequence[str]) -> RetrievalSet:
     passages = load_corpus(folder, console)
     row_of = {passage.id: row for row, passage in enumerate(passages)}
-    questions, problems = [], []
+    questions, problems, partly = [], [], []
     for query in load_queries(folder, console, splits):
         gold = {row_of[id_]: grade for id_, grade in query.relevant.items() if id_ in row_of}
+        if lacking := [id_ for id_ in query.relevant if id_ not in row_of] if gold else []:
+            partly.append(f"query {query.id}: of its relevant passages, {', '.join(lacking)} not in corpus.jsonl")
         if gold:
             questions.append(Asked(id=query.id, text=query.text, answers=query.answers, gold=gold))
         else:
             problems.append(f"query {query.id}: none of its relevant passages is in corpus.jsonl")
     report_left_out(console, str(folder), len(questions), problems)
+    name_first(console, f"{folder}: {len(partly)} questions are without some of their relevant passages", partly)
     return RetrievalSet(passages, questions)
 
 

@@ -88,9 +88,14 @@ def report_left_out(console: Console, source: str, used: int, problems: Sequence
     """
     if not used:
         raise InvalidData(f"{source}: no usable row in it" + (f"; {problems[0]}" if problems else ""))
+    name_first(console, f"{source}: {len(problems)} of {used + len(problems)} rows left out", problems)
+
+
+def name_first(console: Console, what: str, problems: Sequence[str]) -> None:
+    """Say what is wrong with rows, where anything is: the first ones each, the others as a number."""
     if not problems:
         return
-    console.print(f"{source}: {len(problems)} of {used + len(problems)} rows left out:", soft_wrap=True, markup=False)
+    console.print(f"{what}:", soft_wrap=True, markup=False)
     for problem in problems[:NAMED]:
         console.print(f"  {problem}", soft_wrap=True, markup=False)
     if len(problems) > NAMED:

@@ -27,6 +27,7 @@ from openbook_training.generator import AnswerEncoder, FusionInDecoder, Generato
 from openbook_training.loop import length_grouped
 from openbook_training.negatives import embed_once, ranked
 from openbook_training.pretrained import best_device
+from openbook_training.rows import report_left_out
 from openbook_training.sequence_objectives import sequence_loss, target_log_probabilities
 from openbook_training.squad import Question, answer_scores, hold_out, load_questions, spread
 
@@ -143,6 +144,5 @@ class GeneratorTask:
 def _answered(source: str, console: Console) -> list[Question]:
     questions: Sequence[Question] = load_questions(source, console)
     answered = [question for question in questions if question.answers]
-    if not answered:
-        raise InvalidData(f"{source}: no question has an answer")
+    report_left_out(console, source, len(answered), [f"question {one.id}: it has no answer" for one in questions if not one.answers])
     return answered

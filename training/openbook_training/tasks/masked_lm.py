@@ -87,6 +87,7 @@ class MaskedLmTask(Staged):
             raise InvalidConfig(f"checkpoint {config.checkpoint!r}: its tokenizer has no [MASK] token")
         self._mask = self.encoder.mask
         self.train, self.held_out = self._texts(kept), self._texts([passages[row] for row in sorted(held)])
+        self._wordless = len(passages) - len(self.train) - len(self.held_out)
         if not self.train or not self.held_out:
             raise InvalidData(f"{config.train}: no passage with a word to hide is left to train on, or to hold out")
         self._device = best_device()
@@ -103,7 +104,8 @@ class MaskedLmTask(Staged):
         return [Text(str(row), ids, [at for _, at in words]) for row, (ids, words) in enumerate(encoded) if words]
 
     def summary(self) -> str:
-        return f"{len(self.train)} training passages, {len(self.held_out)} held out"
+        without = f"; in {self._wordless} passages there is no word to hide" if self._wordless else ""
+        return f"{len(self.train)} training passages, {len(self.held_out)} held out{without}"
 
     def batches(self, epoch: int) -> list[list[Text]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")

@@ -131,7 +131,7 @@ class RetrieverTask(ContrastiveTask):
         metrics = self.ranking_metrics(vectors[len(self._passages) :], vectors[: len(self._passages)], self._grades)
         metrics["untouched_ndcg@10"] = self._untouched.get("held_out_ndcg@10", 0.0)
         drift = 100 * (1 - float((vectors * untouched).sum(axis=1).mean()))
-        return metrics | {"drift/one_minus_cosine": drift, "score": metrics.get("held_out_ndcg@10", -drift)}
+        return metrics | {"drift/one_minus_cosine": drift, "score": metrics.get("held_out_ndcg@10", 0.0)}
 
     def _mine(self, questions: Sequence[Asked], passages: list[str]) -> list[list[int]]:
         gold = [{passages[row] for row in question.gold} for question in questions]

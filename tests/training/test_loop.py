@@ -1,0 +1,97 @@
+"""The loop on a model of two weights: when it saves, and that what cannot be learned from harms nothing."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from openbook_training.config import LoopConfig
+from openbook_training.errors import TrainingDiverged
+from openbook_training.loop import Loop, Staged
+from openbook_training.record import read_metrics
+from rich.console import Console
+from torch import Tensor, nn
+
+
+class Slope(Staged):
+    """A single step an epoch; the examples of batch `bad` have a gradient that is no number, though their loss is one."""
+
+    compares_examples: ClassVar[bool] = False
+
+    def __init__(self, bad: int = -1) -> None:
+        self.model: nn.Module = nn.Linear(1, 1)
+        self._bad = bad
+
+    def summary(self) -> str:
+        return "a slope"
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        return [[epoch, 100 + epoch]]
+
+    def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> Tensor:
+        out = model(torch.ones(1, 1)).square().sum()
+        # The square root's slope at 0 is infinite: 0 × infinity in the backward pass.
+        return out + (torch.sqrt(out * 0.0) if self._bad in batch else torch.zeros(()))
+
+    def describe(self, batch: list[int]) -> str:
+        return ", ".join(f"row {one}" for one in batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"score": 0.0}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        folder.mkdir()
+
+
+def loop_in(folder: Path, task: Slope, **settings: object) -> tuple[Loop[int], Console]:
+    console = Console(file=io.StringIO(), width=300)
+    folder.mkdir(exist_ok=True)
+    config = LoopConfig(batch_examples=2, micro_batch_examples=1, precision="fp32", threads=1, **settings)  # type: ignore[arg-type]
+    return Loop(task, config, folder, console), console
+
+
+def test_checkpoints_come_in_time_however_short_an_epoch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("openbook_training.loop.time.monotonic", lambda: float(next(clock)))
+    loop, _ = loop_in(tmp_path / "run", Slope(), epochs=30, evaluate_every_epochs=30, checkpoint_minutes=0.2)
+    saved: list[int] = []
+    original = Loop._checkpoint
+
+    def noted(self: Loop[int]) -> None:
+        saved.append(self._step)
+        original(self)
+
+    monkeypatch.setattr(Loop, "_checkpoint", noted)
+    loop.run(resume=False)
+    assert len(saved) >= 5
+    assert max(after - before for before, after in itertools.pairwise(saved)) <= 12
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_in_the_weights(tmp_path: Path) -> None:
+    task = Slope(bad=103)
+    loop, _ = loop_in(tmp_path / "run", task, epochs=6, checkpoint_minutes=0.0)
+    with pytest.raises(TrainingDiverged, match=r"gradient is nan at step 4; lower the learning rate. Batch: row 3, row 103"):
+        loop.run(resume=False)
+    assert all(bool(torch.isfinite(weight).all()) for weight in task.model.parameters())
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3]
+    again, console = loop_in(tmp_path / "run", Slope(), epochs=6)
+    again.run(resume=True)
+    assert isinstance(console.file, io.StringIO)
+    assert "at step 3" in console.file.getvalue()
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_begins_where_one_left_no_checkpoint_forgets_its_steps_and_says_so(tmp_path: Path) -> None:
+    loop, _ = loop_in(tmp_path / "run", Slope(), epochs=5)
+    loop.run(resume=False)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    again, console = loop_in(tmp_path / "run", Slope(), epochs=2)
+    again.run(resume=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2]
+    assert isinstance(console.file, io.StringIO)
+    assert "holds no checkpoint to resume; beginning" in console.file.getvalue()

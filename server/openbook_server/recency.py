@@ -18,31 +18,33 @@ class Recent(Generic[K, V]):
 
         Args:
             capacity: bytes.
-            size: of a key and its value, Python's objects around them included; the same whenever it is asked.
+            size: of a key and its value, Python's objects around them included; asked once, when it is put: Python's own idea of an
+                object's size may change while it is used.
             at_least: so many values are kept however large they are.
         """
         self._capacity, self._size, self._at_least = capacity, size, at_least
-        self._values: OrderedDict[K, V] = OrderedDict()  # the one used last at the end
+        self._values: OrderedDict[K, tuple[V, int]] = OrderedDict()  # with their sizes, the one used last at the end
         self.bytes = 0
 
     def get(self, key: K) -> V | None:
         """The value, which then is the one used last; None where none is kept."""
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
+        kept = self._values.get(key)
+        if kept is None:
+            return None
+        self._values.move_to_end(key)
+        return kept[0]
 
     def put(self, key: K, value: V) -> None:
         """Keep a value in place of the key's other one; the ones used longest ago leave. One larger than `capacity` is not kept."""
         if key in self._values:
-            self.bytes -= self._size(key, self._values.pop(key))
+            self.bytes -= self._values.pop(key)[1]
         size = self._size(key, value)
         if size > self._capacity and not self._at_least:
             return
-        self._values[key] = value
+        self._values[key] = (value, size)
         self.bytes += size
         while self.bytes > self._capacity and len(self._values) > self._at_least:
-            self.bytes -= self._size(*self._values.popitem(last=False))
+            self.bytes -= self._values.popitem(last=False)[1][1]
 
     def clear(self) -> None:
         self._values.clear()

@@ -114,3 +114,18 @@ def test_a_search_by_range_and_other_reads_do_not_stop_each_other(tmp_path: Path
 
 if __name__ == "__main__":
     scan_beside_looks(sys.argv[1])
+
+
+@pytest.mark.parametrize("name", ["kb#1", "kb?mode=rwc", "kb%41", "k b"])
+def test_a_folder_of_any_name_is_looked_at_without_changing_it(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    database = Database(folder / "a.sqlite")
+    with database.transaction(counted=False) as connection:
+        connection.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value)")
+    database.record({"one": "1"})
+    database.close()
+    looked = Database(folder / "a.sqlite", read_only=True)
+    assert looked.meta("one") == "1"
+    looked.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]

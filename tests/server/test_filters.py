@@ -186,3 +186,9 @@ def test_a_malformed_filter_is_refused_by_its_place(message: pb.Filter, field: s
         parse_filter(message)
     assert raised.value.field == field
     parse_filter(nested(MAX_DEPTH))
+
+
+def test_as_many_values_as_the_limits_allow_are_one_parameter() -> None:
+    condition = filters.All(tuple(filters.OneOf("k", tuple(f"{part}-{n}" for n in range(1_000))) for part in range(60)))
+    _, parameters = filters.sql(condition)
+    assert len(parameters) == 120  # SQLite takes 32,766 where nobody raised that

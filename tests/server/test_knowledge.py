@@ -107,6 +107,28 @@ def test_a_row_that_the_index_has_stays_as_it_is() -> None:
         assert (len(index), index.graph_rows, next(iter(index.search(vectors[:1], 40)[0]))) == (held, 25, 0)
 
 
+def test_passages_that_are_the_same_to_the_bit_hide_no_others() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(100, 48))
+
+    def drawn(count: int) -> np.ndarray:
+        vectors = centres[rng.integers(0, 100, count)] + 0.1 * rng.normal(size=(count, 48))
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    vectors = np.concatenate([drawn(3_000), np.repeat(drawn(3), 300, axis=0)])
+    vectors = vectors[rng.permutation(len(vectors))]
+    index = VectorIndex(48, lambda numbers: {number: vectors[number] for number in numbers}, flat_limit=100)
+    for at in range(0, len(vectors), 500):
+        index.add(list(range(at, min(at + 500, len(vectors)))), vectors[at : at + 500])
+        index.settle()
+    queries = drawn(200)
+    tenth = np.sort(queries @ vectors.T, axis=1)[:, -10]
+    found = index.search(queries, 10)
+    shares = [sum(score >= least - 1e-4 for score in row.values()) / 10 for row, least in zip(found, tenth, strict=True)]
+    assert float(np.mean(shares)) > 0.97
+    assert min(shares) > 0.5
+
+
 @pytest.mark.parametrize("bad", [np.full((1, DIM), np.nan, np.float32), np.zeros((1, DIM), np.float32), np.ones((1, DIM + 1), np.float32)])
 def test_a_vector_that_is_none_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"vectors"):

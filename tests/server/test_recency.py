@@ -39,3 +39,15 @@ def test_it_keeps_what_a_list_ordered_by_use_keeps(seed: int, at_least: int) -> 
         assert recent.bytes == sum(size(*pair) for pair in expected)
     for key in "abcdefghij":
         assert recent.get(key) == dict(expected).get(key)
+
+
+def test_an_object_whose_size_grows_while_it_is_kept_leaves_with_the_size_that_it_came_with() -> None:
+    sizes = {"a": 10, "b": 10, "c": 10}
+    recent: Recent[str, str] = Recent(25, lambda key, value: sizes[key])
+    for key in "ab":
+        recent.put(key, key)
+    sizes["a"] = sizes["b"] = 1_000
+    recent.put("c", "c")
+    assert recent.bytes == 20
+    recent.put("b", "again")
+    assert (recent.get("b"), recent.get("c"), recent.bytes) == (None, "c", 10)

@@ -1,3 +1,4 @@
+from openbook.v1 import openbook_pb2 as pb
 from openbook_server.knowledge.recent_passages import RecentPassages
 from openbook_server.knowledge.records import Passage
 
@@ -50,3 +51,15 @@ def test_a_passage_that_is_too_large_is_given_and_not_kept():
     recent = RecentPassages(shelf, capacity=1_000)
     assert recent([5])[5].id == "d5#0"
     assert recent.bytes == 0
+
+
+def test_text_that_is_not_ascii_is_counted_with_its_utf8_whenever_that_is_made():
+    def load(numbers):
+        return {n: Passage(id=f"d{n}#0", document_id=f"d{n}", text=f"{n:04}" + "щ" * 500, start=0) for n in numbers}
+
+    recent = RecentPassages(load, capacity=100_000)
+    for n in range(500):
+        passage = recent([n])[n]
+        pb.Hit(text=passage.text)  # Python now keeps the text a second time
+    assert recent.bytes <= 100_000
+    assert 20 < len(recent._known._values) < 60

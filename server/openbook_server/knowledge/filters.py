@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sqlite3
@@ -61,7 +62,7 @@ def sql(condition: Filter) -> tuple[str, list[str | float]]:
     """A boolean expression over `documents d`, and its parameters."""
     match condition:
         case OneOf(key, values):
-            return _VALUE.format(condition=f"m.value IN ({','.join('?' * len(values))})"), [key, *values]
+            return _VALUE.format(condition="m.value IN (SELECT value FROM json_each(?))"), [key, json.dumps(values)]
         case Range(key, at_least, at_most):
             return _VALUE.format(condition="as_number(m.value) BETWEEN ? AND ?"), [key, at_least, at_most]
         case All(filters):

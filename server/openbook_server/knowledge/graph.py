@@ -20,6 +20,9 @@ EF_CONSTRUCTION = 100
 EF = 64  # candidates kept while searching, at first; recall 0.99 and more at 100k rows
 RESCORED = 100  # candidates a shadow graph proposes, at least; their stored vectors decide
 _SEED = 42
+# Added to each dimension of what is held, at random: rows that are the same to the bit link to nothing but each other, and take whole
+# regions out of reach (300 copies among 10,000 rows: recall 0.88). Far below what sets two passages apart.
+_JITTER = 1e-6
 
 
 class Graph:
@@ -64,7 +67,8 @@ class Graph:
         if needed > self._index.get_max_elements():
             self._index.resize_index(max(needed, 2 * self._index.get_max_elements()))
         shadows = vectors if self.projection is None else self.projection(vectors)
-        self._index.add_items(shadows, labels, replace_deleted=self.deleted > 0)
+        noise = np.random.default_rng([_SEED, *labels[:1]]).normal(scale=_JITTER, size=shadows.shape)
+        self._index.add_items((shadows + noise).astype(np.float32), labels, replace_deleted=self.deleted > 0)
         self.deleted -= min(self.deleted, len(labels))
         self.live.update(labels)
 

@@ -44,6 +44,7 @@ class RecentPassages:
 
 
 def _size(_: int, passage: Passage) -> int:
-    """The text counts twice: its words are remembered beside it."""
-    strings = (passage.text, passage.text, passage.title, passage.tokens, *passage.metadata, *passage.metadata.values())
-    return _ENTRY_BYTES + sum(map(sys.getsizeof, strings))
+    """The text counts twice, its words are remembered beside it; and where it is more than ASCII its UTF-8 too, which Python keeps."""
+    texts = (passage.text, passage.title, *passage.metadata, *passage.metadata.values())
+    encoded = sum(len(text.encode()) for text in texts if not text.isascii())
+    return _ENTRY_BYTES + sum(map(sys.getsizeof, (passage.text, passage.tokens, *texts))) + encoded

@@ -90,7 +90,7 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str, float]:
 
 @pytest.mark.parametrize("message", [None, b"", b"x" * 1_000])
 def test_openings_and_endings_arrive_as_they_were_sent(message: bytes | None) -> None:
-    opening = Opening("/a.B/Ü", 12.5, message, True)
+    opening = Opening("/a.B/Ü", 12.5, 3.5, message, True)
     assert Opening.decoded(b"".join(opening.encoded())) == opening
     for metadata in ([], [("reason", "tést"), ("details-bin", b"\0\xff"), ("empty", "")]):
         ending = Ending(9, "nöt now", metadata, message)
@@ -105,9 +105,11 @@ async def test_a_call_that_is_refused_at_sight_never_reaches_its_handler(behind:
         channel_to(front_end.port) as channel,
     ):
         asked: list[tuple[str, float | None]] = []
+        lags: list[float] = []
 
         def refuse(path: str, left: float | None, lag: float) -> grpc.Status | None:
             asked.append((path, left))
+            lags.append(lag)
             return grpc_status(Overloaded("too many", retry_after_seconds=2.0))
 
         relay.refusal = refuse
@@ -119,6 +121,7 @@ async def test_a_call_that_is_refused_at_sight_never_reaches_its_handler(behind:
         assert left is not None
         assert 0 < left <= WAIT
         assert never is None
+        assert all(0 <= lag < WAIT for lag in lags)
         assert not methods.entered.is_set()
         assert not relay.calls
 

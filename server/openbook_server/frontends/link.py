@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -127,6 +128,7 @@ class _ForwardedCall:
         self._begun = self._over = self._receiving = self._sending = False
         self._room = WINDOW  # for messages, at the engine
         self._untold: list[bytes | None] = []  # messages that it has not been sent; None = no other will come
+        self._came = 0.0  # when the first of them was read; of time.monotonic()
         self._replies: deque[bytes] = deque()  # that have not left; at most WINDOW
         self._ending: Ending | None = None
 
@@ -162,6 +164,7 @@ class _ForwardedCall:
         if not self._untold:
             asyncio.get_running_loop().call_soon(self._tell)
         self._untold.append(message)
+        self._came = self._came or time.monotonic()
         self._receiving, self._over = False, message is None
         self._room -= 1
         self._receive()
@@ -175,7 +178,8 @@ class _ForwardedCall:
             self._begun = True
             first, *untold = untold
             only = first is None or untold == [None]
-            self._engine.send(Kind.CALL, self._number, *Opening(self._wire.path, self._wire.deadline, first, only).encoded())
+            opening = Opening(self._wire.path, self._wire.deadline, self._came, first, only)
+            self._engine.send(Kind.CALL, self._number, *opening.encoded())
             untold = [] if only else untold
         for message in untold:
             if message is not None:

@@ -16,7 +16,7 @@ from openbook_server.call import Metadata
 
 WINDOW = 4  # messages of a stream that may be under way in one direction
 _HEADER = struct.Struct("<IIB")
-_OPENING = struct.Struct("<d??H")
+_OPENING = struct.Struct("<dd??H")
 _ENDING = struct.Struct("<B?HI")
 _PAIR = struct.Struct("<HI")
 OVERHEAD = 1 << 20  # bytes of a record beside its message: path, details, metadata
@@ -40,19 +40,20 @@ class Opening(NamedTuple):
 
     path: str
     deadline: float  # of time.time()
+    received: float  # of time.monotonic(), which is one clock for all processes of a machine
     message: bytes | None  # None = the caller sent none, and will send none
     only: bool  # no other will come, as is known already
 
     def encoded(self) -> tuple[bytes, ...]:
         path = self.path.encode()
-        head = _OPENING.pack(self.deadline, self.message is not None, self.only, len(path))
+        head = _OPENING.pack(self.deadline, self.received, self.message is not None, self.only, len(path))
         return (head, path) if self.message is None else (head, path, self.message)
 
     @classmethod
     def decoded(cls, content: bytes) -> Opening:
-        deadline, has_message, only, size = _OPENING.unpack_from(content)
+        deadline, received, has_message, only, size = _OPENING.unpack_from(content)
         at = _OPENING.size + size
-        return cls(content[_OPENING.size : at].decode(), deadline, content[at:] if has_message else None, only)
+        return cls(content[_OPENING.size : at].decode(), deadline, received, content[at:] if has_message else None, only)
 
 
 class Ending(NamedTuple):

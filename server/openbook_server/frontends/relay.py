@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -122,7 +123,7 @@ class Relay:
             call.end(grpc.StatusCode.UNIMPLEMENTED, NO_SUCH_METHOD)
         elif len(self.calls) >= self._max_calls:
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, too_many(self._max_calls))
-        elif status := self.refusal(call.path, call.time_remaining(), 0.0):
+        elif status := self.refusal(call.path, call.time_remaining(), time.monotonic() - opening.received):
             call.end(status.code, status.details, status.trailing_metadata or ())
         elif handler.request_streaming:
             call.hear(opening.message)

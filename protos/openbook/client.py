@@ -58,14 +58,19 @@ class Client(GenerationMethods, Calling):
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
         self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
 
-    def embed(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str], *, truncate: bool = False, batch_invariant: bool = False) -> NDArray[np.float32]:
         """(texts, dim) unit vectors.
+
+        Args:
+            truncate: cut texts that are too long for the model instead of refusing them.
+            batch_invariant: the same text gives the same bytes whatever shares its batch; slower where the model does not give that.
 
         Raises:
             RequestRejected: a text is empty or (without `truncate`) too long; its field names it.
             ClientError: see openbook.errors.
         """
-        return messages.joined(self._each(self._stub.Embed, messages.embed_requests(texts, truncate=truncate), messages.vectors))
+        requests = messages.embed_requests(texts, truncate=truncate, batch_invariant=batch_invariant)
+        return messages.joined(self._each(self._stub.Embed, requests, messages.vectors))
 
     def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """The best passages for each question; `mode` is hybrid (default), dense or lexical."""
@@ -159,9 +164,10 @@ class AsyncClient(GenerationMethods, AsyncCalling):
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
         self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
 
-    async def embed(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str], *, truncate: bool = False, batch_invariant: bool = False) -> NDArray[np.float32]:
         """As `Client.embed`."""
-        return messages.joined(await self._each(self._stub.Embed, messages.embed_requests(texts, truncate=truncate), messages.vectors))
+        requests = messages.embed_requests(texts, truncate=truncate, batch_invariant=batch_invariant)
+        return messages.joined(await self._each(self._stub.Embed, requests, messages.vectors))
 
     async def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """As `Client.search`."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from openbook.client import Client
-from openbook.commands import FAILED, InputRow, add_filter_argument, add_server_arguments, spent, work_through
+from openbook.commands import FAILED, InputRow, add_filter_argument, add_invariance_argument, add_server_arguments, spent, work_through
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES, ClassifyOptions
 from openbook.results import Classified, Hit
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=sorted(MODES), help="how evidence is found (default: hybrid); none labels texts by themselves")
     parser.add_argument("--label-key", metavar="KEY", help="metadata that hold neighbours' labels (default: as in the training data)")
     add_filter_argument(parser)
+    add_invariance_argument(parser)
     add_server_arguments(parser)
 
 
@@ -85,6 +86,7 @@ def _options(arguments: argparse.Namespace, evidence: Sequence[Sequence[str]] | 
         mode=arguments.mode,
         filter=dict(arguments.filter) or None,
         label_key=arguments.label_key,
+        batch_invariant=arguments.batch_invariant,
     )
 
 

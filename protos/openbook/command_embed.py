@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from openbook.client import Client
-from openbook.commands import FAILED, SOME_FAILED, InvalidFile, add_server_arguments, read_rows, written_aside
+from openbook.commands import FAILED, SOME_FAILED, InvalidFile, add_invariance_argument, add_server_arguments, read_rows, written_aside
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import TEXTS_A_MESSAGE
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", default="-", help="where the vectors go (default: standard output)")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model instead of refusing them")
+    add_invariance_argument(parser)
     add_server_arguments(parser)
 
 
@@ -53,7 +54,7 @@ def _embed(client: Client, arguments: argparse.Namespace) -> int:
         rows = [(str(number), text, "") for number, text in enumerate(arguments.texts, 1)]
     as_array = arguments.out.endswith(".npy")
     with written_aside(arguments.out, "wb" if as_array else "w") as stream:
-        vectors, failed = _vectors(client, rows, dim, truncate=arguments.truncate)
+        vectors, failed = _vectors(client, rows, dim, arguments)
         if as_array:
             np.save(stream, vectors)
         else:
@@ -63,23 +64,29 @@ def _embed(client: Client, arguments: argparse.Namespace) -> int:
     return SOME_FAILED if failed else 0
 
 
-def _vectors(client: Client, rows: list[tuple[str, str, str]], dim: int, *, truncate: bool) -> tuple[np.ndarray, dict[int, str]]:
+def _vectors(
+    client: Client, rows: list[tuple[str, str, str]], dim: int, arguments: argparse.Namespace
+) -> tuple[np.ndarray, dict[int, str]]:
     """Of (id, text, problem) rows the vectors, zeros for those that failed, and why these did.
 
     Raises:
         RequestRejected: all of them did.
     """
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return client.embed(texts, truncate=arguments.truncate, batch_invariant=arguments.batch_invariant)
+
     vectors = np.zeros((len(rows), dim), np.float32)
     failed: dict[int, str] = {at: problem for at, (_, _, problem) in enumerate(rows) if problem}
     good = [at for at in range(len(rows)) if at not in failed]
     for first in range(0, len(good), TEXTS_A_MESSAGE):
         batch = good[first : first + TEXTS_A_MESSAGE]
         try:
-            vectors[batch] = client.embed([rows[at][1] for at in batch], truncate=truncate)
+            vectors[batch] = embed([rows[at][1] for at in batch])
         except RequestRejected:  # a bad text among them: one by one, so that it fails alone
             for at in batch:
                 try:
-                    vectors[at] = client.embed([rows[at][1]], truncate=truncate)[0]
+                    vectors[at] = embed([rows[at][1]])[0]
                 except RequestRejected as error:
                     failed[at] = str(error)
     for at, problem in failed.items():

@@ -58,6 +58,15 @@ def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iter
     parser.add_argument("--min-score", type=float, metavar="SCORE", help="only passages that score as much or more")
     parser.add_argument("--diversity", type=float, metavar="0..1", help="how much a passage loses for being like a better one (default: 0)")
     parser.add_argument("--ef", type=int, metavar="N", help="candidates of the dense index; more is slower and more exact")
+    add_invariance_argument(parser)
+
+
+def add_invariance_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="the same text gives the same bytes whatever shares its batch; slower where the server's models do not (`openbook info`)",
+    )
 
 
 def add_filter_argument(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +91,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         filter=dict(arguments.filter) or None,
         min_score=arguments.min_score,
         diversity=arguments.diversity,
+        batch_invariant=arguments.batch_invariant,
     )
 
 

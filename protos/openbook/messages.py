@@ -39,6 +39,7 @@ class SearchOptions(TypedDict, total=False):
     filter: Conditions | None  # only documents whose metadata match: {key: value}, all of which must be equal, or a Filter message
     min_score: float | None  # only passages that score as much or more
     diversity: float | None  # 0 to 1: how much a passage loses for being like a better one
+    batch_invariant: bool | None  # the same question gives the same bytes whatever shares its batch; slower where the models do not
 
 
 class RankedSearchOptions(SearchOptions, total=False):
@@ -66,6 +67,7 @@ class ClassifyOptions(TypedDict, total=False):
     mode: str | None  # of MODES; "none" labels a text by itself
     filter: Conditions | None  # as in SearchOptions, of the documents that are searched
     label_key: str | None  # of the metadata in which neighbours' labels stand
+    batch_invariant: bool | None  # the same text gives the same bytes whatever shares its batch; slower where the models do not
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -82,8 +84,8 @@ class GenerateOptions(TypedDict, total=False):
     filter: Conditions | None  # as in SearchOptions
 
 
-def embed_requests(texts: Sequence[str], *, truncate: bool) -> list[pb.EmbedRequest]:
-    return [pb.EmbedRequest(texts=part, truncate=truncate) for part in parts(texts, "texts")]
+def embed_requests(texts: Sequence[str], *, truncate: bool, batch_invariant: bool) -> list[pb.EmbedRequest]:
+    return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in parts(texts, "texts")]
 
 
 def search_requests(questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[pb.SearchRequest]:

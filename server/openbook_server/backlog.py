@@ -1,7 +1,7 @@
 """What waits for the device, and what of it runs next. Knows no threads and no clock: the engine guards it and tells it the time.
 
 - Earliest deadline first, the foreground lane before the background lane.
-- A batch holds rows of one graph and one padded length, within the budget of padded tokens.
+- A batch holds rows of one graph and one padded length, within the budget of padded tokens; one row of a job whose rows run alone.
 - It lasts a quarter of a second at most, as far as is known, and no longer than its most urgent row has left.
 - A row that would be too late is not run: under overload its result would cost somebody else's. Too late is what leaves less time than
   a batch takes that is worth running: a quarter of what a batch may last, or of what the row's caller allowed. Where it is not known what
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,14 @@ _NEVER = 1e9  # seconds of a monotonic clock
 _WORTH = 4  # a batch that lasts this part of what it may is worth running
 
 
+class Group(NamedTuple):
+    """What rows have in common that may share a batch; where they run alone, that may wait in one line."""
+
+    graph: str
+    length: int  # tokens, padded
+    alone: bool = False  # each is a batch of its own
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """The rows of one request at one graph; done when all of them are."""
@@ -58,7 +66,7 @@ class Job:
     submitted: float
     results: list[Arrays] = field(default_factory=list)
     missing: int = 0
-    waiting: dict[int, int] = field(default_factory=dict)  # padded length of each row, by number, that is neither run nor given up
+    waiting: dict[int, Group] = field(default_factory=dict)  # of each row, by number, that is neither run nor given up
     started: float = 0.0  # when its first row began to run; 0 = not yet
     failure: Exception | None = None
 
@@ -72,8 +80,7 @@ class Job:
 class Batch:
     """Rows to run together, and jobs that failed instead of giving any."""
 
-    graph: str
-    length: int  # tokens, padded
+    group: Group
     rows: list[tuple[int, Job]]  # (number in the job, job)
     dropped: list[Job]
     lane: Lane
@@ -81,64 +88,64 @@ class Batch:
 
 
 class Backlog:
-    """Rows of jobs, by graph and padded length."""
+    """Rows of jobs, by what they may share a batch with."""
 
     def __init__(self, costs: Mapping[str, BatchCost], *, max_batch_tokens: int) -> None:
         """`costs`: of every graph that jobs name; may grow."""
         self._costs, self._budget = costs, max_batch_tokens
-        self._groups: dict[tuple[str, int], list[tuple[Lane, float, int, int, Job]]] = {}
+        self._groups: dict[Group, list[tuple[Lane, float, int, int, Job]]] = {}
         self._order = itertools.count()
-        self._waiting: Counter[tuple[str, Lane, int]] = Counter()  # rows by graph, lane and padded length
+        self._waiting: Counter[tuple[Group, Lane]] = Counter()  # rows
         # Seconds by lane, as `wait` found them since the last change: under load it is asked more often than that.
         self._waits: dict[Lane, float] = {}
-        self._dead: Counter[tuple[str, int]] = Counter()  # entries of each group whose rows were given up
+        self._dead: Counter[Group] = Counter()  # entries of each group whose rows were given up
         self._due: Counter[int] = Counter()  # padded tokens of the foreground by when they are due, in steps of `_DUE_STEP`
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 
     def __len__(self) -> int:
         return sum(self.rows.values())
 
-    def add(self, job: Job, lengths: Sequence[int]) -> None:
-        """All rows of a job, with their padded lengths."""
-        for number, length in enumerate(lengths):
-            heapq.heappush(self._groups.setdefault((job.graph, length), []), (job.lane, job.deadline, next(self._order), number, job))
-            self._waiting[job.graph, job.lane, length] += 1
-        job.waiting = dict(enumerate(lengths))
-        self.rows[job.lane] += len(lengths)
+    def add(self, job: Job, groups: Sequence[Group]) -> None:
+        """All rows of a job, with the group of each."""
+        for number, group in enumerate(groups):
+            heapq.heappush(self._groups.setdefault(group, []), (job.lane, job.deadline, next(self._order), number, job))
+            self._waiting[group, job.lane] += 1
+        job.waiting = dict(enumerate(groups))
+        self.rows[job.lane] += len(groups)
         if job.lane is Lane.FOREGROUND:
-            self._due[_step(job.deadline)] += sum(lengths)
+            self._due[_step(job.deadline)] += sum(group.length for group in groups)
         self._waits.clear()
 
     def give_up(self, job: Job) -> None:
         """Nobody wants the rows of a job that still wait: from now on they take no room and keep nobody waiting."""
-        keys = {(job.graph, length) for length in job.waiting.values()}
-        for length in job.waiting.values():
-            self._leave(job, length)
-            self._dead[job.graph, length] += 1
+        groups = set(job.waiting.values())
+        for group in job.waiting.values():
+            self._leave(job, group)
+            self._dead[group] += 1
         job.waiting.clear()
-        for key in keys:
-            heap = self._groups[key]
-            if 2 * self._dead[key] > len(heap):  # so that each costs little, and there are never more of them than of those that live
+        for group in groups:
+            heap = self._groups[group]
+            if 2 * self._dead[group] > len(heap):  # so that each costs little, and there are never more of them than of those that live
                 heap[:] = [entry for entry in heap if entry[3] in entry[4].waiting]
                 heapq.heapify(heap)
-                del self._dead[key]
-            self._settle(key)
+                del self._dead[group]
+            self._settle(group)
 
-    def _settle(self, key: tuple[str, int]) -> None:
+    def _settle(self, group: Group) -> None:
         """The head of a group is a row that somebody wants; a group without one is none."""
-        heap = self._groups[key]
+        heap = self._groups[group]
         while heap and heap[0][3] not in heap[0][4].waiting:
             heapq.heappop(heap)
-            self._dead[key] -= 1
+            self._dead[group] -= 1
         if not heap:
-            del self._groups[key]
-            del self._dead[key]
+            del self._groups[group]
+            del self._dead[group]
 
-    def _leave(self, job: Job, length: int) -> None:
+    def _leave(self, job: Job, group: Group) -> None:
         self.rows[job.lane] -= 1
-        _take_off(self._waiting, (job.graph, job.lane, length), 1)
+        _take_off(self._waiting, (group, job.lane), 1)
         if job.lane is Lane.FOREGROUND:
-            _take_off(self._due, _step(job.deadline), length)
+            _take_off(self._due, _step(job.deadline), group.length)
         self._waits.clear()
 
     def wait(self, lane: Lane, deadline: float = math.inf) -> float:
@@ -150,13 +157,14 @@ class Backlog:
         last = _step(deadline)
         return self._waits[lane] * sum([tokens for step, tokens in self._due.items() if step <= last]) / self._due.total()
 
-    def predict(self, rows: Counter[tuple[str, Lane, int]], lane: Lane) -> float:
-        """Seconds until those of the rows (by graph, lane, padded length) are done that run before anything of a lane below."""
+    def predict(self, rows: Counter[tuple[Group, Lane]], lane: Lane) -> float:
+        """Seconds until those of the rows are done that run before anything of a lane below."""
         seconds = 0.0
-        for (graph, row_lane, length), count in rows.items():
+        for (group, row_lane), count in rows.items():
             if row_lane <= lane:
-                size = max(1, min(self._most(row_lane, length), self._costs[graph].rows_within(_LONGEST, length)))
-                seconds += self._costs[graph].predict(-(-count // size), count, length)
+                cost = self._costs[group.graph]
+                size = max(1, min(self._most(row_lane, group), cost.rows_within(_LONGEST, group.length)))
+                seconds += cost.predict(-(-count // size), count, group.length)
         return seconds
 
     def take(self, now: float, *, free: int = 1, unknown: Collection[str] = ()) -> Batch:
@@ -166,25 +174,24 @@ class Backlog:
             free: sessions that could run a batch now; what waits in the lane is shared out among them.
             unknown: graphs whose costs may no longer be what was learned.
         """
-        key = min(self._groups, key=lambda name: self._groups[name][0][:3])
-        graph, length = key
-        heap, cost = self._groups[key], self._costs[graph]
+        group = min(self._groups, key=lambda name: self._groups[name][0][:3])
+        heap, cost, length = self._groups[group], self._costs[group.graph], group.length
         batch: list[tuple[int, Job]] = []
         dropped: dict[int, Job] = {}
         first = heap[0][0]
         share = limit = -(-self.rows[first] // free) if free > 1 else sys.maxsize
-        while heap and len(batch) < min(limit, self._most(heap[0][0], length)):
+        while heap and len(batch) < min(limit, self._most(heap[0][0], group)):
             lane, deadline, _, number, job = heapq.heappop(heap)
             if job.waiting.pop(number, None) is None:
-                self._dead[key] -= 1
+                self._dead[group] -= 1
                 continue
-            self._leave(job, length)
+            self._leave(job, group)
             if job.is_over:
                 continue
             if not batch:
                 worth = cost.rows_within(min(_LONGEST, deadline - job.submitted) / _WORTH, length)
-                rows = max(1, min(1 + len(heap), self._most(lane, length), worth))
-                spared = 0.0 if graph in unknown else cost.predict(1, rows, length)
+                rows = max(1, min(1 + len(heap), self._most(lane, group), worth))
+                spared = 0.0 if group.graph in unknown else cost.predict(1, rows, length)
             if now + spared >= deadline:
                 job.failure = DeadlineExceeded(
                     f"after {now - job.submitted:.3f} s in the queue {deadline - now:.3f} s are left, and a batch takes {spared:.3f} s"
@@ -195,14 +202,14 @@ class Backlog:
                 limit = min(share, max(1, cost.rows_within(min(_LONGEST, deadline - now), length)))
             job.started = job.started or now
             batch.append((number, job))
-        self._settle(key)
+        self._settle(group)
         for job in dropped.values():
             self.give_up(job)
-        return Batch(graph, length, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
+        return Batch(group, batch, list(dropped.values()), first, cost.predict(bool(batch), len(batch), length))
 
-    def _most(self, lane: Lane, length: int) -> int:
-        """Rows of a length that a lane's batch may hold."""
-        return max(1, self._budget // _SHARE[lane] // length)
+    def _most(self, lane: Lane, group: Group) -> int:
+        """Rows of a group that a lane's batch may hold."""
+        return 1 if group.alone else max(1, self._budget // _SHARE[lane] // group.length)
 
 
 def _take_off(counter: Counter[K], key: K, count: int) -> None:

@@ -6,7 +6,8 @@
 
 A classifier's neighbours are passages of the knowledge base whose documents carry one of its labels in their metadata: a labelled
 text that is stored takes part from then on, without training or export, and one that is deleted no longer does. They are found by the
-embedder that found them in training. Texts come in validated; gRPC is not known here.
+embedder that found them in training. Texts come in validated; gRPC is not known here. With `batch_invariant` a text's result has the
+same bytes whatever else the server does.
 """
 
 from __future__ import annotations
@@ -64,9 +65,11 @@ class Classification:
         """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Models.check`."""
         self._models.check(name, [1] * texts, deadline=deadline)
 
-    async def texts(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings) -> list[Classified]:
+    async def texts(
+        self, name: str, rows: Sequence[Row], deadline: float, timings: Timings, *, batch_invariant: bool = False
+    ) -> list[Classified]:
         """Label each text by itself."""
-        return [Classified(alone, {}, 0) for alone in await self._alone(name, rows, deadline, timings)]
+        return [Classified(alone, {}, 0) for alone in await self._alone(name, rows, deadline, timings, batch_invariant)]
 
     async def beside_neighbours(
         self,
@@ -77,6 +80,8 @@ class Classification:
         label_key: str,
         deadline: float,
         timings: Timings,
+        *,
+        batch_invariant: bool = False,
     ) -> list[Classified]:
         """Label each text with the help of the labelled passages that are nearest to it.
 
@@ -89,8 +94,9 @@ class Classification:
         labelled = filters.OneOf(label_key, head.labels)
         condition = labelled if options.condition is None else filters.All((labelled, options.condition))
         with self._models.attended():
-            found = await self._pipeline.search(texts, rows, replace(options, condition=condition), deadline, timings)
-            alone = await self._alone(name, rows, deadline, timings)
+            options = replace(options, condition=condition)
+            found = await self._pipeline.search(texts, rows, options, deadline, timings, batch_invariant=batch_invariant)
+            alone = await self._alone(name, rows, deadline, timings, batch_invariant)
         numbers = {label: number for number, label in enumerate(head.labels)}
         found = [
             [hit for hit in hits if hit.passage.metadata.get(label_key) in numbers] for hits in found
@@ -104,7 +110,15 @@ class Classification:
         return classified
 
     async def beside_evidence(
-        self, name: str, claims: Sequence[str], rows: Sequence[Row], evidence: Sequence[Sequence[str]], deadline: float, timings: Timings
+        self,
+        name: str,
+        claims: Sequence[str],
+        rows: Sequence[Row],
+        evidence: Sequence[Sequence[str]],
+        deadline: float,
+        timings: Timings,
+        *,
+        batch_invariant: bool = False,
     ) -> list[Classified]:
         """Label each claim beside its passages, which are read as one text, as in training, and cut where they are too long."""
         head = self._bundle.heads[name]
@@ -114,30 +128,39 @@ class Classification:
         ]
         timings.tokenise += timings.lap()
         read = [pair.row if pair is not None else row for pair, row in zip(pairs, rows, strict=True)]
-        labelled = await self._run(name, read, deadline, timings)
+        labelled = await self._run(name, read, deadline, timings, batch_invariant)
         return [
             Classified(probabilities, {}, passages_read(pair, passages) if pair is not None else 0)
             for probabilities, pair, passages in zip(labelled, pairs, evidence, strict=True)
         ]
 
     async def beside_found_evidence(
-        self, name: str, claims: Sequence[str], rows: Sequence[Row], options: SearchOptions, deadline: float, timings: Timings
+        self,
+        name: str,
+        claims: Sequence[str],
+        rows: Sequence[Row],
+        options: SearchOptions,
+        deadline: float,
+        timings: Timings,
+        *,
+        batch_invariant: bool = False,
     ) -> list[Classified]:
         """As `beside_evidence`, of the passages that a search finds, the best first."""
         with self._models.attended():
-            found = await self._pipeline.search(claims, rows, options, deadline, timings)
+            found = await self._pipeline.search(claims, rows, options, deadline, timings, batch_invariant=batch_invariant)
             evidence = [[hit.passage.text for hit in hits] for hits in found]
-            classified = await self.beside_evidence(name, claims, rows, evidence, deadline, timings)
+            classified = await self.beside_evidence(name, claims, rows, evidence, deadline, timings, batch_invariant=batch_invariant)
         return [replace(one, hits=hits[: one.passages]) for one, hits in zip(classified, found, strict=True)]
 
-    async def _alone(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings) -> list[Probabilities]:
+    async def _alone(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings, batch_invariant: bool) -> list[Probabilities]:
         """Of texts by themselves, cut where the embedder reads more of them than the classifier does."""
         limit = self._bundle.heads[name].max_tokens
         shorter = [self._encoder.cut(row, limit) if len(row.ids) > limit else row for row in rows]
-        return await self._run(name, shorter, deadline, timings)
+        return await self._run(name, shorter, deadline, timings, batch_invariant)
 
-    async def _run(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings) -> list[Probabilities]:
-        outcome = await self._models.submit(name, rows, deadline=deadline)
+    async def _run(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings, batch_invariant: bool) -> list[Probabilities]:
+        alone = batch_invariant and self._models.needs_alone(name)
+        outcome = await self._models.submit(name, rows, deadline=deadline, alone=alone)
         timings.read += timings.lap()
         timings.queue += 1000 * outcome.queued_seconds
         return [_floats(outputs["probability"]) for outputs in outcome.rows]

@@ -57,6 +57,7 @@ class ClassifyService:
     async def classify(self, parsed: Parsed[pb.ClassifyRequest], deadline: float, timings: Timings) -> pb.ClassifyResponse:
         request = parsed.message
         name, head = self._chosen(request.classifier)
+        batch_invariant = request.batch_invariant
         max_labels = bounded("max_labels", request.max_labels if request.HasField("max_labels") else None, DEFAULT_LABELS, 1, MAX_LABELS)
         options = self._options(request, head)
         label_key = request.label_key or (head.neighbours.label_key if head.neighbours else "")
@@ -68,13 +69,19 @@ class ClassifyService:
             classified: Sequence[Classified] = []
         elif head.objective == VERIFIER and (request.evidence or options is None):
             evidence = [request.evidence[at].passages if request.evidence else () for at in valid.kept]
-            classified = await self._classification.beside_evidence(name, valid.texts, valid.rows, evidence, deadline, timings)
+            classified = await self._classification.beside_evidence(
+                name, valid.texts, valid.rows, evidence, deadline, timings, batch_invariant=batch_invariant
+            )
         elif options is None:
-            classified = await self._classification.texts(name, valid.rows, deadline, timings)
+            classified = await self._classification.texts(name, valid.rows, deadline, timings, batch_invariant=batch_invariant)
         elif head.objective == VERIFIER:
-            classified = await self._classification.beside_found_evidence(name, valid.texts, valid.rows, options, deadline, timings)
+            classified = await self._classification.beside_found_evidence(
+                name, valid.texts, valid.rows, options, deadline, timings, batch_invariant=batch_invariant
+            )
         else:
-            classified = await self._classification.beside_neighbours(name, valid.texts, valid.rows, options, label_key, deadline, timings)
+            classified = await self._classification.beside_neighbours(
+                name, valid.texts, valid.rows, options, label_key, deadline, timings, batch_invariant=batch_invariant
+            )
         results = [pb.ClassifyResult() for _ in request.texts]
         for at, one in zip(valid.kept, classified, strict=True):
             results[at].CopyFrom(self._result(head, one, max_labels, request))

@@ -127,6 +127,7 @@ def _server(address: str) -> dict[str, Any]:
         "tasks": ", ".join(reply.bundle.tasks),
         "fingerprint": reply.bundle.embedder_fingerprint,
         "device": f"{reply.device}, {reply.precision}",
+        "same bytes whatever shares a batch": ", ".join(reply.batch_invariant) or "none, unless a request asks for it (batch_invariant)",
         "knowledge base": f"{reply.knowledge_base.documents} documents, {reply.knowledge_base.passages} passages, "
         f"generation {reply.knowledge_base.generation}"
         if reply.HasField("knowledge_base")

@@ -1,9 +1,10 @@
 """The embedder as the pipeline sees it: rows of tokens in, unit vectors out, nothing computed twice.
 
 Promises
-- A vector from the cache has the bytes that computing it again would give: a row's result never depends on its batch
-  (see `engine`). One `Embedder` stands before one model, so what names a vector is its row of tokens, and whether it is
-  a question whose tokens are wanted too; texts that the tokenizer does not tell apart share one.
+- A vector from the cache has the bytes that computing it again would give, where a row's result does not depend on its batch
+  (see `invariance`), and where rows run alone. One `Embedder` stands before one model, so what names a vector is its row of tokens,
+  whether it is a question whose tokens are wanted too, and whether the row runs alone; texts that the tokenizer does not tell apart
+  share one.
 - Callers that want the same row at the same time share one computation. Who hangs up takes nothing from the others; a
   failure is told to all who wait for it and is never remembered.
 - Every caller's deadline holds: nobody waits past it, and nobody waits for a computation that was queued behind
@@ -67,7 +68,7 @@ class _Flight:
 class Submits(Protocol):
     """An engine, or a bundle's models in one."""
 
-    async def submit(self, graph: str, rows: Sequence[Row], /, *, deadline: float) -> Outcome: ...
+    async def submit(self, graph: str, rows: Sequence[Row], /, *, deadline: float, alone: bool) -> Outcome: ...
 
 
 class Embedder:
@@ -92,22 +93,23 @@ class Embedder:
     def cached_bytes(self) -> int:
         return self._cache.bytes
 
-    async def embed(self, rows: Sequence[Row], *, deadline: float, graph: str = GRAPH) -> Embedded:
+    async def embed(self, rows: Sequence[Row], *, deadline: float, graph: str = GRAPH, alone: bool = False) -> Embedded:
         """Unit vectors of tokenised texts, in their order.
 
         Args:
             rows: at least one.
             deadline: time.monotonic() seconds.
             graph: GRAPH or QUESTIONS; a row is another one for each.
+            alone: nothing shares a batch with any of them, nor did with what the cache or another caller gives.
 
         Raises:
             Overloaded, DeadlineExceeded, InferenceFailed, NotServing: as `Engine.submit`.
         """
         if not self._capacity:
-            outcome = await self._engine.submit(graph, rows, deadline=deadline)
+            outcome = await self._engine.submit(graph, rows, deadline=deadline, alone=alone)
             vectors = np.array([row[OUTPUT] for row in outcome.rows], np.float32)
             return Embedded(vectors, [_tokens(row) for row in outcome.rows], outcome.queued_seconds)
-        keys = [_key(row, graph) for row in rows]
+        keys = [_key(row, graph, alone) for row in rows]
         missing = dict(zip(keys, rows, strict=True))
         repeated, queued_seconds = len(rows) - len(missing), 0.0
         known: dict[bytes, _Embedding] = {}
@@ -117,7 +119,7 @@ class Embedder:
             own = {key: row for key, row in missing.items() if key not in hits and key not in flights}
             self._observe(len(hits), len(flights) + repeated, len(own))
             if own:
-                computed, queued_seconds = await self._compute(own, deadline, graph)
+                computed, queued_seconds = await self._compute(own, deadline, graph, alone)
                 known |= computed
             if flights:
                 known |= await _wait(flights, deadline)
@@ -136,7 +138,7 @@ class Embedder:
                 flights[key] = self._flights[key]
         return hits, flights
 
-    async def _compute(self, rows: Mapping[bytes, Row], deadline: float, graph: str) -> tuple[dict[bytes, _Embedding], float]:
+    async def _compute(self, rows: Mapping[bytes, Row], deadline: float, graph: str, alone: bool) -> tuple[dict[bytes, _Embedding], float]:
         """The embeddings of rows, and how long they were queued; whoever joined hears what became of them."""
         loop = asyncio.get_running_loop()
         flights = {key: _Flight(deadline, loop.create_future()) for key in rows}
@@ -144,7 +146,7 @@ class Embedder:
         embeddings: dict[bytes, _Embedding] = {}
         failure: InferenceFailed | None = None
         try:
-            outcome = await self._engine.submit(graph, list(rows.values()), deadline=deadline)
+            outcome = await self._engine.submit(graph, list(rows.values()), deadline=deadline, alone=alone)
             embeddings = {key: _embedding(row) for key, row in zip(rows, outcome.rows, strict=True)}
             return embeddings, outcome.queued_seconds
         except InferenceFailed as error:
@@ -174,9 +176,9 @@ async def _wait(flights: Mapping[bytes, _Flight], deadline: float) -> dict[bytes
     return embeddings
 
 
-def _key(row: Row, graph: str) -> bytes:
+def _key(row: Row, graph: str, alone: bool) -> bytes:
     types = b"" if row.types is None else array("i", row.types).tobytes()
-    return array("i", row.ids).tobytes() + types + (b"" if graph == GRAPH else b"?")
+    return array("i", row.ids).tobytes() + types + (b"" if graph == GRAPH else b"?") + (b"!" if alone else b"")
 
 
 def _embedding(outputs: Arrays) -> _Embedding:

@@ -3,8 +3,8 @@
 Promises
 - No timer: while batches run the queue grows; a session that is free takes what fits the padded-token budget, and no more than its
   share where others are free too. A text that arrives alone waits for nobody.
-- Rows share a batch only with rows of the same graph and the same padded length, so that a row's result never depends
-  on its neighbours.
+- Rows share a batch only with rows of the same graph and the same padded length, so that a row's result does not depend on its
+  neighbours where the graph allows it (`invariance`); where it does not, whoever wants the same bytes has rows run `alone`.
 - Earliest deadline first, the foreground lane before the background lane (`backlog`). A row whose caller hung up or that would be too late
   is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once. What a graph costs that ran nothing
   for a second is not known, and nothing of it is predicted to be too late: whoever refuses everything learns nothing more.
@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from openbook_server.backlog import Arrays, Backlog, Job, Lane
+from openbook_server.backlog import Arrays, Backlog, Group, Job, Lane
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
@@ -116,11 +116,14 @@ class Engine:
         """Rows waiting."""
         return len(self._backlog)
 
-    async def submit(self, graph: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
+    async def submit(
+        self, graph: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND, alone: bool = False
+    ) -> Outcome:
         """Run `rows` through a graph and wait for them; cancelling the wait withdraws them.
 
         Args:
             deadline: time.monotonic() seconds after which nobody wants the result.
+            alone: each row is a batch of its own.
 
         Raises:
             Overloaded: the queue is full, or the predicted finish misses the deadline.
@@ -130,13 +133,12 @@ class Engine:
         """
         if not rows:
             return Outcome([], 0.0)
-        loop = asyncio.get_running_loop()
-        now = time.monotonic()
+        loop, now = asyncio.get_running_loop(), time.monotonic()
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
         with self._wake:
-            lengths = self._padded(graph, (row.tokens for row in rows))
-            self._admit(graph, lengths, deadline, lane, now)
-            self._backlog.add(job, lengths)
+            groups = self._grouped(graph, (row.tokens for row in rows), alone)
+            self._admit(groups, deadline, lane, now)
+            self._backlog.add(job, groups)
             if lane is Lane.FOREGROUND:
                 self._asked = now
             self._wake.notify()
@@ -163,18 +165,18 @@ class Engine:
         """Refuse rows that are yet to come, before work is spent on them, where `submit` would refuse them now.
 
         Args:
-            lengths: tokens a row; too small a guess refuses too little, never too much.
+            lengths: tokens of each row, at least one; too small a guess refuses too little, never too much.
 
         Raises:
             Overloaded, DeadlineExceeded, NotServing: as `submit`.
         """
         with self._wake:
-            self._admit(graph, self._padded(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic())
+            self._admit(self._grouped(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic())
 
-    def _padded(self, graph: str, lengths: Iterable[int]) -> list[int]:
-        return [self._graphs[graph].buckets.padded_length(length) for length in lengths]
+    def _grouped(self, graph: str, lengths: Iterable[int], alone: bool = False) -> list[Group]:
+        return [Group(graph, self._graphs[graph].buckets.padded_length(length), alone) for length in lengths]
 
-    def _admit(self, graph: str, lengths: Sequence[int], deadline: float, lane: Lane, now: float) -> None:
+    def _admit(self, groups: Sequence[Group], deadline: float, lane: Lane, now: float) -> None:
         if self._closed:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
@@ -183,17 +185,17 @@ class Engine:
         queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
         limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
         again = max(wait, _SOONEST)
-        if queued + len(lengths) > limit and queued:
+        if queued + len(groups) > limit and queued:
             raise Overloaded(
-                f"{queued} rows are queued and {len(lengths)} more exceed the limit of {limit}; try again in {again:.2f} s",
+                f"{queued} rows are queued and {len(groups)} more exceed the limit of {limit}; try again in {again:.2f} s",
                 retry_after_seconds=again,
             )
         run, left = 0.0, deadline - now
-        if self._is_known(graph, now):
-            run = self._backlog.predict(Counter((graph, lane, length) for length in lengths), lane)
-            run /= min(len(self._threads), len(lengths))
+        if self._is_known(groups[0].graph, now):
+            run = self._backlog.predict(Counter((group, lane) for group in groups), lane)
+            run /= min(len(self._threads), len(groups))
         if run > left:
-            raise DeadlineExceeded(f"{len(lengths)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
+            raise DeadlineExceeded(f"{len(groups)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
         if _CAUTION * wait + run > left:
             raise Overloaded(
                 f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {again:.2f} s",
@@ -245,10 +247,10 @@ class Engine:
             try:
                 _tell(batch.dropped)
                 if batch.rows:
-                    self._run(batch.graph, batch.length, batch.rows)
+                    self._run(batch.group, batch.rows)
             except Exception as error:  # a defect; the session must go on, and whoever waits must hear of it
-                log.exception("graph %s: its batch was lost", batch.graph)
-                self._fail({id(job): job for _, job in batch.rows}.values(), InferenceFailed(f"{batch.graph} failed: {error}"))
+                log.exception("graph %s: its batch was lost", batch.group.graph)
+                self._fail({id(job): job for _, job in batch.rows}.values(), InferenceFailed(f"{batch.group.graph} failed: {error}"))
             with self._wake:
                 self._busy_until[number] = 0.0
                 self._background -= batch.lane is Lane.BACKGROUND
@@ -262,15 +264,15 @@ class Engine:
             until = max(until, self._asked + ASKING)
         return max(0.0, until - time.monotonic())
 
-    def _run(self, graph: str, length: int, batch: Sequence[tuple[int, Job]]) -> None:
-        began = time.monotonic()
+    def _run(self, group: Group, batch: Sequence[tuple[int, Job]]) -> None:
+        began, (graph, length, _) = time.monotonic(), group
         try:
             outputs = self._graphs[graph].run_rows([job.rows[number] for number, job in batch], length)
             rows = [{name: values[at] for name, values in outputs.items()} for at in range(len(batch))]
         except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
             if len(batch) > 1:
                 for one in batch:
-                    self._run(graph, length, [one])
+                    self._run(group, [one])
                 return
             log.error("graph %s failed on a row of %d tokens: %s", graph, length, error)
             self._fail([batch[0][1]], InferenceFailed(f"{graph} failed: {error}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from openbook_server.backlog import Lane
@@ -16,16 +16,29 @@ _numbers = itertools.count(1)
 class Models:
     """Runs the rows of one bundle, by the names its graphs have there: embedder, embedder.passages, reader and so on."""
 
-    def __init__(self, engine: Engine, graphs: Mapping[str, Runnable], *, lane: Lane = Lane.FOREGROUND) -> None:
-        """`lane` is the most urgent one that rows get, whatever is asked for; it may be changed at any time."""
+    def __init__(
+        self, engine: Engine, graphs: Mapping[str, Runnable], *, invariant: Collection[str] = (), lane: Lane = Lane.FOREGROUND
+    ) -> None:
+        """Add them to `engine`.
+
+        Args:
+            invariant: those that give a row the same bytes whatever shares its batch.
+            lane: the most urgent one that rows get, whatever is asked for; it may be changed at any time.
+        """
         number = next(_numbers)
-        self._engine, self.lane = engine, lane
+        self._engine, self._invariant, self.lane = engine, frozenset(invariant), lane
         self._names = {model: f"{model}@{number}" for model in graphs}
         engine.add({self._names[model]: graph for model, graph in graphs.items()})
 
-    async def submit(self, model: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND) -> Outcome:
+    async def submit(
+        self, model: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND, alone: bool = False
+    ) -> Outcome:
         """As `Engine.submit`."""
-        return await self._engine.submit(self._names[model], rows, deadline=deadline, lane=max(lane, self.lane))
+        return await self._engine.submit(self._names[model], rows, deadline=deadline, lane=max(lane, self.lane), alone=alone)
+
+    def needs_alone(self, model: str) -> bool:
+        """Whether rows must run alone for their results to have the same bytes whatever else is asked."""
+        return model not in self._invariant
 
     def attended(self) -> AbstractContextManager[None]:
         """As `Engine.attended`, where rows of the foreground are run."""

@@ -27,6 +27,7 @@ from openbook_server.golden import verify_golden
 from openbook_server.heads import neighbours_graph
 from openbook_server.ingest.preparation import FACTS, choose_splitting
 from openbook_server.ingest.writer import Writer
+from openbook_server.invariance import measure_invariance
 from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.metrics import Metrics
@@ -69,7 +70,15 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
         raise
 
 
-def load_graphs(bundle: Bundle, device: Device) -> dict[str, Graph]:
+@dataclass(frozen=True, slots=True)
+class LoadedGraphs:
+    """A bundle's graphs on a device."""
+
+    graphs: dict[str, Graph]
+    invariant: frozenset[str]  # models that gave rows the same bytes whatever shared their batch
+
+
+def load_graphs(bundle: Bundle, device: Device) -> LoadedGraphs:
     """Those of a bundle's graphs that are served, verified, and warm where the first batch of a length would be slow; blocking.
 
     Raises:
@@ -83,12 +92,13 @@ def load_graphs(bundle: Bundle, device: Device) -> dict[str, Graph]:
         for length in graphs[name].buckets.padded_lengths(limit):
             half = length // 2
             graphs[name].warm([Row([1] * length, [0] * half + [1] * (length - half))], length)
+    invariant = measure_invariance(bundle, graphs, device)
     graphs |= _writing(bundle, device)
     exact = build_device("cpu", "fp32", 1)  # whatever the device: they are a few small products, and no half precision holds their votes
     votes = {neighbours_graph(name): head for name, head in bundle.heads.items() if head.neighbours and head.classifies}
     voting = {name: Graph(bundle.graph_path(name, exact.precision), exact) for name in votes}
     verify_golden(bundle, voting, exact)
-    return graphs | voting
+    return LoadedGraphs(graphs | voting, invariant)
 
 
 def _writing(bundle: Bundle, device: Device) -> dict[str, Graph]:
@@ -107,20 +117,21 @@ class Pair:
     def __init__(
         self,
         bundle: Bundle,
-        graphs: dict[str, Graph],
+        loaded: LoadedGraphs,
         knowledge_base: KnowledgeBase | None,
         shared: Shared,
         *,
         lane: Lane = Lane.FOREGROUND,
     ) -> None:
         """`lane` is the most urgent one that its work gets; see `go_live`."""
-        self.bundle, self.knowledge_base = bundle, knowledge_base
+        self.bundle, self.knowledge_base, graphs = bundle, knowledge_base, loaded.graphs
         voting = {name: graphs[graph] for name in bundle.heads if (graph := neighbours_graph(name)) in graphs}
         decoders, writing = decoders_of(bundle.writers, graphs)
         read = [name for name in ("embedder", "reader", *bundle.heads) if name in graphs]
         dims = bundle.embedder.token_dims
         views: dict[str, Runnable] = {PASSAGES: PassageGraph(graphs["embedder"], dims), QUESTIONS: QuestionGraph(graphs["embedder"], dims)}
-        self.models = Models(shared.engine, {name: graphs[name] for name in read} | views | writing, lane=lane)
+        runnable: dict[str, Runnable] = {name: graphs[name] for name in read} | views | writing
+        self.models = Models(shared.engine, runnable, invariant=loaded.invariant, lane=lane)
         self.tokenizer = load_tokenizer(bundle.tokenizer_path)
         self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
         config = self._config = shared.config
@@ -139,6 +150,7 @@ class Pair:
             device=shared.device,
             encoder=self.encoder,
             pipeline=self.pipeline,
+            invariant=loaded.invariant,
             classifiers=classify.describe(),
             writers=generate.describe(),
         )

@@ -93,26 +93,34 @@ class Pipeline:
         """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Models.check`."""
         self._models.check("embedder", [1] * texts, deadline=deadline)
 
-    async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings) -> NDArray[np.float32]:
-        """(rows, dim) unit vectors of tokenised texts."""
-        return (await self._embed(rows, GRAPH, deadline, timings)).vectors
+    async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings, *, batch_invariant: bool = False) -> NDArray[np.float32]:
+        """(rows, dim) unit vectors of tokenised texts; with `batch_invariant` the same bytes whatever else the server does."""
+        return (await self._embed(rows, GRAPH, deadline, timings, batch_invariant)).vectors
 
-    async def _embed(self, rows: Sequence[Row], graph: str, deadline: float, timings: Timings) -> Embedded:
-        embedded = await self._embedder.embed(rows, deadline=deadline, graph=graph)
+    async def _embed(self, rows: Sequence[Row], graph: str, deadline: float, timings: Timings, batch_invariant: bool) -> Embedded:
+        alone = batch_invariant and self._models.needs_alone(graph)
+        embedded = await self._embedder.embed(rows, deadline=deadline, graph=graph, alone=alone)
         timings.embed += timings.lap()
         timings.queue += 1000 * embedded.queued_seconds
         return embedded
 
     async def search(
-        self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, deadline: float, timings: Timings
+        self,
+        questions: Sequence[str],
+        rows: Sequence[Row],
+        options: SearchOptions | None,
+        deadline: float,
+        timings: Timings,
+        *,
+        batch_invariant: bool = False,
     ) -> list[list[Hit]]:
-        """Best passages for each question, best first; none where `options` is None."""
+        """Best passages for each question, best first; none where `options` is None. `batch_invariant` as in `embed`."""
         if options is None or self._knowledge_base is None:
             return [[] for _ in questions]
         vectors, tokens = None, []
         if options.mode != "lexical":
             graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
-            embedded = await self._embed(rows, graph, deadline, timings)
+            embedded = await self._embed(rows, graph, deadline, timings, batch_invariant)
             vectors, tokens = embedded.vectors, embedded.tokens
         search = self._knowledge_base.search
         hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search, questions, vectors, options, tokens)
@@ -120,11 +128,18 @@ class Pipeline:
         return hits
 
     async def rerank(
-        self, rows: Sequence[Row], found: Sequence[list[Hit]], count: int, deadline: float, timings: Timings
+        self,
+        rows: Sequence[Row],
+        found: Sequence[list[Hit]],
+        count: int,
+        deadline: float,
+        timings: Timings,
+        *,
+        batch_invariant: bool = False,
     ) -> list[list[Hit]]:
         """The first `count` hits of each question, all of them read, in the order of their probability; then the others."""
         asked = [_Asked(row, hits[:count]) for row, hits in zip(rows, found, strict=True)]
-        await self._read(asked, None, deadline, timings)
+        await self._read(asked, None, deadline, timings, batch_invariant)
         ranked = [self._posterior(one)[0] + rest[count:] async for one, rest in in_turns(zip(asked, found, strict=True))]
         timings.rank += timings.lap()
         return ranked
@@ -139,15 +154,16 @@ class Pipeline:
         timings: Timings,
         *,
         settle: bool,
+        batch_invariant: bool = False,
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question, with `settle` until its answer is settled, and rank what was read."""
         settling = self._reader.settling if settle else None
         with self._models.attended():
-            found = await self.search(questions, rows, options, deadline, timings)
+            found = await self.search(questions, rows, options, deadline, timings, batch_invariant=batch_invariant)
             asked = [_Asked(row, hits) for row, hits in zip(rows, found, strict=True)]
             unsettled = asked
             for end in (*READ_FIRST, None) if settling else (None,):
-                await self._read(unsettled, end, deadline, timings)
+                await self._read(unsettled, end, deadline, timings, batch_invariant)
                 left: list[_Asked] = []
                 async for one in in_turns(unsettled):
                     self._rank(one, max_answers)
@@ -177,7 +193,7 @@ class Pipeline:
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._reader.prior_weight * relevance(hit) for hit in hits]
 
-    async def _read(self, asked: Sequence[_Asked], end: int | None, deadline: float, timings: Timings) -> None:
+    async def _read(self, asked: Sequence[_Asked], end: int | None, deadline: float, timings: Timings, batch_invariant: bool) -> None:
         """Read those of the first `end` hits of each question (None = of all) that are not read yet."""
         limit = self._reader.max_tokens
         least = [len(one.row.ids) for one in asked for _ in one.hits[len(one.readings) : end]]  # tokens of each pair
@@ -189,7 +205,8 @@ class Pipeline:
             texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
             pairs += [(one, pair) for pair in self._encoder.pairs(one.row, texts, limit, kept)]
         timings.tokenise += timings.lap()
-        outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline)
+        alone = batch_invariant and self._models.needs_alone("reader")
+        outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline, alone=alone)
         timings.read += timings.lap()
         timings.queue += 1000 * outcome.queued_seconds
         async for (one, pair), outputs in in_turns(zip(pairs, outcome.rows, strict=True)):

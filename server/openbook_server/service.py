@@ -6,7 +6,7 @@ A text that is bad beside good ones leaves as an ItemError; every other failure 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -46,12 +46,14 @@ class Service:
         device: Device,
         encoder: TextEncoder,
         pipeline: Pipeline,
+        invariant: Collection[str],
         classifiers: Sequence[pb.DescribeResponse.Classifier] = (),
         writers: Sequence[pb.DescribeResponse.Writer] = (),
     ) -> None:
-        """`classifiers` and `writers` are what Describe tells of them."""
+        """What Describe tells are `classifiers`, `writers`, and in `invariant` the models that give rows the same bytes in any batch."""
         self._bundle, self._knowledge_base, self._config, self._device = bundle, knowledge_base, config, device
         self._encoder, self._pipeline, self._classifiers, self._writers = encoder, pipeline, classifiers, writers
+        self._invariant = sorted(invariant)
         self.asked: Callable[[Asked], None] | None = None  # is told of every question that was answered
 
     async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
@@ -63,7 +65,7 @@ class Service:
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")
         tokens = [0] * len(request.texts)
         if valid.rows:
-            vectors[valid.kept] = await self._pipeline.embed(valid.rows, deadline, timings)
+            vectors[valid.kept] = await self._pipeline.embed(valid.rows, deadline, timings, batch_invariant=request.batch_invariant)
         for at, row in zip(valid.kept, valid.rows, strict=True):
             tokens[at] = len(row.ids)
         return pb.EmbedResponse(
@@ -86,10 +88,10 @@ class Service:
         results = [pb.SearchResult() for _ in request.questions]
         if valid.rows:
             deep = replace(options, top_k=max(options.top_k, rerank)) if options else None
-            found = await self._pipeline.search(valid.texts, valid.rows, deep, deadline, timings)
+            found = await self._pipeline.search(valid.texts, valid.rows, deep, deadline, timings, batch_invariant=request.batch_invariant)
             retrieved, top_k = found, options.top_k if options else 0
             if rerank:
-                found = await self._pipeline.rerank(valid.rows, found, rerank, deadline, timings)
+                found = await self._pipeline.rerank(valid.rows, found, rerank, deadline, timings, batch_invariant=request.batch_invariant)
             async for at, hits in in_turns(zip(valid.kept, found, strict=True)):
                 results[at].hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
             self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)
@@ -110,7 +112,14 @@ class Service:
         results = [pb.AnswerResult() for _ in request.questions]
         if valid.rows:
             answered = await self._pipeline.answer(
-                valid.texts, valid.rows, options, max_answers, deadline, timings, settle=not request.read_all
+                valid.texts,
+                valid.rows,
+                options,
+                max_answers,
+                deadline,
+                timings,
+                settle=not request.read_all,
+                batch_invariant=request.batch_invariant,
             )
             async for at, outcome in in_turns(zip(valid.kept, answered, strict=True)):
                 results[at].CopyFrom(to_answer_result(outcome, omit_text=request.omit_text))
@@ -144,6 +153,7 @@ class Service:
             ),
             device=self._device.name,
             precision=self._device.precision,
+            batch_invariant=self._invariant,
         )
         if self._knowledge_base is not None:
             counts = await asyncio.to_thread(self._knowledge_base.counts)

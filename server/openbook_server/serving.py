@@ -1,8 +1,9 @@
 """Life of a server process: listen, load, verify, warm up, serve, drain.
 
 The port opens first, health says NOT_SERVING and every method UNAVAILABLE; health says SERVING only after every digest
-and golden vector matched and, on a device that prepares itself for each length, every padding bucket ran once. SIGTERM and
-SIGINT drain: health turns, new requests are refused with a time to come back, those in flight finish.
+and golden vector matched, it was measured whether results depend on what shares a batch, and, on a device that prepares itself for
+each length, every padding bucket ran once. SIGTERM and SIGINT drain: health turns, new requests are refused with a time to come
+back, those in flight finish.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.listening import Listen, listen_on_port
 from openbook_server.metrics import Metrics
-from openbook_server.pair import Pair, Shared, load_graphs
+from openbook_server.pair import LoadedGraphs, Pair, Shared, load_graphs
 from openbook_server.priority import give_way, put_loop_first
-from openbook_server.runtime import Device, Graph, choose_device
+from openbook_server.runtime import Device, choose_device
 from openbook_server.succession import Succession
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class _Loaded:
 
     bundle: Bundle
     device: Device
-    graphs: dict[str, Graph]
+    graphs: LoadedGraphs
     knowledge_base: KnowledgeBase | None
 
 

@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
-from openbook import command_generate
+from openbook import cli, command_generate
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
 from openbook.messages import TEXTS_A_MESSAGE
@@ -95,6 +95,9 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
             classifier="answers",
             timings=pb.Timings(total_ms=3),
         )
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:  # noqa: N802
+        return pb.DescribeResponse(bundle=pb.DescribeResponse.Bundle(dim=2))
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:  # noqa: N802
         self._next(request, context)
@@ -180,6 +183,25 @@ def test_labels_are_plain_objects_with_the_documented_json(client: Client, scrip
     [request] = scripted.requests
     assert isinstance(request, pb.ClassifyRequest)
     assert (request.classifier, request.filter.all.filters[0].equals.key) == ("answers", "kind")
+
+
+async def test_who_wants_the_same_bytes_in_any_batch_says_so_in_every_message(
+    client: Client, scripted: Scripted, server: tuple[Scripted, str]
+) -> None:
+    client.embed(["a"] * (TEXTS_A_MESSAGE + 1), batch_invariant=True)
+    client.search(["a"], batch_invariant=True)
+    client.answer(["a"], batch_invariant=True)
+    client.classify(["a"], batch_invariant=True)
+    async with AsyncClient(server[1], timeout_seconds=5) as other:
+        await other.embed(["a"], batch_invariant=True)
+    options = ["--batch-invariant", "--server", server[1]]
+    for command, arguments in (("embed", ["a"]), ("search", ["a"]), ("ask", ["a"]), ("classify", ["a"])):
+        assert await asyncio.to_thread(cli.main, [command, *arguments, *options]) == 0
+    assert len(scripted.requests) == 10
+    assert all(request.batch_invariant for request in scripted.requests)  # type: ignore[attr-defined]
+    client.embed(["a"])
+    assert await asyncio.to_thread(cli.main, ["ask", "a", *options[1:]]) == 0
+    assert not any(request.batch_invariant for request in scripted.requests[10:])  # type: ignore[attr-defined]
 
 
 def test_evidence_travels_with_its_claim(client: Client, scripted: Scripted) -> None:

@@ -106,9 +106,9 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-async def start(embedder: Embedder, *rows: Row, deadline: float | None = None) -> asyncio.Task[Embedded]:
+async def start(embedder: Embedder, *rows: Row, deadline: float | None = None, alone: bool = False) -> asyncio.Task[Embedded]:
     """Ask, and let the question reach the queue."""
-    task = asyncio.create_task(embedder.embed(rows, deadline=deadline or soon()))
+    task = asyncio.create_task(embedder.embed(rows, deadline=deadline or soon(), alone=alone))
     await asyncio.sleep(0)
     return task
 
@@ -162,6 +162,21 @@ async def test_callers_that_want_a_row_at_the_same_time_share_one_run(embedder: 
     assert sorted(graph.ran) == [5, 6, 7]
     assert len({embedded.vectors[0].tobytes() for embedded in tasks}) == 1
     assert (lookups.hits, lookups.joined, lookups.misses) == (0, 2, 3)
+
+
+async def test_a_row_that_runs_alone_is_shared_only_with_callers_that_want_it_so(
+    embedder: Embedder, graph: GatedGraph, lookups: Lookups
+) -> None:
+    with graph.shut():
+        blocking = await start(embedder, row(1))
+        await graph.wait_entered()
+        tasks = [await start(embedder, row(5), row(6), alone=alone) for alone in (False, True, False, True)]
+    await asyncio.gather(blocking, *tasks)
+    assert sorted(graph.ran) == [1, 5, 5, 6, 6]
+    assert (lookups.joined, lookups.misses) == (4, 5)
+    for alone in (False, True):
+        await embedder.embed([row(5), row(6)], deadline=soon(), alone=alone)
+    assert (lookups.hits, lookups.misses) == (4, 5)
 
 
 async def test_a_row_twice_in_a_request_is_run_once(embedder: Embedder, graph: GatedGraph) -> None:

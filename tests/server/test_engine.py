@@ -101,6 +101,19 @@ async def test_a_batch_holds_only_rows_of_one_padded_length_and_at_most_the_toke
     assert sorted(number for batch in graph.batches[1:] for number in batch) == list(range(2, 10))
 
 
+async def test_rows_that_run_alone_never_share_a_batch_and_others_still_do(engine: Engine, graph: GatedGraph) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    before = await start(engine, row(2), row(3))
+    alone = asyncio.create_task(engine.submit("embedder", [row(4), row(5), row(6, 8)], deadline=soon(), alone=True))
+    await asyncio.sleep(0)
+    after = await start(engine, row(7), row(8))
+    graph.let(100)
+    await asyncio.gather(first, before, after)
+    assert [int(result["total"]) for result in (await alone).rows] == [7, 8, 13]
+    assert sorted(graph.batches) == [[1], [2, 3, 7, 8], [4], [5], [6]]
+
+
 async def test_results_come_back_in_the_order_of_the_rows(engine: Engine, graph: GatedGraph) -> None:
     graph.let(100)
     lengths = [3, 40, 7, 16, 25, 4]

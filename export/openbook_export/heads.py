@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
     model, settings = load_head_model(checkpoint, folder)
     backbone: Any = model.backbone
     merged = backbone.merge_and_unload()
+    facts = stated_facts(f"{name}={folder}", settings, int(merged.config.max_position_embeddings))
+    graph = HeadGraph(merged, checkpoint.pooling, model.head)
+    return Head(graph, folder_digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
+
+
+def stated_facts(name: str, settings: Mapping[str, Any], positions: int) -> dict[str, Any]:
+    """Objective, whether it reads pairs, longest input and labels of the head that messages call `name`, from its task.json.
+
+    Args:
+        positions: of the backbone; no longer input is stated.
+
+    Raises:
+        CheckpointUnsupported: one of them is missing or of another kind.
+    """
     labels: Any = settings.get("labels", [])
     limit: Any = settings.get("max_tokens")
     stated = {"objective": str, "pair": bool, "max_tokens": int}
@@ -68,15 +83,8 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         wrong.append("'labels' is no list of texts")
     if wrong or limit < 3:
-        raise CheckpointUnsupported(f"--task {name}={folder}: task.json: {', '.join(wrong) or f'max_tokens {limit} holds no token'}")
-    facts = {
-        "objective": settings["objective"],
-        "pair": settings["pair"],
-        "max_tokens": min(limit, int(merged.config.max_position_embeddings)),
-        "labels": labels,
-    }
-    graph = HeadGraph(merged, checkpoint.pooling, model.head)
-    return Head(graph, folder_digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
+        raise CheckpointUnsupported(f"--task {name}: task.json: {', '.join(wrong) or f'max_tokens {limit} holds no token'}")
+    return {"objective": settings["objective"], "pair": settings["pair"], "max_tokens": min(limit, positions), "labels": labels}
 
 
 def _masked_language_model(checkpoint: Checkpoint, name: str, folder: Path) -> Head:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from openbook_server.binding import Arrays
 from openbook_training.heads import LabelHead
-from openbook_training.neighbours import NEIGHBOURS
+from openbook_training.neighbours import NEIGHBOURS, Mixture
 from openbook_training.objectives import NEGATIVE, marginal_label_log_probabilities, neighbour_prior
 from torch import Tensor, nn
 
@@ -126,6 +126,28 @@ def neighbour_part(name: str, head: nn.Module, settings: Mapping[str, Any]) -> N
     """
     if not isinstance(head, LabelHead) or not head.latent:
         return None
+    stated = stated_neighbours(name, settings)
+    weight, temperature = stated.mixture.weight, stated.mixture.temperature
+    graph = NeighbourGraph(head, weight=weight, temperature=temperature).eval()
+    facts = {"count": stated.count, "label_key": stated.label_column, "weight": weight, "temperature": temperature}
+    return NeighbourPart(f"{name}.neighbours", graph, head.output.out_features, facts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatedNeighbours:
+    """What a classifier's task.json says of neighbours."""
+
+    count: int  # of a text
+    label_column: str  # where a labelled text keeps its label
+    mixture: Mixture  # of the model and the vote
+
+
+def stated_neighbours(name: str, settings: Mapping[str, Any]) -> StatedNeighbours:
+    """Of the classifier that messages call `name`.
+
+    Raises:
+        CheckpointUnsupported: it is of no use.
+    """
     mixture, count, column = settings.get("mixture"), settings.get("neighbours", NEIGHBOURS), settings.get("label_column", "label")
     numbers = [mixture.get(key) if isinstance(mixture, dict) else None for key in ("weight", "temperature")]
     weight, temperature = (float(number) if isinstance(number, int | float) else -1.0 for number in numbers)
@@ -134,9 +156,7 @@ def neighbour_part(name: str, head: nn.Module, settings: Mapping[str, Any]) -> N
             f"--task {name}: task.json states mixture {mixture!r}, neighbours {count!r} and label_column {column!r}; "
             "wanted are a weight of 0 to 1, a temperature above 0, at least one neighbour, and a name"
         )
-    graph = NeighbourGraph(head, weight=weight, temperature=temperature).eval()
-    facts = {"count": count, "label_key": column, "weight": weight, "temperature": temperature}
-    return NeighbourPart(f"{name}.neighbours", graph, head.output.out_features, facts)
+    return StatedNeighbours(count=count, label_column=column, mixture=Mixture(weight, temperature))
 
 
 def _samples(labels: int, count: int) -> Arrays:

@@ -4,19 +4,23 @@ Data in BEIR's layout: `queries.jsonl` with `_id`, `text` and `metadata.answers`
 score. Retrieval is scored by document: R@k is the share of questions with a relevant document among the first k
 distinct ones; answer-hit@k the share with an accepted answer, in normal form, in the text of the first k passages. Reading is
 scored as SQuAD does; `read` is how many passages a question were read for that. Latency is that of single questions, one after the other.
+R@k, answer-hit@k, EM and F1 come with 95 % bootstrap intervals over the questions.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from openbook_training.beir import EVALUATION, Query, load_queries
+from openbook_training.bootstrap import interval
 from openbook_training.errors import InvalidData
 from openbook_training.squad import answer_scores, holds_answer
 from rich.console import Console
@@ -29,6 +33,14 @@ DEPTHS = (1, 5, 20)
 LATENCY_QUESTIONS = 100  # asked one by one for the percentiles
 _BATCH = 32
 MODES = {"hybrid": "hybrid", "lexical": "BM25 only", "dense": "dense only", "none": "no retrieval"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModeScores:
+    """What one mode reaches."""
+
+    metrics: dict[str, float]  # percent, latencies in milliseconds, counts
+    intervals: dict[str, dict[str, float]]  # {"mean", "low", "high"} of R@k, answer-hit@k, EM and F1
 
 
 def load_answered(folder: Path, console: Console) -> list[Query]:
@@ -60,8 +72,8 @@ def evaluate_mode(
     read_all: bool,
     concurrency: int,
     progress: Callable[[int], None],
-) -> dict[str, float]:
-    """One row of the table: every metric in percent, latencies in milliseconds, and how many questions failed.
+) -> ModeScores:
+    """One mode of the table: every metric in percent, latencies in milliseconds, and how many questions failed.
 
     Args:
         top_k: passages that are read for an answer; searches go 20 deep whatever it is.
@@ -95,26 +107,23 @@ def evaluate_mode(
     batches = [queries[at : at + _BATCH] for at in range(0, len(queries), _BATCH)]
     with ThreadPoolExecutor(concurrency) as pool:
         rows = [row for part in pool.map(ask, batches) for row in part]
-    passages_read = {"read": sum(read) / max(1, len(read))}
-    return score(rows) | passages_read | latencies(client, queries[:LATENCY_QUESTIONS], mode, top_k=top_k, read_all=read_all)
+    intervals = {name: asdict(interval(np.array(values))) for name, values in score(rows).items()}
+    metrics = {name: found["mean"] for name, found in intervals.items()}
+    metrics |= {"questions": len(rows), "failed": sum(text is None for _, _, text in rows), "read": sum(read) / max(1, len(read))}
+    return ModeScores(metrics | latencies(client, queries[:LATENCY_QUESTIONS], mode, top_k=top_k, read_all=read_all), intervals)
 
 
-def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, float]:
-    """Metrics over (query, hits, prediction); a prediction of None is a question that failed and counts as wrong."""
-    count = max(1, len(rows))
-    metrics: dict[str, float] = {}
+def score(rows: Sequence[tuple[Query, Sequence[Hit], str | None]]) -> dict[str, list[float]]:
+    """Of every (query, hits, prediction) what it scores, 0 to 100, by metric; a prediction of None, a question that failed, is wrong."""
+    scores: dict[str, list[float]] = {}
     for depth in DEPTHS:
-        found = sum(bool(query.relevant.keys() & set(_documents(hits)[:depth])) for query, hits, _ in rows)
-        metrics[f"R@{depth}"] = 100 * found / count
+        scores[f"R@{depth}"] = [100.0 * bool(query.relevant.keys() & set(_documents(hits)[:depth])) for query, hits, _ in rows]
     for depth in DEPTHS:
-        metrics[f"answer-hit@{depth}"] = (
-            100 * sum(any(holds_answer(hit.text, query.answers) for hit in hits[:depth]) for query, hits, _ in rows) / count
-        )
-    scores = answer_scores([text or "" for _, _, text in rows], [query.answers for query, _, _ in rows])
-    metrics |= {what.upper(): 100 * sum(values) / count for what, values in scores.items()}
-    metrics["questions"] = len(rows)
-    metrics["failed"] = sum(text is None for _, _, text in rows)
-    return metrics
+        scores[f"answer-hit@{depth}"] = [
+            100.0 * any(holds_answer(hit.text, query.answers) for hit in hits[:depth]) for query, hits, _ in rows
+        ]
+    answered = answer_scores([text or "" for _, _, text in rows], [query.answers for query, _, _ in rows])
+    return scores | {what.upper(): [100 * value for value in values] for what, values in answered.items()}
 
 
 @contextmanager
@@ -145,16 +154,21 @@ def latencies(client: Client, queries: Sequence[Query], mode: str, *, top_k: int
     return {f"p{share}_ms": took[min(len(took) - 1, len(took) * share // 100)] for share in (50, 95, 99)} if took else {}
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of metrics as an aligned table."""
-    names = list(next(iter(rows.values())))
+def table(rows: Mapping[str, ModeScores]) -> str:
+    """A line of metrics and one of their intervals for each mode, aligned."""
+    names = list(next(iter(rows.values())).metrics)
     lines = [["", *names]]
-    for mode, metrics in rows.items():
+    for mode, row in rows.items():
         lines.append(
-            [MODES[mode], *(f"{metrics[name]:.0f}" if name in {"questions", "failed"} else f"{metrics[name]:.1f}" for name in names)]
+            [
+                MODES[mode],
+                *(f"{row.metrics[name]:.0f}" if name in {"questions", "failed"} else f"{row.metrics[name]:.1f}" for name in names),
+            ]
         )
+        ranges = {name: f"{found['low']:.1f} to {found['high']:.1f}" for name, found in row.intervals.items()}
+        lines.append(["95 % interval", *(ranges.get(name, "") for name in names)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _documents(hits: Sequence[Hit]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from openbook_training.bootstrap import RESAMPLES, SEED, interval, paired_difference
+from openbook_training.bootstrap import RESAMPLES, SEED, interval, paired_difference, resampled
 
 
 def test_the_interval_is_the_middle_of_the_means_of_resampled_questions() -> None:
@@ -47,3 +47,20 @@ def test_equal_systems_are_each_better_half_of_the_time() -> None:
 def test_values_of_other_questions_are_not_paired() -> None:
     with pytest.raises(ValueError, match="3 values cannot be paired with 4"):
         paired_difference(np.zeros(3), np.zeros(4))
+
+
+def test_what_is_no_mean_is_computed_anew_of_the_questions_of_every_resample() -> None:
+    values = np.random.default_rng(5).random(15)
+    rng, medians, shifted = np.random.default_rng(SEED), [], []
+    for _ in range(RESAMPLES):
+        drawn = sorted(values[number] for number in rng.integers(15, size=15))
+        medians.append(drawn[7])
+        shifted.append(drawn[7] - drawn[14])
+    median, highest = (resampled(lambda drawn, of=of: float(of(values[drawn])), 15) for of in (np.median, np.max))
+    assert median.resamples.tolist() == medians
+    found = median.interval()
+    assert (found.mean, found.low <= sorted(medians)[25], found.high >= sorted(medians)[974]) == (np.median(values), True, True)
+    difference = median.minus(highest).difference()
+    assert difference.mean == np.median(values) - values.max()
+    assert sorted(shifted)[24] <= difference.low <= sorted(shifted)[25]
+    assert difference.better == pytest.approx(sum(0.5 for value in shifted if value == 0) / RESAMPLES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from openbook_training.metrics import accuracy, expected_calibration_error, label_metrics, macro_f1
+from openbook_training.metrics import accuracy, expected_calibration_error, label_metrics, label_statistics, macro_f1
 
 
 def test_macro_f1_is_the_mean_of_the_f1_of_every_label_that_occurs() -> None:
@@ -34,8 +34,17 @@ def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy_over_bins(
             confidence = sum(max(probabilities[row]) for row in inside) / len(inside)
             right = sum(int(np.argmax(probabilities[row])) == gold[row] for row in inside) / len(inside)
             expected += len(inside) / 200 * abs(confidence - right)
-    assert expected_calibration_error(probabilities, gold) == pytest.approx(100 * expected)
+    right = probabilities.argmax(1) == gold
+    assert expected_calibration_error(probabilities.max(1), right) == pytest.approx(100 * expected)
+    assert label_metrics(probabilities, gold)["calibration_error"] == pytest.approx(100 * expected)
 
 
 def test_a_perfect_and_certain_prediction_has_no_error() -> None:
     assert label_metrics(np.eye(3), np.arange(3)) == {"accuracy": 100.0, "macro_f1": 100.0, "calibration_error": 0.0}
+
+
+def test_a_statistic_of_some_rows_is_the_metric_of_those_rows_alone() -> None:
+    rng = np.random.default_rng(2)
+    probabilities, gold, rows = rng.dirichlet([0.4] * 4, 50), rng.integers(0, 4, 50), rng.integers(50, size=30)
+    statistics = label_statistics(probabilities, gold)
+    assert {name: statistic(rows) for name, statistic in statistics.items()} == label_metrics(probabilities[rows], gold[rows])

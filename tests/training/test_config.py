@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from openbook_training.config import load_config
 from openbook_training.errors import InvalidConfig
-from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig
 from openbook_training.tasks.retriever import RetrieverConfig
 
@@ -71,16 +70,6 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"none\.toml"):
         load_config(tmp_path / "none.toml", ReaderConfig)
-
-
-def recipes() -> list[Path]:
-    return sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
-
-
-@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.stem)
-def test_a_shipped_recipe_is_valid_for_the_objective_it_is_named_after(recipe: Path) -> None:
-    name = next(name for name in OBJECTIVES if recipe.stem == name or recipe.stem.startswith(name + "_"))
-    assert load_config(recipe, OBJECTIVES[name].config()).output == f"runs/{recipe.stem}"
 
 
 def test_lists_of_numbers_take_whole_ones_and_refuse_what_is_no_number(tmp_path: Path) -> None:

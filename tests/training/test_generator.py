@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.generator import AnswerEncoder, FusionInDecoder, answer_all, build_generator, load_generator, save_generator
 from openbook_training.loop import Loop, Stopped
@@ -263,8 +263,3 @@ def test_a_setting_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         train(OBJECTIVES["generator"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["generator", "generator_tiny"])
-def test_the_shipped_recipes_are_valid(name: str) -> None:
-    load_config(Path(__file__).parents[2] / "training" / "configs" / f"{name}.toml", GeneratorConfig)

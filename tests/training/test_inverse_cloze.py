@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.inverse_cloze import also_right, block, folded, query_spans
 from openbook_training.loop import Loop
@@ -23,7 +23,6 @@ from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.inverse_cloze import Example, InverseClozeConfig, InverseClozeTask
 from rich.console import Console
 
-CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 WORDS = "red blue green one two three city river king book".split()
 
 
@@ -220,8 +219,3 @@ def test_a_setting_that_cannot_work_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=message):
         train(OBJECTIVES["inverse_cloze"], dataclasses.replace(config, **changes), resume=False, console=quiet())
-
-
-@pytest.mark.parametrize("name", ["inverse_cloze.toml", "inverse_cloze_tiny.toml"])
-def test_the_shipped_recipes_are_valid(name: str) -> None:
-    load_config(CONFIGS / name, InverseClozeConfig)

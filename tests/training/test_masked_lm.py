@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.loop import Loop, Stopped
 from openbook_training.masked_language_model import build_masked_lm
@@ -26,7 +26,6 @@ from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.masked_lm import MaskedLmConfig, MaskedLmTask
 from rich.console import Console
 
-CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SCRATCH = ScratchConfig(layers=2, hidden=32, heads=2, vocabulary=120)
 
 
@@ -217,8 +216,3 @@ def test_a_setting_that_cannot_work_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=message):
         train(OBJECTIVES["masked_lm"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["masked_lm.toml", "masked_lm_tiny.toml"])
-def test_the_shipped_recipes_are_valid(name: str) -> None:
-    load_config(CONFIGS / name, MaskedLmConfig)

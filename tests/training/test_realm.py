@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.index_refresh import IndexConfig
 from openbook_training.loop import Loop
@@ -28,7 +28,6 @@ from openbook_training.tasks.realm import RealmConfig, RealmTask
 from openbook_training.tasks.vocab_head import VocabHeadConfig
 from rich.console import Console
 
-CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 WORDS = "red blue green one two three city river king book".split()
 
 
@@ -317,8 +316,3 @@ def test_a_setting_that_cannot_work_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=message):
         train(OBJECTIVES["realm"], dataclasses.replace(config, **changes), resume=False, console=quiet())
-
-
-@pytest.mark.parametrize("name", ["realm.toml", "realm_tiny.toml"])
-def test_the_shipped_recipes_are_valid(name: str) -> None:
-    load_config(CONFIGS / name, RealmConfig)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.heads import load_head_model
 from openbook_training.run import train
 from openbook_training.tasks import OBJECTIVES
@@ -106,7 +106,3 @@ def test_evidence_is_read_in_the_claims_segment_unless_a_folder_of_old_says_noth
             one, two = (model(inputs | {"token_type_ids": types * inputs["token_type_ids"]}) for types in (0, 1))
         told_apart.append(not torch.equal(one, two))
     assert told_apart == [False, True]
-
-
-def test_the_shipped_recipe_is_valid() -> None:
-    load_config(Path(__file__).parents[2] / "training" / "configs" / "verification.toml", VerificationConfig)

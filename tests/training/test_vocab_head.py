@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, load_config
+from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import load_head_model
 from openbook_training.loop import Loop, Stopped
@@ -141,7 +141,3 @@ def test_a_setting_that_leaves_nothing_to_train_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         train(OBJECTIVES["vocab_head"], dataclasses.replace(config, **changes), resume=False, console=quiet())  # type: ignore[arg-type]
-
-
-def test_the_shipped_recipe_is_valid() -> None:
-    load_config(Path(__file__).parents[2] / "training" / "configs" / "vocab_head.toml", VocabHeadConfig)

@@ -72,9 +72,6 @@ class LanguageModel(nn.Module):
         with torch.autocast(states.device.type, enabled=False):  # bf16 keeps 8 bits of a logit
             return states, self.network.get_output_embeddings()(states)
 
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        self.network.gradient_checkpointing_enable(**settings)
-
 
 class Prompts:
     """Stretches and their passages as model inputs."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidConfig, InvalidData, TrainingDiverged
 from openbook_training.progress import Update, progress
+from openbook_training.recomputation import recompute_activations
 from openbook_training.record import Record, memory_mb, metric_lines
 from openbook_training.run_folder import CHECKPOINT, load_state, publish
 
@@ -96,7 +97,7 @@ class Loop(Generic[Example]):
         # bf16 autocast works on a CPU too; accelerate picks the device and shards over processes.
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         if config.gradient_checkpointing:
-            _recompute_activations(task.model)
+            recompute_activations(task.model)
         self._trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         # Not wrapped for several processes: a wrapper counts backward passes, and ours are as many as a process's share needs.
@@ -298,13 +299,6 @@ class Loop(Generic[Example]):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def _recompute_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise InvalidConfig("loop.gradient_checkpointing: the model of this objective cannot; leave it false")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # the reentrant kind wants inputs with gradients, LoRA has none
 
 
 def length_grouped(examples: Iterable[Example], length: Callable[[Example], int], size: int, rng: random.Random) -> list[list[Example]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from openbook import results
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult, Classified, Document, SearchResult, Written
+from openbook.results import AnswerResult, Classified, SearchResult, Written
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
@@ -24,7 +24,6 @@ MODES = {
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
 TEXTS_A_MESSAGE = 32
-_BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
 R = TypeVar("R")
 Conditions = Mapping[str, object] | pb.Filter
 
@@ -111,25 +110,6 @@ def generate_request(text: str, **options: Unpack[GenerateOptions]) -> pb.Genera
     given["stop"] = [stop for part in parts(given.get("stop", []), "stop") for stop in part]
     [[sendable]] = parts([text], "text")
     return pb.GenerateRequest(text=sendable, **given)
-
-
-def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
-    """Messages of bounded size; documents are taken from the iterable no sooner than they are sent."""
-    request, size, ids = kb.UpsertRequest(), 0, set[str]()
-    for at, document in enumerate(documents):
-        try:
-            message = document.to_message()
-        except (UnicodeEncodeError, TypeError, ValueError) as error:
-            raise RequestRejected(f"document {document.id!r} cannot be sent ({error})", field=f"documents[{at}]") from error
-        full = len(ids) == TEXTS_A_MESSAGE or size + message.ByteSize() > _BYTES_A_MESSAGE
-        if ids and (full or document.id in ids):  # of one id that comes twice, the last one stays
-            yield request
-            request, size, ids = kb.UpsertRequest(), 0, set()
-        request.documents.append(message)
-        size += message.ByteSize()
-        ids.add(document.id)
-    if request.documents:
-        yield request
 
 
 def delete_requests(ids: Sequence[str]) -> list[kb.DeleteRequest]:

@@ -117,7 +117,7 @@ class Client(GenerationMethods, Calling):
 
     def delete(self, ids: Sequence[str]) -> list[Written]:
         """Remove documents for good."""
-        return self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results)
+        return messages.deleted(self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results))
 
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
@@ -214,7 +214,7 @@ class AsyncClient(GenerationMethods, AsyncCalling):
 
     async def delete(self, ids: Sequence[str]) -> list[Written]:
         """As `Client.delete`."""
-        return await self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results)
+        return messages.deleted(await self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results))
 
     async def describe(self) -> pb.DescribeResponse:
         """As `Client.describe`."""

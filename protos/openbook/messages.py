@@ -116,8 +116,13 @@ def delete_requests(ids: Sequence[str]) -> list[kb.DeleteRequest]:
     return [kb.DeleteRequest(ids=part) for part in parts(ids, "ids")]
 
 
-def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[Written]:
-    return [results.written(result) for result in reply.results]
+def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[kb.WriteResult]:
+    return list(reply.results)
+
+
+def deleted(found: Sequence[kb.WriteResult]) -> list[Written]:
+    """Of several messages, each of which but the last names `TEXTS_A_MESSAGE`."""
+    return [results.written(result, at - at % TEXTS_A_MESSAGE) for at, result in enumerate(found)]
 
 
 def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:

@@ -279,6 +279,16 @@ def test_what_refuses_a_whole_later_message_is_named_by_its_place(client: Client
         client.embed(["x"] * 33)
 
 
+async def test_an_id_that_is_refused_is_named_by_its_place_among_all_that_are_deleted(server: tuple[Scripted, str]) -> None:
+    ids = [*map(str, range(40)), "", "last"]
+    with Client(server[1], timeout_seconds=5) as client:
+        deleted = client.delete(ids)
+    async with AsyncClient(server[1], timeout_seconds=5) as asynchronous:
+        assert await asynchronous.delete(ids) == deleted
+    assert [one.id for one in deleted] == ids
+    assert {at: one.problem for at, one in enumerate(deleted) if one.problem} == {40: "ids[40]: empty"}
+
+
 UNSENDABLE = [
     Document(id="cut", text="half a pair \ud800"),
     Document(id="large", text="x" * MAX_MESSAGE_BYTES),

@@ -129,32 +129,44 @@ def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
     for at, text in enumerate(texts):
-        try:
-            text.encode()
-        except (UnicodeEncodeError, AttributeError) as error:
-            raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=f"{field}[{at}]") from error
+        _check_sendable(text, f"{field}[{at}]")
     for at in range(0, len(texts), TEXTS_A_MESSAGE):
         yield list(texts[at : at + TEXTS_A_MESSAGE])
+
+
+def _check_sendable(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except (UnicodeEncodeError, AttributeError) as error:
+        raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=field) from error
 
 
 def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, str):
+            _check_sendable(value, name)
     for field, known in (("mode", MODES), ("fusion", FUSIONS)):
         if field in given:
             if given[field] not in known:
                 raise RequestRejected(f"{given[field]!r} is none of {', '.join(known)}", field=field)
             given[field] = known[given[field]]
     if isinstance(given.get("filter"), Mapping):
-        equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
-        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))
+        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_equals(*condition) for condition in given["filter"].items()]))
     if "seed" in given and not 0 <= given["seed"] < 2**64:
         raise RequestRejected(f"{given['seed']} is not a number from 0 to 2^64 - 1", field="seed")
     for name in ("top_k", "max_answers", "max_labels", "max_tokens", "ef", "rerank"):
         if name in given and not -(2**31) <= given[name] < 2**31:
             raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
     return given
+
+
+def _equals(key: str, value: object) -> pb.Filter:
+    for part in (key, str(value)):
+        _check_sendable(part, "filter")
+    return pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value)))
 
 
 @contextmanager

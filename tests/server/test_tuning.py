@@ -44,6 +44,7 @@ def test_every_arrangement_of_threads_and_then_every_budget_is_tried(tiny_bundle
     assert seen == trials
     tried = thread_arrangements("cpu", cores())
     assert [(trial.threads, trial.sessions) for trial in trials[: len(tried)]] == tried
+    assert {trial.max_batch_tokens for trial in trials[: len(tried)]} == {ServerConfig().max_batch_tokens}
     assert len({(trial.threads, trial.sessions) for trial in trials[len(tried) :]}) == 1
     assert {trial.max_batch_tokens for trial in trials} == set(BUDGETS)
     assert best in trials

@@ -7,12 +7,15 @@ import asyncio
 import importlib
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from openbook.v1 import openbook_pb2 as pb
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -44,6 +47,42 @@ def test_what_client_processes_saw_is_put_together(part: Any) -> None:
     both = driver.merged([one, other])
     assert both.milliseconds == {"OK": [1.0, 2.0, 5.0], "RESOURCE_EXHAUSTED": [0.5]}
     assert (both.sent, both.calls, both.seconds, both.client_cpu) == (5, 4, 2.0, 0.7)
+
+
+@pytest.mark.parametrize("method", ["Embed", "Answer"])
+def test_a_call_of_which_single_texts_were_refused_is_not_counted_as_served(part: Any, method: str) -> None:
+    driver = part("driver")
+
+    class Stub:
+        """Refuses empty texts one by one."""
+
+        async def Embed(self, request: pb.EmbedRequest, **_: float) -> pb.EmbedResponse:  # noqa: N802
+            return pb.EmbedResponse(errors=[pb.ItemError(index=at) for at, text in enumerate(request.texts) if not text])
+
+        async def Answer(self, request: pb.AnswerRequest, **_: float) -> pb.AnswerResponse:  # noqa: N802
+            return pb.AnswerResponse(errors=[pb.ItemError(index=at) for at, text in enumerate(request.questions) if not text])
+
+    load = driver.Load(seconds=1.0, method=method)
+    assert asyncio.run(driver.called(Stub(), ["a", "b"], load)) == "OK"
+    assert asyncio.run(driver.called(Stub(), ["a", ""], load)) == "ITEM_ERRORS"
+
+
+def test_a_server_that_logs_more_than_a_pipe_holds_is_not_held_up(part: Any, tmp_path: Path) -> None:
+    server, done = tmp_path / "server", tmp_path / "done"
+    server.write_text(f"""#!{sys.executable}
+import os, pathlib, time
+os.write(2, b"serving tiny on 127.0.0.1:1: ready\\n")
+os.write(2, b"a line\\n" * 100_000)
+pathlib.Path({str(done)!r}).touch()
+time.sleep(60)
+""")
+    server.chmod(0o700)
+    with part("driver").started_server(tmp_path, "cpu", 1, python=str(server)) as started:
+        assert started.address == "127.0.0.1:1"
+        deadline = time.monotonic() + 30
+        while not done.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_refusals_are_timed_by_the_client_that_is_not_busy(part: Any) -> None:

@@ -10,13 +10,14 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.pool import Pool
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import grpc
 import grpc.aio
@@ -27,6 +28,7 @@ MAX_REQUESTS = 200_000  # of one phase and client process
 WARM_UP_SECONDS = 1.0
 SETTLE_SECONDS = 0.2  # between asking the client processes to begin and the moment at which all of them do
 SATURATED = 0.9  # of a core: a client process that uses more may be what limits the rate
+ITEM_ERRORS = "ITEM_ERRORS"  # the status of a call of which single texts were refused, whatever became of the others
 SAMPLES = 100  # of the server's memory, at most, in a phase
 SAMPLE_SECONDS = 0.5  # between two of them, at least
 
@@ -182,14 +184,7 @@ async def _drive(address: str, texts: Sequence[str], load: Load, start: float, s
             nonlocal sent
             sent += began <= due <= ends
             chosen = rng.choices(texts, k=load.texts_a_message)
-            try:
-                if load.method == "Embed":
-                    await stub.Embed(pb.EmbedRequest(texts=chosen), timeout=load.deadline_seconds)
-                else:
-                    await stub.Answer(pb.AnswerRequest(questions=chosen), timeout=load.deadline_seconds)
-                status = "OK"
-            except grpc.aio.AioRpcError as error:
-                status = error.code().name
+            status = await called(stub, chosen, load)
             now = time.perf_counter()
             if began <= now <= ends:  # by its end, so that as many are counted as were finished
                 milliseconds.setdefault(status, []).append(1000 * (now - due))
@@ -221,6 +216,18 @@ async def _drive(address: str, texts: Sequence[str], load: Load, start: float, s
     )
 
 
+async def called(stub: Any, texts: Sequence[str], load: Load) -> str:
+    """What became of one call: the name of its gRPC status, or `ITEM_ERRORS`."""
+    try:
+        if load.method == "Embed":
+            reply = await stub.Embed(pb.EmbedRequest(texts=texts), timeout=load.deadline_seconds)
+        else:
+            reply = await stub.Answer(pb.AnswerRequest(questions=texts), timeout=load.deadline_seconds)
+    except grpc.aio.AioRpcError as error:
+        return str(error.code().name)
+    return ITEM_ERRORS if reply.errors else "OK"
+
+
 @contextmanager
 def started_server(
     bundle: Path,
@@ -239,7 +246,7 @@ def started_server(
     options += ["--frontends", str(front_ends)] if front_ends else []
     command = [python, "-m", "openbook.cli", "serve", *folders, *options]
     began, said = time.perf_counter(), []
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"serving .* on (127\.0\.0\.1:\d+)", line):  # written once health says SERVING
@@ -247,11 +254,19 @@ def started_server(
         said.append(line)
     else:
         raise SystemExit(f"the server did not start: {''.join(said[-5:])}")
+    threading.Thread(target=_read_on, args=(process.stderr,), daemon=True).start()
     try:
         yield Server(found.group(1), process.pid, time.perf_counter() - began)
     finally:
         process.terminate()
         process.wait()
+
+
+def _read_on(stream: IO[str]) -> None:
+    """To its end: a server whose log nobody reads would stop once the pipe is full."""
+    with stream:
+        for _ in stream:
+            pass
 
 
 def cpu_seconds(pid: int) -> float:

@@ -3,14 +3,19 @@
     python benchmarks/overload.py BUNDLE TEXTS.jsonl [--device cpu] [--factors 0.5 1 2 10] [--seconds 8] [--minutes 10] [--plot FILE.png]
 
 Capacity is measured first, in closed loop; then messages arrive at random (Poisson) at multiples of it, whether or not those before
-were answered, from processes of their own, and each call has a deadline. Reported per factor: goodput (texts answered within their
-deadline, as a share of capacity), what became of the other calls, how soon refusals came, the server's CPU time a call, and its memory.
-How soon refusals came is seen by a client of its own that sends a few calls a second, for those who flood a server wait for
-themselves. With `--minutes` the largest factor then goes on for so long, minute by minute: memory must not grow
-from the first minute to the last. Clients on the same cores take part of them, so goodput falls somewhat with the factor whatever
-the server does; `offered` is what they really sent, `client_cpu` what the busiest of them used (near 1: it may be the limit; raise
-`--clients`). The CPU time of a refusal is what is left of the largest factor's after its answers are paid for at the smallest
-factor's price. Bounded in time and number of requests; warm-up is left out. The last line is JSON.
+were answered, from processes of their own, and each call has a deadline. At the end capacity is measured again: shares are of the larger
+of the two, and when they differ by more than a tenth, that is said, for then the machine was not the same throughout.
+
+Reported per factor: goodput (texts answered within their deadline, as a share of capacity), what became of the other calls, how soon
+refusals came, the server's CPU time a call, and its memory. How soon refusals came is seen by a client of its own that sends a few calls
+a second, for those who flood a server wait for themselves; beside it stands which share of its calls waited in vain until their
+deadline, which no latency of refusals counts. With `--minutes` the largest factor then goes on for so long, minute by minute: memory must
+not grow from the first minute to the last.
+
+Clients on the same cores take part of them, so goodput falls somewhat with the factor whatever the server does; `offered` is what they
+really sent, `client_cpu` what the busiest of them used (near 1: it may be the limit; raise `--clients`). The CPU time of a refusal is what
+is left of the largest factor's after its answers are paid for at the smallest factor's price. Bounded in time and number of requests;
+warm-up is left out. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,18 +35,18 @@ REFUSED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 SETTLE_SECONDS = 2.0  # before memory is looked at again
 MINUTE = 60.0
 PROBE_RATE = 20.0  # calls a second of the client that is not busy itself
+STEADY = 0.9  # the smaller capacity as a share of the larger, at least, on a machine that stayed the same
 
 
-def summary(driven: Driven, load: Load, capacity: float) -> dict[str, object]:
-    """One phase in numbers; `capacity` in texts a second."""
-    refusals = driven.probe.milliseconds.get(REFUSED[0], []) if driven.probe else []
-    answers = driven.milliseconds.get("OK", [])
-    goodput = load.texts_a_message * len(answers) / driven.seconds
+def summary(driven: Driven, load: Load, probe: Driven) -> dict[str, object]:
+    """One phase in numbers."""
+    refusals, answers = probe.milliseconds.get(REFUSED[0], []), driven.milliseconds.get("OK", [])
     return {
         "offered_texts_per_second": load.texts_a_message * driven.sent / driven.seconds,
-        "goodput_texts_per_second": goodput,
-        "goodput_to_capacity": goodput / capacity,
+        "goodput_texts_per_second": load.texts_a_message * len(answers) / driven.seconds,
         "calls": {status: len(part) for status, part in driven.milliseconds.items()},
+        "probe_calls": {status: len(part) for status, part in probe.milliseconds.items()},
+        "probe_waited_in_vain": probe.count(REFUSED[1]) / max(1, probe.calls),  # a share
         "server_cpu_ms_a_call": 1000 * driven.server_cpu_seconds / max(1, driven.calls),
         "client_cpu": driven.client_cpu,
         "memory_peak_mb": max((mb for _, mb in driven.memory_mb), default=float("nan")),
@@ -57,9 +62,23 @@ def summary(driven: Driven, load: Load, capacity: float) -> dict[str, object]:
 def described(phase: dict[str, object]) -> str:
     took = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in phase.items() if "_p" in name and name.endswith("_ms"))
     return (
-        f"goodput {phase['goodput_to_capacity']:.2f} of capacity; {took}; {phase['server_cpu_ms_a_call']:.2f} ms CPU a call; "
-        f"{phase['memory_peak_mb']:.0f} MB; {phase['calls']}"
+        f"goodput {phase['goodput_texts_per_second']:.0f} texts/s; {took}; {phase['server_cpu_ms_a_call']:.2f} ms CPU a call; "
+        f"{phase['memory_peak_mb']:.0f} MB; {phase['calls']}; probe {phase['probe_calls']}, "
+        f"{phase['probe_waited_in_vain']:.1%} waited in vain"
     )
+
+
+def against(phases: Sequence[dict[str, object]], *, start: float, end: float) -> dict[str, object]:
+    """Adds to each phase its goodput as a share of the larger capacity, in texts a second; returns what is to be reported of the two."""
+    capacity = max(start, end)
+    for phase in phases:
+        phase["goodput_to_capacity"] = phase["goodput_texts_per_second"] / capacity  # type: ignore[operator]
+    return {
+        "capacity_texts_per_second": capacity,
+        "capacity_at_start": start,
+        "capacity_at_end": end,
+        "capacity_steady": min(start, end) >= STEADY * capacity,
+    }
 
 
 def refusal_cost(phases: Sequence[dict[str, object]]) -> float | None:
@@ -117,16 +136,21 @@ def main() -> None:
         started_server(arguments.bundle, arguments.device, arguments.threads, sessions=arguments.sessions) as server,
         Clients(arguments.clients) as clients,
     ):
-        closed = clients.drive(server, texts, Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=arguments.seconds))
-        capacity = size * closed.count("OK") / closed.seconds
+
+        def measured_capacity() -> float:
+            load = Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=arguments.seconds)
+            return size * clients.drive(server, texts, load).count("OK") / load.seconds
+
+        start = measured_capacity()
         before = memory_mb(server.pid)
-        print(f"capacity: {capacity:.0f} texts/s, {size} a message")
+        print(f"capacity: {start:.0f} texts/s, {size} a message")
 
         def flood(factor: float, seconds: float) -> Driven:
-            load = Load(texts_a_message=size, rate=factor * capacity / size, seconds=seconds, deadline_seconds=deadline)
+            load = Load(texts_a_message=size, rate=factor * start / size, seconds=seconds, deadline_seconds=deadline)
             probe = Load(texts_a_message=size, rate=PROBE_RATE, seconds=seconds, deadline_seconds=deadline)
             driven = clients.drive(server, texts, load, probe=probe)
-            phases.append({"factor": factor, "seconds": seconds, **summary(driven, load, capacity)})
+            assert driven.probe is not None
+            phases.append({"factor": factor, "seconds": seconds, **summary(driven, load, driven.probe)})
             print(f"{factor:g} x capacity, {seconds:g} s: {described(phases[-1])}")
             warn_if_saturated(driven)
             return driven
@@ -138,15 +162,22 @@ def main() -> None:
         minutes = [flood(factors[-1], MINUTE) for _ in range(arguments.minutes)]
         time.sleep(SETTLE_SECONDS)
         memory: dict[str, object] = {"before_mb": before, "after_mb": memory_mb(server.pid), "peak_mb": memory_mb(server.pid, "VmHWM")}
+        end = measured_capacity()
+    capacity = against(phases, start=start, end=end)
+    print(f"capacity at the end: {end:.0f} texts/s, at the start {start:.0f}")
+    if not capacity["capacity_steady"]:
+        print("  they differ by more than a tenth: the machine was not the same throughout, and no share is better known than that")
+    shares = ", ".join(f"{phase['goodput_to_capacity']:.2f}" for phase in phases[:measured])
+    print(f"goodput at {', '.join(f'{factor:g}' for factor in factors)} x capacity: {shares} of the larger capacity")
     cost = "none was refused" if refusal is None else f"a refusal costs {refusal:.2f} ms of CPU time"
     print(f"{cost}; memory {before:.0f} -> {memory['after_mb']:.0f} MB, peak {memory['peak_mb']:.0f}")
     if minutes:
         memory["each_minute_mb"] = [max(mb for _, mb in minute.memory_mb) for minute in minutes]
         print(f"the most in each minute at {factors[-1]:g} x capacity: {', '.join(f'{mb:.0f}' for mb in memory['each_minute_mb'])} MB")  # type: ignore[attr-defined]
     if arguments.plot:
-        plot(arguments.plot, phases[:measured], capacity)
+        plot(arguments.plot, phases[:measured], max(start, end))
     report = {
-        "capacity_texts_per_second": capacity,
+        **capacity,
         "texts_a_message": size,
         "deadline_ms": arguments.deadline_ms,
         "phases": phases[:measured],

@@ -7,12 +7,15 @@ import asyncio
 import importlib
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from openbook.v1 import openbook_pb2 as pb
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -46,16 +49,76 @@ def test_what_client_processes_saw_is_put_together(part: Any) -> None:
     assert (both.sent, both.calls, both.seconds, both.client_cpu) == (5, 4, 2.0, 0.7)
 
 
+@pytest.mark.parametrize("method", ["Embed", "Answer"])
+def test_a_call_of_which_single_texts_were_refused_is_not_counted_as_served(part: Any, method: str) -> None:
+    driver = part("driver")
+
+    class Stub:
+        """Refuses empty texts one by one."""
+
+        async def Embed(self, request: pb.EmbedRequest, **_: float) -> pb.EmbedResponse:  # noqa: N802
+            return pb.EmbedResponse(errors=[pb.ItemError(index=at) for at, text in enumerate(request.texts) if not text])
+
+        async def Answer(self, request: pb.AnswerRequest, **_: float) -> pb.AnswerResponse:  # noqa: N802
+            return pb.AnswerResponse(errors=[pb.ItemError(index=at) for at, text in enumerate(request.questions) if not text])
+
+    load = driver.Load(seconds=1.0, method=method)
+    assert asyncio.run(driver.called(Stub(), ["a", "b"], load)) == "OK"
+    assert asyncio.run(driver.called(Stub(), ["a", ""], load)) == "ITEM_ERRORS"
+
+
+def test_a_server_that_logs_more_than_a_pipe_holds_is_not_held_up(part: Any, tmp_path: Path) -> None:
+    server, done = tmp_path / "server", tmp_path / "done"
+    server.write_text(f"""#!{sys.executable}
+import os, pathlib, time
+os.write(2, b"serving tiny on 127.0.0.1:1: ready\\n")
+os.write(2, b"a line\\n" * 100_000)
+pathlib.Path({str(done)!r}).touch()
+time.sleep(60)
+""")
+    server.chmod(0o700)
+    with part("driver").started_server(tmp_path, "cpu", 1, python=str(server)) as started:
+        assert started.address == "127.0.0.1:1"
+        deadline = time.monotonic() + 30
+        while not done.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_refusals_are_timed_by_the_client_that_is_not_busy(part: Any) -> None:
     driver, overload = part("driver"), part("overload")
     probe = driver.Driven(milliseconds={"RESOURCE_EXHAUSTED": [1.0, 2.0, 3.0]}, sent=3, seconds=1.0, client_cpu=0.0)
     busy = {"OK": [10.0], "RESOURCE_EXHAUSTED": [50.0]}
-    driven = driver.Driven(
-        milliseconds=busy, sent=2, seconds=1.0, client_cpu=0.9, server_cpu_seconds=0.5, memory_mb=[(0.0, 7.0)], probe=probe
-    )
-    phase = overload.summary(driven, driver.Load(rate=2.0, seconds=1.0), capacity=4.0)
+    driven = driver.Driven(milliseconds=busy, sent=2, seconds=1.0, client_cpu=0.9, server_cpu_seconds=0.5, memory_mb=[(0.0, 7.0)])
+    phase = overload.summary(driven, driver.Load(rate=2.0, seconds=1.0), probe)
     assert (phase["refusal_p50_ms"], phase["answer_p50_ms"], phase["memory_peak_mb"]) == (2.0, 10.0, 7.0)
-    assert (phase["goodput_to_capacity"], phase["server_cpu_ms_a_call"]) == (0.25, 250.0)
+    assert (phase["goodput_texts_per_second"], phase["server_cpu_ms_a_call"]) == (1.0, 250.0)
+
+
+def test_calls_of_the_probe_that_waited_in_vain_are_reported_beside_its_refusals(part: Any) -> None:
+    driver, overload = part("driver"), part("overload")
+    driven = driver.Driven(milliseconds={"OK": [10.0]}, sent=1, seconds=1.0, client_cpu=0.9)
+    seen = {"RESOURCE_EXHAUSTED": [1.0], "DEADLINE_EXCEEDED": [1000.0] * 2, "OK": [900.0]}
+    probe = driver.Driven(milliseconds=seen, sent=5, seconds=1.0, client_cpu=0.0)
+    phase = overload.summary(driven, driver.Load(rate=2.0, seconds=1.0), probe)
+    assert phase["probe_calls"] == {"RESOURCE_EXHAUSTED": 1, "DEADLINE_EXCEEDED": 2, "OK": 1}
+    assert phase["probe_waited_in_vain"] == 0.5
+    assert "50.0% waited in vain" in overload.described(phase)
+    silent = driver.Driven(milliseconds={}, sent=0, seconds=1.0, client_cpu=0.0)
+    assert overload.summary(driven, driver.Load(rate=2.0, seconds=1.0), silent)["probe_waited_in_vain"] == 0.0
+
+
+def test_goodput_is_a_share_of_the_larger_of_two_capacities(part: Any) -> None:
+    overload = part("overload")
+    phases: list[dict[str, object]] = [{"goodput_texts_per_second": 50.0}]
+    assert overload.against(phases, start=80.0, end=100.0) == {
+        "capacity_texts_per_second": 100.0,
+        "capacity_at_start": 80.0,
+        "capacity_at_end": 100.0,
+        "capacity_steady": False,
+    }
+    assert phases[0]["goodput_to_capacity"] == 0.5
+    assert overload.against([], start=100.0, end=90.0)["capacity_steady"]
 
 
 def test_results_of_several_benchmarks_share_a_file_and_hold_no_nan(part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

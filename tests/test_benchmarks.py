@@ -42,6 +42,9 @@ def test_overload_reports_goodput_refusals_and_memory(tiny_bundle: Path, texts: 
     assert calm["offered_texts_per_second"] < flooded["offered_texts_per_second"]
     assert calm["goodput_to_capacity"] > 0
     assert calm["calls"]["OK"] > 0
+    assert sum(calm["probe_calls"].values()) > 0
+    assert 0 <= calm["probe_waited_in_vain"] <= 1
+    assert report["capacity_texts_per_second"] == max(report["capacity_at_start"], report["capacity_at_end"])
     assert report["memory"]["peak_mb"] >= report["memory"]["before_mb"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
 

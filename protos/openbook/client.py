@@ -24,7 +24,7 @@ from openbook.errors import ClientError, RequestRejected
 from openbook.messages import AnswerOptions, ClassifyOptions, GenerateOptions, RankedSearchOptions
 from openbook.results import AnswerResult, Classified, Document, Piece, SearchResult, Written
 from openbook.retrying import Attempts
-from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.upserting import Parts
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
 
@@ -104,18 +104,25 @@ class Client(GenerationMethods, Calling):
     def upsert(self, documents: Iterable[Document]) -> Iterator[Written]:
         """Store documents; yields what became of each, in order, as soon as it is durable and searchable.
 
+        One that cannot be sent, or is too large for the server, has failed as one that the server refuses has; the others are stored.
         Nothing is sent before the first result is asked for.
         """
-        first = 0
-        for request in messages.upsert_requests(documents):
-            with messages.placed(first):
-                reply = self._call(self._knowledge_base.Upsert, request)
-            yield from (results.written(result, first) for result in reply.results)
-            first += len(request.documents)
+        parts = Parts(documents)
+        for part in parts:
+            if isinstance(part, Written):
+                yield part
+                continue
+            try:
+                with messages.placed(part.first):
+                    reply = self._call(self._knowledge_base.Upsert, part.request)
+            except RequestRejected as refusal:
+                parts.divide(part, refusal)
+                continue
+            yield from part.results(reply)
 
     def delete(self, ids: Sequence[str]) -> list[Written]:
         """Remove documents for good."""
-        return self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results)
+        return messages.deleted(self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results))
 
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
@@ -197,17 +204,23 @@ class AsyncClient(GenerationMethods, AsyncCalling):
 
     async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
         """As `Client.upsert`."""
-        first = 0
-        for request in messages.upsert_requests(documents):
-            with messages.placed(first):
-                reply: kb.UpsertResponse = await self._call(self._knowledge_base.Upsert, request)
-            for result in reply.results:
-                yield results.written(result, first)
-            first += len(request.documents)
+        parts = Parts(documents)
+        for part in parts:
+            if isinstance(part, Written):
+                yield part
+                continue
+            try:
+                with messages.placed(part.first):
+                    reply = await self._call(self._knowledge_base.Upsert, part.request)
+            except RequestRejected as refusal:
+                parts.divide(part, refusal)
+                continue
+            for result in part.results(reply):
+                yield result
 
     async def delete(self, ids: Sequence[str]) -> list[Written]:
         """As `Client.delete`."""
-        return await self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results)
+        return messages.deleted(await self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results))
 
     async def describe(self) -> pb.DescribeResponse:
         """As `Client.describe`."""

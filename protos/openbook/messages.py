@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from openbook import results
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult, Classified, Document, SearchResult, Written
+from openbook.results import AnswerResult, Classified, SearchResult, Written
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
@@ -24,7 +24,6 @@ MODES = {
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
 TEXTS_A_MESSAGE = 32
-_BYTES_A_MESSAGE = 4 * 1024 * 1024  # of documents; half of what a server takes by default
 R = TypeVar("R")
 Conditions = Mapping[str, object] | pb.Filter
 
@@ -115,63 +114,61 @@ def generate_request(text: str, **options: Unpack[GenerateOptions]) -> pb.Genera
     return pb.GenerateRequest(text=sendable, **given)
 
 
-def upsert_requests(documents: Iterable[Document]) -> Iterator[kb.UpsertRequest]:
-    """Messages of bounded size; documents are taken from the iterable no sooner than they are sent."""
-    request, size, ids = kb.UpsertRequest(), 0, set[str]()
-    for at, document in enumerate(documents):
-        try:
-            message = document.to_message()
-        except (UnicodeEncodeError, TypeError, ValueError) as error:
-            raise RequestRejected(f"document {document.id!r} cannot be sent ({error})", field=f"documents[{at}]") from error
-        full = len(ids) == TEXTS_A_MESSAGE or size + message.ByteSize() > _BYTES_A_MESSAGE
-        if ids and (full or document.id in ids):  # of one id that comes twice, the last one stays
-            yield request
-            request, size, ids = kb.UpsertRequest(), 0, set()
-        request.documents.append(message)
-        size += message.ByteSize()
-        ids.add(document.id)
-    if request.documents:
-        yield request
-
-
 def delete_requests(ids: Sequence[str]) -> list[kb.DeleteRequest]:
     return [kb.DeleteRequest(ids=part) for part in parts(ids, "ids")]
 
 
-def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[Written]:
-    return [results.written(result) for result in reply.results]
+def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[kb.WriteResult]:
+    return list(reply.results)
+
+
+def deleted(found: Sequence[kb.WriteResult]) -> list[Written]:
+    """Of several messages, each of which but the last names `TEXTS_A_MESSAGE`."""
+    return [results.written(result, at - at % TEXTS_A_MESSAGE) for at, result in enumerate(found)]
 
 
 def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
     for at, text in enumerate(texts):
-        try:
-            text.encode()
-        except (UnicodeEncodeError, AttributeError) as error:
-            raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=f"{field}[{at}]") from error
+        _check_sendable(text, f"{field}[{at}]")
     for at in range(0, len(texts), TEXTS_A_MESSAGE):
         yield list(texts[at : at + TEXTS_A_MESSAGE])
+
+
+def _check_sendable(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except (UnicodeEncodeError, AttributeError) as error:
+        raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=field) from error
 
 
 def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, str):
+            _check_sendable(value, name)
     for field, known in (("mode", MODES), ("fusion", FUSIONS)):
         if field in given:
             if given[field] not in known:
                 raise RequestRejected(f"{given[field]!r} is none of {', '.join(known)}", field=field)
             given[field] = known[given[field]]
     if isinstance(given.get("filter"), Mapping):
-        equalities = [pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value))) for key, value in given["filter"].items()]
-        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=equalities))
+        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_equals(*condition) for condition in given["filter"].items()]))
     if "seed" in given and not 0 <= given["seed"] < 2**64:
         raise RequestRejected(f"{given['seed']} is not a number from 0 to 2^64 - 1", field="seed")
     for name in ("top_k", "max_answers", "max_labels", "max_tokens", "ef", "rerank"):
         if name in given and not -(2**31) <= given[name] < 2**31:
             raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
     return given
+
+
+def _equals(key: str, value: object) -> pb.Filter:
+    for part in (key, str(value)):
+        _check_sendable(part, "filter")
+    return pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value)))
 
 
 @contextmanager

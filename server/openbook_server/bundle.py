@@ -129,7 +129,7 @@ def load_bundle(folder: Path) -> Bundle:
         BundleInvalid: something is missing, malformed, of a newer format, or differs from its digest; the message names
             the file, what was expected and found, and the way out.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     bundle = _parse(folder, manifest)
     files = get(manifest, "files", dict, folder)
     tokenizers = [writer.tokenizer for writer in bundle.writers.values()]
@@ -168,7 +168,12 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the bundle in `folder`, of a known format and unchanged since the export; no other file is looked at.
+
+    Raises:
+        BundleInvalid: as `load_bundle`.
+    """
     file = folder / MANIFEST
     if not folder.is_dir():
         raise BundleInvalid(f"bundle {folder} does not exist; `openbook export CHECKPOINT {folder}` writes it")

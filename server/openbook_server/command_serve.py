@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: openbook serve bundle/ kb/ --port 50051 --metrics-port 9090\n"
         "Every flag but --profile can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ...\n"
-        "A flag wins over it, and it over the profile.\n"
+        "A flag wins over it, and it over the profile, of which nothing applies on another device than it was measured on.\n"
         "exit status: 0 after a drain, 1 when the server cannot start, 2 for wrong usage"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
@@ -95,12 +95,12 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
 
     Raises:
         InvalidRequest: a value is outside its range, an environment variable is not of its type, or the profile is none.
+        BundleInvalid: what the profile was measured with cannot be compared with the bundle, which is none.
     """
     from openbook_server.config import ServerConfig
     from openbook_server.errors import InvalidRequest
-    from openbook_server.profiles import read_profile
 
-    values: dict[str, Any] = dict(read_profile(arguments.profile)) if arguments.profile else {}
+    values: dict[str, Any] = {}
     for name in _FLAGS:
         variable = "OPENBOOK_" + name.upper()
         given = getattr(arguments, name)
@@ -112,4 +112,31 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
                 raise InvalidRequest(variable, f"{os.environ[variable]!r} is no {kind.__name__}") from error
         if given is not None:
             values[name] = given
+    if arguments.profile:
+        values = _of_profile(arguments.profile, arguments.bundle, values.get("device")) | values
     return ServerConfig(**values)
+
+
+def _of_profile(file: Path, bundle: Path, device: str | None) -> dict[str, Any]:
+    """The settings of a profile; none where a `device` is given that they were not measured on, which would be slow or refused there.
+
+    Says on standard error when that is so, and when the number of cores or the bundle is another one.
+    """
+    from openbook_server.bundle import read_manifest
+    from openbook_server.profiles import read_profile
+    from openbook_server.runtime import cores
+
+    profile = read_profile(file)
+    measured_on = profile.settings.get("device", device)
+    if device not in (None, measured_on):
+        print(f"openbook serve: {file} was measured on {measured_on}, not on {device}; none of its settings apply", file=sys.stderr)
+        return {}
+    others = []
+    if profile.cores not in (None, cores()):
+        others.append(f"{profile.cores} cores, of which there are {cores()} here")
+    if profile.bundle_id is not None and profile.bundle_id != read_manifest(bundle)["id"]:
+        others.append("another bundle")
+    if others:
+        again = f"`openbook tune {bundle} --out {file}` measures again"
+        print(f"openbook serve: {file} was measured with {', and with '.join(others)}; {again}", file=sys.stderr)
+    return dict(profile.settings)

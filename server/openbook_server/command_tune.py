@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from openbook_server.bundle import load_bundle
     from openbook_server.errors import OpenBookError
     from openbook_server.profiles import write_profile
-    from openbook_server.runtime import choose_device
+    from openbook_server.runtime import choose_device, cores
     from openbook_server.tuning import SHARE, tune
 
     if arguments.seconds <= 0 or (arguments.objective_ms is not None and arguments.objective_ms <= 0):
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             },
             {
                 "bundle_id": bundle.id,
-                "cores": os.cpu_count(),
+                "cores": cores(),
                 "objective_ms": arguments.objective_ms,
                 "trials": [dataclasses.asdict(trial) for trial in trials],
             },

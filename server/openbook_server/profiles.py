@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ SETTINGS: dict[str, type] = {
 }  # fields of ServerConfig
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What `openbook tune` found, and what it was measured with where the file says so."""
+
+    settings: Mapping[str, str | int]  # by the names of ServerConfig
+    cores: int | None
+    bundle_id: str | None
+
+
 def write_profile(file: Path, settings: Mapping[str, str | int], measured: Mapping[str, Any]) -> None:
-    """Write a profile; `measured` says how the settings came about, for people.
+    """Write a profile; `measured` says how the settings came about: `cores` and `bundle_id` to `Profile`, all of it to people.
 
     Raises:
         OSError: the file cannot be written.
@@ -31,8 +41,8 @@ def write_profile(file: Path, settings: Mapping[str, str | int], measured: Mappi
     os.replace(aside, file)
 
 
-def read_profile(file: Path) -> dict[str, str | int]:
-    """The settings in a profile, by the names of ServerConfig.
+def read_profile(file: Path) -> Profile:
+    """The profile in a file.
 
     Raises:
         InvalidRequest: the file is missing, is no profile, or sets something that profiles do not.
@@ -55,4 +65,10 @@ def read_profile(file: Path) -> dict[str, str | int]:
             raise problem(f"sets {name!r}, profiles set only {', '.join(SETTINGS)}")
         if type(value) is not SETTINGS[name]:
             raise problem(f"sets {name} to {value!r}, which is no {SETTINGS[name].__name__}")
-    return settings
+    measured = profile.get("measured")
+    if not isinstance(measured, dict):
+        measured = {}
+    cores, bundle_id = measured.get("cores"), measured.get("bundle_id")
+    return Profile(
+        settings=settings, cores=cores if type(cores) is int else None, bundle_id=bundle_id if isinstance(bundle_id, str) else None
+    )

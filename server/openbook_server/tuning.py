@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from openbook_server.bundle import Bundle
+from openbook_server.config import ServerConfig
 from openbook_server.engine import Engine, Runnable
+from openbook_server.priority import give_way
 from openbook_server.rows import Row
 from openbook_server.runtime import GPU_SESSIONS, MOST_SESSIONS, Device, Graph, choose_device, cores
 
@@ -23,7 +26,7 @@ TOP_K = 5
 CALLERS = 32  # at once, when as many requests as possible are measured
 SHARE = 0.8  # of the measured rate, at which latency is measured
 BUDGETS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)  # tokens a batch
-FIRST_BUDGET = 2_048  # with which numbers of threads and sessions are compared
+FIRST_BUDGET = ServerConfig().max_batch_tokens  # of BUDGETS, with which numbers of threads and sessions are compared
 QUESTION_TOKENS, PASSAGE_TOKENS = (8, 24), (150, 250)  # what requests are made of, if the models take so many
 _ALIKE = 0.97  # rates closer than this are equal, and latency decides
 _NO_LIMIT = 1 << 30
@@ -82,18 +85,19 @@ def tune(
     arrangements = thread_arrangements(choose_device(device, precision).name, cores())
     each = seconds / (len(arrangements) + len(BUDGETS) - 1)
 
-    def attempt(graphs: Mapping[str, Runnable], threads: int, sessions: int, budget: int) -> None:
-        rate, p95_ms = measure(graphs, workload, sessions=sessions, max_batch_tokens=budget, seconds=each)
-        trials.append(Trial(threads=threads, sessions=sessions, max_batch_tokens=budget, requests_per_second=rate, p95_ms=p95_ms))
-        report(trials[-1])
+    def attempt(threads: int, sessions: int, budgets: Iterable[int]) -> None:
+        on = choose_device(device, precision, threads, sessions)
+        with ThreadPoolExecutor(1, initializer=give_way) as thread:  # whose priority the threads that they start have, as in a server
+            graphs = thread.submit(_graphs, bundle, on, workload).result()
+        for budget in budgets:
+            rate, p95_ms = measure(graphs, workload, on, max_batch_tokens=budget, seconds=each)
+            trials.append(Trial(threads=threads, sessions=sessions, max_batch_tokens=budget, requests_per_second=rate, p95_ms=p95_ms))
+            report(trials[-1])
 
     for threads, sessions in arrangements:
-        attempt(_graphs(bundle, choose_device(device, precision, threads, sessions), workload), threads, sessions, FIRST_BUDGET)
+        attempt(threads, sessions, [FIRST_BUDGET])
     best = choose(trials, objective_ms)
-    graphs = _graphs(bundle, choose_device(device, precision, best.threads, best.sessions), workload)
-    for budget in BUDGETS:
-        if budget != FIRST_BUDGET:
-            attempt(graphs, best.threads, best.sessions, budget)
+    attempt(best.threads, best.sessions, [budget for budget in BUDGETS if budget != FIRST_BUDGET])
     return trials, choose(trials, objective_ms)
 
 
@@ -119,10 +123,16 @@ def choose(trials: Sequence[Trial], objective_ms: float | None) -> Trial:
 
 
 def measure(
-    graphs: Mapping[str, Runnable], workload: Workload, *, sessions: int, max_batch_tokens: int, seconds: float
+    graphs: Mapping[str, Runnable], workload: Workload, device: Device, *, max_batch_tokens: int, seconds: float
 ) -> tuple[float, float]:
     """Requests a second in closed loop, and the p95 in milliseconds at SHARE of that; each takes about half of the time."""
-    engine = Engine(graphs, max_batch_tokens=max_batch_tokens, max_queued=_NO_LIMIT, sessions=sessions)
+    engine = Engine(
+        graphs,
+        max_batch_tokens=max_batch_tokens,
+        max_queued=_NO_LIMIT,
+        sessions=device.sessions,
+        gives_way=device.computes_here,  # as in a server
+    )
     try:
         rate = asyncio.run(_closed(engine, workload, seconds / 2))
         took = sorted(asyncio.run(_open(engine, workload, seconds / 2, SHARE * rate)))

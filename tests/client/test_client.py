@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,10 +21,12 @@ from openbook import cli, command_generate
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
 from openbook.messages import TEXTS_A_MESSAGE
-from openbook.results import AnswerResult, Classified, SearchResult
+from openbook.results import AnswerResult, Classified, Document, SearchResult, Written
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
+
+MAX_MESSAGE_BYTES = 1_000  # of an upsert; gRPC's own limit of 4 MiB holds as well
 
 
 def failure(code: grpc.StatusCode, message: str, *details: object) -> Callable[[grpc.ServicerContext], None]:
@@ -37,6 +40,13 @@ def failure(code: grpc.StatusCode, message: str, *details: object) -> Callable[[
 
 def come_back(milliseconds: int) -> RetryInfo:
     return RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000))
+
+
+def too_large(size: int) -> Callable[[grpc.ServicerContext], None]:
+    """As the server says it."""
+    violation = BadRequest.FieldViolation(field="request", description=f"{size} bytes exceed the limit")
+    details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
+    return failure(grpc.StatusCode.INVALID_ARGUMENT, f"request: {size} bytes exceed the limit", *details)
 
 
 class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.KnowledgeBaseServicer):
@@ -113,6 +123,23 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
         return kb.RollBackGenerationResponse(name="1-a")
 
     PublishGeneration = RemoveGeneration = RollBackGeneration
+
+    def Upsert(self, request: kb.UpsertRequest, context: grpc.ServicerContext) -> kb.UpsertResponse:  # noqa: N802
+        if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
+            too_large(size)(context)
+        self._next(request, context)
+        return kb.UpsertResponse(results=self._written("documents", [document.id for document in request.documents]))
+
+    def Delete(self, request: kb.DeleteRequest, context: grpc.ServicerContext) -> kb.DeleteResponse:  # noqa: N802
+        self._next(request, context)
+        return kb.DeleteResponse(results=self._written("ids", list(request.ids)))
+
+    def _written(self, field: str, ids: list[str]) -> list[kb.WriteResult]:
+        """Of an empty id a failure."""
+        written = [kb.WriteResult(id=id_, outcome=kb.OUTCOME_CREATED) for id_ in ids]
+        for error in self._errors(field, ids):
+            written[error.index].error.CopyFrom(error)
+        return written
 
     @staticmethod
     def _errors(field: str, texts: list[str]) -> list[pb.ItemError]:
@@ -274,6 +301,75 @@ def test_what_refuses_a_whole_later_message_is_named_by_its_place(client: Client
         client.embed(["x"] * 33)
 
 
+async def test_an_id_that_is_refused_is_named_by_its_place_among_all_that_are_deleted(server: tuple[Scripted, str]) -> None:
+    ids = [*map(str, range(40)), "", "last"]
+    with Client(server[1], timeout_seconds=5) as client:
+        deleted = client.delete(ids)
+    async with AsyncClient(server[1], timeout_seconds=5) as asynchronous:
+        assert await asynchronous.delete(ids) == deleted
+    assert [one.id for one in deleted] == ids
+    assert {at: one.problem for at, one in enumerate(deleted) if one.problem} == {40: "ids[40]: empty"}
+
+
+UNSENDABLE = [
+    Document(id="cut", text="half a pair \ud800"),
+    Document(id="large", text="x" * MAX_MESSAGE_BYTES),
+    Document(id="larger", text="x" * 5_000_000),  # than gRPC takes
+    Document(id="typed", text="x", metadata={"year": 1815}),  # type: ignore[dict-item]
+    Document(id="\ud800", text="x"),
+]
+
+
+def among_good_ones(document: Document) -> list[Document]:
+    others = [Document(id=id_, text="x") for id_ in (*map(str, range(41)), "")]
+    return [others[0], document, *others[1:]]
+
+
+def check_that_one_failed(written: list[Written], document: Document, sent: list[Any]) -> None:
+    assert [one.id for one in written] == [one.id for one in among_good_ones(document)]
+    failed = {at: one.problem for at, one in enumerate(written) if one.outcome == "failed"}
+    assert failed.keys() == {1, 42}
+    assert failed[1].startswith("documents[1]: ")
+    assert failed[42] == "documents[42]: empty"
+    assert [one.id for request in sent for one in request.documents] == [one.id for one in written if one is not written[1]]
+
+
+@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id"])
+def test_a_document_that_cannot_be_sent_fails_alone_in_its_place(client: Client, scripted: Scripted, document: Document) -> None:
+    check_that_one_failed(list(client.upsert(among_good_ones(document))), document, scripted.requests)
+
+
+@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id"])
+async def test_a_document_that_cannot_be_sent_fails_alone_in_the_async_client_too(server: tuple[Scripted, str], document: Document) -> None:
+    async with AsyncClient(server[1], timeout_seconds=5) as client:
+        written = [one async for one in client.upsert(among_good_ones(document))]
+    check_that_one_failed(written, document, server[0].requests)
+
+
+def test_a_server_that_takes_small_messages_gets_documents_in_smaller_ones(client: Client, scripted: Scripted) -> None:
+    documents = [Document(id=str(number), text="x" * 300) for number in range(7)]
+    assert [(one.id, one.outcome) for one in client.upsert(documents)] == [(one.id, "created") for one in documents]
+    assert [len(request.documents) for request in scripted.requests] == [3, 2, 2]  # type: ignore[attr-defined]
+
+
+def test_a_server_that_takes_no_writes_ends_an_upsert(client: Client, scripted: Scripted) -> None:
+    scripted.script = [failure(grpc.StatusCode.FAILED_PRECONDITION, "read-only", ErrorInfo(reason="READ_ONLY"))]
+    with pytest.raises(RequestRejected, match="read-only"):
+        list(client.upsert([Document(id="a", text="x"), Document(id="b", text="x")]))
+    assert len(scripted.requests) == 1
+
+
+def test_the_command_line_names_the_document_that_could_not_be_sent_and_stores_the_others(
+    server: tuple[Scripted, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f'{{"id": "{id_}", "text": "{text}"}}\n' for id_, text in (("a", "x"), ("large", "x" * MAX_MESSAGE_BYTES), ("b", "x"))]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    assert cli.main(["upsert", str(tmp_path / "rows.jsonl"), "--server", server[1]]) == 3
+    out, err = capsys.readouterr()
+    assert out == "2 created, 1 failed\n"
+    assert "openbook upsert: 'large': documents[1]: too large" in err
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -375,6 +471,10 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.answer([None]), r"questions\[0\]"),
         (lambda client: client.search(["a"], top_k=2**40), "top_k"),
         (lambda client: client.search(["a"], mode="psychic"), "mode"),
+        (lambda client: client.search(["a"], filter={"\ud800": "x"}), r"^filter: str that cannot be sent as UTF-8"),
+        (lambda client: client.answer(["a"], filter={"kind": "\ud800"}), r"^filter: str that cannot be sent as UTF-8"),
+        (lambda client: client.search(["a"], filter={3: "x"}), r"^filter: int that cannot be sent"),
+        (lambda client: client.classify(["a"], label_key="\ud800"), "^label_key: str that cannot be sent as UTF-8"),
         (lambda client: client.classify(["a"], max_labels=2**40), "max_labels"),
         (lambda client: list(client.generate("a", seed=-1)), "seed"),
         (lambda client: list(client.generate("a", stop="b")), "stop is one string"),

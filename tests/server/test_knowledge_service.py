@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
+from openbook.client import AsyncClient, Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
@@ -77,6 +78,14 @@ async def test_an_acknowledged_document_is_found_at_once_and_after_a_restart(tin
             assert all(hit.HasField("window_score") and hit.HasField("token_score") for hit in reply.results[0].hits)
             near = new.window_score + TOKEN_WEIGHT * new.token_score
             assert new.score == pytest.approx(near + LEXICAL_WEIGHT * new.lexical_score + new.overlap_score)
+
+
+async def test_a_document_too_large_for_a_message_is_named_and_those_around_it_are_stored(tiny_bundle: Path, tiny_place: Place) -> None:
+    documents = [Document(id=id_, text=text) for id_, text in (("first", "a zebra"), ("large", "x" * 9_000_000), ("last", "a yak"))]
+    async with running_server(tiny_bundle, tiny_place.target, CONFIG) as port, AsyncClient(f"127.0.0.1:{port}") as client:
+        first, large, last = [written async for written in client.upsert(documents)]
+    assert [(one.id, one.outcome) for one in (first, large, last)] == [("first", "created"), ("large", "failed"), ("last", "created")]
+    assert large.problem.startswith("documents[1]: too large to be sent (request: 90000")
 
 
 async def test_passages_keep_their_tokens_whoever_stored_them(tiny_bundle: Path, tiny_place: Place) -> None:

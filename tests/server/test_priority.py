@@ -9,14 +9,19 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from openbook_server import tuning
 from openbook_server.buckets import FINE
+from openbook_server.bundle import load_bundle
 from openbook_server.engine import Engine
 from openbook_server.priority import NICE, give_way, put_loop_first
 from openbook_server.rows import Row
+from openbook_server.runtime import Device, build_device
+from openbook_server.tuning import Workload, measure, tune
 
 
 def own_priority() -> int:
@@ -47,6 +52,34 @@ async def test_batches_give_way_where_the_processor_computes_them(gives_way: boo
     outcome = await engine.submit("embedder", [Row([1])], deadline=time.monotonic() + 60)
     await asyncio.to_thread(engine.close)
     assert outcome.rows[0]["priority"] == (min(19, own_priority() + NICE) if gives_way else own_priority())
+
+
+@pytest.mark.parametrize(("device", "gives_way"), [("cpu", True), ("cuda", False)])
+def test_batches_are_tuned_with_the_priority_that_they_are_served_with(device: str, gives_way: bool) -> None:
+    seen: set[int] = set()
+
+    class Noting(Graph):
+        def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
+            seen.add(own_priority())
+            return super().run_rows(rows, length)
+
+    measure({"embedder": Noting()}, Workload((4, 8), None), build_device(device, "fp32", 1, 1), max_batch_tokens=512, seconds=0.1)
+    assert seen == {min(19, own_priority() + NICE) if gives_way else own_priority()}
+
+
+def test_the_threads_of_graphs_that_are_tuned_give_way(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: set[int] = set()
+
+    class Loaded(Graph):
+        def __init__(self, path: Path, device: Device) -> None:
+            loaded.add(own_priority())  # which the threads that it starts have
+
+        def warm(self, rows: Sequence[Row], length: int) -> None:
+            pass
+
+    monkeypatch.setattr(tuning, "Graph", Loaded)
+    tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.2, report=lambda trial: None)
+    assert loaded == {min(19, own_priority() + NICE)}
 
 
 def test_what_leaves_the_loop_gives_way_and_so_do_the_threads_it_starts() -> None:

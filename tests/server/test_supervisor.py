@@ -18,7 +18,8 @@ from openbook_server.rpc import RpcServer
 
 WAIT = 60.0  # seconds until a test gives up
 
-# Appends its name and process to a log, then does what the file of its name says; "serve" until its input ends.
+# Appends its name and process to a log, then does what the file of its name says; "serve" until its input ends or SIGTERM comes, which
+# "stay" does not hear.
 PROCESS = """
 import json, os, signal, sys
 from pathlib import Path
@@ -28,7 +29,9 @@ with open(folder / "log", "a") as log:
     print(name, os.getpid(), *orders["restarts"].values(), file=log)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 what = (folder / name).read_text()
-if what == "serve":
+if what == "stay":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if what in ("serve", "stay"):
     print(json.dumps({"name": "tiny", "state": "ready", "serving": True}), flush=True)
     for line in sys.stdin:
         with open(folder / "log", "a") as log:
@@ -149,6 +152,20 @@ async def test_an_engine_that_does_not_come_back_is_given_up(pretended: Pretende
     assert await asyncio.wait_for(pretended.running, WAIT) == 5
     assert len(pretended.pids("engine")) == 1 + supervisor.FAILURES
     assert f"the engine could not be started {supervisor.FAILURES} times in a row" in caplog.text
+
+
+@pytest.mark.parametrize(("engine", "front_end", "killed"), [("stay", "serve", 1), ("serve", "stay", 2)])
+async def test_a_process_that_does_not_end_in_its_time_is_killed(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, engine: str, front_end: str, killed: int
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(supervisor, "_SAVING", 0.0)
+    monkeypatch.setattr(supervisor, "_LATE", 0.0)
+    pretended.have(engine, front_end)
+    server = start(pretended)
+    await pretended.until(lambda: "serving tiny" in caplog.text)
+    assert await stopped(pretended, server) == 0
+    assert caplog.text.count("did not end within 1 s and is killed") == killed
 
 
 async def test_a_system_that_cannot_start_processes_ends_the_server(

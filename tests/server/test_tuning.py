@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +44,7 @@ def test_every_arrangement_of_threads_and_then_every_budget_is_tried(tiny_bundle
     assert seen == trials
     tried = thread_arrangements("cpu", cores())
     assert [(trial.threads, trial.sessions) for trial in trials[: len(tried)]] == tried
+    assert {trial.max_batch_tokens for trial in trials[: len(tried)]} == {ServerConfig().max_batch_tokens}
     assert len({(trial.threads, trial.sessions) for trial in trials[len(tried) :]}) == 1
     assert {trial.max_batch_tokens for trial in trials} == set(BUDGETS)
     assert best in trials
@@ -57,19 +57,21 @@ def test_the_command_writes_a_profile_that_serve_reads(tiny_bundle: Path, tmp_pa
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert len([line for line in out.splitlines() if line.strip()[:1].isdigit()]) == len(thread_arrangements("cpu", cores())) + len(BUDGETS)
-    settings = read_profile(file)
+    profile = read_profile(file)
+    settings = profile.settings
     assert (settings["device"], settings["precision"]) == ("cpu", "fp32")
-    served = configure("--profile", str(file))
+    assert (profile.cores, profile.bundle_id) == (cores(), load_bundle(tiny_bundle).id)
+    served = configure("--profile", str(file), bundle=tiny_bundle)
+    assert capsys.readouterr().err == ""  # nothing is another one
     assert (served.threads, served.sessions) == (settings["threads"], settings["sessions"])
-    assert json.loads(file.read_text())["measured"]["bundle_id"] == load_bundle(tiny_bundle).id
     assert cli.main([*arguments, "--objective-ms", "0.000001"]) == 3
     assert "nothing kept" in capsys.readouterr().err
 
 
-def configure(*arguments: str) -> ServerConfig:
+def configure(*arguments: str, bundle: Path = Path("bundle")) -> ServerConfig:
     parser = argparse.ArgumentParser()
     command_serve.add_arguments(parser)
-    return command_serve._config(parser.parse_args(["bundle", *arguments]))
+    return command_serve._config(parser.parse_args([str(bundle), *arguments]))
 
 
 def test_a_flag_wins_over_the_environment_over_the_profile_over_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +84,39 @@ def test_a_flag_wins_over_the_environment_over_the_profile_over_the_default(tmp_
     assert configure(*profile).threads == 4
     assert configure(*profile, "--threads", "5").threads == 5
     assert (configure(*profile).max_batch_tokens, configure(*profile).device) == (1_024, "cpu")
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_nothing_of_a_profile_applies_on_a_device_that_it_was_not_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by_flag: bool
+) -> None:
+    file = tmp_path / "profile.json"
+    settings: dict[str, str | int] = {"device": "openvino", "precision": "bf16", "threads": 3, "sessions": 2, "max_batch_tokens": 4_096}
+    write_profile(file, settings, {"cores": 1_000, "bundle_id": "another"})
+    if not by_flag:
+        monkeypatch.setenv("OPENBOOK_DEVICE", "cpu")
+    config = configure("--profile", str(file), "--threads", "5", *(["--device", "cpu"] if by_flag else []))
+    assert config == ServerConfig(device="cpu", threads=5)
+    assert capsys.readouterr().err == f"openbook serve: {file} was measured on openvino, not on cpu; none of its settings apply\n"
+
+
+def test_a_profile_of_other_cores_or_another_bundle_applies_and_is_told_in_a_line(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = tmp_path / "profile.json", cores() + 1
+    for measured, told in (
+        ({"cores": other}, f"{other} cores, of which there are {cores()} here;"),
+        ({"bundle_id": "another"}, "another bundle;"),
+        ({"cores": other, "bundle_id": "another"}, f"{other} cores, of which there are {cores()} here, and with another bundle;"),
+    ):
+        write_profile(file, {"device": "cpu", "threads": 3}, measured)
+        assert configure("--profile", str(file), "--device", "cpu", bundle=tiny_bundle).threads == 3
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"openbook serve: {file} was measured with {told}")
+    for measured in ({}, {"cores": "many", "bundle_id": 7}, {"cores": cores(), "bundle_id": load_bundle(tiny_bundle).id}):
+        write_profile(file, {"device": "cpu", "threads": 3}, measured)
+        assert configure("--profile", str(file), bundle=tiny_bundle).threads == 3
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

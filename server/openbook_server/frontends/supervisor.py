@@ -36,6 +36,7 @@ FAILURES = 5  # starts in a row that came to nothing
 STEADY_SECONDS = 10.0  # a process that lived so long is started again at once
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before one that did not
 _LATE = 5.0  # seconds that a front end may take longer to drain than it was given
+_SAVING = 60.0  # and the engine, which then writes its index: gigabytes, where the knowledge base is large
 _PACKAGE = __package__
 
 
@@ -90,11 +91,8 @@ class Supervisor:
                 loop.remove_signal_handler(number)
             for place in (self._engine, *self._front_ends):
                 place.signal(signal.SIGTERM)
-            await asyncio.gather(engine)
-            _, stuck = await asyncio.wait(front_ends, timeout=self._config.drain_seconds + _LATE)
-            for place in self._front_ends if stuck else ():
-                place.signal(signal.SIGKILL)
-            await asyncio.gather(*front_ends)
+            await self._ended({engine: self._engine}, self._config.drain_seconds + _SAVING)
+            await self._ended(dict(zip(front_ends, self._front_ends, strict=True)), self._config.drain_seconds + _LATE)
         finally:
             for place in (self._engine, *self._front_ends):
                 place.signal(signal.SIGKILL)
@@ -106,6 +104,14 @@ class Supervisor:
         """Have `run` drain and return."""
         log.info("draining for up to %.0f s; a second signal stops at once", self._config.drain_seconds)
         self._stop.set()
+
+    async def _ended(self, places: dict[asyncio.Task[None], _Place], seconds: float) -> None:
+        """Wait for processes that were told to end, and kill those that take longer than they may."""
+        _, stuck = await asyncio.wait(places, timeout=seconds)
+        for task in stuck:
+            log.error("%s did not end within %.0f s and is killed", places[task].name, seconds)
+            places[task].signal(signal.SIGKILL)
+        await asyncio.gather(*places)
 
     async def _keep(self, place: _Place) -> None:
         """Have a process in a place, until the server stops."""

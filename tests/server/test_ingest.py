@@ -163,6 +163,23 @@ def test_jsonl_keeps_given_ids_and_names_each_bad_row(tmp_path: Path) -> None:
     assert [item.where for item in found if isinstance(item, Unreadable)] == ["line 4", "row 5", "row 6", "row 7"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({"_id": None, "id": "real"}, "real"),
+        ({"_id": "", "id": "real"}, "real"),
+        ({"_id": "first", "id": "second"}, "first"),
+        ({"_id": 0, "id": "second"}, "0"),
+        ({"_id": None, "id": ""}, "a.jsonl:1"),
+        ({}, "a.jsonl:1"),
+    ],
+)
+def test_an_id_is_the_first_of_the_two_that_holds_something(tmp_path: Path, ids: dict[str, object], expected: str) -> None:
+    [document] = items(write(tmp_path / "a.jsonl", json.dumps({**ids, "text": "one"})))
+    assert isinstance(document, Document)
+    assert (document.id, document.metadata) == (expected, {})
+
+
 def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> None:
     rows = [
         {"id": "long title", "title": "t" * 2_049, "text": "one"},

@@ -194,13 +194,13 @@ READERS: Mapping[str, Reader] = {
 
 
 def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Item:
-    """A document from named values: `_id`/`id`, `title`, `text`; what else is text, number, truth or date is metadata.
+    """A document from named values: the first of `_id` and `id` that holds something, `title`, `text`.
 
-    Without `text` all such values make the text, one a line after its name.
+    What else is text, number, truth or date is metadata. Without `text` all such values make the text, one a line after its name.
     """
     if not isinstance(row, dict):
         return Unreadable("not a table of named values", f"row {number}")
-    given = row.get("_id", row.get("id"))
+    given = next((row[key] for key in ("_id", "id") if row.get(key) not in (None, "")), f"{name}:{number}")
     others = {key: value for key, value in row.items() if key not in {"_id", "id", "text"}}
     extra = dict(others.pop("metadata")) if isinstance(row.get("metadata"), dict) else {}
     if isinstance(row.get("text"), str):
@@ -214,7 +214,7 @@ def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Ite
         return Unreadable("no text in it", f"row {number}")
     title = str(row.get("title") or "")
     document = Document(
-        id=_readable(str(given) if given not in (None, "") else f"{name}:{number}"),
+        id=_readable(str(given)),
         text=_clean(text),
         title=_clean(title).strip(),
         source=_readable(source),

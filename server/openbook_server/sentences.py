@@ -10,7 +10,7 @@ from collections.abc import Iterator
 _BOUNDARY = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[^\Wa-z_])|\n\s*\n", re.UNICODE)
 _ABBREVIATION = re.compile(r"(?:\b[A-Z]|\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|cf|No|Fig|approx|Inc|Ltd|Jr|Sr))\.$")
 
-_LONGEST_SENTENCE = 4_000  # characters; what goes on without an end (a table, a base64 blob) is cut
+LONGEST_SENTENCE = 4_000  # characters; what goes on without an end (a table, a base64 blob) is cut
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -35,9 +35,9 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def _cut(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """A span in parts of at most `_LONGEST_SENTENCE` characters, cut at white space where there is some."""
-    while end - start > _LONGEST_SENTENCE:
-        stop = next((at for at in range(start + _LONGEST_SENTENCE, start, -1) if text[at].isspace()), start + _LONGEST_SENTENCE)
+    """A span in parts of at most `LONGEST_SENTENCE` characters, cut at white space where there is some."""
+    while end - start > LONGEST_SENTENCE:
+        stop = next((at for at in range(start + LONGEST_SENTENCE, start, -1) if text[at].isspace()), start + LONGEST_SENTENCE)
         yield start, stop
         start = stop
     yield start, end

@@ -78,6 +78,47 @@ def test_a_text_in_an_encoding_that_nobody_named_is_unreadable_and_a_few_bad_byt
     assert document.text.startswith("one bad \ufffd byte")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_byte_order_mark_says_how_rows_are_encoded(tmp_path: Path, name: str, encoding: str) -> None:
+    rows = {
+        "a.csv": 'id,title,text\r\nx,Grüße,"aus Zürich,\r\n☃"\r\ny,,ਊ Gurmukhi 😀\r\n',
+        "a.jsonl": '{"id": "x", "title": "Grüße", "text": "aus Zürich,\\r\\n☃"}\r\n\r\n{"id": "y", "text": "ਊ Gurmukhi 😀"}',
+    }
+    found = [item for item in items(write(tmp_path / name, rows[name].encode(encoding))) if isinstance(item, Document)]
+    assert [(d.id, d.title, d.text) for d in found] == [("x", "Grüße", "aus Zürich,\r\n☃"), ("y", "", "ਊ Gurmukhi 😀")]
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_the_columns_of_a_csv_are_those_that_its_first_line_separates(tmp_path: Path, separator: str) -> None:
+    lines = [separator.join(row) for row in (("id", "text", "price"), ("x", '"one, two; three\tfour"', '"3,5"'))]
+    [document] = items(write(tmp_path / "a.csv", "\r\n".join(lines).encode("utf-16")))
+    assert isinstance(document, Document)
+    assert (document.id, document.text, document.metadata) == ("x", "one, two; three\tfour", {"price": "3,5"})
+
+
+def test_rows_in_an_encoding_that_nobody_named_are_unreadable_and_a_few_bad_bytes_are_not(tmp_path: Path) -> None:
+    long = "among many good ones " * 10
+    table = f"id,text\n1,Grüße aus Zürich\n2,good\n3,one bad ä byte {long}\n".encode("latin-1")
+    lines = f'{{"text": "Grüße aus Zürich"}}\n{{"text": "good"}}\n{{"text": "one bad ä byte {long}"}}\n'.encode("latin-1")
+    for name, content, where in (("a.csv", table, "line 2"), ("a.jsonl", lines, "line 1")):
+        problem, good, damaged = items(write(tmp_path / name, content))
+        assert isinstance(problem, Unreadable)
+        assert (problem.where, " characters are not UTF-8; convert it" in problem.reason) == (where, True)
+        assert (good.text, damaged.text) == ("good", f"one bad \ufffd byte {long}")  # type: ignore[union-attr]
+    [problem] = items(write(tmp_path / "b.csv", "id,größe\n1,two\n".encode("latin-1")))
+    assert isinstance(problem, Unreadable)
+    assert problem.where == "line 1"
+
+
+def test_a_line_of_a_jsonl_that_is_too_long_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MAX_ROW_CHARACTERS", 100)
+    problem, good = items(write(tmp_path / "a.jsonl", f'{{"text": "{"x" * 500}"}}\n{{"text": "good"}}\n'.encode("utf-16")))
+    assert isinstance(problem, Unreadable)
+    assert (problem.where, problem.reason) == ("line 1", "longer than 100 characters")
+    assert isinstance(good, Document)
+
+
 def test_html_gives_its_visible_text_and_title(tmp_path: Path) -> None:
     page = "<html><head><title>My page</title><style>x{}</style></head><body><h1>Head</h1><p>One &amp; two</p><script>bad()</script></body>"
     [document] = items(write(tmp_path / "a.html", page))
@@ -120,6 +161,23 @@ def test_jsonl_keeps_given_ids_and_names_each_bad_row(tmp_path: Path) -> None:
     assert documents[0].metadata == {"year": "3"}
     assert documents[1].metadata == {"lang": "en"}
     assert [item.where for item in found if isinstance(item, Unreadable)] == ["line 4", "row 5", "row 6", "row 7"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({"_id": None, "id": "real"}, "real"),
+        ({"_id": "", "id": "real"}, "real"),
+        ({"_id": "first", "id": "second"}, "first"),
+        ({"_id": 0, "id": "second"}, "0"),
+        ({"_id": None, "id": ""}, "a.jsonl:1"),
+        ({}, "a.jsonl:1"),
+    ],
+)
+def test_an_id_is_the_first_of_the_two_that_holds_something(tmp_path: Path, ids: dict[str, object], expected: str) -> None:
+    [document] = items(write(tmp_path / "a.jsonl", json.dumps({**ids, "text": "one"})))
+    assert isinstance(document, Document)
+    assert (document.id, document.metadata) == (expected, {})
 
 
 def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> None:
@@ -252,7 +310,7 @@ def test_a_source_that_its_library_cannot_go_on_with_costs_itself_alone(tmp_path
 
 
 def test_a_field_of_a_csv_that_is_too_long_costs_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(formats, "MAX_ROW_CHARACTERS", 100)
     first, problem, third = items(write(tmp_path / "a.csv", f'id,text\n1,one\n2,"{"x" * 200}"\n3,three\n'))
     assert (first.text, third.text) == ("one", "three")  # type: ignore[union-attr]
     assert isinstance(problem, Unreadable)

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -186,6 +187,28 @@ def test_no_question_is_a_query_of_its_own(place: Place, question: str) -> None:
     knowledge_base = place.open()
     store(knowledge_base, {"a": "the of and x title near"}, unit(1))
     found(knowledge_base, question, None, "lexical")
+    knowledge_base.close()
+
+
+@pytest.mark.parametrize("mode", ["lexical", "hybrid"])
+def test_words_of_every_script_are_found_in_every_place(place: Place, mode: str) -> None:
+    knowledge_base = place.open()
+    texts = {
+        "greek": "ο κόσμος είναι μεγάλος",
+        "hindi": "हिन्दी भारत की भाषा है",
+        "arabic": "هَذَا كِتَابٌ",
+        "turkish": "İstanbul'da bir köprü",
+        "composed": "her CV: résumé",
+        "decomposed": unicodedata.normalize("NFD", "a škoda"),
+        "whole": "Hamlet's uncle at 3.5 million",
+    }
+    vectors = unit(len(texts) + 1)
+    store(knowledge_base, texts, vectors[:-1])
+    questions = {"greek": "κόσμος", "hindi": "हिन्दी", "arabic": "كِتَابٌ", "turkish": "İstanbul'da"}
+    questions |= {"composed": unicodedata.normalize("NFD", "résumé"), "decomposed": "škoda", "whole": "Hamlet's?"}
+    for id_, question in questions.items():
+        [hits] = knowledge_base.search([question], vectors[-1:], SearchOptions(top_k=9, mode=mode))  # type: ignore[arg-type]
+        assert [hit.passage.document_id for hit in hits if hit.lexical_score is not None] == [id_]
     knowledge_base.close()
 
 

@@ -78,10 +78,29 @@ def test_a_text_longer_than_what_is_tokenised_at_once_is_split_as_if_it_were_not
     assert split(documents, tokenizer, passage_tokens=20, overlap=6) == whole
 
 
-def test_what_never_ends_is_cut_into_passages_of_bounded_size(tokenizer: Tokenizer) -> None:
-    text = "x" * 30_000 + " " + "red " * 5_000 + "y" * 9_000
-    [passages] = split([Document(id="d", text=text)], tokenizer, passage_tokens=50, overlap=10)
-    assert max(len(passage.text) for passage in passages) <= 50 * 4_000
+ENDLESS = {
+    "a word": "x" * 100_000,
+    "words": ("x" * 150 + " ") * 800,
+    "white space": "red" + " " * 50_000 + "blue" + "\n" * 50_000 + "one",
+    "words, white space and sentences": "x" * 30_000 + " " + "red " * 5_000 + "y" * 9_000 + " " * 9_000 + "The king. " * 900,
+    "no tokens": "\u200b" * 60_000,
+}
+
+
+@pytest.mark.parametrize("limit", [3, 50, 300])
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_what_never_ends_is_cut_into_passages_of_bounded_size(tokenizer: Tokenizer, kind: str, limit: int) -> None:
+    text = ENDLESS[kind]
+    [passages] = split([Document(id="d", text=text)], tokenizer, passage_tokens=limit, overlap=limit // 4)
+    assert max(len(passage.text) for passage in passages) <= max(20 * limit, 4_000)
     assert max(end - start for start, end in sentences(text)) <= 4_000
+    assert all(text[passage.start : passage.start + len(passage.text)] == passage.text for passage in passages)
     covered = {at for passage in passages for at in range(passage.start, passage.start + len(passage.text))}
     assert all(at in covered for at, character in enumerate(text) if not character.isspace())
+
+
+def test_ordinary_text_is_cut_by_its_tokens_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [Document(id=f"d{n}", text="".join(random.Random(n).choices(PIECES, k=300))) for n in range(5)]
+    bounded = split(documents, tokenizer, passage_tokens=60, overlap=12)
+    monkeypatch.setattr(splitting, "_CHARACTERS_A_TOKEN", 1_000_000)
+    assert split(documents, tokenizer, passage_tokens=60, overlap=12) == bounded

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import random
+import sys
 import threading
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from openbook_server.knowledge import saved_words
+from openbook_server.knowledge import lexical, saved_words
+from openbook_server.knowledge.lexical import question_words, stem_lines, words
+from openbook_server.knowledge.overlap import overlaps
 from openbook_server.knowledge.words import FOLDER, WordIndex
 
 VOCABULARY = [f"w{number}" for number in range(40)]
@@ -85,6 +89,48 @@ def test_case_accents_endings_and_punctuation_do_not_matter(tmp_path: Path) -> N
         assert list(index.search(question, 10)) == [1], question
     assert index.search("?!", 10) == {}
     assert index.search("", 10) == {}
+
+
+WRITTEN = {
+    "Greek": ("ο κόσμος είναι μεγάλος", "ΚΌΣΜΟΣ"),
+    "Greek, the same case": ("ο κόσμος είναι μεγάλος", "κόσμος"),
+    "Hindi": ("हिन्दी भारत की भाषा है", "हिन्दी"),
+    "Tamil": ("தமிழ் ஒரு மொழி", "தமிழ்"),
+    "vocalised Arabic": ("هَذَا كِتَابٌ جَدِيدٌ", "كِتَابٌ"),
+    "vocalised Hebrew": ("שָׁלוֹם עֲלֵיכֶם", "שָׁלוֹם"),
+    "Turkish": ("İstanbul'da bir köprü", "istanbul"),
+    "Turkish, the same case": ("İstanbul'da bir köprü", "İstanbul"),
+    "German": ("eine STRASSE am Fluss", "straße"),
+    "composed": (unicodedata.normalize("NFC", "his résumé and ångström"), unicodedata.normalize("NFD", "Résumé")),
+    "decomposed": (unicodedata.normalize("NFD", "his résumé and ångström"), "resume"),
+    "Korean": (unicodedata.normalize("NFD", "한국어 문장"), "한국어"),
+}
+
+
+@pytest.mark.parametrize("limit", [1_000, 1], ids=["buffer", "saved"])
+@pytest.mark.parametrize("script", WRITTEN)
+def test_words_are_found_in_every_script_however_they_are_encoded(tmp_path: Path, script: str, limit: int) -> None:
+    text, question = WRITTEN[script]
+    index = Stored(tmp_path, {1: text, 2: "nothing of it"}).open(limit)
+    assert list(index.search(question, 10)) == [1]
+    assert list(index.search(text, 10)) == [1]
+    assert overlaps(question, [stem_lines(text), stem_lines("nothing of it")])[0] > 0
+    assert overlaps(text, [stem_lines(text)]) == overlaps(text, [stem_lines(unicodedata.normalize("NFD", text))])
+
+
+def test_a_word_is_not_cut_at_its_marks_and_a_question_keeps_its_words_as_they_are_written() -> None:
+    assert words("हिन्दी, κόσμος") == ["हिन्दी", "κόσμος"]
+    assert words(unicodedata.normalize("NFD", "Where is Škoda?")) == ["Where", "is", "Škoda"]
+    assert question_words("The King, the KING of İzmir") == ["KING", "İzmir"]
+
+
+def test_either_tokenizer_gives_the_same_words_where_both_may_be_asked() -> None:
+    blocks = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    marks = [mark for mark in blocks if unicodedata.category(mark).startswith("M")]
+    assert all(lexical._MAY_BE_MARKED.search(mark) for mark in marks)
+    unmarked = " ".join(f"a{character}b" for character in blocks if not lexical._MAY_BE_MARKED.search(character))
+    for simple, whole in (lexical._cutters, lexical._stemmers):
+        assert simple.analyze(unmarked) == whole.analyze(unmarked)
 
 
 def test_deleted_rows_are_never_found_however_many_would_come_first(tmp_path: Path) -> None:
@@ -179,10 +225,12 @@ def test_a_damaged_file_is_noticed_and_the_index_built_again(tmp_path: Path, har
 
 def test_an_index_of_another_version_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Stored(tmp_path, passages(30))
+    version = saved_words._VERSION
+    monkeypatch.setattr(saved_words, "_VERSION", version - 1)
     expected = store.open().search("w1 w2", 100)
-    monkeypatch.setattr(saved_words, "_VERSION", 2)
+    monkeypatch.undo()
     assert store.open().search("w1 w2", 100) == expected
-    assert '"version": 2' in (tmp_path / FOLDER / "openbook.json").read_text()
+    assert f'"version": {version}' in (tmp_path / FOLDER / "openbook.json").read_text()
 
 
 @pytest.mark.parametrize("step", ["publish", "_opened"])

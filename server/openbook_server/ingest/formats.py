@@ -6,7 +6,6 @@ and named by the caller, and the rest goes on.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import logging
@@ -19,21 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from openbook_server.ingest.limits import excess
+from openbook_server.ingest.text_files import decoded, loss, opened
 from openbook_server.knowledge import Document
 
 log = logging.getLogger(__name__)
 
 MAX_WHOLE_FILE_BYTES = 256 * 1024 * 1024  # of formats that must be read whole
-MAX_ROW_BYTES = 16 * 1024 * 1024
-_MOST_LOST = 0.01  # of a file's characters: beyond it hardly a sentence is whole
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before that of UTF-16, with which it begins
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_AS_BROWSERS_READ = dict.fromkeys(("iso-8859-1", "latin1", "us-ascii"), "windows-1252")  # what pages declare so
+MAX_ROW_CHARACTERS = 16 * 1024 * 1024
 
 
 class Unreadable(Exception):
@@ -104,9 +95,14 @@ def read_pdf(path: Path, name: str) -> Iterator[Item]:
 
 def read_csv(path: Path, name: str) -> Iterator[Item]:
     """A document a row. Columns `id`, `title`, `text` mean just that, others are metadata; without `text`, all columns are."""
-    csv.field_size_limit(MAX_ROW_BYTES)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        rows = csv.DictReader(stream)
+    csv.field_size_limit(MAX_ROW_CHARACTERS)
+    with opened(path, newline="") as stream:
+        header = stream.readline(MAX_ROW_CHARACTERS)
+        if problem := loss(header):
+            raise Unreadable(problem, "line 1")
+        stream.seek(0)
+        # A spreadsheet's "Unicode text" has tabs, and its csv semicolons where a comma is the decimal point.
+        rows = csv.DictReader(stream, delimiter=next((mark for mark in ",\t;" if mark in header), ","))
         try:
             rows.fieldnames  # noqa: B018 - reads the first line
         except csv.Error as error:
@@ -119,21 +115,28 @@ def read_csv(path: Path, name: str) -> Iterator[Item]:
                 continue
             if row is None:
                 return
-            yield _from_row({key: value for key, value in row.items() if key and value is not None}, name, rows.line_num, path)
+            values = {key: value for key, value in row.items() if key and value is not None}
+            if problem := loss("".join(values.values())):
+                yield Unreadable(problem, f"line {rows.line_num}")
+            else:
+                yield _from_row(values, name, rows.line_num, path)
 
 
 def read_jsonl(path: Path, name: str) -> Iterator[Item]:
     """A document a line: `_id` or `id`, `title`, `text`, `metadata` as BEIR has them; other keys are metadata."""
-    with path.open("rb") as stream:
+    with opened(path, newline="\n") as stream:
         number = 0
-        while line := stream.readline(MAX_ROW_BYTES):
+        while line := stream.readline(MAX_ROW_CHARACTERS):
             number += 1
-            if len(line) == MAX_ROW_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_ROW_BYTES)
-                yield Unreadable(f"longer than {MAX_ROW_BYTES} bytes", f"line {number}")
+            if len(line) == MAX_ROW_CHARACTERS:
+                while line and not line.endswith("\n"):
+                    line = stream.readline(MAX_ROW_CHARACTERS)
+                yield Unreadable(f"longer than {MAX_ROW_CHARACTERS} characters", f"line {number}")
                 continue
             if not line.strip():
+                continue
+            if problem := loss(line):
+                yield Unreadable(problem, f"line {number}")
                 continue
             try:
                 row = json.loads(line)
@@ -191,13 +194,13 @@ READERS: Mapping[str, Reader] = {
 
 
 def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Item:
-    """A document from named values: `_id`/`id`, `title`, `text`; what else is text, number, truth or date is metadata.
+    """A document from named values: the first of `_id` and `id` that holds something, `title`, `text`.
 
-    Without `text` all such values make the text, one a line after its name.
+    What else is text, number, truth or date is metadata. Without `text` all such values make the text, one a line after its name.
     """
     if not isinstance(row, dict):
         return Unreadable("not a table of named values", f"row {number}")
-    given = row.get("_id", row.get("id"))
+    given = next((row[key] for key in ("_id", "id") if row.get(key) not in (None, "")), f"{name}:{number}")
     others = {key: value for key, value in row.items() if key not in {"_id", "id", "text"}}
     extra = dict(others.pop("metadata")) if isinstance(row.get("metadata"), dict) else {}
     if isinstance(row.get("text"), str):
@@ -211,7 +214,7 @@ def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Ite
         return Unreadable("no text in it", f"row {number}")
     title = str(row.get("title") or "")
     document = Document(
-        id=_readable(str(given) if given not in (None, "") else f"{name}:{number}"),
+        id=_readable(str(given)),
         text=_clean(text),
         title=_clean(title).strip(),
         source=_readable(source),
@@ -266,30 +269,12 @@ def _readable(name: str) -> str:
 
 
 def _whole(path: Path, declared: Callable[[bytes], str | None] = lambda data: None) -> str:
-    """The text of a file, each line ended by a line feed.
-
-    Args:
-        declared: the encoding that its content names, if any; not asked where a byte order mark or valid UTF-8 leave no doubt.
-    """
+    """The text of a file, each line ended by a line feed; `declared`: see `decoded`."""
     _check_size(path)
-    text = _decoded(path.read_bytes(), declared)
-    if (lost := text.count("\ufffd")) > _MOST_LOST * len(text):
-        raise Unreadable(f"{lost} of {len(text)} characters are not UTF-8; convert it, say: iconv -f WINDOWS-1252 -t UTF-8")
+    text = decoded(path.read_bytes(), declared)
+    if problem := loss(text):
+        raise Unreadable(problem)
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _decoded(data: bytes, declared: Callable[[bytes], str | None]) -> str:
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            return data.decode(encoding, "replace")
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        named = declared(data) or ""
-    try:
-        return data.decode(_AS_BROWSERS_READ.get(named, named) or "utf-8", "replace")
-    except (LookupError, UnicodeError):  # no encoding that is known, or none of texts
-        return data.decode(errors="replace")
 
 
 def _check_size(path: Path) -> None:

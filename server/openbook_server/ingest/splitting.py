@@ -1,4 +1,6 @@
-"""Documents into passages: whole sentences, up to a number of tokens, neighbours sharing their last sentences.
+"""Documents into passages: whole sentences, up to a number of tokens, and of characters where tokens say little.
+
+Neighbours share their last sentences.
 
 A passage's text is exactly a slice of its document's text, so offsets hold; every character that is not white space is
 in at least one passage.
@@ -11,9 +13,10 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from openbook_server.knowledge import Document, Passage
-from openbook_server.sentences import sentences
+from openbook_server.sentences import LONGEST_SENTENCE, sentences
 
 _PART_CHARACTERS = 500_000  # tokenised at a time
+_CHARACTERS_A_TOKEN = 20  # of a passage on average, at most: text has four or five, a word of megabytes is one [UNK], white space is none
 
 Unit = tuple[int, int, int]  # start, end in characters, and how many tokens
 
@@ -97,11 +100,12 @@ def _units(text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[
 
 def _windows(units: Sequence[Unit], limit: int, overlap: int) -> list[tuple[int, int]]:
     """(start, end) of runs of units that keep to the limit; each run begins with the last units of the one before."""
+    longest = max(_CHARACTERS_A_TOKEN * limit, LONGEST_SENTENCE)  # characters; no unit has more
     windows = []
     first = 0
     while first < len(units):
         last, total = first, units[first][2]
-        while last + 1 < len(units) and total + units[last + 1][2] <= limit:
+        while last + 1 < len(units) and total + units[last + 1][2] <= limit and units[last + 1][1] - units[first][0] <= longest:
             last += 1
             total += units[last][2]
         windows.append((units[first][0], units[last][1]))
@@ -111,7 +115,7 @@ def _windows(units: Sequence[Unit], limit: int, overlap: int) -> list[tuple[int,
         while following > first + 1 and shared + units[following - 1][2] <= overlap:
             following -= 1
             shared += units[following][2]
-        if shared + units[last + 1][2] > limit:  # the shared sentences would leave no room for a new one
+        if shared + units[last + 1][2] > limit or units[last + 1][1] - units[following][0] > longest:  # no room for a new one
             following = last + 1
         first = following
     return windows

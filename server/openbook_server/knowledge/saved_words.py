@@ -19,12 +19,12 @@ import tantivy
 
 from openbook_server.bundle import file_digest
 from openbook_server.durable import publish
-from openbook_server.knowledge.lexical import analyser, stems
+from openbook_server.knowledge.lexical import stems
 
 log = logging.getLogger(__name__)
 
 _NOTE, _ROWS = "openbook.json", "rows.npy"
-_VERSION = 1  # of the schema below and of `analyser`; an index of another one is built again
+_VERSION = 2  # of the schema below and of `stems`; an index of another one is built again
 _HEAP_BYTES = 32 * 1024 * 1024  # of tantivy's writer
 _SELECTED = 5_000  # rows that are named to tantivy one by one; more are picked from what it finds
 _Query = tantivy.Query
@@ -32,7 +32,7 @@ _Query = tantivy.Query
 
 def _schema() -> Any:
     builder = tantivy.SchemaBuilder().add_unsigned_field("row", indexed=True, fast=True)
-    return builder.add_text_field("text", tokenizer_name="stems", index_option="freq").build()
+    return builder.add_text_field("text", tokenizer_name="whitespace", index_option="freq").build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,6 @@ def _problem(folder: Path, note: Mapping[str, Any]) -> str | None:
 
 
 def _opened(folder: Path, index: Any, stems: int, digests: Mapping[str, str]) -> SavedWords:
-    index.register_tokenizer("stems", analyser())
     index.reload()
     rows = np.load(folder / _ROWS, allow_pickle=False)
     return SavedWords(index, index.searcher(), frozenset(rows.tolist()), stems, digests)
@@ -127,19 +126,19 @@ def save(folder: Path, base: SavedWords | None, texts: Iterable[tuple[int, str]]
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
             index = tantivy.Index(_schema(), path=str(target))
-            index.register_tokenizer("stems", analyser())
         else:
             index = base.index
         count = base.stems if base else 0
         rows = list(base.rows) if base else []
         writer = index.writer(_HEAP_BYTES, 1)
         for row, text in texts:
+            found = stems(text)
             document = tantivy.Document()
             document.add_unsigned("row", row)
-            document.add_text("text", text)
+            document.add_text("text", " ".join(found))
             writer.add_document(document)
             rows.append(row)
-            count += len(stems(text))
+            count += len(found)
         writer.commit()
         writer.wait_merging_threads()
         np.save(target / _ROWS, np.array(sorted(rows), np.int64))

@@ -7,6 +7,8 @@ record and its passages become visible together. What is not live is left out, a
 
 from __future__ import annotations
 
+import re
+import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ MOST = 10_000  # candidates of one search: Elasticsearch's own limit
 _ROUNDS = 5  # of asking again without what is not live
 _ASKED_AT_ONCE = 32  # questions in one request
 _RANKED_AT_ONCE = 8  # questions whose passages are loaded side by side
+_APART = re.compile(r"[\s\-\u2010-\u2015/]+")  # what no analyser keeps in a word
 
 Key = tuple[int, str]  # a passage's number, and its document's key
 Query = dict[str, Any]
@@ -92,8 +95,8 @@ class Searcher:
             allowed = _allowed(options, gone[at])
             if options.mode != "lexical" and vectors is not None:
                 searches.append((dense[at], _nearest(vectors[at], depth(options), options.ef, allowed)))
-            if options.mode != "dense" and (asked := lexical.question_words(question)):
-                searches.append((words[at], _worded(asked, depth(options), allowed)))
+            if options.mode != "dense" and (worded := _worded(question, depth(options), allowed)):
+                searches.append((words[at], worded))
         self._run(searches)
         if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
@@ -207,7 +210,28 @@ def _knn(vector: Vector, count: int, candidates: int) -> Query:
     return {"field": "vector", "query_vector": vector.astype(np.float64).round(9).tolist(), "k": count, "num_candidates": candidates}
 
 
-def _worded(words: Sequence[str], count: int, allowed: list[Query]) -> Query:
-    """BM25 over the words, OR-ed; a question is never a query language."""
-    query = {"bool": {"must": [{"match": {"words": {"query": " ".join(words)}}}], "filter": allowed}}
+def _worded(question: str, count: int, allowed: list[Query]) -> Query | None:
+    """BM25 over the words, OR-ed; a question is never a query language. None where it has no words.
+
+    The index's analyser keeps some words whole that are cut here ("Ann's", "3.5"), and leaves letters and their marks as they are stored,
+    together or apart. So such a word is looked for in every form, and the best one counts.
+    """
+    left = {word.lower(): word for word in lexical.question_words(question)}
+    if not left:
+        return None
+    plain, forms = [], []
+    for written in _APART.split(unicodedata.normalize("NFC", question)):
+        parts = lexical.words(written)
+        if asked := [left.pop(part.lower()) for part in parts if part.lower() in left]:
+            if len(parts) == 1 and asked[0].isascii():
+                plain += asked
+            else:
+                texts = (" ".join(asked), written)
+                forms.append(list(dict.fromkeys([*texts, *(unicodedata.normalize("NFD", text) for text in texts)])))
+    words = [_match(" ".join(plain)), *({"dis_max": {"queries": [_match(form) for form in word]}} for word in forms)]
+    query = {"bool": {"must": [{"bool": {"should": words}}], "filter": allowed}}
     return {"query": query, "size": count, "sort": [{"_score": "desc"}, {"number": "asc"}], "track_total_hits": False}
+
+
+def _match(text: str) -> Query:
+    return {"match": {"words": {"query": text}}}

@@ -28,6 +28,7 @@ from openbook_server.tokenization import Pair, TextEncoder
 from openbook_server.turns import in_turns
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
+SEARCHED_AT_ONCE = 32  # questions, then others that wait have a turn, and who hung up is searched for no more; more at once save little
 FEW_PAIRS = 16  # are put together sooner than the queue is asked whether it would take them
 NO_SPAN = -1e8  # the reader's graph fills unused slots with -1e9
 
@@ -122,8 +123,11 @@ class Pipeline:
             graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
             embedded = await self._embed(rows, graph, deadline, timings, batch_invariant)
             vectors, tokens = embedded.vectors, embedded.tokens
-        search = self._knowledge_base.search
-        hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search, questions, vectors, options, tokens)
+        search, loop, hits = self._knowledge_base.search, asyncio.get_running_loop(), list[list[Hit]]()
+        for at in range(0, len(questions), SEARCHED_AT_ONCE):
+            part = slice(at, at + SEARCHED_AT_ONCE)
+            some = vectors[part] if vectors is not None else None
+            hits += await loop.run_in_executor(self._searcher, search, questions[part], some, options, tokens[part])
         timings.search += timings.lap()
         return hits
 

@@ -15,7 +15,6 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData, TrainingDiverged
 from openbook_training.loop import Loop, Stopped
-from openbook_training.negatives import draw, embed, mine
 from openbook_training.progress import progress
 from openbook_training.reader import PairEncoder, build_reader, forward, predict
 from openbook_training.run import train
@@ -117,26 +116,6 @@ def test_held_out_questions_share_no_passage_with_training() -> None:
     assert 9 <= len(held) <= 11
     assert not {q.context for q in train} & {q.context for q in held}
     assert len(train) + len(held) == 60
-
-
-def test_mined_negatives_are_ranked_and_hold_no_answer(tiny_checkpoint: Path) -> None:
-    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
-    passages = ["red city", "blue river", "red king", "one book"]
-    question = Question(id="q", text="what is red ?", context="red king", answers=("king",))
-    vectors, asked = embed(checkpoint, passages), embed(checkpoint, [question.text])
-    [mined] = mine([question.answers], [{question.context}], asked, passages, vectors, 4)
-    assert set(mined) == {0, 1, 3}
-    scores = (asked @ vectors.T)[0]
-    assert mined == sorted(mined, key=lambda z: -scores[z])
-
-
-def test_drawing_negatives_never_repeats_and_never_exceeds_what_there_is() -> None:
-    import random
-
-    for seed in range(50):
-        drawn = draw([4, 7, 9], seed % 5, random.Random(seed))
-        assert len(drawn) == len(set(drawn)) == min(seed % 5, 3)
-        assert set(drawn) <= {4, 7, 9}
 
 
 def losses(output: Path) -> dict[int, float]:

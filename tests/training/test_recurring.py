@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from openbook_training.errors import InvalidData
 from openbook_training.reader import trained_reader
 from openbook_training.recurring import clozes
 from openbook_training.run import train
-from openbook_training.squad import occurrences
+from openbook_training.squad import Question, occurrences
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.recurring_spans import RecurringSpansConfig, RecurringSpansTask
 from rich.console import Console
@@ -113,6 +114,16 @@ def test_a_question_beside_a_foreign_passage_has_no_answer_there(tiny_checkpoint
     foreign = [example for batch in task.batches(0) for example in batch if example.passages != [example.question.context]]
     assert foreign
     assert not any(occurrences(example.passages[0], example.question.answers) for example in foreign)
+
+
+def test_a_passage_that_holds_the_answer_inside_a_longer_word_or_in_other_case_is_not_one_without_it(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    task = RecurringSpansTask(configured(tmp_path, tiny_checkpoint, no_answer_share=1.0), quiet())
+    question = Question(id="0", text="[MASK] lies on a river.", context="A bridge at Warwick was built in 1403.", answers=("Warwick",))
+    for text, read in [("Warwickshire is green.", question.context), ("In WARWICK.", question.context), ("Rugby.", "Rugby.")]:
+        other = Question(id="1", text="?", context=text, answers=())
+        assert task._example(question, [other], random.Random(0)).passages == [read]
 
 
 def test_a_span_longer_than_an_answer_may_be_is_no_question(tiny_checkpoint: Path, tmp_path: Path) -> None:

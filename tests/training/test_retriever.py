@@ -83,9 +83,13 @@ def gradients(task: RetrieverTask, batch: list[Example]) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in task.model.parameters() if parameter.grad is not None]
 
 
-def test_cached_gradients_equal_those_of_one_pass_over_the_batch(data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    plain = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path), quiet())
-    cached = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path, {"micro_batch_examples": 1}), quiet())
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_cached_gradients_equal_those_of_one_pass_over_the_batch(
+    data: Path, tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path, weight: float
+) -> None:
+    taught = {"reader": str(tiny_reader), "reader_weight": weight, "negatives": (2,)} if weight else {}
+    plain = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path, **taught), quiet())
+    cached = RetrieverTask(config_for(data, tiny_checkpoint, tmp_path, {"micro_batch_examples": 1}, **taught), quiet())
     for task in (plain, cached):
         nudge(task.model)
     [batch, *_] = plain.batches(0)

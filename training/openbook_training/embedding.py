@@ -32,10 +32,12 @@ class TextEncoder:
         """What is embedded of a passage: its title, where it has one, and the text below it."""
         if not title:
             return text
-        encoding = self._tokenizer.encode(title, add_special_tokens=False)
-        if len(encoding.ids) > TITLE_TOKENS:
-            title = title[: encoding.offsets[TITLE_TOKENS - 1][1]]
-        return title + SEPARATOR + text
+        return self.beginning(title, TITLE_TOKENS) + SEPARATOR + text
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The text as far as its first `max_tokens` tokens, at least one, reach; all of it where it has no more."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return text if len(encoding.ids) <= max_tokens else text[: encoding.offsets[max_tokens - 1][1]]
 
 
 def cut(ids: list[int], max_tokens: int) -> list[int]:

@@ -17,7 +17,7 @@ from openbook_training.checkpoint import Checkpoint
 from openbook_training.embedding import TextEncoder, encode
 from openbook_training.pretrained import best_device, load_model
 from openbook_training.progress import progress
-from openbook_training.squad import occurrences
+from openbook_training.squad import holds_normalised, normalise, occurrences
 
 
 def embed(
@@ -86,6 +86,8 @@ def mine(
 ) -> list[list[int]]:
     """For each question the best-scored passages that are none of its own and hold none of its answers, best first.
 
+    An answer is held as it is written, be it inside a longer word, or word by word in SQuAD's normal form: in other case, say.
+
     Args:
         answers: accepted answers of each question; none where only its own passages are known to answer it.
         gold: texts of each question's own passages.
@@ -94,9 +96,15 @@ def mine(
         depth: how far down the ranking to look; the result is at most that long and may be empty.
     """
     mined: list[list[int]] = []
+    known: dict[int, str] = {}  # normal forms: one passage is a candidate of many questions
     for question, best in enumerate(ranked(question_vectors, passage_vectors, depth)):
         own, wanted = gold[question], answers[question]
-        mined.append([z for z in best if passages[z] not in own and not occurrences(passages[z], wanted)])
+        normal = [normalise(answer) for answer in wanted]
+        others = [z for z in best if passages[z] not in own and not occurrences(passages[z], wanted)]
+        if normal:
+            known.update((z, normalise(passages[z])) for z in others if z not in known)
+            others = [z for z in others if not holds_normalised(known[z], normal)]
+        mined.append(others)
     return mined
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -119,11 +119,63 @@ def matryoshka_loss(
         weights: of each of `dims`.
         temperature: cosines are divided by it.
     """
+
+    def contrast(scores: Tensor) -> Tensor:
+        return contrastive_loss(scores, gold, masked)
+
+    return matryoshka_mean(questions, passages, contrast, dims=dims, weights=weights, temperature=temperature)
+
+
+def matryoshka_mean(
+    questions: Tensor,
+    passages: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    temperature: float,
+) -> Tensor:
+    """Weighted mean over dims m of a loss of the (B, P) scores of the first m dimensions, scaled to unit length again.
+
+    Arguments as for `matryoshka_loss`; `loss` is told scores that are divided by the temperature already.
+    """
     total = questions.new_zeros(())
     for dim, weight in zip(dims, weights, strict=True):
         x, z = (torch.nn.functional.normalize(vectors[:, :dim], dim=1) for vectors in (questions, passages))
-        total = total + weight * contrastive_loss(x @ z.T / temperature, gold, masked)
+        total = total + weight * loss(x @ z.T / temperature)
     return total / sum(weights)
+
+
+def passage_masses(spans: Tensor, owner: Tensor, passages: int) -> Tensor:
+    """(passages,) log of what all spans of a passage weigh together: the logsumexp of their scores, over all its windows.
+
+    Less the normaliser of `multi_passage_span_loss`, which the passages of a question share, it is the reader's
+    log p(an answer is in the passage); a softmax over those passages does not depend on it. A span in two windows counts twice, as there.
+
+    Args:
+        spans: (pairs, length, max_answer_tokens) from `span_scores`.
+        owner: (pairs,) which passage each pair is a window of, in [0, passages).
+        passages: how many there are, each with one window at least.
+    """
+    return _logsumexp_by(torch.logsumexp(spans.flatten(1), dim=1), owner, passages)
+
+
+def passage_distillation_loss(scores: Tensor, taught: Tensor, candidates: Tensor) -> Tensor:
+    """Mean over questions x of KL(p || q) = Σ_z p(z|x) (log p(z|x) - log q(z|x)): how far a retriever q is from a reader p.
+
+    p and q are softmaxes over the candidates z of a question. One that has fewer than two says nothing and is not counted;
+    where none has two, the loss is 0. After Izacard & Grave 2021 and Yang & Seo 2020, who minimise the same divergence;
+    p is neither the former's attention nor the latter's passage ranker here, but what an extractive reader's spans weigh.
+
+    Args:
+        scores: (B, P) the retriever's s(x, z), divided by its temperature already.
+        taught: (B, P) the reader's `passage_masses`, divided by its temperature already; anything where z is no candidate.
+        candidates: (B, P) bool, True at the passages that a question is compared on.
+    """
+    own, told = (torch.log_softmax(values.masked_fill(~candidates, NEGATIVE), dim=1) for values in (scores, taught))
+    compared = (candidates.sum(dim=1) >= 2).sum()
+    # Of one candidate p = q, which adds 0. The others are left out once more: where no candidate has a span to read, p falls on them.
+    return (told.exp() * (told - own)).masked_fill(~candidates, 0.0).sum() / compared.clamp(min=1)
 
 
 def anchor_loss(vectors: Tensor, anchors: Tensor) -> Tensor:

@@ -66,8 +66,12 @@ def normalise(answer: str) -> str:
 
 def holds_answer(text: str, answers: Iterable[str]) -> bool:
     """Whether an accepted answer stands in `text`, both in normal form and word by word."""
-    words = f" {normalise(text)} "
-    return any(f" {wanted} " in words for wanted in map(normalise, answers) if wanted)
+    return holds_normalised(normalise(text), map(normalise, answers))
+
+
+def holds_normalised(text: str, answers: Iterable[str]) -> bool:
+    """`holds_answer` of a text and answers that are in normal form already; an answer that is empty in it stands nowhere."""
+    return any(f" {wanted} " in f" {text} " for wanted in answers if wanted)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

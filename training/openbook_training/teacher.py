@@ -36,7 +36,6 @@ class Teacher:
         self._known: dict[bytes, Tensor] = {}  # (2, tokens) start and end logits of a window
         self._bytes = 0
 
-    @torch.no_grad()
     def logits(self, read: Iterable[tuple[str, Sequence[str]]], pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Start and end logits, each (pairs, length) float32, padded with zeros to the longest pair.
 
@@ -47,11 +46,20 @@ class Teacher:
         Raises:
             InvalidConfig: the teacher's tokenizer cuts them elsewhere.
         """
-        own = [pair for row, (question, passages) in enumerate(read) for pair in self._encoder.pairs(question, passages, row)]
+        own = self.windows(read)
         if [(pair.first, pair.offsets) for pair in own] != [(pair.first, pair.offsets) for pair in pairs]:
             raise InvalidConfig(
                 f"teacher_checkpoint: the tokenizer of {self._name!r} cuts texts elsewhere than the reader's; take one with its vocabulary"
             )
+        return self.own_logits(own)
+
+    def windows(self, read: Iterable[tuple[str, Sequence[str]]]) -> list[Pair]:
+        """Of all passages of all questions, as the teacher sees them."""
+        return [pair for row, (question, passages) in enumerate(read) for pair in self._encoder.pairs(question, passages, row)]
+
+    @torch.no_grad()
+    def own_logits(self, own: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """As `logits`, of at least one of the teacher's own `windows`."""
         keys = [hashlib.blake2b(array("i", pair.ids).tobytes(), digest_size=16).digest() for pair in own]
         found = {key: self._known[key] for key in keys if key in self._known}
         if new := {key: pair for key, pair in zip(keys, own, strict=True) if key not in found}:

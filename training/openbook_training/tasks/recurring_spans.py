@@ -17,7 +17,7 @@ from openbook_training.pretrained import fast_tokenizer
 from openbook_training.recurring import clozes
 from openbook_training.retrieval import load_passages
 from openbook_training.span_task import Example, SpanConfig, SpanTask
-from openbook_training.squad import Question, held_out_rows, holds_answer, load_questions, spread
+from openbook_training.squad import Question, held_out_rows, holds_answer, load_questions, occurrences, spread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,8 @@ class RecurringSpansTask(SpanTask):
         """The question beside its own passage, or, in a share of the cases, beside another one that does not hold the answer."""
         if rng.random() < self._config.no_answer_share:
             other = rng.choice(others).context
-            if not holds_answer(other, question.answers):
+            # Neither word by word nor inside a longer word: the loss takes such a place for gold where no better one is.
+            if not holds_answer(other, question.answers) and not occurrences(other, question.answers):
                 return Example(question, [other])
         return Example(question, [question.context])
 

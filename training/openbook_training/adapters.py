@@ -73,6 +73,8 @@ def stated_settings(folder: Path, file: str, checkpoint: Checkpoint) -> dict[str
     """
     try:
         settings = json.loads((folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(f"{folder} holds no {file}; `openbook train` leaves one in <output>/best") from error
     except (OSError, ValueError) as error:
         raise CheckpointNotFound(f"{folder}: {file} cannot be read ({error}); `openbook train` leaves one in <output>/best") from error
     if not isinstance(settings, dict):

@@ -31,7 +31,7 @@ from openbook_server.rows import Row
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, passes_per_second, perfect_batches, row_batches, run_all
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 LOADS = {"one a message, 32 callers": (1, 32), "8 a message, 4 callers": (8, 4)}
 DEADLINE_SECONDS = 300.0
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

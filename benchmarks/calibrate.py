@@ -37,6 +37,7 @@ from openbook_server.runtime import Graph, choose_device
 from openbook_server.states import QuestionGraph
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions
+from report import run_benchmark
 
 WEIGHTS = ("window", "tokens", "BM25", "coverage", "pairs")
 NOW = (1.0, TOKEN_WEIGHT, LEXICAL_WEIGHT, COVERAGE_WEIGHT, PAIR_WEIGHT)
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

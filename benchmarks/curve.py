@@ -23,7 +23,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)
 CALLERS = 64  # of the closed loop that measures capacity
@@ -178,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -30,7 +30,7 @@ from openbook_server.knowledge import Document, Hit, Passage, SearchOptions, Sig
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.records import SearchMode
 from openbook_server.knowledge.windows import WINDOW_TOKENS
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 CHUNK = 1_000  # documents a write
 ROWS_AT_ONCE = 50_000  # of vectors made or compared
@@ -194,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

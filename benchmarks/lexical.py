@@ -25,7 +25,7 @@ from driver import percentile
 from growth import CHUNK, PASSAGE_WORDS, QUESTION_WORDS, WARM_UP, texts
 from openbook_server.knowledge.lexical import question_words
 from openbook_server.knowledge.words import WordIndex
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 DEPTH = 100  # candidates a question, as in hybrid search
 COMPARED = 10
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

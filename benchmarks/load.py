@@ -22,7 +22,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, perfect_batches, raw_embedding_rate
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

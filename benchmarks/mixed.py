@@ -25,7 +25,7 @@ from openbook.client import Client, Document
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from raw import load_texts, machine
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 SENTENCES = 20  # of a document made of questions: about two passages
 MAX_DOCUMENTS = 100_000
@@ -107,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -30,7 +30,7 @@ from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.graph import EF_CONSTRUCTION, M
 from openbook_server.knowledge.records import Hit
 from raw import passes_per_second
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 EFS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 QUERIES = 512  # asked in turn; a batch holds at most so many
@@ -132,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -29,7 +29,7 @@ from driver import Clients, Driven, Load, add_arguments, memory_mb, percentile, 
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from raw import load_texts, machine
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 REFUSED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 SETTLE_SECONDS = 2.0  # before memory is looked at again
@@ -190,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -20,7 +20,7 @@ from openbook_server.rows import Row, collate
 from openbook_server.runtime import Graph, choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 EXACT = Buckets((), 1)  # a batch a length
 
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

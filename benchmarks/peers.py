@@ -48,7 +48,7 @@ from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from openbook_training.checkpoint import resolve_checkpoint
 from raw import load_texts, machine
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 CALLERS = 32
 WARM_UP_SECONDS = 2.0
@@ -289,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

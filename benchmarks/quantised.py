@@ -27,7 +27,7 @@ from openbook_server.knowledge.graph import EF, EF_CONSTRUCTION, M
 from openbook_server.knowledge.store import Store
 from openbook_server.runtime import Graph, build_device
 from openbook_server.tokenization import load_tokenizer
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 K = 10
 AT_ONCE = 500  # vectors of one bulk request
@@ -135,4 +135,4 @@ def look(
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -5,11 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from openbook.commands import written_aside
+from openbook_server.errors import OpenBookError
+from openbook_training.errors import TrainingError
+
+
+def run_benchmark(main: Callable[[], None]) -> None:
+    """Run a benchmark's `main`: what its user can mend ends it in one line and exit status 1, as `openbook` does."""
+    try:
+        main()
+    except (OpenBookError, TrainingError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ from driver import cpu_seconds
 from openbook_server.frontends.link import Link
 from openbook_server.frontends.relay import Relay
 from openbook_server.rpc import RpcServer
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 REPLY = bytes(1_600)
 METHOD = "/echo.Echo/Echo"
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

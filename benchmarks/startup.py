@@ -17,7 +17,7 @@ from driver import add_server_arguments, started_server
 from openbook_server.bundle import load_bundle
 from openbook_server.runtime import choose_device
 from raw import machine
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 
 def main() -> None:
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -27,7 +27,7 @@ from openbook_server.runtime import Graph as Model
 from openbook_server.runtime import choose_device
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from raw import load_texts, machine, perfect_batches
-from report import add_results_arguments, publish
+from report import add_results_arguments, publish, run_benchmark
 
 NEAREST = 10
 PROPOSED = 100  # by the scans, as by a graph of few dimensions
@@ -133,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -7,8 +7,10 @@ import asyncio
 import importlib
 import json
 import math
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from openbook.v1 import openbook_pb2 as pb
+from openbook_training.errors import InvalidData
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -215,3 +218,19 @@ def test_an_unknown_peer_is_refused_by_name(part: Any, capsys: pytest.CaptureFix
     assert "--peer nobody=/bin/sh: NAME=PYTHON, with a NAME of mosec" in capsys.readouterr().err
     assert peers.named_interpreters(["mosec=/bin/sh"], argparse.ArgumentParser()) == {"mosec": "/bin/sh"}
     assert "pytriton is left out" in capsys.readouterr().out
+
+
+def test_what_a_user_can_mend_is_told_in_a_line_and_what_only_we_can_is_not(part: Any) -> None:
+    run_benchmark = part("report").run_benchmark
+
+    def fail(error: Exception) -> Callable[[], None]:
+        def main() -> None:
+            raise error
+
+        return main
+
+    for error in (FileNotFoundError(2, "No such file", "texts.jsonl"), InvalidData("no usable row")):
+        with pytest.raises(SystemExit, match=f": {re.escape(str(error))}$"):
+            run_benchmark(fail(error))
+    with pytest.raises(KeyError):
+        run_benchmark(fail(KeyError("a mistake of ours")))

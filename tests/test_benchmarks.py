@@ -33,6 +33,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_a_mistake_ends_a_benchmark_in_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "load.py"), str(tmp_path / "nowhere"), "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("load.py: ")
+    assert "nowhere" in line
+
+
 def test_overload_reports_goodput_refusals_and_memory(tiny_bundle: Path, texts: Path, tmp_path: Path) -> None:
     plot = tmp_path / "overload.png"
     options = ["--seconds", 1, "--factors", 3, 0.5, "--deadline-ms", 200, "--plot", plot]

@@ -11,7 +11,8 @@ import numpy as np
 from openbook_server.binding import Arrays
 from openbook_server.heads import CLASSIFYING
 from openbook_training.checkpoint import Checkpoint, folder_digest
-from openbook_training.heads import RowEncoder, load_head_model
+from openbook_training.errors import CheckpointNotFound
+from openbook_training.heads import TASK, RowEncoder, load_head_model
 from openbook_training.masked_language_model import SETTINGS, build_masked_lm
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -59,6 +60,11 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
     """
     if (folder / SETTINGS).is_file():
         return _masked_language_model(checkpoint, name, folder)
+    if not (folder / TASK).is_file():
+        raise CheckpointNotFound(
+            f"--task {name}={folder}: it holds no {TASK}, which `openbook train` of classifier, verification or vocab_head leaves in "
+            f"<output>/best, nor {SETTINGS}, which masked_lm does"
+        )
     model, settings = load_head_model(checkpoint, folder)
     backbone: Any = model.backbone
     merged = backbone.merge_and_unload()

@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from openbook_server.bundle import load_bundle
+    from openbook_server.config import check_range
     from openbook_server.errors import InvalidRequest, SourceInvalid
     from openbook_server.ingest.embed import PassageEmbedder
     from openbook_server.ingest.indexing import Indexing
@@ -86,6 +87,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
     if not arguments.sources and not arguments.new_generation:
         raise InvalidRequest("SOURCE", "none given; only --new-generation needs none")
+    check_range("threads", arguments.threads)
     sources = find_sources(arguments.sources)
     bundle = load_bundle(arguments.bundle)
     if not 1 <= arguments.batch <= 4_096:

@@ -40,6 +40,11 @@ _FLAGS = {
 }
 
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+_WANTED = {  # of a variable of the environment, by its setting's type
+    bool: "neither on (1, true, yes) nor off (0, false, no, or nothing)",
+    int: "no whole number",
+    float: "no number",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +114,7 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
             try:
                 given = _SWITCH[os.environ[variable].lower()] if kind is bool else kind(os.environ[variable])
             except (ValueError, KeyError) as error:
-                raise InvalidRequest(variable, f"{os.environ[variable]!r} is no {kind.__name__}") from error
+                raise InvalidRequest(variable, f"{os.environ[variable]!r} is {_WANTED[kind]}") from error
         if given is not None:
             values[name] = given
     if arguments.profile:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from openbook_server.bundle import load_bundle
     from openbook_server.errors import OpenBookError
-    from openbook_server.profiles import write_profile
+    from openbook_server.profiles import check_target, write_profile
     from openbook_server.runtime import choose_device, cores
     from openbook_server.tuning import SHARE, tune
 
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     try:
         bundle = load_bundle(arguments.bundle)
+        check_target(arguments.out)
         device = choose_device(arguments.device, arguments.precision or None)
         print(f"{bundle.name} on {device.name} in {device.precision}")
         print(f"threads  batches at once  tokens a batch  requests/s  p95 ms at {SHARE:.0%} of that")

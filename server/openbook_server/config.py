@@ -6,6 +6,26 @@ from dataclasses import dataclass
 
 from openbook_server.errors import InvalidRequest
 
+RANGES: dict[str, tuple[float, float]] = {
+    "port": (0, 65_535),
+    "metrics_port": (0, 65_535),
+    "recall_share": (0, 1),
+    "recall_target": (0, 1),
+    "shadow_share": (0, 1),
+    "frontends": (0, 256),
+    "threads": (0, 1_024),
+    "sessions": (0, 64),
+    "max_batch_tokens": (512, 1 << 20),
+    "cache_mb": (0, 1 << 20),
+    "max_queued": (1, 1 << 20),
+    "max_texts": (1, 4_096),
+    "max_text_bytes": (1, 256 * 1024 * 1024),
+    "max_top_k": (1, 1_000),
+    "max_message_bytes": (1_024, 256 * 1024 * 1024),
+    "default_deadline_seconds": (0.001, 86_400),
+    "drain_seconds": (0, 86_400),  # 0 = requests in flight are cut off
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
@@ -39,22 +59,18 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.writable and self.read_only:
             raise InvalidRequest("--read-only", "and --writable contradict each other; leave one out")
-        for name, low, high in (
-            ("port", 0, 65_535),
-            ("metrics_port", 0, 65_535),
-            ("recall_share", 0, 1),
-            ("recall_target", 0, 1),
-            ("shadow_share", 0, 1),
-            ("frontends", 0, 256),
-            ("threads", 0, 1_024),
-            ("sessions", 0, 64),
-            ("max_batch_tokens", 512, 1 << 20),
-            ("cache_mb", 0, 1 << 20),
-            ("max_queued", 1, 1 << 20),
-            ("max_texts", 1, 4_096),
-            ("max_top_k", 1, 1_000),
-            ("max_message_bytes", 1_024, 256 * 1024 * 1024),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise InvalidRequest("--" + name.replace("_", "-"), f"{value} is outside {low} to {high}")
+        if not self.host:
+            raise InvalidRequest("--host", "empty; 127.0.0.1 takes calls of this machine, 0.0.0.0 of the network")
+        for name in RANGES:
+            check_range(name, getattr(self, name))
+
+
+def check_range(name: str, value: float) -> None:
+    """Refuse a value that `ServerConfig` would refuse, for any command that has the flag.
+
+    Raises:
+        InvalidRequest: it is out of its range, or NaN.
+    """
+    low, high = RANGES[name]
+    if not low <= value <= high:
+        raise InvalidRequest("--" + name.replace("_", "-"), f"{value} is outside {low} to {high}")

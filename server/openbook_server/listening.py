@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,7 +80,7 @@ class Port:
         try:
             self.port = self._server.listen(f"{config.host}:{config.port}")
         except OSError as error:
-            raise port_in_use(config) from error
+            raise cannot_listen(config) from error
 
     def report(self, metrics: Metrics) -> None:
         metrics.observe_calls(self._server.calls)
@@ -129,8 +130,30 @@ def max_wire_bytes(config: ServerConfig) -> int:
     return config.max_message_bytes * _HARD_LIMIT
 
 
-def port_in_use(config: ServerConfig) -> InvalidRequest:
+def cannot_listen(config: ServerConfig) -> InvalidRequest:
+    """What to tell of an address that was refused: the host is of another machine, or else it is the port."""
+    if not _is_here(config.host):
+        way_out = "127.0.0.1 takes calls of this machine, 0.0.0.0 of the network"
+        return InvalidRequest("--host", f"cannot listen on {config.host}, which is no address of this machine; {way_out}")
     return InvalidRequest("--port", f"cannot listen on {config.host}:{config.port}; is it in use? choose another --port")
+
+
+def _is_here(host: str) -> bool:
+    """Whether any port can be opened on it."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # it has no address, or is no name
+        return False
+    return any(_takes_a_port(family, address) for family, _, _, _, address in found)
+
+
+def _takes_a_port(family: int, address: Any) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def log_serving(name: str, host: str, port: int, state: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -30,15 +31,33 @@ class Profile:
     bundle_id: str | None
 
 
+def check_target(file: Path) -> None:
+    """Find out whether a profile can be written there, before minutes are spent on measuring one.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    aside = _aside(file)
+    aside.touch()
+    aside.unlink()
+
+
 def write_profile(file: Path, settings: Mapping[str, str | int], measured: Mapping[str, Any]) -> None:
     """Write a profile; `measured` says how the settings came about: `cores` and `bundle_id` to `Profile`, all of it to people.
 
     Raises:
         OSError: the file cannot be written.
     """
-    aside = file.with_name(file.name + ".new")
+    aside = _aside(file)
     aside.write_text(json.dumps({"format": FORMAT, "settings": dict(settings), "measured": dict(measured)}, indent=2) + "\n")
     os.replace(aside, file)
+
+
+def _aside(file: Path) -> Path:
+    """Where it is written until it is whole."""
+    return file.with_name(file.name + ".new")
 
 
 def read_profile(file: Path) -> Profile:

@@ -183,7 +183,10 @@ def test_a_head_that_does_not_fit_is_refused_with_a_reason(
 def test_a_missing_or_damaged_head_leaves_no_bundle(checkpoint: Checkpoint, tiny_heads: dict[str, Path], tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(tiny_heads["topics"], tmp_path / "damaged"))
     (damaged / "head.safetensors").write_bytes(b"short")
-    for folder, message in ((tmp_path / "absent", "task.json cannot be read"), (damaged, "does not load")):
+    for folder, message in (
+        (tmp_path / "absent", "--task topics=.*absent: it holds no task.json, which `openbook train` of classifier"),
+        (damaged, "does not load"),
+    ):
         with pytest.raises(CheckpointNotFound, match=message):
             export_bundle(ExportOptions(checkpoint=checkpoint.name, bundle=tmp_path / "bundle", heads={"topics": folder}), silent)
     assert {file.name for file in tmp_path.iterdir()} == {"damaged"}

@@ -293,6 +293,12 @@ def test_a_value_that_cannot_be_read_costs_its_row_alone(tmp_path: Path) -> None
     assert "OverflowError" in problems[1].reason
 
 
+@pytest.mark.parametrize("name", ["hf:", "hf::train"])
+def test_a_dataset_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(SourceInvalid, match=r"source 'hf:.*' needs a name, hf:NAME\[:SPLIT\]"):
+        find_sources([name])
+
+
 def test_a_source_that_its_library_cannot_go_on_with_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -411,6 +411,12 @@ async def test_a_port_in_use_is_refused_with_the_way_out(address: str, tiny_bund
             pass
 
 
+async def test_a_host_that_is_not_this_machine_is_refused_by_its_name(tiny_bundle: Path) -> None:
+    with pytest.raises(InvalidRequest, match="--host: cannot listen on 192.0.2.1, which is no address of this machine"):
+        async with running_server(tiny_bundle, None, ServerConfig(host="192.0.2.1", port=0, device="cpu")):
+            pass
+
+
 async def test_a_metrics_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:
     taken = ServerConfig(port=0, device="cpu", metrics_port=int(address.rpartition(":")[2]))
     with pytest.raises(InvalidRequest, match="choose another --metrics-port"):

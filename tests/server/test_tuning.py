@@ -68,6 +68,16 @@ def test_the_command_writes_a_profile_that_serve_reads(tiny_bundle: Path, tmp_pa
     assert "nothing kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", [".", "absent/profile.json"])
+def test_a_profile_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr("openbook_server.tuning.tune", lambda *_, **__: pytest.fail("it was measured"))
+    assert cli.main(["tune", str(tiny_bundle), "--device", "cpu", "--out", str(tmp_path / target)]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def configure(*arguments: str, bundle: Path = Path("bundle")) -> ServerConfig:
     parser = argparse.ArgumentParser()
     command_serve.add_arguments(parser)
@@ -84,6 +94,28 @@ def test_a_flag_wins_over_the_environment_over_the_profile_over_the_default(tmp_
     assert configure(*profile).threads == 4
     assert configure(*profile, "--threads", "5").threads == 5
     assert (configure(*profile).max_batch_tokens, configure(*profile).device) == (1_024, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("OPENBOOK_READ_ONLY", "maybe", r"'maybe' is neither on \(1, true, yes\) nor off \(0, false, no, or nothing\)"),
+        ("OPENBOOK_THREADS", "two", "'two' is no whole number"),
+        ("OPENBOOK_DRAIN_SECONDS", "long", "'long' is no number"),
+    ],
+)
+def test_a_variable_of_another_kind_is_refused_with_what_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, problem: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidRequest, match=f"{variable}: {problem}"):
+        configure()
+
+
+def test_a_switch_is_set_by_any_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    for word, on in (("1", True), ("True", True), ("YES", True), ("0", False), ("false", False), ("No", False), ("", False)):
+        monkeypatch.setenv("OPENBOOK_READ_ONLY", word)
+        assert configure().read_only is on
 
 
 @pytest.mark.parametrize("by_flag", [True, False])

@@ -306,7 +306,11 @@ def test_a_teacher_that_is_no_reader_and_a_weight_that_is_no_share_are_refused(
     training_file: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     config = config_for(training_file, tiny_checkpoint, tmp_path / "run")
-    with pytest.raises(CheckpointNotFound, match=r"adapter '.*nowhere': no adapter_config.json"):
-        ReaderTask(dataclasses.replace(config, teacher=str(tmp_path / "nowhere")), quiet())
+    nowhere = str(tmp_path / "nowhere")
+    for key in ("teacher", "initial_adapter"):
+        with pytest.raises(
+            CheckpointNotFound, match=f"{key}: '.*nowhere' holds no adapter_config.json; train it first, .* leave the key out"
+        ):
+            ReaderTask(dataclasses.replace(config, **{key: nowhere}), quiet())
     with pytest.raises(InvalidConfig, match=r"teacher_weight: 1.5 is not in \[0, 1\]\nteacher_temperature: 0 is not above 0"):
         train(OBJECTIVES["reader"], dataclasses.replace(config, teacher_weight=1.5, teacher_temperature=0), resume=False, console=quiet())

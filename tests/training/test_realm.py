@@ -294,7 +294,7 @@ def test_it_goes_on_from_a_language_model_or_a_vocabulary_head_and_from_a_retrie
         assert not any("embeddings" in key for key in trained)
         for one, other in zip(model.retriever.parameters(), retriever.parameters(), strict=True):
             assert torch.equal(one, other)
-    with pytest.raises(CheckpointNotFound, match=r"masked_lm\.json cannot be read"):
+    with pytest.raises(CheckpointNotFound, match=r"language_model: .* holds no masked_lm\.json or task\.json; train it"):
         RealmTask(dataclasses.replace(config, language_model=best["inverse_cloze"]), quiet())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from openbook_training.command import add_arguments
 from openbook_training.config import load_config
 from openbook_training.tasks import OBJECTIVES
 
@@ -33,6 +35,16 @@ def test_every_objective_has_a_recipe_and_a_tiny_one() -> None:
     names = {recipe.stem for recipe in RECIPES}
     assert {objective(recipe) for recipe in RECIPES if not recipe.stem.endswith(("_tiny", "_gpu"))} == set(OBJECTIVES)
     assert {f"{name}_tiny" for name in OBJECTIVES} <= names
+
+
+def test_the_example_of_the_help_is_a_tiny_recipe_that_begins_a_run() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = str(parser.epilog).split("\n", 1)[0].removeprefix("example: openbook train ").split()
+    arguments = parser.parse_args(words)
+    assert ROOT / arguments.config in TINY
+    assert arguments.objective == objective(Path(arguments.config))
+    assert not arguments.resume
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import matplotlib.image
 import pytest
 import torch
 from openbook_training.config import LoopConfig
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.errors import InvalidConfig, InvalidData, TrainingError
 from openbook_training.loop import Loop
 from openbook_training.plots import plot
 from openbook_training.pretrained import best_device
@@ -117,6 +117,45 @@ def test_a_refused_run_leaves_everything_as_it_was_and_says_which_settings_diffe
     with pytest.raises(InvalidConfig, match="loop.seed was 42 and is 7; loop.batch_examples was 3 and is 1; held_out was 2 and is 3. Set"):
         train(OBJECTIVES["reader"], other, resume=True, console=quiet())
     assert everything(tmp_path) == before
+
+
+REFUSED = {
+    "missing data": {"train": "nowhere.jsonl"},
+    "a missing teacher": {"teacher": "nowhere"},
+    "a missing adapter": {"initial_adapter": "nowhere"},
+    "no question left to train on": {"held_out": 8},
+}
+
+
+@pytest.mark.parametrize("changed", REFUSED.values(), ids=REFUSED)
+def test_a_run_refused_while_it_reads_what_it_needs_has_written_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(config_in(tmp_path, tiny_checkpoint), **changed)
+    with pytest.raises(TrainingError):
+        train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    assert not Path(config.output).exists()
+
+
+def test_a_refused_resumption_leaves_the_settings_of_the_run_as_they_were(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    file = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"config": {}, "trained": state["trained"][1:]}, file)
+    before = everything(tmp_path / "run")
+    with pytest.raises(InvalidConfig, match="made with another model configuration"):
+        train(OBJECTIVES["reader"], dataclasses.replace(config, lora_alpha=3), resume=True, console=quiet())
+    Path(config.train).unlink()
+    with pytest.raises(InvalidData, match="does not exist"):
+        train(OBJECTIVES["reader"], dataclasses.replace(config, lora_alpha=3), resume=True, console=quiet())
+    assert everything(tmp_path / "run") == before
+
+
+def test_an_output_that_cannot_be_written_is_refused(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_training.run_folder.os.access", lambda path, mode: False)
+    with pytest.raises(InvalidConfig, match="output: .* cannot be written to; name another folder"):
+        train(OBJECTIVES["reader"], config_in(tmp_path, tiny_checkpoint), resume=False, console=quiet())
 
 
 def test_a_run_goes_on_with_other_speeds_and_from_a_checkpoint_that_states_no_settings(tiny_checkpoint: Path, tmp_path: Path) -> None:

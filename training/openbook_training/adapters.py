@@ -32,6 +32,22 @@ def add_adapter(model: nn.Module, backbone: nn.Module, *, rank: int, alpha: int,
     return get_peft_model(model, settings)
 
 
+def require_trained(key: str, folder: str, *files: str) -> None:
+    """Refuse a recipe whose `key` names a folder in which no training has left its model.
+
+    Args:
+        files: one of these is in it; by default what every adapter has.
+
+    Raises:
+        CheckpointNotFound: none is.
+    """
+    files = files or (SETTINGS,)
+    if not any((Path(folder) / file).is_file() for file in files):
+        raise CheckpointNotFound(
+            f"{key}: {folder!r} holds no {' or '.join(files)}; train it first, as the recipe says, or leave the key out"
+        )
+
+
 def load_adapter(model: nn.Module, folder: str) -> PeftModel:
     """`model` with the low-rank updates in `folder`, to be trained further.
 
@@ -57,6 +73,8 @@ def stated_settings(folder: Path, file: str, checkpoint: Checkpoint) -> dict[str
     """
     try:
         settings = json.loads((folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(f"{folder} holds no {file}; `openbook train` leaves one in <output>/best") from error
     except (OSError, ValueError) as error:
         raise CheckpointNotFound(f"{folder}: {file} cannot be read ({error}); `openbook train` leaves one in <output>/best") from error
     if not isinstance(settings, dict):

@@ -11,7 +11,7 @@ from openbook_training.tasks import OBJECTIVES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model of the system. OBJECTIVE names what is trained; CONFIG.toml says on what and for how long."
     parser.epilog = (
-        "example: openbook train reader training/configs/reader.toml --resume\n"
+        "example: openbook train retriever training/configs/retriever_tiny.toml\n"
         "The run folder (key `output`) gets config.json, metrics.jsonl, tensorboard/, plots.png, checkpoint.pt and best/, the\n"
         "weights that `openbook export` takes (--reader, --embedder, --task, --generator, --language-model). Ctrl-C saves a checkpoint;\n"
         "the same command with --resume goes on.\n"

@@ -111,8 +111,8 @@ class Loop(Generic[Example]):
         self._saved = 0.0  # when the last checkpoint was
         self._stopping, self._agreed = threading.Event(), False  # this process was told to stop; all stop after this step
 
-    def run(self, *, resume: bool) -> dict[str, float]:
-        """Train to the end; returns the metrics of the best epoch.
+    def run(self, *, resume: bool, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Train to the end; returns the metrics of the best epoch. `begin` is called when nothing refuses the run any more.
 
         Raises:
             Stopped: after SIGINT or SIGTERM, once a checkpoint is on the disk.
@@ -129,6 +129,7 @@ class Loop(Generic[Example]):
             self._console.print(f"resuming {self._folder} at step {self._step}")
         elif resume:
             self._console.print(f"{self._folder} holds no checkpoint to resume; beginning")
+        begin()
         self._saved = time.monotonic()
         silent = not self.accelerator.is_main_process
         with (

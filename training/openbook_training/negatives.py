@@ -17,6 +17,7 @@ from openbook_training.checkpoint import Checkpoint
 from openbook_training.embedding import TextEncoder, encode
 from openbook_training.pretrained import best_device, load_model
 from openbook_training.progress import progress
+from openbook_training.run_folder import make_folder
 from openbook_training.squad import holds_normalised, normalise, occurrences
 
 
@@ -57,9 +58,9 @@ def embed_once(
     if file.is_file():
         kept: np.ndarray = np.load(file, allow_pickle=False)
         return kept
+    make_folder(folder)
     with progress(console, f"embedding texts to {purpose}", len(texts)) as update:
         vectors = embed(checkpoint, texts, precision=precision, max_tokens=max_tokens, report=update)
-    folder.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.npy")  # of its own for each process of a distributed run
     np.save(aside, vectors, allow_pickle=False)
     aside.replace(file)

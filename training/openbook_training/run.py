@@ -19,7 +19,8 @@ from openbook_training.tasks import Objective
 def train(objective: Objective, config: Any, *, resume: bool, console: Console) -> dict[str, float]:
     """Run the whole training; what a user deploys is left in `<output>/best`. Returns the metrics of the best epoch.
 
-    A run that is refused leaves everything as it was.
+    A run that is refused leaves everything as it was: the folder is made, and its config.json written, when the first step is due. What a
+    task computes before (vectors of texts) is kept there as soon as it is known, for the next start.
 
     Args:
         config: an `objective.config()`.
@@ -36,11 +37,14 @@ def train(objective: Objective, config: Any, *, resume: bool, console: Console) 
     if config.loop.threads:
         torch.set_num_threads(config.loop.threads)
     console.quiet = console.quiet or not here.is_main_process
-    make_folder(folder)
-    if here.is_main_process:
-        write_config(folder, config)
     set_seed(config.loop.seed)  # before the model is built: its new weights are random
     task = objective.task()(config, console)
     trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     console.print(f"{task.summary()}; {trained:,} trained weights")
-    return Loop(task, config.loop, folder, console, stated=identity(config)).run(resume=resume)
+
+    def begin() -> None:
+        make_folder(folder)
+        if here.is_main_process:
+            write_config(folder, config)
+
+    return Loop(task, config.loop, folder, console, stated=identity(config)).run(resume=resume, begin=begin)

@@ -52,6 +52,8 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise InvalidConfig(f"output: {str(existing)!r} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):  # told now, not after hours of reading data
+        raise InvalidConfig(f"output: {str(existing)!r} cannot be written to; name another folder")
     file = folder / CHECKPOINT
     if not file.is_file():
         return

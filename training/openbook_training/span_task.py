@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from openbook_training.adapters import save_adapter
+from openbook_training.adapters import require_trained, save_adapter
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
 from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.loop import length_grouped
@@ -77,6 +77,8 @@ class SpanTask:
         self._settings = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = self.encoder_of(self.checkpoint)
+        if config.initial_adapter:
+            require_trained("initial_adapter", config.initial_adapter)
         self.model: nn.Module = (
             trained_reader(self.checkpoint, config.initial_adapter)
             if config.initial_adapter

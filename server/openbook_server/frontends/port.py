@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from openbook_server.config import ServerConfig
-from openbook_server.listening import port_in_use
+from openbook_server.listening import cannot_listen
 
 
 @contextmanager
@@ -33,6 +33,6 @@ def reserved_port(config: ServerConfig) -> Iterator[ServerConfig]:
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 config = replace(config, port=held.getsockname()[1])
-        except OSError as error:
-            raise port_in_use(config) from error
+        except (OSError, UnicodeError) as error:
+            raise cannot_listen(config) from error
         yield config

@@ -33,7 +33,7 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     """Expand folders (recursively, sorted; hidden files left out) and check that every source exists.
 
     Raises:
-        SourceInvalid: one does not exist, is of no known format, or is an empty folder.
+        SourceInvalid: one does not exist, has no name, is of no known format, or is an empty folder.
     """
     sources: list[Source] = []
     for name in names:
@@ -41,6 +41,8 @@ def find_sources(names: Sequence[str]) -> list[Source]:
         if name == PYTHON_DOCS:
             sources.append(Source(name, None, sum(len(document.text) for document in python_docs())))
         elif name.startswith(HUGGING_FACE):
+            if not name.removeprefix(HUGGING_FACE).partition(":")[0]:
+                raise SourceInvalid(f"source {name!r} needs a name, hf:NAME[:SPLIT]")
             sources.append(Source(name, None, 0))
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             sources.append(Source(HUGGING_FACE + name, None, 0))

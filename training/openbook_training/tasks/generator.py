@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.config import LoopConfig, no_share, too_low
 from openbook_training.errors import InvalidData
@@ -70,6 +71,8 @@ class GeneratorTask:
         self._config = config
         checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = AnswerEncoder(checkpoint, max_tokens=config.max_tokens, max_answer_tokens=config.max_answer_tokens)
+        if config.initial_adapter:
+            require_trained("initial_adapter", config.initial_adapter)
         self.model: nn.Module = build_generator(checkpoint, self.encoder, dropout=config.dropout, adapter=config.initial_adapter)
         self._device = best_device()
         train, held_out = hold_out(_answered(config.train, console), config.held_out)

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.config import no_share, not_positive, too_low
 from openbook_training.errors import InvalidData
@@ -125,6 +126,7 @@ class ReaderTask(SpanTask):
         return metrics
 
     def _load_teacher(self) -> Teacher:
+        require_trained("teacher", self._config.teacher)
         name = self._config.teacher_checkpoint
         checkpoint = resolve_checkpoint(name) if name else self.checkpoint
         return Teacher(checkpoint, self._config.teacher, self.encoder_of(checkpoint), self._device)

@@ -21,16 +21,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.config import LoopConfig, no_share, not_positive, too_low
 from openbook_training.contrastive import first_of_each
 from openbook_training.embedding import TextEncoder
 from openbook_training.errors import InvalidConfig, InvalidData
-from openbook_training.heads import RowEncoder
+from openbook_training.heads import TASK, RowEncoder
 from openbook_training.index_refresh import IndexConfig, IndexKeeper, overlap
 from openbook_training.inverse_cloze import folded
 from openbook_training.loop import Staged
-from openbook_training.masked_language_model import build_masked_lm
+from openbook_training.masked_language_model import SETTINGS, build_masked_lm
 from openbook_training.masked_sentences import MaskableSentence, maskable_sentences
 from openbook_training.masking import log_frequencies
 from openbook_training.objectives import marginal_sequence_loss, marginal_token_loss, retrieval_utility
@@ -130,6 +131,10 @@ class RealmTask(Staged):
         return PassageRows(embedded, read), encoder.rows([question.text for question in self.questions], limit)
 
     def _build(self) -> Realm:
+        if self._config.language_model:
+            require_trained("language_model", self._config.language_model, SETTINGS, TASK)
+        if self._config.retriever:
+            require_trained("retriever", self._config.retriever)
         config, rank = self._config, {"lora_rank": self._config.lora_rank, "lora_alpha": self._config.lora_alpha}
         frequencies = None
         if not config.language_model:

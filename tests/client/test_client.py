@@ -375,6 +375,7 @@ def test_the_command_line_names_the_document_that_could_not_be_sent_and_stores_t
     [
         failure(grpc.StatusCode.UNAVAILABLE, "starting", ErrorInfo(reason="NOT_SERVING"), come_back(1)),
         failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", ErrorInfo(reason="OVERLOADED"), come_back(1)),
+        failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "gRPC's own: too many"),
         failure(grpc.StatusCode.UNAVAILABLE, "connection lost"),
     ],
 )

@@ -375,7 +375,7 @@ async def test_changes_are_refused_where_writes_are(
 
 async def test_a_server_without_a_knowledge_base_says_so(tiny_bundle: Path) -> None:
     async with running_server(tiny_bundle, None, CONFIG) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        assert "no knowledge base" in (await refusal(Caller(channel).publish()))[2]
+        assert (await refusal(Caller(channel).publish()))[1] == "NO_KNOWLEDGE_BASE"
 
 
 async def test_a_bundle_that_moved_away_is_named_with_the_way_out(

@@ -75,7 +75,7 @@ def from_rpc(error: Any, address: str, timeout_seconds: float) -> tuple[ClientEr
     if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE}:
         return RequestRejected(details, field=field, reason=reason or code.name), None
     if code is grpc.StatusCode.UNAVAILABLE:
-        said = details if reason else f"no server at {address}; start one with `openbook serve BUNDLE KB`, or name another with --server"
+        said = details if reason else f"no server at {address}; start one with `openbook serve BUNDLE KB`, or name another's HOST:PORT"
         return ServerUnavailable(said), delay
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         if not reason and _TOO_LARGE in details:

@@ -68,7 +68,7 @@ def test_the_first_page_names_every_subcommand(capsys: pytest.CaptureFixture[str
         (("evaluate", "squad-open", "nowhere", "--concurrency", "0"), 2, "less than 1"),
         (("info", "nowhere"), 1, "does not exist"),
         (("info", "."), 1, "neither a bundle nor a knowledge base"),
-        (("info", NOWHERE), 1, "openbook serve"),
+        (("info", NOWHERE), 1, "openbook serve BUNDLE KB`, or name another's HOST:PORT\n"),
         (("serve", "nowhere"), 1, "openbook export"),
         (("serve", "nowhere", "--port", "70000"), 1, "0 to 65535"),
         (("serve", "nowhere", "--port", "x"), 2, "--port"),

@@ -370,6 +370,17 @@ def test_the_command_line_names_the_document_that_could_not_be_sent_and_stores_t
     assert "openbook upsert: 'large': documents[1]: too large" in err
 
 
+def test_the_command_line_says_that_no_document_was_found_only_where_none_was(
+    server: tuple[Scripted, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for content, said in (('{"id": "a", "text": "x"}\n', ""), ("\n", "no document was found\n")):
+        rows.write_text(content)
+        server[0].script = [failure(grpc.StatusCode.FAILED_PRECONDITION, "read-only", ErrorInfo(reason="READ_ONLY"))]
+        assert cli.main(["upsert", str(rows), "--server", server[1]]) == 1
+        assert capsys.readouterr().out == said
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -237,6 +237,7 @@ async def test_publishing_and_removing_refuse_what_makes_no_sense(
     status, reason, message = await refusal(caller.build(tiny_bundle))
     assert (status, reason) == (unready, "GENERATION_NOT_READY")
     assert "is live" in message
+    assert "no generation is being built" in (await refusal(caller.publish()))[2]
     live = (await service.ListGenerations(kb.ListGenerationsRequest())).generations[0]
     assert (await refusal(service.RemoveGeneration(kb.RemoveGenerationRequest(name=live.name))))[0] is invalid
     name = await caller.build(tuned_bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -93,6 +94,46 @@ def test_a_wrong_use_says_the_way_out(
     assert message in err
     assert actual == status
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        (
+            "openbook_server.command_serve",
+            ("serve", "bundle", "--port", "0", "kb"),
+            {"knowledge_base": "kb", "port": 0},
+        ),
+        (
+            "openbook_server.command_serve",
+            ("serve", "--port", "0", "bundle"),
+            {"knowledge_base": None, "port": 0},
+        ),
+        ("openbook_server.command_index", ("index", "b", "k", "x", "--", "-y"), {"sources": ["x", "-y"]}),
+        ("openbook_server.command_generations", ("generations", "publish", "a:1", "--timeout", "2", "n"), {"name": "n", "timeout": 2.0}),
+        ("openbook.command_embed", ("embed", "a", "--timeout", "2", "b"), {"texts": ["a", "b"], "timeout": 2.0}),
+        ("openbook.command_delete", ("delete", "--", "-a"), {"ids": ["-a"]}),
+        ("openbook.command_ask", ("ask", "--top-k", "2", "-5 or 5?", "--json"), {"question": "-5 or 5?", "top_k": 2, "json": True}),
+    ],
+)
+def test_options_stand_anywhere_among_the_other_arguments(
+    monkeypatch: pytest.MonkeyPatch, command: str, arguments: tuple[str, ...], expected: dict[str, object]
+) -> None:
+    given: dict[str, object] = {}
+
+    def run_(parsed: argparse.Namespace) -> int:
+        given.update(vars(parsed))
+        return 0
+
+    monkeypatch.setattr(f"{command}.run", run_)
+    assert cli.main(arguments) == 0
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_an_unknown_argument_is_told_under_its_subcommand_s_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "serve", "bundle", "kb", "more", "--prot", "1")
+    assert (status, err.startswith("usage: openbook serve ")) == (2, True)
+    assert "openbook serve: error: unrecognized arguments: " in err
 
 
 def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ SUBCOMMANDS = {
     "info": Subcommand("openbook_server.command_info", "say what a bundle, a knowledge base or a server is", "server"),
 }
 _EXTRAS = {"datasets": "datasets", "pyarrow": "datasets"}  # modules that another extra than the subcommand's own brings
+# Installed, they take the place of what `server` brings: a second onnxruntime would overwrite the first.
+SERVER_EXTRAS = {"onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}
 _INTERRUPTED, _DEFECT = 130, 70
 
 
@@ -107,6 +109,11 @@ def _missing(name: str, error: ModuleNotFoundError) -> int:
     extra = _EXTRAS.get(module, SUBCOMMANDS[name].extra if name in SUBCOMMANDS else "")
     if not extra:
         raise error
+    from importlib.metadata import distributions  # here: it takes as long to import as all the rest of this module
+
+    for distribution, server in SERVER_EXTRAS.items():
+        if list(distributions(name=distribution)):
+            extra = extra.replace("server", server)
     print(f"openbook {name} needs {module}, which is not installed; in a clone of openbook: pip install '.[{extra}]'", file=sys.stderr)
     return 1
 

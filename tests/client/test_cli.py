@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from openbook import cli
+from openbook_server import runtime
 
 NOWHERE = "127.0.0.1:9"
 
@@ -145,6 +146,34 @@ def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.Cap
         monkeypatch.setattr("openbook_server.command_index.run", run_)
         status, _, err = run(capsys, "index", "b", "k", "s")
         assert (status, f"pip install '.[{extra}]'" in err, module in err) == (1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("installed", "extras"),
+    [
+        ("onnxruntime-gpu", "server-gpu,export"),
+        ("onnxruntime-openvino", "server-openvino,export"),
+        ("onnxruntime", "server,export"),
+        ("", "server,export"),
+    ],
+)
+def test_an_extra_that_is_missing_is_told_beside_the_onnxruntime_that_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, installed: str, extras: str
+) -> None:
+    def run_(arguments: object) -> int:
+        raise ModuleNotFoundError(name="optimum")
+
+    def distributions(*, name: str) -> list[str]:
+        return [name] if name == installed else []
+
+    monkeypatch.setattr("openbook_export.command.run", run_)
+    monkeypatch.setattr("importlib.metadata.distributions", distributions)
+    status, _, err = run(capsys, "export", "checkpoint", "bundle")
+    assert (status, f"pip install '.[{extras}]'" in err) == (1, True)
+
+
+def test_the_extras_of_servers_are_those_that_the_server_knows() -> None:
+    assert {"onnxruntime": "server", **cli.SERVER_EXTRAS} == runtime.DISTRIBUTIONS
 
 
 @pytest.mark.parametrize(("target", "message"), [(NOWHERE, "no server at"), (".", "pip install '.[server]'")])

@@ -37,7 +37,7 @@ def main(bundle: str, knowledge_base: str) -> int:
         "Next:\n"
         "  make serve                                    keep this server up, then, in another terminal:\n"
         f'  {openbook} ask "How do I sort a list in place?"\n'
-        f"  {openbook} index .demo/bundle my-kb my-documents/   index your own files (txt, md, html, pdf, csv, jsonl, parquet)\n"
+        f"  {openbook} index .demo/bundle my-kb my-documents/   index your own files (txt, md, rst, html, pdf, csv, jsonl, parquet)\n"
         f"  {openbook} serve .demo/bundle my-kb                 and serve them"
     )
     return 0

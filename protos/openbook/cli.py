@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from openbook import __version__
 
@@ -41,7 +42,26 @@ SUBCOMMANDS = {
     "info": Subcommand("openbook_server.command_info", "say what a bundle, a knowledge base or a server is", "server"),
 }
 _EXTRAS = {"datasets": "datasets", "pyarrow": "datasets"}  # modules that another extra than the subcommand's own brings
+# Installed, they take the place of what `server` brings: a second onnxruntime would overwrite the first.
+SERVER_EXTRAS = {"onnxruntime-gpu": "server-gpu", "onnxruntime-openvino": "server-openvino"}
 _INTERRUPTED, _DEFECT = 130, 70
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes a subcommand's options before, between and after its positional arguments, and tells what it does not know under the usage of
+    that subcommand. (argparse by itself takes optional positional arguments only beside the first ones.)"""
+
+    _begun = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._begun or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._begun = True  # mixing calls this method for either kind
+        # What follows a `--` is positional, which mixing forgets.
+        parsed, unknown = (super().parse_known_args if "--" in args else self.parse_known_intermixed_args)(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in arguments if not word.startswith("-")), "")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="openbook",
         description="Answers from your documents: train, export, index, serve, ask.",
         epilog="`openbook SUBCOMMAND --help` is the manual of each.  First steps: export, index, serve, ask.",
@@ -89,6 +109,11 @@ def _missing(name: str, error: ModuleNotFoundError) -> int:
     extra = _EXTRAS.get(module, SUBCOMMANDS[name].extra if name in SUBCOMMANDS else "")
     if not extra:
         raise error
+    from importlib.metadata import distributions  # here: it takes as long to import as all the rest of this module
+
+    for distribution, server in SERVER_EXTRAS.items():
+        if list(distributions(name=distribution)):
+            extra = extra.replace("server", server)
     print(f"openbook {name} needs {module}, which is not installed; in a clone of openbook: pip install '.[{extra}]'", file=sys.stderr)
     return 1
 

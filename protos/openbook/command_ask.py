@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="ANSWERS.jsonl", default="-", help="where answers to a file go (default: standard output)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     add_search_arguments(parser, "found for each question, and read until its answer is settled", MODES)
-    parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question (default: 3)")
+    parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question, 1 to 20 (default: 3)")
     parser.add_argument(
         "--read-all", action="store_true", help="read every passage found, though the best answer be settled by the first ones"
     )

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--classifier", metavar="NAME", help="which one (default: the only one of the bundle)")
     parser.add_argument("--evidence", metavar="TEXT", action="append", help="passage that a claim is read beside; may be repeated")
-    parser.add_argument("--max-labels", type=int, metavar="N", help="labels for each text (default: 5)")
+    parser.add_argument("--max-labels", type=int, metavar="N", help="labels for each text, 1 to 1,000 (default: 5)")
     parser.add_argument("--explain", action="store_true", help="show the neighbours, or the evidence found, that the labels rest on")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model instead of refusing them")
     parser.add_argument("--top-k", type=int, metavar="N", help="neighbours (default: as in training), or passages of evidence (default: 5)")

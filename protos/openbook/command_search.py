@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rerank",
         type=int,
         metavar="N",
-        help="read the best N beside the question, order them by whether the answer is there (default: 0)",
+        help="read the best N beside the question, order them by whether the answer is there (default: 0; limit as of --top-k)",
     )
     add_server_arguments(parser)
 

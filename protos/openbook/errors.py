@@ -13,6 +13,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+_TOO_LARGE = "larger than max"  # says gRPC itself, without details, of a message above its limit; of all else it is out of, something else
 _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 
 
@@ -74,10 +75,10 @@ def from_rpc(error: Any, address: str, timeout_seconds: float) -> tuple[ClientEr
     if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE}:
         return RequestRejected(details, field=field, reason=reason or code.name), None
     if code is grpc.StatusCode.UNAVAILABLE:
-        said = details if reason else f"no server at {address}; start one with `openbook serve BUNDLE KB`, or name another with --server"
+        said = details if reason else f"no server at {address}; start one with `openbook serve BUNDLE KB`, or name another's HOST:PORT"
         return ServerUnavailable(said), delay
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        if not reason:  # gRPC's own limit on the size of a message
+        if not reason and _TOO_LARGE in details:
             return RequestRejected(details, field="request", reason="MESSAGE_TOO_LARGE"), None
         return ServerOverloaded(details), delay
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

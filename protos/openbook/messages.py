@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from openbook import results
@@ -83,7 +84,22 @@ class GenerateOptions(TypedDict, total=False):
     filter: Conditions | None  # as in SearchOptions
 
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    name: (kind, called)
+    for kind, called, names in (
+        (Integral, "a whole number", "top_k max_answers max_labels max_tokens ef rerank seed"),
+        (Real, "a number", "min_score diversity temperature top_p"),
+        (bool, "True or False", "batch_invariant read_all truncate explain"),
+        (str, "a string", "mode fusion classifier label_key writer"),
+        (Collection, "a list", "stop evidence"),
+        ((Mapping, pb.Filter), "a mapping of keys to values, or a Filter", "filter"),
+    )
+    for name in names.split()
+}
+
+
 def embed_requests(texts: Sequence[str], *, truncate: bool, batch_invariant: bool) -> list[pb.EmbedRequest]:
+    _check_kinds({"truncate": truncate, "batch_invariant": batch_invariant})
     return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in parts(texts, "texts")]
 
 
@@ -130,6 +146,8 @@ def deleted(found: Sequence[kb.WriteResult]) -> list[Written]:
 def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
+    if not isinstance(texts, Collection):
+        raise RequestRejected(f"{type(texts).__name__} is no list of strings", field=field)
     for at, text in enumerate(texts):
         _check_sendable(text, f"{field}[{at}]")
     for at in range(0, len(texts), TEXTS_A_MESSAGE):
@@ -143,10 +161,18 @@ def _check_sendable(text: str, field: str) -> None:
         raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=field) from error
 
 
+def _check_kinds(given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        kind, called = _KINDS[name]
+        if not isinstance(value, kind):
+            raise RequestRejected(f"{value!r} is not {called}", field=name)
+
+
 def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
+    _check_kinds(given)
     for name, value in given.items():
         if isinstance(value, str):
             _check_sendable(value, name)

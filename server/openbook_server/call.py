@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
+from openbook_server.errors import Overloaded
+from openbook_server.status import grpc_status
+
 log = logging.getLogger(__name__)
 
 NO_SUCH_METHOD = "this server has no such method"
@@ -24,6 +27,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 GRPCS_OWN = "/grpc."  # begin the paths of health and reflection: their streams end when their callers like, perhaps never
 NEVER = 1e12  # seconds of time.time(): gRPC's core writes no deadline as a very late one
+_COME_BACK = 1.0  # seconds after which a call that was one too many may
 _KNOWN = 1_000  # paths that are remembered: whoever calls chooses them
 
 
@@ -32,8 +36,9 @@ def seconds_left(deadline: float) -> float | None:
     return None if deadline > NEVER else deadline - time.time()
 
 
-def too_many(limit: int) -> str:
-    return f"{limit} calls are being served; try again"
+def too_many(limit: int) -> grpc.Status:
+    """For the calls beyond a limit; to be made once, for making it takes longer than all else about them."""
+    return grpc_status(Overloaded(f"{limit} calls are being served; try again in {_COME_BACK:g} s", _COME_BACK))
 
 
 class _Ended(Exception):

@@ -10,7 +10,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.classification import Classification, Classified
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest, NotInBundle
+from openbook_server.errors import InvalidRequest, NoKnowledgeBase, NotInBundle
 from openbook_server.heads import HeadInfo
 from openbook_server.knowledge import KnowledgeBase, SearchOptions
 from openbook_server.options import DEFAULT_TOP_K, parse_filter, parse_mode
@@ -116,8 +116,7 @@ class ClassifyService:
         if self._knowledge_base is None:
             if not verifies:
                 return None
-            way_out = "send evidence, choose mode none, or start the server as `openbook serve BUNDLE KB`"
-            raise InvalidRequest("evidence", f"this server has no knowledge base to find any in; {way_out}")
+            raise NoKnowledgeBase(", send evidence, or choose mode none")
         return SearchOptions(top_k=top_k, mode=mode if verifies else "dense", condition=condition)
 
     def _max_tokens(self, head: HeadInfo) -> int:

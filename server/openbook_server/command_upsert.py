@@ -58,8 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"openbook upsert: {error}", file=sys.stderr)
         return FAILED
     finally:
-        print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no document was found", flush=True)
-    if not outcomes.total():
+        if outcomes:
+            print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())), flush=True)
+    if not outcomes:
+        print("no document was found", flush=True)
         return FAILED
     return SOME_FAILED if outcomes["failed"] or outcomes["unreadable"] else 0
 

@@ -1,6 +1,6 @@
 """Every failure a caller or an operator can meet, each with the gRPC status it becomes.
 
-A request is admitted (NotServing, ReadOnly), parsed and validated (InvalidRequest, NotInBundle), queued (Overloaded,
+A request is admitted (NotServing, ReadOnly, NoKnowledgeBase), parsed and validated (InvalidRequest, NotInBundle), queued (Overloaded,
 DeadlineExceeded), then inferred (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is
 opened (DeviceUnavailable), a knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable,
 KnowledgeBaseRefused, FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages
@@ -84,6 +84,16 @@ class NotInBundle(OpenBookError):
 
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "NOT_IN_BUNDLE"
+
+
+class NoKnowledgeBase(OpenBookError):
+    """The request needs a knowledge base, and the server was started without one."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "NO_KNOWLEDGE_BASE"
+
+    def __init__(self, otherwise: str = "") -> None:
+        super().__init__(f"this server has no knowledge base; start it as `openbook serve BUNDLE KB`{otherwise}")
 
 
 class BundleInvalid(OpenBookError):

@@ -21,13 +21,13 @@ from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.call import Call
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InferenceFailed, InvalidRequest, NotServing, OpenBookError, Overloaded
+from openbook_server.errors import InferenceFailed, InvalidRequest, NoKnowledgeBase, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
 from openbook_server.generations_service import GenerationsService
 from openbook_server.listening import REQUESTS_A_ROW, max_wire_bytes
 from openbook_server.metrics import Metrics
 from openbook_server.pipeline import Timings
-from openbook_server.served import NO_KNOWLEDGE_BASE, Served
+from openbook_server.served import Served
 from openbook_server.shedding import Shedding
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
@@ -218,7 +218,7 @@ class Frontend:
     @property
     def _generations(self) -> GenerationsService:
         if self.generations is None:
-            raise InvalidRequest("request", NO_KNOWLEDGE_BASE)
+            raise NoKnowledgeBase
         return self.generations
 
     def _not_serving(self) -> NotServing:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LIVENESS = "liveness"  # health name that is SERVING as long as the process is; "" and READINESS tell readiness
 READINESS = pb.DESCRIPTOR.services_by_name["OpenBook"].full_name
 REQUESTS_A_ROW = 2  # requests at once, in rows that may wait: beyond it they would only fill memory
-_HARD_LIMIT = 4  # times the limits on messages and requests: there gRPC itself refuses, without details; below it, we explain
+_HARD_LIMIT = 4  # times the limits on messages and requests: a longer message gRPC itself refuses, without details, and a call is not read
 
 Handlers = Sequence["grpc.GenericRpcHandler[Any, Any]"]
 

@@ -51,10 +51,11 @@ class RpcServer:
 
         Args:
             options: channel arguments of gRPC, by name.
-            max_calls: at once; further ones get RESOURCE_EXHAUSTED.
+            max_calls: at once; further ones are told to come back.
             otherwise: takes the calls of methods that no handler has, and the set that each must be in while it lasts.
         """
         self._methods, self._max_calls, self._otherwise = Methods(handlers), max_calls, otherwise
+        self._too_many = too_many(max_calls)
         self._queue = cygrpc.CompletionQueue()
         self._core = cygrpc.Server(tuple(options), False)
         self._core.register_completion_queue(self._queue)
@@ -151,14 +152,17 @@ class RpcServer:
         handler = self._methods.find(call.path)
         if handler is None and self._otherwise is None:
             call.end(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_SUCH_METHOD)
-        elif len(self.calls) >= self._max_calls:
-            call.end(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], too_many(self._max_calls))
-        elif status := self.refusal(call.path, seconds_left(call.deadline), time.monotonic() - self._behind if self._behind else 0.0):
+        elif status := self._refusal(call):
             call.end(status.code.value[0], status.details, status.trailing_metadata)
         elif handler is not None:
             _ServedCall(call, handler, self.calls).begin()
         elif self._otherwise is not None:
             self._otherwise(call, self.calls)
+
+    def _refusal(self, call: CoreCall) -> grpc.Status | None:
+        if len(self.calls) >= self._max_calls:
+            return self._too_many
+        return self.refusal(call.path, seconds_left(call.deadline), time.monotonic() - self._behind if self._behind else 0.0)
 
 
 class CoreCall:

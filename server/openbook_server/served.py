@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from openbook_server.classify_service import ClassifyService
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import NoKnowledgeBase
 from openbook_server.generate_service import GenerateService
 from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.service import Service
-
-NO_KNOWLEDGE_BASE = "this server has no knowledge base; start it as `openbook serve BUNDLE KB`"
 
 
 @dataclass(slots=True)
@@ -47,5 +45,5 @@ class Served:
     @property
     def knowledge(self) -> KnowledgeService:
         if self.knowledge_base is None:
-            raise InvalidRequest("request", NO_KNOWLEDGE_BASE)
+            raise NoKnowledgeBase
         return self.knowledge_base

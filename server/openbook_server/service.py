@@ -18,7 +18,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Asked, best_answer
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, NoKnowledgeBase
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_options
 from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
@@ -179,9 +179,10 @@ class Service:
             self.asked(Asked(question, options, ids, answer, answered is not None, read_all))
 
     def _options(self, request: pb.SearchRequest | pb.AnswerRequest) -> SearchOptions | None:
-        if self._knowledge_base is None:
-            raise InvalidRequest("questions", "this server has no knowledge base; start it as `openbook serve BUNDLE KB`, or use Embed")
-        return parse_options(request, self._config.max_top_k)
+        options = parse_options(request, self._config.max_top_k)
+        if options is not None and self._knowledge_base is None:
+            raise NoKnowledgeBase
+        return options
 
     def _max_question_tokens(self) -> int:
         """Special tokens included: what both the embedder and the reader take in whole."""

@@ -159,6 +159,8 @@ class Succession:
             await self._stop_following()
             following = self._begin(bundle, graph_dims=graph_dims)
             await following.opened.wait()
+            if following.pair is None:  # refused before anything was built: there is nothing to go on with, or to publish
+                await self._stop_following()
             following.check()
             return following.name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from openbook import cli
+from openbook_server import runtime
 
 NOWHERE = "127.0.0.1:9"
 
@@ -68,7 +70,7 @@ def test_the_first_page_names_every_subcommand(capsys: pytest.CaptureFixture[str
         (("evaluate", "squad-open", "nowhere", "--concurrency", "0"), 2, "less than 1"),
         (("info", "nowhere"), 1, "does not exist"),
         (("info", "."), 1, "neither a bundle nor a knowledge base"),
-        (("info", NOWHERE), 1, "openbook serve"),
+        (("info", NOWHERE), 1, "openbook serve BUNDLE KB`, or name another's HOST:PORT\n"),
         (("serve", "nowhere"), 1, "openbook export"),
         (("serve", "nowhere", "--port", "70000"), 1, "0 to 65535"),
         (("serve", "nowhere", "--port", "x"), 2, "--port"),
@@ -95,6 +97,46 @@ def test_a_wrong_use_says_the_way_out(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        (
+            "openbook_server.command_serve",
+            ("serve", "bundle", "--port", "0", "kb"),
+            {"knowledge_base": "kb", "port": 0},
+        ),
+        (
+            "openbook_server.command_serve",
+            ("serve", "--port", "0", "bundle"),
+            {"knowledge_base": None, "port": 0},
+        ),
+        ("openbook_server.command_index", ("index", "b", "k", "x", "--", "-y"), {"sources": ["x", "-y"]}),
+        ("openbook_server.command_generations", ("generations", "publish", "a:1", "--timeout", "2", "n"), {"name": "n", "timeout": 2.0}),
+        ("openbook.command_embed", ("embed", "a", "--timeout", "2", "b"), {"texts": ["a", "b"], "timeout": 2.0}),
+        ("openbook.command_delete", ("delete", "--", "-a"), {"ids": ["-a"]}),
+        ("openbook.command_ask", ("ask", "--top-k", "2", "-5 or 5?", "--json"), {"question": "-5 or 5?", "top_k": 2, "json": True}),
+    ],
+)
+def test_options_stand_anywhere_among_the_other_arguments(
+    monkeypatch: pytest.MonkeyPatch, command: str, arguments: tuple[str, ...], expected: dict[str, object]
+) -> None:
+    given: dict[str, object] = {}
+
+    def run_(parsed: argparse.Namespace) -> int:
+        given.update(vars(parsed))
+        return 0
+
+    monkeypatch.setattr(f"{command}.run", run_)
+    assert cli.main(arguments) == 0
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_an_unknown_argument_is_told_under_its_subcommand_s_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "serve", "bundle", "kb", "more", "--prot", "1")
+    assert (status, err.startswith("usage: openbook serve ")) == (2, True)
+    assert "openbook serve: error: unrecognized arguments: " in err
+
+
 def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for module, extra in (("tokenizers", "server"), ("pyarrow", "datasets")):
 
@@ -104,6 +146,34 @@ def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.Cap
         monkeypatch.setattr("openbook_server.command_index.run", run_)
         status, _, err = run(capsys, "index", "b", "k", "s")
         assert (status, f"pip install '.[{extra}]'" in err, module in err) == (1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("installed", "extras"),
+    [
+        ("onnxruntime-gpu", "server-gpu,export"),
+        ("onnxruntime-openvino", "server-openvino,export"),
+        ("onnxruntime", "server,export"),
+        ("", "server,export"),
+    ],
+)
+def test_an_extra_that_is_missing_is_told_beside_the_onnxruntime_that_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, installed: str, extras: str
+) -> None:
+    def run_(arguments: object) -> int:
+        raise ModuleNotFoundError(name="optimum")
+
+    def distributions(*, name: str) -> list[str]:
+        return [name] if name == installed else []
+
+    monkeypatch.setattr("openbook_export.command.run", run_)
+    monkeypatch.setattr("importlib.metadata.distributions", distributions)
+    status, _, err = run(capsys, "export", "checkpoint", "bundle")
+    assert (status, f"pip install '.[{extras}]'" in err) == (1, True)
+
+
+def test_the_extras_of_servers_are_those_that_the_server_knows() -> None:
+    assert {"onnxruntime": "server", **cli.SERVER_EXTRAS} == runtime.DISTRIBUTIONS
 
 
 @pytest.mark.parametrize(("target", "message"), [(NOWHERE, "no server at"), (".", "pip install '.[server]'")])

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
-from openbook import cli, command_generate
+from openbook import cli, command_generate, messages
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
 from openbook.messages import TEXTS_A_MESSAGE
@@ -370,11 +370,23 @@ def test_the_command_line_names_the_document_that_could_not_be_sent_and_stores_t
     assert "openbook upsert: 'large': documents[1]: too large" in err
 
 
+def test_the_command_line_says_that_no_document_was_found_only_where_none_was(
+    server: tuple[Scripted, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for content, said in (('{"id": "a", "text": "x"}\n', ""), ("\n", "no document was found\n")):
+        rows.write_text(content)
+        server[0].script = [failure(grpc.StatusCode.FAILED_PRECONDITION, "read-only", ErrorInfo(reason="READ_ONLY"))]
+        assert cli.main(["upsert", str(rows), "--server", server[1]]) == 1
+        assert capsys.readouterr().out == said
+
+
 @pytest.mark.parametrize(
     "fault",
     [
         failure(grpc.StatusCode.UNAVAILABLE, "starting", ErrorInfo(reason="NOT_SERVING"), come_back(1)),
         failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", ErrorInfo(reason="OVERLOADED"), come_back(1)),
+        failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "gRPC's own: too many"),
         failure(grpc.StatusCode.UNAVAILABLE, "connection lost"),
     ],
 )
@@ -470,6 +482,15 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.embed(["fine", "\ud800"]), r"texts\[1\]"),
         (lambda client: client.answer([None]), r"questions\[0\]"),
         (lambda client: client.search(["a"], top_k=2**40), "top_k"),
+        (lambda client: client.search(["a"], top_k="5"), "^top_k: '5' is not a whole number"),
+        (lambda client: client.search(["a"], rerank=2.0), "^rerank: 2.0 is not a whole number"),
+        (lambda client: client.search(["a"], filter=5), "^filter: 5 is not a mapping of keys to values, or a Filter"),
+        (lambda client: client.search(["a"], min_score="0.5"), "^min_score: '0.5' is not a number"),
+        (lambda client: client.search(["a"], mode=["dense"]), "^mode: .* is not a string"),
+        (lambda client: client.search(5), "^questions: int is no list of strings"),
+        (lambda client: client.answer(["a"], read_all="no"), "^read_all: 'no' is not True or False"),
+        (lambda client: client.embed(["a"], truncate="no"), "^truncate: 'no' is not True or False"),
+        (lambda client: client.classify(["a"], evidence=5), "^evidence: 5 is not a list"),
         (lambda client: client.search(["a"], mode="psychic"), "mode"),
         (lambda client: client.search(["a"], filter={"\ud800": "x"}), r"^filter: str that cannot be sent as UTF-8"),
         (lambda client: client.answer(["a"], filter={"kind": "\ud800"}), r"^filter: str that cannot be sent as UTF-8"),
@@ -487,6 +508,14 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
 def test_what_cannot_be_sent_is_refused_by_name(client: Client, call: Callable[[Client], object], field: str) -> None:
     with pytest.raises(RequestRejected, match=field):
         call(client)
+
+
+def test_every_option_has_a_kind_and_numpy_s_numbers_are_numbers(client: Client, scripted: Scripted) -> None:
+    for options in (messages.RankedSearchOptions, messages.AnswerOptions, messages.ClassifyOptions, messages.GenerateOptions):
+        assert options.__annotations__.keys() <= messages._KINDS.keys()
+    client.search(["a"], top_k=np.int64(7), min_score=np.float32(0.5))
+    [request] = scripted.requests
+    assert (request.top_k, request.min_score) == (7, 0.5)  # type: ignore[attr-defined]
 
 
 def test_no_texts_give_no_vectors_and_no_call(client: Client, scripted: Scripted) -> None:

@@ -272,9 +272,9 @@ async def test_without_a_knowledge_base_texts_are_labelled_alone_and_claims_need
     async with running_server(labelling_bundle, None, CONFIG) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = openbook_pb2_grpc.OpenBookStub(channel)
         assert (await classify(stub, "topics", ["red"])).results[0].passages == 0
-        code, _, field, message = await refusal(stub.Classify(pb.ClassifyRequest(classifier="claims", texts=["red"])))
-        assert (code, field) == (grpc.StatusCode.INVALID_ARGUMENT, "evidence")
-        assert "no knowledge base to find any in; send evidence, choose mode none, or start the server as" in message
+        code, reason, field, message = await refusal(stub.Classify(pb.ClassifyRequest(classifier="claims", texts=["red"])))
+        assert (code, reason, field) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_KNOWLEDGE_BASE", "")
+        assert "no knowledge base; start it as `openbook serve BUNDLE KB`, send evidence, or choose mode none" in message
 
 
 async def test_a_bundle_without_classifiers_says_how_to_get_one(tiny_bundle: Path) -> None:

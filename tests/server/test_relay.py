@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
+from openbook.errors import RequestRejected, ServerOverloaded, from_rpc
 from openbook_server.call import Call
 from openbook_server.errors import Overloaded
 from openbook_server.frontends import link
@@ -183,8 +184,10 @@ async def test_the_limit_on_calls_is_one_for_all_front_ends(behind: Behind) -> N
         running = [channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT) for channel in (first, second)]
         while len(one.server.calls) + len(two.server.calls) < 2 or not methods.entered.is_set():
             await asyncio.sleep(0.01)
-        with pytest.raises(grpc.aio.AioRpcError, match="2 calls are being served"):
+        with pytest.raises(grpc.aio.AioRpcError, match="2 calls are being served") as raised:
             await second.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT)
+        told, delay = from_rpc(raised.value, "here", 1.0)
+        assert (type(told), delay) == (ServerOverloaded, 1.0)
         methods.go.set()
         assert await asyncio.gather(*running) == [b"x" * 50] * 2
 
@@ -291,8 +294,11 @@ async def test_a_reply_beyond_the_limit_fails_alone(behind: Behind) -> None:
         channel_to(front_end.port) as channel,
     ):
         wait = channel.unary_unary("/test.Methods/Wait")
-        with pytest.raises(grpc.aio.AioRpcError, match="1050 bytes exceed the limit of 1000"):
+        with pytest.raises(grpc.aio.AioRpcError, match="1050 bytes exceed the limit of 1000") as raised:
             await wait(b"x" * 21, timeout=WAIT)
+        told, _ = from_rpc(raised.value, "here", 1.0)
+        assert isinstance(told, RequestRejected)  # asking again would not help
+        assert told.reason == "MESSAGE_TOO_LARGE"
         with pytest.raises(grpc.aio.AioRpcError, match="2000 bytes exceed the limit of 1000"):
             await channel.unary_stream("/test.Methods/Write")(b"2000", timeout=WAIT).read()
         assert await wait(b"x" * 20, timeout=WAIT) == b"x" * 1_000

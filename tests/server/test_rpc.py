@@ -14,6 +14,7 @@ import pytest
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from openbook.errors import ServerOverloaded, from_rpc
 from openbook_server.call import Call
 from openbook_server.config import ServerConfig
 from openbook_server.listening import Port
@@ -204,7 +205,8 @@ async def test_more_calls_than_the_limit_are_refused_and_the_others_go_on(servic
     refused = [error for error in results if isinstance(error, grpc.aio.AioRpcError)]
     assert results[:LIMIT] == [b"slow"] * LIMIT
     assert refused
-    assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    told = {(type(error), delay) for error, delay in (from_rpc(error, "here", 1.0) for error in refused)}
+    assert told == {(ServerOverloaded, 1.0)}  # to clients: they come back
 
 
 async def test_stopping_lets_calls_finish_within_the_grace(service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:

@@ -21,8 +21,9 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
+from openbook.v1 import knowledge_base_pb2 as kb
+from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook.v1 import openbook_pb2_grpc
 from openbook_server import pipeline, service, turns
 from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
@@ -424,15 +425,22 @@ async def test_a_metrics_port_in_use_is_refused_with_the_way_out(address: str, t
             pass
 
 
-async def test_without_a_knowledge_base_embed_serves_and_search_says_how_to_get_one(tiny_bundle: Path) -> None:
+async def test_without_a_knowledge_base_what_needs_none_is_served_and_the_rest_says_how_to_get_one(tiny_bundle: Path) -> None:
     async with (
         running_server(tiny_bundle, None, CONFIG) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
         assert (await stub.Embed(pb.EmbedRequest(texts=["red"]))).dim > 0
-        code, _, fields = await refusal(stub.Search(pb.SearchRequest(questions=["red"])))
-        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["questions"])
+        [alone] = (await stub.Answer(pb.AnswerRequest(questions=["what is red ?"], mode=pb.SEARCH_MODE_NONE))).results
+        assert (alone.passages_read, len(alone.answers), alone.no_answer_probability) == (0, 0, 1)  # as with one
+        writes: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        for call in (
+            stub.Search(pb.SearchRequest(questions=["red"])),
+            stub.Answer(pb.AnswerRequest(questions=["red"])),
+            writes.Delete(kb.DeleteRequest(ids=["a"])),
+        ):
+            assert await refusal(call) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_KNOWLEDGE_BASE", [])
 
 
 async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, unused_tcp_port: int) -> None:

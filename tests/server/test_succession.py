@@ -237,6 +237,7 @@ async def test_publishing_and_removing_refuse_what_makes_no_sense(
     status, reason, message = await refusal(caller.build(tiny_bundle))
     assert (status, reason) == (unready, "GENERATION_NOT_READY")
     assert "is live" in message
+    assert "no generation is being built" in (await refusal(caller.publish()))[2]
     live = (await service.ListGenerations(kb.ListGenerationsRequest())).generations[0]
     assert (await refusal(service.RemoveGeneration(kb.RemoveGenerationRequest(name=live.name))))[0] is invalid
     name = await caller.build(tuned_bundle)
@@ -375,7 +376,7 @@ async def test_changes_are_refused_where_writes_are(
 
 async def test_a_server_without_a_knowledge_base_says_so(tiny_bundle: Path) -> None:
     async with running_server(tiny_bundle, None, CONFIG) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        assert "no knowledge base" in (await refusal(Caller(channel).publish()))[2]
+        assert (await refusal(Caller(channel).publish()))[1] == "NO_KNOWLEDGE_BASE"
 
 
 async def test_a_bundle_that_moved_away_is_named_with_the_way_out(

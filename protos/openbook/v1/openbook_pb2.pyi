@@ -288,7 +288,9 @@ class Filter(_message.Message):
         VALUES_FIELD_NUMBER: _builtins.int
         key: _builtins.str
         @_builtins.property
-        def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """at most 1,000"""
+
         def __init__(
             self,
             *,

@@ -28,9 +28,10 @@ class Relay:
 
     def __init__(self, handlers: Handlers, *, max_calls: int, max_message_bytes: int) -> None:
         """Args:
-        max_calls: at once, of all front ends together; further ones get RESOURCE_EXHAUSTED.
+        max_calls: at once, of all front ends together; further ones are told to come back.
         """
         self._methods, self._max_calls, self._max_message_bytes = Methods(handlers), max_calls, max_message_bytes
+        self._too_many = too_many(max_calls)
         self._front_ends: dict[Connection, _FrontEnd] = {}
         self._alone = asyncio.Event()  # no front end is connected
         self._alone.set()
@@ -121,9 +122,7 @@ class Relay:
         call = _RelayedCall(opening, handler, self.calls, front_end, state.calls, number, self._max_message_bytes)
         if handler is None:
             call.end(grpc.StatusCode.UNIMPLEMENTED, NO_SUCH_METHOD)
-        elif len(self.calls) >= self._max_calls:
-            call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, too_many(self._max_calls))
-        elif status := self.refusal(call.path, call.time_remaining(), time.monotonic() - opening.received):
+        elif status := self._refusal(call, opening):
             call.end(status.code, status.details, status.trailing_metadata or ())
         elif handler.request_streaming:
             call.hear(opening.message)
@@ -134,6 +133,11 @@ class Relay:
             call.end(grpc.StatusCode.INTERNAL, NO_REQUEST)
         else:
             call.serve(opening.message)
+
+    def _refusal(self, call: _RelayedCall, opening: Opening) -> grpc.Status | None:
+        if len(self.calls) >= self._max_calls:
+            return self._too_many
+        return self.refusal(call.path, call.time_remaining(), time.monotonic() - opening.received)
 
 
 class _FrontEnd:
@@ -216,4 +220,6 @@ class _RelayedCall(Call):
         self._numbered.pop(self._number, None)
 
     def _too_large(self, size: int) -> tuple[grpc.StatusCode, str]:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the reply's {size} bytes exceed the limit of {self._limit}; ask for less"
+        # "Larger than max" is what gRPC says of such a message, and how clients tell it from one too many.
+        said = f"the reply is larger than max: {size} bytes exceed the limit of {self._limit}; ask for less"
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, said

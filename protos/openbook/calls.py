@@ -9,6 +9,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from google.protobuf.message import Message
 
+from openbook.messages import check_options
 from openbook.v1 import knowledge_base_pb2 as kb
 
 P = ParamSpec("P")
@@ -71,11 +72,13 @@ def generations() -> Call[list[kb.Generation]]:
 
 def build_generation(bundle: str, *, graph_dims: int | None = None) -> Call[str]:
     """Begin to build the generation of a bundle, a folder on the server's machine; returns its name."""
+    check_options({"bundle": bundle} if graph_dims is None else {"bundle": bundle, "graph_dims": graph_dims})
     return Call("BuildGeneration", kb.BuildGenerationRequest(bundle=bundle, graph_dims=graph_dims), _name, repeatable=False)
 
 
 def publish_generation(name: str = "") -> Call[str]:
     """Make a generation live once it lacks nothing, by default the one that is being built; returns its name."""
+    check_options({"name": name})
     return Call("PublishGeneration", kb.PublishGenerationRequest(name=name), _name, repeatable=False)
 
 
@@ -86,6 +89,7 @@ def roll_back_generation() -> Call[str]:
 
 def remove_generation(name: str) -> Call[None]:
     """Remove a generation for good; not the live one."""
+    check_options({"name": name})
     return Call("RemoveGeneration", kb.RemoveGenerationRequest(name=name), lambda reply: None, repeatable=False)
 
 

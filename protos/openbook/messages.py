@@ -87,10 +87,10 @@ class GenerateOptions(TypedDict, total=False):
 _KINDS: dict[str, tuple[Any, str]] = {
     name: (kind, called)
     for kind, called, names in (
-        (Integral, "a whole number", "top_k max_answers max_labels max_tokens ef rerank seed"),
+        (Integral, "a whole number", "top_k max_answers max_labels max_tokens ef rerank seed graph_dims"),
         (Real, "a number", "min_score diversity temperature top_p"),
         (bool, "True or False", "batch_invariant read_all truncate explain"),
-        (str, "a string", "mode fusion classifier label_key writer"),
+        (str, "a string", "mode fusion classifier label_key writer bundle name"),
         (Collection, "a list", "stop evidence"),
         ((Mapping, pb.Filter), "a mapping of keys to values, or a Filter", "filter"),
     )
@@ -98,8 +98,22 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raises RequestRejected where one cannot be sent, for it is of another type or too large."""
+    for name, value in given.items():
+        kind, called = _KINDS[name]
+        if not isinstance(value, kind):
+            raise RequestRejected(f"{value!r} is not {called}", field=name)
+        if kind is str:
+            _check_sendable(value, name)
+        elif name == "seed" and not 0 <= value < 2**64:
+            raise RequestRejected(f"{value} is not a number from 0 to 2^64 - 1", field=name)
+        elif kind is Integral and name != "seed" and not -(2**31) <= value < 2**31:
+            raise RequestRejected(f"{value} is no 32-bit number", field=name)
+
+
 def embed_requests(texts: Sequence[str], *, truncate: bool, batch_invariant: bool) -> list[pb.EmbedRequest]:
-    _check_kinds({"truncate": truncate, "batch_invariant": batch_invariant})
+    check_options({"truncate": truncate, "batch_invariant": batch_invariant})
     return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in parts(texts, "texts")]
 
 
@@ -161,21 +175,11 @@ def _check_sendable(text: str, field: str) -> None:
         raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=field) from error
 
 
-def _check_kinds(given: Mapping[str, object]) -> None:
-    for name, value in given.items():
-        kind, called = _KINDS[name]
-        if not isinstance(value, kind):
-            raise RequestRejected(f"{value!r} is not {called}", field=name)
-
-
 def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(kind.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
-    _check_kinds(given)
-    for name, value in given.items():
-        if isinstance(value, str):
-            _check_sendable(value, name)
+    check_options(given)
     for field, known in (("mode", MODES), ("fusion", FUSIONS)):
         if field in given:
             if given[field] not in known:
@@ -183,11 +187,6 @@ def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[Classify
             given[field] = known[given[field]]
     if isinstance(given.get("filter"), Mapping):
         given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_equals(*condition) for condition in given["filter"].items()]))
-    if "seed" in given and not 0 <= given["seed"] < 2**64:
-        raise RequestRejected(f"{given['seed']} is not a number from 0 to 2^64 - 1", field="seed")
-    for name in ("top_k", "max_answers", "max_labels", "max_tokens", "ef", "rerank"):
-        if name in given and not -(2**31) <= given[name] < 2**31:
-            raise RequestRejected(f"{given[name]} is no 32-bit number", field=name)
     return given
 
 

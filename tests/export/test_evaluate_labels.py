@@ -189,7 +189,7 @@ def test_rows_that_cannot_be_used_are_named_counted_and_left_out(
         ),
         ("classifier", "TEXTS", "words", [], "objective 'vocab_head', wanted .* name another folder"),
         ("verification", "TEXTS", "topics", [], "objective 'classifier', wanted .*openbook train verification"),
-        ("classifier", "TEXTS", "absent", [], "task.json cannot be read"),
+        ("classifier", "TEXTS", "absent", [], "holds no task.json"),
         ("verification", "TEXTS", "claims", [], "no usable row in it.*no column 'claim', only evidence, shelf, text"),
         (
             "classifier",

@@ -59,7 +59,7 @@ def test_a_label_that_the_training_data_have_not_is_named(tmp_path: Path) -> Non
     file.write_text("text,label\na,x\nb,new\n")
     rows, problems = load_labelled(str(file), COLUMNS, known=["x", "y"])
     assert [row.label for row in rows] == ["x"]
-    assert problems == [f"{file}: line 3: label 'new' is none of the 2 that the training data have"]
+    assert problems == [f"{file}: line 3: label 'new' is none of the 2 that the training data have: x, y"]
 
 
 def test_evidence_in_sentences_is_one_text_and_must_not_be_missing(tmp_path: Path) -> None:
@@ -104,6 +104,35 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidData, match=rf"{name}.*(cannot be read|does not exist)"):
         list(read_rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("source", ["x", "nodata", "data/nodata", "../data/train:train", "/data/train", "train.json", ""])
+def test_what_is_no_name_of_a_dataset_with_its_split_is_a_path_and_no_hub_is_asked(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_training.rows._ask_hub", lambda name: pytest.fail(f"asked for {name}"))
+    with pytest.raises(InvalidData, match=f"data file '{source}' does not exist; a Hugging Face dataset is named NAME:SPLIT"):
+        list(read_rows(source))
+
+
+def test_a_file_of_another_kind_is_looked_for_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(InvalidData, match="a.parquet' is of no kind that is read here"):
+        list(read_rows(str(tmp_path / "a.parquet")))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def unreachable(self: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(InvalidData, match=r"'some/name' is no folder, and the Hugging Face hub does not answer \(OSError\); with HF_HUB"):
+        list(read_rows("some/name:train"))
+    assert asked == ["some/name"]
 
 
 def test_one_row_in_another_encoding_or_with_an_endless_field_fails_alone(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from openbook_training.errors import InvalidData
 T = TypeVar("T")
 NAMED = 10  # bad rows that are named one by one; the rest are counted
 LONGEST = 1_000_000  # characters of a field of a .csv file; a quote that is never closed takes in the lines below up to it
+_DATASET = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?:.+")  # NAME:SPLIT or OWNER/NAME:SPLIT; all else is meant as a path
+_HUB_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,22 +107,51 @@ def name_first(console: Console, what: str, problems: Sequence[str]) -> None:
 
 
 def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
-    """The rows of a Hugging Face dataset, `NAME:SPLIT` or `NAME` (its train split).
+    """The rows of a Hugging Face dataset, `NAME:SPLIT`, or of a folder that its library reads (without a split, the train split).
 
     Raises:
-        InvalidData: the library is not installed, or it has no such dataset.
+        InvalidData: the source does not exist, the library is not installed, the hub does not answer, or it has no such dataset.
     """
     name, _, split = source.partition(":")
+    if Path(source).is_file():
+        raise InvalidData(f"data file {source!r} is of no kind that is read here")
+    stored = bool(name) and Path(name).is_dir()
+    if not stored and not _DATASET.fullmatch(source):
+        raise InvalidData(f"data file {source!r} does not exist; a Hugging Face dataset is named NAME:SPLIT")
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
         way_out = "in a clone of openbook: pip install '.[datasets]'"
         raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset, {way_out}") from error
+    if not stored:
+        _ask_hub(name)
     try:
         rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
         raise InvalidData(f"{source!r}: neither a file of a known kind nor a readable Hugging Face dataset ({error})") from error
     return rows
+
+
+def _ask_hub(name: str) -> None:
+    """Ask the hub once whether it is there: the library, which cannot be told to ask less often, tries for half a minute.
+
+    Raises:
+        InvalidData: it does not answer.
+    """
+    import huggingface_hub
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are warnings, with a traceback's worth of words each
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # it has answered; what is wrong, loading tells
+    except Exception as error:  # of which kind depends on the library's version
+        raise InvalidData(
+            f"{name!r} is no folder, and the Hugging Face hub does not answer ({type(error).__name__}); with HF_HUB_OFFLINE=1 a dataset "
+            "that was loaded before is taken from its cache"
+        ) from error
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:

@@ -19,8 +19,8 @@ from openbook_training.tasks import Objective
 def train(objective: Objective, config: Any, *, resume: bool, console: Console) -> dict[str, float]:
     """Run the whole training; what a user deploys is left in `<output>/best`. Returns the metrics of the best epoch.
 
-    A run that is refused leaves everything as it was: the folder is made, and its config.json written, when the first step is due. What a
-    task computes before (vectors of texts) is kept there as soon as it is known, for the next start.
+    A run that is refused leaves everything as it was: config.json is written when the first step is due. Only what a task computes from its
+    data before (vectors of texts, a checkpoint from nothing) is kept in the folder at once, for the next start.
 
     Args:
         config: an `objective.config()`.

@@ -43,7 +43,8 @@ def measure_invariance(bundle: Bundle, graphs: Mapping[str, Graph], device: Devi
         varying[QUESTIONS] = varying[GRAPH]
     same = sorted(name for name, outputs in varying.items() if not (outputs if name == QUESTIONS else outputs - {HIDDEN_STATES}))
     others = ", ".join(sorted(varying.keys() - same))
-    log.info(
+    log.log(
+        logging.INFO if others else logging.DEBUG,  # where it is as everybody expects there is nothing to say
         "%s in %s: rows give the same bytes whatever shares their batch through %s%s",
         device.name,
         device.precision,

@@ -76,7 +76,7 @@ def test_it_is_measured_through_which_graphs_a_row_depends_on_its_batch(
 ) -> None:
     device = build_device("cpu", precision, 1)
     graphs = {model: Graph(bundle.graph_path(model, precision), device) for model in ("embedder", "reader")}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, logger="openbook_server.invariance"):
         assert sorted(measure_invariance(bundle, graphs, device)) == invariant
     [line] = caplog.messages
     assert f"cpu in {precision}" in line

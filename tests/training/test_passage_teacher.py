@@ -244,7 +244,7 @@ def test_all_that_cannot_work_of_a_readers_settings_is_told_at_once(tmp_path: Pa
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        (None, "reader.json cannot be read"),
+        (None, "holds no reader.json"),
         ({"base_digest": "other"}, "was trained on"),
         ({"max_answer_tokens": None}, "should state max_tokens, max_question_tokens and max_answer_tokens"),
         ({"max_question_tokens": 61}, "with room for a passage beside the question"),

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.reader import Pair, PairEncoder, predict
+from openbook_training.reader import Pair, PairEncoder, predict, stated_windows
 from openbook_training.squad import Question, answer_scores
 
 from openbook_export.errors import ExportFailed
 from openbook_export.models import ReaderModel
 
-STRIDE = 64  # tokens that neighbouring windows of a long passage share, where there is room; twice the longest answer
 BATCH = 16  # pairs a run
 CPU = torch.device("cpu")
 
@@ -25,10 +24,7 @@ Scores = dict[str, float]
 
 def pair_encoder(checkpoint: Checkpoint, reader: ReaderModel) -> PairEncoder:
     """The windows that both sides read."""
-    room = reader.max_tokens - reader.max_question_tokens - 3
-    return PairEncoder(
-        checkpoint, max_tokens=reader.max_tokens, stride=min(STRIDE, room // 2), max_question_tokens=reader.max_question_tokens
-    )
+    return stated_windows(checkpoint, max_tokens=reader.max_tokens, max_question_tokens=reader.max_question_tokens)
 
 
 def pytorch_answers(

@@ -36,13 +36,14 @@ def require_trained(key: str, folder: str, *files: str) -> None:
     """Refuse a recipe whose `key` names a folder in which no training has left its model.
 
     Args:
+        folder: "" where the key is left out.
         files: one of these is in it; by default what every adapter has.
 
     Raises:
         CheckpointNotFound: none is.
     """
     files = files or (SETTINGS,)
-    if not any((Path(folder) / file).is_file() for file in files):
+    if folder and not any((Path(folder) / file).is_file() for file in files):
         raise CheckpointNotFound(
             f"{key}: {folder!r} holds no {' or '.join(files)}; train it first, as the recipe says, or leave the key out"
         )

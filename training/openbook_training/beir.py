@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from openbook_training.errors import InvalidData
-from openbook_training.rows import build_rows, read_rows, report_left_out
+from openbook_training.rows import Row, build_rows, read_rows, report_left_out
 
-T = TypeVar("T")
 TRAINING, EVALUATION = ("train",), ("test", "dev")  # tables of qrels/ that are wanted where there are several, the first that is there
 
 
@@ -41,23 +40,21 @@ class Query:
     relevant: Mapping[str, float]  # grade, above 0, by passage id
 
 
+T = TypeVar("T", Passage, Query)
+
+
 def load_corpus(folder: Path, console: Console) -> list[Passage]:
     """The passages, each id once.
 
     Raises:
         InvalidData: there is no corpus.jsonl, or no usable row in it.
     """
-    seen: set[str] = set()
 
     def build(row: Mapping[str, Any]) -> Passage:
         title = row.get("title") or ""
         if not isinstance(title, str):
             raise ValueError("'title' is no text")
-        passage = Passage(id=_text(row, "_id"), text=_text(row, "text"), title=title.strip())
-        if passage.id in seen:
-            raise ValueError(f"its _id {passage.id!r} stands further up")
-        seen.add(passage.id)
-        return passage
+        return Passage(id=_text(row, "_id"), text=_text(row, "text"), title=title.strip())
 
     return _build(folder / "corpus.jsonl", build, console)
 
@@ -75,19 +72,13 @@ def load_queries(folder: Path, console: Console, splits: Sequence[str]) -> list[
     console.print(f"{folder}: questions of qrels/{table.name}", soft_wrap=True, markup=False)
     relevant = _judgements(table, console)
 
-    seen: set[str] = set()
-
     def build(row: Mapping[str, Any]) -> Query:
         answers = (row.get("metadata") or {}).get("answers", ())
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError("metadata.answers is no list of texts")
         id_ = _text(row, "_id")
         accepted = tuple(answer for answer in answers if answer.strip())
-        query = Query(id=id_, text=_text(row, "text"), answers=accepted, relevant=relevant.get(id_, {}))
-        if id_ in seen:
-            raise ValueError(f"its _id {id_!r} stands further up")
-        seen.add(id_)
-        return query
+        return Query(id=id_, text=_text(row, "text"), answers=accepted, relevant=relevant.get(id_, {}))
 
     queries = [query for query in _build(folder / "queries.jsonl", build, console) if query.relevant]
     if not queries:
@@ -130,7 +121,17 @@ def _judgements(table: Path, console: Console) -> dict[str, dict[str, float]]:
 
 
 def _build(file: Path, build: Callable[[Mapping[str, Any]], T], console: Console) -> list[T]:
-    built, problems = build_rows(read_rows(str(file)), lambda row: build(row.values))
+    """What the rows of a file become, each id once."""
+    seen: set[str] = set()
+
+    def build_once(row: Row) -> T:
+        one = build(row.values)
+        if one.id in seen:
+            raise ValueError(f"its _id {one.id!r} stands further up")
+        seen.add(one.id)
+        return one
+
+    built, problems = build_rows(read_rows(str(file)), build_once)
     report_left_out(console, str(file), len(built), problems)
     return built
 

@@ -59,8 +59,7 @@ class ContrastiveTask:
         self._settings = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         check_length(self.checkpoint, "train_max_tokens", config.train_max_tokens)
-        if config.initial_adapter:
-            require_trained("initial_adapter", config.initial_adapter)
+        require_trained("initial_adapter", config.initial_adapter)
         model = build_retriever(self.checkpoint, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, folder=config.initial_adapter)
         dim, dims = int(model.config.hidden_size), config.matryoshka_dims
         if dims[0] != dim or any(not 0 < other < dim for other in dims[1:]):

@@ -15,10 +15,8 @@ from openbook_training.adapters import stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.objectives import passage_masses, span_scores
-from openbook_training.reader import READER_SETTINGS, PairEncoder, passage_tokens
+from openbook_training.reader import READER_SETTINGS, passage_tokens, stated_windows
 from openbook_training.teacher import Teacher
-
-STRIDE = 64  # tokens that neighbouring windows of a long passage share, where there is room; twice the longest answer
 
 
 class PassageTeacher:
@@ -39,8 +37,7 @@ class PassageTeacher:
                 f"beside the question; it states {limits}"
             )
         max_tokens, max_question_tokens, self._max_answer_tokens = whole
-        stride = min(STRIDE, (max_tokens - max_question_tokens - 3) // 2)
-        encoder = PairEncoder(checkpoint, max_tokens=max_tokens, stride=stride, max_question_tokens=max_question_tokens)
+        encoder = stated_windows(checkpoint, max_tokens=max_tokens, max_question_tokens=max_question_tokens)
         self._teacher = Teacher(checkpoint, folder, encoder, device)
         self._device = device
 

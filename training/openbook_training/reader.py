@@ -25,6 +25,7 @@ from openbook_training.objectives import null_scores, span_scores
 from openbook_training.pretrained import check_length, count_segments, fast_tokenizer, load_model, read_in_one_segment
 
 READER_SETTINGS = "reader.json"  # beside a reader's adapter
+STRIDE = 64  # tokens that neighbouring windows of a long passage share, where there is room; twice the longest answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,16 @@ class PairEncoder:
             windows = max(1, math.ceil((len(ids) - self._stride) / (room - self._stride)))
             for at in range(0, windows * (room - self._stride), room - self._stride):
                 yield Pair(row, number, [*head, *ids[at : at + room], self.sep], len(head), offsets[at : at + room])
+
+
+def stated_windows(checkpoint: Checkpoint, *, max_tokens: int, max_question_tokens: int) -> PairEncoder:
+    """Windows for a reader that states its limits, as its reader.json does, outside of the run that trained it.
+
+    Args:
+        max_tokens: of a window; more than `max_question_tokens` and three special ones.
+    """
+    stride = min(STRIDE, (max_tokens - max_question_tokens - 3) // 2)
+    return PairEncoder(checkpoint, max_tokens=max_tokens, stride=stride, max_question_tokens=max_question_tokens)
 
 
 def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int) -> PeftModel:

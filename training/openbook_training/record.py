@@ -39,9 +39,11 @@ class Record:
         self._folder, self._console = folder, console
         self._writer = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         file = folder / METRICS
-        if self._writer is not None and first_step == 1:
+        if silent:
+            return
+        if first_step == 1:
             file.unlink(missing_ok=True)
-        if self._writer is not None and file.is_file() and not file.read_bytes().endswith(b"\n"):
+        elif file.is_file() and not file.read_bytes().endswith(b"\n"):
             with file.open("a") as stream:
                 stream.write("\n")  # the half a line stays by itself
 

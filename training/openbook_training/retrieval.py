@@ -95,13 +95,14 @@ def _of_beir(folder: Path, console: Console, splits: Sequence[str]) -> Retrieval
     row_of = {passage.id: row for row, passage in enumerate(passages)}
     questions, problems, partly = [], [], []
     for query in load_queries(folder, console, splits):
-        gold = {row_of[id_]: grade for id_, grade in query.relevant.items() if id_ in row_of}
-        if lacking := [id_ for id_ in query.relevant if id_ not in row_of] if gold else []:
-            partly.append(f"query {query.id}: of its relevant passages, {', '.join(lacking)} not in corpus.jsonl")
-        if gold:
-            questions.append(Asked(id=query.id, text=query.text, answers=query.answers, gold=gold))
-        else:
+        lacking = [id_ for id_ in query.relevant if id_ not in row_of]
+        if len(lacking) == len(query.relevant):
             problems.append(f"query {query.id}: none of its relevant passages is in corpus.jsonl")
+            continue
+        gold = {row_of[id_]: grade for id_, grade in query.relevant.items() if id_ in row_of}
+        questions.append(Asked(id=query.id, text=query.text, answers=query.answers, gold=gold))
+        if lacking:
+            partly.append(f"query {query.id}: of its relevant passages, {', '.join(lacking)} not in corpus.jsonl")
     report_left_out(console, str(folder), len(questions), problems)
     name_first(console, f"{folder}: {len(partly)} questions are without some of their relevant passages", partly)
     return RetrievalSet(passages, questions)

@@ -77,8 +77,7 @@ class SpanTask:
         self._settings = config
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = self.encoder_of(self.checkpoint)
-        if config.initial_adapter:
-            require_trained("initial_adapter", config.initial_adapter)
+        require_trained("initial_adapter", config.initial_adapter)
         self.model: nn.Module = (
             trained_reader(self.checkpoint, config.initial_adapter)
             if config.initial_adapter

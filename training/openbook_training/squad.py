@@ -71,7 +71,8 @@ def holds_answer(text: str, answers: Iterable[str]) -> bool:
 
 def holds_normalised(text: str, answers: Iterable[str]) -> bool:
     """`holds_answer` of a text and answers that are in normal form already; an answer that is empty in it stands nowhere."""
-    return any(f" {wanted} " in f" {text} " for wanted in answers if wanted)
+    words = f" {text} "
+    return any(f" {wanted} " in words for wanted in answers if wanted)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

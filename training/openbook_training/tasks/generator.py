@@ -71,8 +71,7 @@ class GeneratorTask:
         self._config = config
         checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = AnswerEncoder(checkpoint, max_tokens=config.max_tokens, max_answer_tokens=config.max_answer_tokens)
-        if config.initial_adapter:
-            require_trained("initial_adapter", config.initial_adapter)
+        require_trained("initial_adapter", config.initial_adapter)
         self.model: nn.Module = build_generator(checkpoint, self.encoder, dropout=config.dropout, adapter=config.initial_adapter)
         self._device = best_device()
         train, held_out = hold_out(_answered(config.train, console), config.held_out)

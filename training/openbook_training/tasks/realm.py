@@ -131,10 +131,8 @@ class RealmTask(Staged):
         return PassageRows(embedded, read), encoder.rows([question.text for question in self.questions], limit)
 
     def _build(self) -> Realm:
-        if self._config.language_model:
-            require_trained("language_model", self._config.language_model, SETTINGS, TASK)
-        if self._config.retriever:
-            require_trained("retriever", self._config.retriever)
+        require_trained("language_model", self._config.language_model, SETTINGS, TASK)
+        require_trained("retriever", self._config.retriever)
         config, rank = self._config, {"lora_rank": self._config.lora_rank, "lora_alpha": self._config.lora_alpha}
         frequencies = None
         if not config.language_model:

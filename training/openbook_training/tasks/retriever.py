@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from openbook_training.adapters import require_trained
 from openbook_training.beir import TRAINING
 from openbook_training.config import no_share, not_positive, too_low
 from openbook_training.contrastive import ContrastiveConfig, ContrastiveTask, first_of_each
@@ -71,6 +72,7 @@ class RetrieverTask(ContrastiveTask):
     def __init__(self, config: RetrieverConfig, console: Console) -> None:
         self._config = config
         super().__init__(config)
+        require_trained("reader", config.reader)
         self._teacher = PassageTeacher(self.checkpoint, config.reader, self._device) if config.reader else None
         data = load_retrieval(config.train, console, TRAINING)
         self.train, self.held_out = hold_out_passages(data, config.held_out)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,16 +34,8 @@ def encoder(tiny_checkpoint: Path) -> PairEncoder:
 
 
 @pytest.fixture
-def training_file(tmp_path: Path) -> Path:
-    words = WORDS.split()
-    rows = []
-    for number in range(24):
-        answer = words[number % 10]
-        context = f"the {words[(number + 3) % 10]} of {answer} was {words[(number + 5) % 10]} in case {number}"
-        rows.append({"id": f"q{number}", "question": f"what was {answer} ?", "context": context, "answers": {"text": [answer]}})
-    path = tmp_path / "train.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+def training_file(questions_file: Path, tmp_path: Path) -> Path:
+    return shutil.copy(questions_file, tmp_path / "train.jsonl")
 
 
 def config_for(training_file: Path, tiny_checkpoint: Path, output: Path, **loop: object) -> ReaderConfig:

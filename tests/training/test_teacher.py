@@ -67,22 +67,9 @@ def config_for(checkpoint: Path, output: Path, train_file: Path, **settings: obj
 
 
 @pytest.fixture(scope="module")
-def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "red blue green one two three city river king book".split()
-    rows = []
-    for number in range(24):
-        answer = words[number % 10]
-        context = f"the {words[(number + 3) % 10]} of {answer} was {words[(number + 5) % 10]} in case {number}"
-        rows.append({"id": f"q{number}", "question": f"what was {answer} ?", "context": context, "answers": {"text": [answer]}})
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def mpnet_reader(tiny_mpnet: Path, training_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mpnet_reader(tiny_mpnet: Path, questions_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output, console = tmp_path_factory.mktemp("runs") / "teacher", Console(file=io.StringIO(), width=300)
-    train(OBJECTIVES["reader"], config_for(tiny_mpnet, output, training_file), resume=False, console=console)
+    train(OBJECTIVES["reader"], config_for(tiny_mpnet, output, questions_file), resume=False, console=console)
     assert isinstance(console.file, io.StringIO)
     assert "can teach others, but not be exported: it tells no segments apart" in console.file.getvalue()
     return output / "best"
@@ -93,10 +80,10 @@ def windows(checkpoint: Checkpoint) -> PairEncoder:
 
 
 def test_a_reader_of_another_checkpoint_teaches(
-    tiny_checkpoint: Path, tiny_mpnet: Path, mpnet_reader: Path, training_file: Path, tmp_path: Path
+    tiny_checkpoint: Path, tiny_mpnet: Path, mpnet_reader: Path, questions_file: Path, tmp_path: Path
 ) -> None:
     settings = {"teacher": str(mpnet_reader), "teacher_checkpoint": str(tiny_mpnet), "teacher_weight": 1.0}  # the loss is the distance
-    config = config_for(tiny_checkpoint, tmp_path / "run", training_file, **settings)
+    config = config_for(tiny_checkpoint, tmp_path / "run", questions_file, **settings)
     train(OBJECTIVES["reader"], config, resume=False, console=Console(file=io.StringIO()))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     history = [row["loss"] for row in rows if "loss" in row]
@@ -104,10 +91,10 @@ def test_a_reader_of_another_checkpoint_teaches(
 
 
 def test_the_distance_is_that_of_the_teachers_own_logits(
-    tiny_checkpoint: Path, tiny_mpnet: Path, mpnet_reader: Path, training_file: Path, tmp_path: Path
+    tiny_checkpoint: Path, tiny_mpnet: Path, mpnet_reader: Path, questions_file: Path, tmp_path: Path
 ) -> None:
     settings = {"teacher": str(mpnet_reader), "teacher_checkpoint": str(tiny_mpnet), "teacher_weight": 1.0}
-    task = ReaderTask(config_for(tiny_checkpoint, tmp_path / "run", training_file, **settings), Console(file=io.StringIO()))
+    task = ReaderTask(config_for(tiny_checkpoint, tmp_path / "run", questions_file, **settings), Console(file=io.StringIO()))
     model = task.model.eval()
     batch = task.batches(0)[0]
     pairs = task.windows(batch)
@@ -174,7 +161,7 @@ def test_a_teacher_that_cuts_texts_elsewhere_is_refused(
 
 
 def test_hard_negatives_are_mined_by_the_embedder_that_is_named(
-    tiny_checkpoint: Path, tiny_mpnet: Path, training_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tiny_mpnet: Path, questions_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import openbook_training.tasks.reader as module
 
@@ -186,6 +173,6 @@ def test_hard_negatives_are_mined_by_the_embedder_that_is_named(
         return original(checkpoint, *others, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "embed_once", noted)
-    ReaderTask(config_for(tiny_mpnet, tmp_path / "a", training_file, embedder=str(tiny_checkpoint)), Console(file=io.StringIO()))
-    ReaderTask(config_for(tiny_mpnet, tmp_path / "b", training_file), Console(file=io.StringIO()))
+    ReaderTask(config_for(tiny_mpnet, tmp_path / "a", questions_file, embedder=str(tiny_checkpoint)), Console(file=io.StringIO()))
+    ReaderTask(config_for(tiny_mpnet, tmp_path / "b", questions_file), Console(file=io.StringIO()))
     assert asked == [str(tiny_checkpoint), str(tiny_mpnet)]

@@ -18,23 +18,18 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from openbook_server.bundle import Bundle, load_bundle
-from openbook_server.embedder import OUTPUT, TOKENS
-from openbook_server.engine import Runnable
-from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, open_knowledge_base, relevance
+from openbook_export.settling import found_by, read
+from openbook_server.bundle import load_bundle
+from openbook_server.knowledge import Hit, open_knowledge_base, relevance
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, SHORTLIST, TOKEN_WEIGHT
 from openbook_server.knowledge.overlap import COVERAGE_WEIGHT, PAIR_WEIGHT, shared
-from openbook_server.pipeline import reading_of
 from openbook_server.ranking import Reading, rank_answers
-from openbook_server.rows import Row
 from openbook_server.runtime import Graph, choose_device
-from openbook_server.states import QuestionGraph
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.squad import Question, exact_match, f1, hold_out, load_questions
 from report import run_benchmark
@@ -48,26 +43,6 @@ NULL_BIASES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 ABSENT_SHARE = 0.1  # weight of questions whose passages were taken away, as in training
 DEPTH = 100
 TOP_K = 5
-
-
-def run_rows(graph: Runnable, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """A graph's outputs row by row, in the order of the rows."""
-    outputs: list[Mapping[str, Any]] = [{}] * len(rows)
-    lengths = [row.tokens for row in rows]
-    for batch in graph.buckets.batches(lengths, 1_024):
-        result = graph.run_rows([rows[at] for at in batch], graph.buckets.padded_length(lengths[batch[0]]))
-        for place, at in enumerate(batch):
-            outputs[at] = {name: values[place] for name, values in result.items()}
-    return outputs
-
-
-def found_by(
-    knowledge_base: KnowledgeBase, bundle: Bundle, embedder: Graph, encoder: TextEncoder, questions: Sequence[str], top_k: int
-) -> list[list[Hit]]:
-    """What hybrid search finds for each question, as in a server."""
-    rows = run_rows(QuestionGraph(embedder, bundle.embedder.token_dims), encoder.texts(questions))
-    vectors = np.stack([row[OUTPUT] for row in rows]).astype(np.float32)
-    return knowledge_base.search(questions, vectors, SearchOptions(top_k=top_k), [row[TOKENS] for row in rows])
 
 
 def shortlisted(hits: Sequence[Hit], weight: float) -> list[Hit]:
@@ -109,19 +84,6 @@ def recall(rankings: Sequence[Ranking], weights: Sequence[float] | NDArray[np.fl
     """R@1 and R@5 in percent of candidates ranked with these weights."""
     best = [ranking.own[np.argsort(-ranking.features @ np.asarray(weights), kind="stable")] for ranking in rankings]
     return 100 * float(np.mean([own[0] for own in best])), 100 * float(np.mean([own[:5].any() for own in best]))
-
-
-def read(
-    bundle: Bundle, graph: Graph, encoder: TextEncoder, questions: Sequence[str], found: Sequence[Sequence[Hit]]
-) -> list[list[Reading]]:
-    """What the reader makes of each question's hits."""
-    assert bundle.reader is not None
-    pairs = [
-        encoder.pairs(question, [hit.passage.text for hit in hits], bundle.reader.max_tokens)
-        for question, hits in zip(questions, found, strict=True)
-    ]
-    outputs = iter(run_rows(graph, [pair.row for group in pairs for pair in group]))
-    return [[reading_of(pair, next(outputs), at) for at, pair in enumerate(group)] for group in pairs]
 
 
 def log_likelihood(

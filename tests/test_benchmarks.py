@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openbook_server.knowledge import Hit, Passage
-from openbook_server.ranking import Reading, Span
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -146,27 +142,3 @@ def test_growth_reports_each_size_with_its_recall() -> None:
     assert large["recall_at_10"] > 0.9
     assert min(large["open_seconds"], large["write_seconds"], large["save_seconds"]) > 0
     assert 0 < large["hybrid_p50_ms"] <= large["hybrid_p99_ms"]
-
-
-def test_settling_stops_reading_where_no_more_answers_change_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    settled = importlib.import_module("settling").Settled
-
-    def read(texts: list[str], scores: list[float]) -> tuple[list[Hit], list[Reading]]:
-        hits = [
-            Hit(passage=Passage(id=f"p{z}", document_id="d", text=text, start=0), score=1.0 - 0.1 * z, dense_score=1.0 - 0.1 * z)
-            for z, text in enumerate(texts)
-        ]
-        spans = [[Span(z, 0, len(text), score)] for z, (text, score) in enumerate(zip(texts, scores, strict=True))]
-        return hits, [Reading(found, -2.0, math.log(math.exp(found[0].score) + math.exp(-2.0))) for found in spans]
-
-    easy = read(["Rome", *["Milan"] * 4], [8.0, *[0.0] * 4])  # the first passage answers for certain
-    hard = read(["Milan", *["Turin"] * 3, "Rome"], [0.0] * 4 + [5.0])  # the first ones are unsure, the last one is not
-    tricky = read(["Milan", *["Turin"] * 3, "Rome"], [8.0, *[0.0] * 3, 9.0])  # the first one is sure, the last one more so
-    settling, passages, changed = settled([easy] * 9 + [hard], prior_weight=1.0, null_bias=0.0).choose(0.0)
-    assert settling is not None
-    assert (passages, changed) == ((9 * 1 + 5) / 10, 0.0)
-    among = settled([easy] * 9 + [tricky], prior_weight=1.0, null_bias=0.0)
-    assert among.choose(0.0) == (None, 5.0, 0.0)
-    assert among.choose(10.0)[1:] == (1.0, 10.0)
-    assert settled([hard], prior_weight=1.0, null_bias=0.0).choose(0.0)[0] is None

@@ -60,11 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality-questions", type=positive, default=300, metavar="N", help="questions of it, evenly spread (default: 300)"
     )
     parser.add_argument("--quality-budget", type=_finite, default=0.5, metavar="POINTS", help="F1 that may be lost (default: 0.5)")
+    parser.add_argument(
+        "--settling",
+        default="",
+        metavar="DATA",
+        help="choose when a server may stop reading a question's passages, by questions like those that it will be asked: a folder in "
+        "BEIR's layout, or a SQuAD file, whose passages are the corpus (default: what the reader states, else all are read)",
+    )
+    parser.add_argument(
+        "--settling-questions", type=natural, default=1_000, metavar="N", help="of them, evenly spread; 0 = all (default: 1000)"
+    )
+    parser.add_argument(
+        "--em-budget",
+        type=_percent,
+        default=0.5,
+        metavar="PERCENT",
+        help="best answers that stopping may change: of EM no more is lost (default: 0.5)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    of_reader = {"--quality": arguments.quality, "--prior-weight": arguments.prior_weight, "--null-bias": arguments.null_bias}
+    of_reader = {
+        "--quality": arguments.quality,
+        "--settling": arguments.settling,
+        "--prior-weight": arguments.prior_weight,
+        "--null-bias": arguments.null_bias,
+    }
     if arguments.reader is None and (given := [flag for flag, value in of_reader.items() if value not in (None, "")]):
         print(f"openbook export: {given[0]} is about a reader; name one with --reader", file=sys.stderr)
         return 2
@@ -122,6 +144,13 @@ def _finite(text: str) -> float:
     value = float(text)
     if not abs(value) < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is out of range")
+    return value
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 100")
     return value
 
 

@@ -38,6 +38,7 @@ from openbook_export.neighbours import NeighbourPart
 from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
 from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
+from openbook_export.settling import load_sample, settling_facts
 from openbook_export.staging import staged
 from openbook_export.unpad import unpad
 from openbook_export.writers import Writer, export_writer, load_writer
@@ -67,6 +68,9 @@ class ExportOptions:
     quality: str = ""  # SQuAD-shaped file to compare EM and F1 on; "" = not measured
     quality_questions: int = 300  # of it, evenly spread
     quality_budget: float = 0.5  # points of F1 that an exported reader may lose; a graph that is right loses about 0.1
+    settling: str = ""  # questions and corpus to choose by when a server may stop reading; "" = what the reader states
+    settling_questions: int = 1_000  # of them, evenly spread; 0 = all
+    em_budget: float = 0.5  # best answers in a hundred that stopping may change
     force: bool = False  # replace an existing bundle
 
 
@@ -95,10 +99,11 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
 
     Raises:
         ExportError: see errors.py; the destination is as it was before.
-        TrainingError: no such checkpoint or quality file (openbook_training.errors).
+        TrainingError: no such checkpoint, quality file or questions to settle by (openbook_training.errors).
     """
     checkpoint = resolve_checkpoint(options.checkpoint)
     questions = _spread(load_questions(options.quality), options.quality_questions) if options.quality else []
+    asked = load_sample(options.settling, options.settling_questions) if options.settling and options.reader else None
     with staged(options.bundle.absolute(), is_ours=_is_bundle, force=options.force) as folder:
         tokenizer, sep_id = load_tokenizer(checkpoint)
         tokenizer.save(str(folder / TOKENIZER))
@@ -129,7 +134,14 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
         golden |= {part.name: (part.inputs, part.expected) for part in neighbours.values()}
         golden |= {name: part.golden() for writer in writers for name, part in writer.parts.items()}
         write_golden(folder / GOLDEN, golden)
-        _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, neighbours, models, writers, folder))
+
+        def describe() -> None:
+            _write_manifest(folder, _manifest(options, checkpoint, embedder, reader, heads, neighbours, models, writers, folder))
+
+        describe()
+        if asked is not None:  # by the bundle itself, which is another one then
+            models[1].facts |= settling_facts(load_bundle(folder), asked, options.em_budget, report)
+            describe()
         _open_as_the_server_will(folder)
         report("the bundle loads and its golden vectors match")
     return load_bundle(options.bundle)
@@ -155,7 +167,8 @@ def _reader(reader: ReaderModel, tokenizer: Tokenizer, sep_id: int, options: Exp
         "prior_weight": float(reader.prior_weight if options.prior_weight is None else options.prior_weight),
         "null_bias": float(reader.null_bias if options.null_bias is None else options.null_bias),
     }
-    if reader.settling and options.prior_weight is None and options.null_bias is None:  # it was calibrated with the reader's own
+    own = options.prior_weight is None and options.null_bias is None  # what it was calibrated with
+    if reader.settling and own and not options.settling:
         facts["settling"] = dict(reader.settling)
     return _Exported("reader", graph.eval(), pair_inputs(tokenizer, reader.max_tokens), facts)
 
@@ -232,7 +245,9 @@ def _manifest(
             *(["generate"] if writers else []),
         ],
         "files": {
-            file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file.is_file()
+            file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size}
+            for file in sorted(folder.iterdir())
+            if file.is_file() and file.name != MANIFEST
         },
     }
     if heads:

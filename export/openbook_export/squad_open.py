@@ -4,7 +4,8 @@ Data in BEIR's layout: `queries.jsonl` with `_id`, `text` and `metadata.answers`
 score. Retrieval is scored by document: R@k is the share of questions with a relevant document among the first k
 distinct ones; answer-hit@k the share with an accepted answer, in normal form, in the text of the first k passages. Reading is
 scored as SQuAD does; `read` is how many passages a question were read for that. Latency is that of single questions, one after the other.
-R@k, answer-hit@k, EM and F1 come with 95 % bootstrap intervals over the questions.
+R@k, answer-hit@k, EM and F1 come with 95 % bootstrap intervals over the questions. Every mode is one of the server's own, so
+what `random` draws is read as what the others find is, and its R@k is that of chance.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 DEPTHS = (1, 5, 20)
 LATENCY_QUESTIONS = 100  # asked one by one for the percentiles
 _BATCH = 32
-MODES = {"hybrid": "hybrid", "lexical": "BM25 only", "dense": "dense only", "none": "no retrieval"}
+MODES = {"hybrid": "hybrid", "lexical": "BM25 only", "dense": "dense only", "random": "random passages", "none": "no retrieval"}
 
 
 @dataclass(frozen=True, slots=True)

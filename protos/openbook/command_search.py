@@ -63,6 +63,6 @@ def render(result: SearchResult) -> str:
         parts += [f"BM25 {hit.lexical_score:.2f}"] if hit.lexical_score is not None else []
         parts += [f"overlap {hit.overlap_score:.2f}"] if hit.overlap_score is not None else []
         parts += [f"answer in it {100 * hit.answer_probability:.0f} %"] if hit.answer_probability is not None else []
-        lines.append(f"{number:3}. {hit.score:.3f}  {hit.passage_id}  ({', '.join(parts)})")
+        lines.append(f"{number:3}. {hit.score:.3f}  {hit.passage_id}" + (f"  ({', '.join(parts)})" if parts else ""))
         lines.append(f"     {' '.join(hit.text.split())[:150]}")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_search_arguments(parser: argparse.ArgumentParser, what: str, modes: Iterable[str]) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help=f"passages {what} (default: 5; 1 to 100, or --max-top-k of the server)")
-    parser.add_argument("--mode", choices=sorted(modes), help="how passages are found (default: hybrid)")
+    parser.add_argument("--mode", choices=sorted(modes), help="how passages are found (default: hybrid); random draws them, a baseline")
     parser.add_argument("--fusion", choices=sorted(FUSIONS), help="how the hybrid mode makes one ranking of two (default: weighted)")
     add_filter_argument(parser)
     parser.add_argument("--min-score", type=float, metavar="SCORE", help="only passages that score as much or more")

@@ -22,6 +22,7 @@ MODES = {
     "dense": pb.SEARCH_MODE_DENSE,
     "lexical": pb.SEARCH_MODE_LEXICAL,
     "none": pb.SEARCH_MODE_NONE,
+    "random": pb.SEARCH_MODE_RANDOM,
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
 TEXTS_A_MESSAGE = 32

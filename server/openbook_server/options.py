@@ -18,6 +18,7 @@ MODES: dict[int, SearchMode | None] = {
     pb.SEARCH_MODE_DENSE: "dense",
     pb.SEARCH_MODE_LEXICAL: "lexical",
     pb.SEARCH_MODE_NONE: None,
+    pb.SEARCH_MODE_RANDOM: "random",
 }
 FUSIONS: dict[int, Fusion] = {
     pb.FUSION_UNSPECIFIED: "weighted",

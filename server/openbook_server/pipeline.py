@@ -119,7 +119,7 @@ class Pipeline:
         if options is None or self._knowledge_base is None:
             return [[] for _ in questions]
         vectors, tokens = None, []
-        if options.mode != "lexical":
+        if options.by_vectors:
             graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
             embedded = await self._embed(rows, graph, deadline, timings, batch_invariant)
             vectors, tokens = embedded.vectors, embedded.tokens

@@ -171,7 +171,7 @@ class Service:
         *,
         read_all: bool = False,
     ) -> None:
-        if self.asked is None or options is None:
+        if self.asked is None or options is None or options.mode == "random":  # what is drawn tells nothing of whoever drew it
             return
         for at, (question, hits) in enumerate(zip(questions, found, strict=True)):
             answer = best_answer(answered[at]) if answered is not None else None

@@ -1,8 +1,12 @@
-"""`openbook evaluate squad-open` against a scripted client: a question that is refused fails alone, and every mean has its interval."""
+"""`openbook evaluate squad-open` against a scripted client: a question that is refused fails alone, and every mean has its interval.
+
+And against a real server: what is scored in random mode is what the questions drew.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +16,19 @@ from typing import Any, cast
 import numpy as np
 import openbook.client
 import pytest
-from openbook.client import Client
+from openbook.client import Client, Document
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult
+from openbook.results import AnswerResult, SearchResult
 from openbook_export.command_evaluate import add_arguments, run
 from openbook_export.squad_open import ModeScores, evaluate_mode
+from openbook_server.bundle import load_bundle
+from openbook_server.config import ServerConfig
+from openbook_server.knowledge import open_knowledge_base
+from openbook_server.serving import running_server
 from openbook_training.beir import Query
 from openbook_training.bootstrap import interval
+
+COUNTED = ("one", "two", "three", "river", "case")
 
 
 class Scripted:
@@ -121,3 +131,45 @@ def test_recall_and_answers_are_reported_with_the_intervals_of_their_questions(
     assert printed[1].split()[:2] == ["hybrid", f"{metrics['R@1']:.1f}"]
     low, high = intervals["R@1"]["low"], intervals["R@1"]["high"]
     assert printed[2].split()[:6] == ["95", "%", "interval", f"{low:.1f}", "to", f"{high:.1f}"]
+
+
+async def test_in_random_mode_what_each_question_draws_is_read_and_scored(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question is its document's own text, so search finds that; of an even one what is read in its draw is accepted."""
+    texts = [f"the {one} {two} of {three}" for one in ("red", "blue") for two in ("city", "king", "book") for three in COUNTED]
+
+    def compare(server: str) -> None:
+        drawn, accepted = list[list[str]](), list[str]()
+        with Client(server) as client:
+            stored = client.upsert(Document(id=f"d{at}", text=text) for at, text in enumerate(texts))
+            assert {done.outcome for done in stored} == {"created"}
+            for at in reversed(range(len(texts))):  # one by one, and in another order than they are evaluated in
+                [found] = client.search([texts[at]], mode="random", top_k=20)
+                [answered] = client.answer([texts[at]], mode="random", top_k=3, read_all=True)
+                assert isinstance(found, SearchResult)
+                assert isinstance(answered, AnswerResult)
+                drawn.insert(0, [hit.document_id for hit in found.hits])
+                accepted.insert(0, answered.answers[0].text if at % 2 == 0 else "absent")
+                assert {hit.document_id for hit in answered.hits} == {*drawn[0][:3]}
+        assert len({tuple(ids) for ids in drawn}) == len(texts)
+        rows = [{"_id": f"q{at}", "text": text, "metadata": {"answers": [accepted[at]]}} for at, text in enumerate(texts)]
+        (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "qrels").mkdir()
+        (tmp_path / "qrels" / "test.tsv").write_text("".join(f"q{at}\td{at}\t1\n" for at in range(len(texts))))
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        arguments = ["squad-open", str(tmp_path), "--server", server, "--top-k", "3", "--read-all", "--modes", "random", "dense"]
+        for _ in range(2):
+            assert run(parser.parse_args(arguments)) == 0
+            modes = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
+            for depth in (1, 5, 20):
+                own = [f"d{at}" in ids[:depth] for at, ids in enumerate(drawn)]
+                assert modes["random"][f"R@{depth}"] == pytest.approx(100 * np.mean(own))
+            assert (modes["random"]["EM"], modes["random"]["read"]) == (50.0, 3.0)
+            assert (modes["dense"]["R@1"], modes["dense"]["read"]) == (100.0, 3.0)
+            assert modes["random"]["R@5"] < 50
+
+    open_knowledge_base(str(tmp_path / "kb"), load_bundle(tiny_bundle), create=True).close()
+    async with running_server(tiny_bundle, tmp_path / "kb", ServerConfig(port=0, device="cpu")) as port:
+        await asyncio.to_thread(compare, f"127.0.0.1:{port}")

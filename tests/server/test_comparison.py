@@ -57,6 +57,7 @@ async def test_figures_are_those_of_both_pairs_and_no_question_is_kept(
         assert not (await following()).comparison.HasField("overlap")  # nothing was asked yet
         old = [(await openbook.Answer(request)).results[0] for request in requests]
         search = pb.SearchRequest(questions=QUESTIONS[:1], mode=pb.SEARCH_MODE_DENSE, top_k=2)
+        await openbook.Search(pb.SearchRequest(questions=QUESTIONS, mode=pb.SEARCH_MODE_RANDOM))  # is no figure of either
         await openbook.Search(search)
         async with asyncio.timeout(WAIT):
             while (compared := (await following()).comparison).overlap.samples < len(QUESTIONS) + 1:

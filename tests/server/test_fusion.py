@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ DIM = 8
 
 
 def backend(count: int, seed: int = 0) -> tuple[Candidates[str], dict[str, np.ndarray]]:
-    """Passages "p0".. with random cosines; every third has a BM25."""
+    """Passages "p0".. with random cosines, and numbers that drew them; every third has a BM25."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(count, DIM))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -32,7 +33,13 @@ def backend(count: int, seed: int = 0) -> tuple[Candidates[str], dict[str, np.nd
     lexical = {f"p{n}": float(n % 7) for n in range(0, count, 3)}
     passages = {key: Passage(id=key, document_id=key, text="nothing of it", start=0) for key in vectors}
     return (
-        Candidates(dense, lexical, lambda keys: {key: passages[key] for key in keys}, lambda keys: {key: vectors[key] for key in keys}),
+        Candidates(
+            dense,
+            lexical,
+            lambda keys: {key: passages[key] for key in keys},
+            lambda keys: {key: vectors[key] for key in keys},
+            drawn=dict(zip(vectors, rng.random(count).tolist(), strict=True)),
+        ),
         vectors,
     )
 
@@ -66,6 +73,15 @@ def test_relevance_is_on_the_weighted_scale_whatever_found_the_passage() -> None
         assert relevance(hit) == pytest.approx(hit.score)
 
 
+def test_passages_stand_in_the_order_in_which_they_were_drawn_and_weigh_the_same_when_they_are_read() -> None:
+    candidates, _ = backend(40)
+    drawn = candidates.drawn
+    hits = rank("question", replace(candidates, dense={}, lexical={}), SearchOptions(top_k=5, mode="random"))
+    assert ids(hits) == sorted(drawn, key=lambda key: -drawn[key])[:5]
+    assert [hit.score for hit in hits] == [drawn[hit.passage.id] for hit in hits]
+    assert [relevance(hit) for hit in hits] == [0.0] * 5
+
+
 def test_ties_are_broken_by_the_order_of_the_keys() -> None:
     candidates, _ = backend(10)
     tied = Candidates(dict.fromkeys(["p9", "p2", "p4"], 0.5), {}, candidates.passages, candidates.vectors)
@@ -73,7 +89,7 @@ def test_ties_are_broken_by_the_order_of_the_keys() -> None:
         assert ids(rank("question", tied, SearchOptions(top_k=2, mode=mode))) == ["p2", "p4"]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid", "random"])
 def test_a_minimum_score_leaves_out_exactly_the_hits_below_it(mode: str) -> None:
     candidates, _ = backend(60)
     options = SearchOptions(top_k=20, mode=mode)  # type: ignore[arg-type]
@@ -85,7 +101,7 @@ def test_a_minimum_score_leaves_out_exactly_the_hits_below_it(mode: str) -> None
 
 
 @pytest.mark.parametrize("diversity", [0.2, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid", "random"])
 def test_diverse_hits_are_those_of_maximal_marginal_relevance(diversity: float, mode: str) -> None:
     candidates, vectors = backend(60, seed=3)
     top_k = 8

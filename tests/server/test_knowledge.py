@@ -150,6 +150,30 @@ def test_every_mode_finds_what_was_stored_at_once_and_after_a_restart(place: Pla
     knowledge_base.close()
 
 
+def test_a_question_draws_the_same_passages_always_and_each_passage_as_often_as_any_other(place: Place) -> None:
+    knowledge_base, questions = place.open(flat_limit=10), [f"question {n}" for n in range(400)]
+    store(knowledge_base, {f"d{n}": "words" for n in range(20)}, unit(20))
+
+    def drawn(questions: list[str], top_k: int) -> list[list[str]]:
+        rows = knowledge_base.search(questions, None, SearchOptions(top_k=top_k, mode="random"))
+        assert all(hit.dense_score is hit.lexical_score is None for hits in rows for hit in hits)
+        return [[hit.passage.document_id for hit in hits] for hits in rows]
+
+    before = drawn(questions, 5)
+    assert drawn(questions[::-1], 5)[::-1] == before
+    assert [row[:5] for row in drawn(questions, 12)] == before
+    assert sorted(drawn(["one"], 50)[0]) == sorted(f"d{n}" for n in range(20))
+    counts = [sum(f"d{n}" in row for row in before) for n in range(20)]
+    assert sum(counts) == 2_000  # no passage twice
+    assert min(counts) > 65  # of 100 expected; the standard deviation is 8.7
+    assert max(counts) < 135
+    knowledge_base.delete_documents(["d3", "d4"])
+    store(knowledge_base, {"new": "words"}, unit(1, seed=1))
+    kept = [[id_ for id_ in row if id_ not in ("d3", "d4")] for row in before]
+    assert [[id_ for id_ in row if id_ != "new"][: len(left)] for row, left in zip(drawn(questions, 6), kept, strict=True)] == kept
+    knowledge_base.close()
+
+
 def test_hybrid_scores_are_cosine_weighted_bm25_and_overlap_over_both_candidate_lists(place: Place) -> None:
     vectors = unit(400)
     knowledge_base = place.open(flat_limit=50)

@@ -115,7 +115,7 @@ async def same_bytes(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
 
 
 async def test_search_returns_hits_best_first_in_every_mode(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
-    for mode in (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_LEXICAL):
+    for mode in (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_RANDOM):
         reply = await stub.Search(pb.SearchRequest(questions=["red river", "book"], top_k=3, mode=mode))
         assert len(reply.results) == 2
         for result in reply.results:

@@ -44,6 +44,8 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     """BM25 over words"""
     SEARCH_MODE_NONE: _SearchMode.ValueType  # 4
     """no retrieval at all: the baseline that shows what retrieval adds"""
+    SEARCH_MODE_RANDOM: _SearchMode.ValueType  # 5
+    """passages drawn at random, the same for the same question: what choosing them adds"""
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper): ...
 
@@ -57,6 +59,8 @@ SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 3
 """BM25 over words"""
 SEARCH_MODE_NONE: SearchMode.ValueType  # 4
 """no retrieval at all: the baseline that shows what retrieval adds"""
+SEARCH_MODE_RANDOM: SearchMode.ValueType  # 5
+"""passages drawn at random, the same for the same question: what choosing them adds"""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 class _Fusion:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from openbook_server.errors import GenerationNotReady, KnowledgeBaseDamaged
 from openbook_server.knowledge.choice import choose_generation
+from openbook_server.knowledge.drawing import draw
 from openbook_server.knowledge.fusion import Candidates, depth, rank
 from openbook_server.knowledge.home import Home
 from openbook_server.knowledge.interface import Gap
@@ -212,7 +213,7 @@ class EmbeddedKnowledgeBase:
         allowed = None if options.condition is None else self._store.matching(options.condition)
         wanted = max(depth(options), NEAREST)  # so that recall is of as many, however few are asked for
         nearest: Sequence[dict[int, float]] = [{} for _ in questions]
-        if options.mode != "lexical":
+        if options.by_vectors:
             if vectors is None:
                 raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
             watch = self._watch if allowed is None and options.ef is None and self._index.graph_rows else None
@@ -220,16 +221,18 @@ class EmbeddedKnowledgeBase:
             nearest = self._index.search(vectors, wanted, ef=options.ef, allowed=allowed)
             if watch is not None:
                 watch.offer(vectors, nearest, horizon)
+        rows = sorted(self._index.labels if allowed is None else allowed) if options.mode == "random" else []
         recent = self._store.recent
         load = recent.batch(number for row in nearest for number in row) if options.mode == "dense" else recent
         found = []
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
-            words = self._words.search(question, wanted, allowed) if options.mode != "dense" else {}
+            words = self._words.search(question, wanted, allowed) if options.by_words else {}
+            drawn = draw(question, rows, wanted) if rows else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
                 dense = dense | self._index.compare(vectors[at], [number for number in words if number not in dense])
             asked = None if vectors is None else vectors[at], tokens[at] if tokens else None
             near = partial(self._store.generations.nearness, self._generation, *asked)
-            found.append(rank(question, Candidates(dense, words, load, self._index.vectors, near), options))
+            found.append(rank(question, Candidates(dense, words, load, self._index.vectors, near, drawn), options))
         return found
 
     def watch(self, *, share: float, target: float) -> None:

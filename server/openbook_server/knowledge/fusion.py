@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -43,6 +43,7 @@ class Candidates(Generic[Key]):
     passages: Callable[[Sequence[Key]], Mapping[Key, Passage]]  # loads those that are still stored, and maybe others
     vectors: Callable[[Sequence[Key]], Mapping[Key, NDArray[np.float32]]]  # loads unit vectors of those
     nearness: Callable[[Sequence[Key]], Mapping[Key, Nearness]] = lambda keys: {}  # see `windows.nearness`
+    drawn: Mapping[Key, float] = field(default_factory=dict)  # in random mode, by the numbers that drew them
 
 
 def depth(options: SearchOptions) -> int:
@@ -94,6 +95,8 @@ def _scores(candidates: Candidates[Key], options: SearchOptions) -> dict[Key, fl
         return dict(dense)
     if options.mode == "lexical":
         return dict(lexical)
+    if options.mode == "random":
+        return dict(candidates.drawn)
     return fuse(dense, lexical, options.fusion)
 
 

@@ -112,7 +112,7 @@ class KnowledgeBase(Protocol):
         """The best passages for each question, best first, ties in the order of storing.
 
         Args:
-            vectors: (questions, dim) unit vectors; not needed for mode "lexical".
+            vectors: (questions, dim) unit vectors; not needed where `options.by_vectors` is false.
             tokens: of each question the signs of its tokens; hybrid mode compares them with those of passages that have some.
         """
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openbook_server.knowledge.filters import Filter
 from openbook_server.knowledge.lexical import searched_text, stem_lines
 
-SearchMode = Literal["hybrid", "dense", "lexical"]
+SearchMode = Literal["hybrid", "dense", "lexical", "random"]
 Fusion = Literal["weighted", "reciprocal_rank"]
 State = Literal["live", "kept", "new"]  # answers; answered before and was replaced; never answered yet
 
@@ -28,6 +28,16 @@ class SearchOptions:
     condition: Filter | None = None  # only passages of documents whose metadata match
     min_score: float | None = None  # only hits that score as much or more
     diversity: float = 0.0  # 0 to 1: how much a hit loses for being like a better one
+
+    @property
+    def by_vectors(self) -> bool:
+        """Whether the nearest vectors propose passages: questions must be embedded."""
+        return self.mode in ("hybrid", "dense")
+
+    @property
+    def by_words(self) -> bool:
+        """Whether the words do."""
+        return self.mode in ("hybrid", "lexical")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

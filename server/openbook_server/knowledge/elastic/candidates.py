@@ -49,7 +49,7 @@ class Searcher:
 
     def search(self, questions: Sequence[str], vectors: Vector | None, options: SearchOptions, tokens: Tokens) -> list[list[Hit]]:
         """See `KnowledgeBase.search`."""
-        if options.mode != "lexical" and vectors is None:
+        if options.by_vectors and vectors is None:
             raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
         if depth(options) > MOST:
             raise InvalidRequest("top_k", f"{options.top_k} needs more candidates than the {MOST} that Elasticsearch gives; ask for fewer")
@@ -90,24 +90,40 @@ class Searcher:
     ) -> list[Candidates[Key]]:
         dense: list[dict[Key, float]] = [{} for _ in questions]
         words: list[dict[Key, float]] = [{} for _ in questions]
+        drawn: list[dict[Key, float]] = [{} for _ in questions]
         searches: list[tuple[dict[Key, float], Query]] = []
         for at, question in enumerate(questions):
             allowed = _allowed(options, gone[at])
-            if options.mode != "lexical" and vectors is not None:
+            if options.by_vectors and vectors is not None:
                 searches.append((dense[at], _nearest(vectors[at], depth(options), options.ef, allowed)))
-            if options.mode != "dense" and (worded := _worded(question, depth(options), allowed)):
+            if options.by_words and (worded := _worded(question, depth(options), allowed)):
                 searches.append((words[at], worded))
+            if options.mode == "random":
+                searches.append((drawn[at], _drawn(question, depth(options), allowed)))
         self._run(searches)
         if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
             self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
         return [
-            self._candidates(row, words[at], gone[at], vectors[at] if looks_closely(options) and vectors is not None else None, tokens[at])
-            for at, row in enumerate(dense)
+            self._candidates(
+                dense[at],
+                words[at],
+                drawn[at],
+                gone[at],
+                vectors[at] if looks_closely(options) and vectors is not None else None,
+                tokens[at],
+            )
+            for at in range(len(questions))
         ]
 
     def _candidates(
-        self, dense: dict[Key, float], words: dict[Key, float], gone: set[Key], vector: Vector | None, tokens: Signs | None
+        self,
+        dense: dict[Key, float],
+        words: dict[Key, float],
+        drawn: dict[Key, float],
+        gone: set[Key],
+        vector: Vector | None,
+        tokens: Signs | None,
     ) -> Candidates[Key]:
         """`vector` and `tokens` of a question whose candidates' windows will be looked at."""
         windows: dict[Key, bytes] = {}
@@ -117,6 +133,7 @@ class Searcher:
             lambda keys: self._passages(keys, gone, windows if vector is not None else None),
             self._vectors,
             lambda keys: nearness(vector, tokens, keys, windows),
+            drawn,
         )
 
     def _run(self, searches: Sequence[tuple[dict[Key, float], Query]]) -> None:
@@ -229,7 +246,17 @@ def _worded(question: str, count: int, allowed: list[Query]) -> Query | None:
                 texts = (" ".join(asked), written)
                 forms.append(list(dict.fromkeys([*texts, *(unicodedata.normalize("NFD", text) for text in texts)])))
     words = [_match(" ".join(plain)), *({"dis_max": {"queries": [_match(form) for form in word]}} for word in forms)]
-    query = {"bool": {"must": [{"bool": {"should": words}}], "filter": allowed}}
+    return _best({"bool": {"must": [{"bool": {"should": words}}], "filter": allowed}}, count)
+
+
+def _drawn(question: str, count: int, allowed: list[Query]) -> Query:
+    """Passages in the order of random numbers, which Elasticsearch makes of question, passage's number, shard and index."""
+    passages = {"bool": {"filter": [{"exists": {"field": "vector"}}, *allowed]}}
+    random = {"random_score": {"seed": question, "field": "number"}, "boost_mode": "replace"}
+    return _best({"function_score": {"query": passages, **random}}, count)
+
+
+def _best(query: Query, count: int) -> Query:
     return {"query": query, "size": count, "sort": [{"_score": "desc"}, {"number": "asc"}], "track_total_hits": False}
 
 

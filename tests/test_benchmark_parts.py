@@ -70,6 +70,19 @@ def test_a_call_of_which_single_texts_were_refused_is_not_counted_as_served(part
     assert asyncio.run(driver.called(Stub(), ["a", ""], load)) == "ITEM_ERRORS"
 
 
+def test_cpu_is_divided_by_the_texts_that_were_answered(part: Any) -> None:
+    driver = part("driver")
+    seen = {"OK": [1.0, 2.0], "RESOURCE_EXHAUSTED": [0.1] * 6}
+    driven = driver.Driven(milliseconds=seen, sent=8, seconds=1.0, client_cpu=0.0, server_cpu_seconds=0.5)
+
+    class Clients:
+        def drive(self, *_: object) -> object:
+            return driven
+
+    outcome = part("load").measure(Clients(), None, ["a"], driver.Load(texts_a_message=5, seconds=1.0))
+    assert (outcome.texts_per_second, outcome.server_cpu_ms_a_text) == (10.0, 50.0)
+
+
 def test_a_server_that_logs_more_than_a_pipe_holds_is_not_held_up(part: Any, tmp_path: Path) -> None:
     server, done = tmp_path / "server", tmp_path / "done"
     server.write_text(f"""#!{sys.executable}

@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 from openbook_training.errors import InvalidData
 
@@ -105,6 +106,25 @@ def test_pieces_of_a_stream_that_fails_are_noted_until_then(part: Any) -> None:
     assert asyncio.run(driver.called(Stub(), ["a"], load, arrivals)) == "RESOURCE_EXHAUSTED"
     assert len(arrivals) == 2
     assert arrivals == sorted(arrivals)
+
+
+def test_replies_to_writes_are_one_a_request_in_order_and_lack_no_document(part: Any) -> None:
+    check = part("streams").check
+
+    def reply(sequence: int, *ids: str, outcome: kb.Outcome = kb.OUTCOME_CREATED) -> kb.UpsertResponse:
+        return kb.UpsertResponse(results=[kb.WriteResult(id=id_, outcome=outcome) for id_ in ids], sequence=sequence)
+
+    ids = [["a", "b"], ["c"]]
+    check("Upsert", ids, [reply(1, "a", "b"), reply(2, "c")], kb.OUTCOME_CREATED)
+    bad = {
+        "missing": [reply(1, "a", "b")],
+        "swapped": [reply(1, "c"), reply(2, "a", "b")],
+        "one failed": [reply(1, "a", "b"), reply(2, "c", outcome=kb.OUTCOME_UNSPECIFIED)],
+        "nothing was written": [reply(1, "a", "b"), reply(1, "c")],
+    }
+    for replies in bad.values():
+        with pytest.raises(SystemExit, match="Upsert: . of 3 documents acknowledged, . replies to 2 requests"):
+            check("Upsert", ids, replies, kb.OUTCOME_CREATED)
 
 
 def test_a_server_that_logs_more_than_a_pipe_holds_is_not_held_up(part: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -42,7 +43,9 @@ class Load:
     concurrency: int = 0  # closed loop: callers, each with one call at a time
     rate: float = 0.0  # open loop: messages a second, arriving at random (Poisson)
     deadline_seconds: float = 30.0
-    method: Literal["Embed", "Answer"] = "Embed"
+    method: Literal["Embed", "Answer", "Generate"] = "Embed"  # Generate takes one text a message
+    writer: str = ""  # of Generate: the model that writes
+    max_tokens: int | None = None  # of Generate: to write at most; None = the server's default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Driven:
     sent: int  # calls begun
     seconds: float
     client_cpu: float  # CPU seconds a second of the busiest client process: near 1, the client may be what limits
+    first_ms: Sequence[float] = ()  # of streams: until the first piece, counted as `milliseconds`, sorted
+    between_ms: Sequence[float] = ()  # of streams: from each piece to the next, sorted
     server_cpu_seconds: float = 0.0
     memory_mb: Sequence[tuple[float, float]] = ()  # (seconds since the phase began, resident memory of the server)
     probe: Driven | None = None  # what a client that is not busy itself saw meanwhile
@@ -137,6 +142,8 @@ def merged(parts: Sequence[Driven]) -> Driven:
         sent=sum(part.sent for part in parts),
         seconds=parts[0].seconds,
         client_cpu=max(part.client_cpu for part in parts),
+        first_ms=sorted(ms for part in parts for ms in part.first_ms),
+        between_ms=sorted(ms for part in parts for ms in part.between_ms),
     )
 
 
@@ -172,6 +179,8 @@ def _run(address: str, texts: Sequence[str], load: Load, start: float, seed: int
 async def _drive(address: str, texts: Sequence[str], load: Load, start: float, seed: int) -> Driven:
     rng = random.Random(seed)
     milliseconds: dict[str, list[float]] = {}
+    first_ms: list[float] = []
+    between_ms: list[float] = []
     sent = 0
     began = start + WARM_UP_SECONDS
     ends = began + load.seconds
@@ -183,11 +192,14 @@ async def _drive(address: str, texts: Sequence[str], load: Load, start: float, s
         async def call(due: float) -> None:
             nonlocal sent
             sent += began <= due <= ends
-            chosen = rng.choices(texts, k=load.texts_a_message)
-            status = await called(stub, chosen, load)
+            chosen, arrivals = rng.choices(texts, k=load.texts_a_message), list[float]()
+            status = await called(stub, chosen, load, arrivals)
             now = time.perf_counter()
             if began <= now <= ends:  # by its end, so that as many are counted as were finished
                 milliseconds.setdefault(status, []).append(1000 * (now - due))
+            for number, (before, arrival) in enumerate(pairwise([due, *arrivals])):
+                if began <= arrival <= ends:  # each by itself: the server's time in between went into all of them, whenever their text ends
+                    (between_ms if number else first_ms).append(1000 * (arrival - before))
 
         async def caller() -> None:
             while (now := time.perf_counter()) < ends and sent < MAX_REQUESTS:
@@ -213,12 +225,20 @@ async def _drive(address: str, texts: Sequence[str], load: Load, start: float, s
         sent=sent,
         seconds=load.seconds,
         client_cpu=(used[1] - used[0]) / load.seconds,
+        first_ms=sorted(first_ms),
+        between_ms=sorted(between_ms),
     )
 
 
-async def called(stub: Any, texts: Sequence[str], load: Load) -> str:
-    """What became of one call: the name of its gRPC status, or `ITEM_ERRORS`."""
+async def called(stub: Any, texts: Sequence[str], load: Load, arrivals: list[float]) -> str:
+    """What became of one call: the name of its gRPC status, or `ITEM_ERRORS`. `arrivals` takes when each piece of a stream came."""
     try:
+        if load.method == "Generate":
+            [text] = texts
+            request = pb.GenerateRequest(text=text, writer=load.writer, max_tokens=load.max_tokens)
+            async for _ in stub.Generate(request, timeout=load.deadline_seconds):
+                arrivals.append(time.perf_counter())  # noqa: PERF401 - those before a failure count too
+            return "OK"
         if load.method == "Embed":
             reply = await stub.Embed(pb.EmbedRequest(texts=texts), timeout=load.deadline_seconds)
         else:

@@ -10,13 +10,16 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
+from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 from openbook_training.errors import InvalidData
 
@@ -45,11 +48,14 @@ def test_load_is_shared_out_among_client_processes_without_loss(part: Any) -> No
 
 def test_what_client_processes_saw_is_put_together(part: Any) -> None:
     driver = part("driver")
-    one = driver.Driven(milliseconds={"OK": [1.0, 5.0]}, sent=3, seconds=2.0, client_cpu=0.2)
-    other = driver.Driven(milliseconds={"OK": [2.0], "RESOURCE_EXHAUSTED": [0.5]}, sent=2, seconds=2.0, client_cpu=0.7)
+    one = driver.Driven(milliseconds={"OK": [1.0, 5.0]}, sent=3, seconds=2.0, client_cpu=0.2, first_ms=[4.0], between_ms=[1.0, 3.0])
+    other = driver.Driven(
+        milliseconds={"OK": [2.0], "RESOURCE_EXHAUSTED": [0.5]}, sent=2, seconds=2.0, client_cpu=0.7, first_ms=[2.0], between_ms=[2.0]
+    )
     both = driver.merged([one, other])
     assert both.milliseconds == {"OK": [1.0, 2.0, 5.0], "RESOURCE_EXHAUSTED": [0.5]}
     assert (both.sent, both.calls, both.seconds, both.client_cpu) == (5, 4, 2.0, 0.7)
+    assert (both.first_ms, both.between_ms) == ([2.0, 4.0], [1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("method", ["Embed", "Answer"])
@@ -66,8 +72,59 @@ def test_a_call_of_which_single_texts_were_refused_is_not_counted_as_served(part
             return pb.AnswerResponse(errors=[pb.ItemError(index=at) for at, text in enumerate(request.questions) if not text])
 
     load = driver.Load(seconds=1.0, method=method)
-    assert asyncio.run(driver.called(Stub(), ["a", "b"], load)) == "OK"
-    assert asyncio.run(driver.called(Stub(), ["a", ""], load)) == "ITEM_ERRORS"
+    assert asyncio.run(driver.called(Stub(), ["a", "b"], load, [])) == "OK"
+    assert asyncio.run(driver.called(Stub(), ["a", ""], load, [])) == "ITEM_ERRORS"
+
+
+def test_cpu_is_divided_by_the_texts_that_were_answered(part: Any) -> None:
+    driver = part("driver")
+    seen = {"OK": [1.0, 2.0], "RESOURCE_EXHAUSTED": [0.1] * 6}
+    driven = driver.Driven(milliseconds=seen, sent=8, seconds=1.0, client_cpu=0.0, server_cpu_seconds=0.5)
+
+    class Clients:
+        def drive(self, *_: object) -> object:
+            return driven
+
+    outcome = part("load").measure(Clients(), None, ["a"], driver.Load(texts_a_message=5, seconds=1.0))
+    assert (outcome.texts_per_second, outcome.server_cpu_ms_a_text) == (10.0, 50.0)
+
+
+def test_pieces_of_a_stream_that_fails_are_noted_until_then(part: Any) -> None:
+    driver = part("driver")
+
+    class Stub:
+        """Breaks off after two pieces."""
+
+        async def Generate(self, request: pb.GenerateRequest, **_: float) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
+            assert (request.text, request.writer) == ("a", "generator")
+            for tokens in (1, 2):
+                yield pb.GenerateResponse(tokens=tokens)
+            raise grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+    arrivals: list[float] = []
+    load = driver.Load(seconds=1.0, method="Generate", writer="generator")
+    assert asyncio.run(driver.called(Stub(), ["a"], load, arrivals)) == "RESOURCE_EXHAUSTED"
+    assert len(arrivals) == 2
+    assert arrivals == sorted(arrivals)
+
+
+def test_replies_to_writes_are_one_a_request_in_order_and_lack_no_document(part: Any) -> None:
+    check = part("streams").check
+
+    def reply(sequence: int, *ids: str, outcome: kb.Outcome = kb.OUTCOME_CREATED) -> kb.UpsertResponse:
+        return kb.UpsertResponse(results=[kb.WriteResult(id=id_, outcome=outcome) for id_ in ids], sequence=sequence)
+
+    ids = [["a", "b"], ["c"]]
+    check("Upsert", ids, [reply(1, "a", "b"), reply(2, "c")], kb.OUTCOME_CREATED)
+    bad = {
+        "missing": [reply(1, "a", "b")],
+        "swapped": [reply(1, "c"), reply(2, "a", "b")],
+        "one failed": [reply(1, "a", "b"), reply(2, "c", outcome=kb.OUTCOME_UNSPECIFIED)],
+        "nothing was written": [reply(1, "a", "b"), reply(1, "c")],
+    }
+    for replies in bad.values():
+        with pytest.raises(SystemExit, match="Upsert: . of 3 documents acknowledged, . replies to 2 requests"):
+            check("Upsert", ids, replies, kb.OUTCOME_CREATED)
 
 
 def test_a_server_that_logs_more_than_a_pipe_holds_is_not_held_up(part: Any, tmp_path: Path) -> None:

@@ -120,6 +120,31 @@ def test_answers_are_divided_by_the_raw_loop_over_what_was_read(tiny_bundle: Pat
         assert row["served_to_raw"] == pytest.approx(row["answers_per_second"] / report["raw_answers_per_second"])
 
 
+def test_streams_are_measured_beside_single_calls(writing_bundle: Path, texts: Path, questions: Path) -> None:
+    options = ["--limit", 40, "--rounds", 1, "--seconds", 0.5, "--callers", 3, "--shares", 0.5, "--max-tokens", 5]
+    report = benchmark("streams.py", writing_bundle, texts, questions, *options)
+    assert report["documents"] == 40
+    for method in ("Upsert", "Delete"):
+        for count in (1, 32):
+            single, stream = (report["writing"][f"{method}{suffix}, {count} a message"] for suffix in ("", "Stream"))
+            assert stream["to_single_calls"] == pytest.approx(stream["documents_per_second"] / single["documents_per_second"])
+            assert single["documents_per_second"] > 0
+    assert report["generating"].keys() == {"generator", "language_model"}
+    for phases in report["generating"].values():
+        assert phases.keys() == {"callers: 3", "0.5 of capacity"}
+        closed = phases["callers: 3"]
+        assert closed["calls"].keys() == {"OK"}
+        assert closed["pieces_per_second"] > 1.5 * closed["texts_per_second"] > 0  # a text comes in several
+        assert 0 < closed["first_piece_p50_ms"] <= closed["first_piece_p95_ms"]
+        assert min(closed["between_pieces_p50_ms"], closed["server_cpu_ms_a_piece"]) > 0
+
+
+def test_generating_is_left_out_where_no_model_writes(tiny_bundle: Path, texts: Path, questions: Path) -> None:
+    report = benchmark("streams.py", tiny_bundle, texts, questions, "--limit", 2, "--rounds", 1)
+    assert report["generating"] == {}
+    assert len(report["writing"]) == 8
+
+
 def test_a_start_is_timed_with_and_without_a_knowledge_base(tiny_bundle: Path, knowledge_base: Path) -> None:
     report = benchmark("startup.py", tiny_bundle, knowledge_base, "--rounds", 1)
     assert list(report["starts"]) == ["bundle alone", "with knowledge base"]

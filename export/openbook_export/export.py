@@ -35,7 +35,7 @@ from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, TaskGraph,
 from openbook_export.heads import Head, load_head
 from openbook_export.models import EmbedderModel, ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.neighbours import NeighbourPart
-from openbook_export.optimise import fuse, fused_nodes, to_float16, to_int8
+from openbook_export.optimise import fuse, fused_nodes, limit_padding, to_float16, to_int8
 from openbook_export.parity import check_parity, expected_outputs, pair_inputs, text_inputs, write_golden
 from openbook_export.quality import check_quality, pair_encoder, pytorch_scores
 from openbook_export.settling import load_sample, settling_facts
@@ -193,6 +193,7 @@ def _export_model(model: _Exported, folder: Path, *, int8: bool, report: Callabl
     else:
         fused.rename(folder / model.files["fp32"])
     for precision, name in model.files.items():
+        limit_padding(folder / name, model.facts["max_tokens"])
         parity = check_parity(folder / name, precision, model.inputs, model.expected)
         model.measured[precision] = {"fused": fused_nodes(folder / name), "parity": parity}
         alone = "" if parity["batch_invariant"] else "; a row's result depends on its batch"

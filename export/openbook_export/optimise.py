@@ -14,6 +14,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.onnx_model import OnnxModel
 from onnxruntime.transformers.optimizer import optimize_model
+from openbook_server.buckets import COARSE
+from openbook_server.runtime import LONGEST_KEY
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import HEADS
@@ -114,6 +116,15 @@ def to_int8(fused: Path, quantised: Path) -> None:
             weight_type=QuantType.QInt8,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of fused nodes, which it knows nothing of
         )
+
+
+def limit_padding(file: Path, max_tokens: int) -> None:
+    """State in a graph how long its rows may get, where the server's buckets do not end there: the model may have no more positions."""
+    if max_tokens % COARSE.last_step == 0:
+        return
+    model = onnx.load(file)
+    model.metadata_props.add(key=LONGEST_KEY, value=str(max_tokens))
+    onnx.save(model, file)
 
 
 def _drop_names_of_this_machine(model: onnx.ModelProto) -> None:

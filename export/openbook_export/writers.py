@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from openbook_export.decoders import CrossGraph, StepGraph, TextGraph, WritingGraph, write_graph
 from openbook_export.errors import CheckpointUnsupported, ExportFailed
-from openbook_export.optimise import fuse_writer, fused_nodes, to_float16
+from openbook_export.optimise import fuse_writer, fused_nodes, limit_padding, to_float16
 from openbook_export.samples import PASSAGES, QUESTIONS
 
 CPU = torch.device("cpu")
@@ -94,6 +94,9 @@ def export_writer(writer: Writer, folder: Path, report: Callable[[str], None]) -
         fuse_writer(raw, fused, heads=part.heads, norms=part.norms, attention=part.attention)
         raw.unlink()
         to_float16(fused, folder / part.files["fp16"])
+        if name == "generator_encoder":  # decoders are never padded beyond what they hold
+            for file in part.files.values():
+                limit_padding(folder / file, writer.facts["max_tokens"])
     for precision in PRECISIONS:
         device = build_device("cpu", precision)
         graphs = {name: Graph(folder / part.files[precision], device) for name, part in writer.parts.items()}

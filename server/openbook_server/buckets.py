@@ -11,17 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """How a graph's rows are padded: in steps of `steps[n][1]` up to `steps[n][0]` tokens, and of `last_step` beyond."""
+    """How a graph's rows are padded: in steps of `steps[n][1]` up to `steps[n][0]` tokens, and of `last_step` beyond.
+
+    None is padded beyond `longest`, where that is given: a model has no more positions.
+    """
 
     steps: tuple[tuple[int, int], ...]
     last_step: int
+    longest: int | None = None
 
     def padded_length(self, tokens: int) -> int:
         """The smallest bucket that holds `tokens` (at least 1)."""
-        for limit, step in self.steps:
-            if tokens <= limit:
-                return -(-tokens // step) * step
-        return -(-tokens // self.last_step) * self.last_step
+        step = next((step for limit, step in self.steps if tokens <= limit), self.last_step)
+        padded = -(-tokens // step) * step
+        return padded if self.longest is None else max(tokens, min(padded, self.longest))
 
     def padded_lengths(self, max_tokens: int) -> list[int]:
         """Every bucket that rows of 1 to `max_tokens` fall into, shortest first."""

@@ -12,7 +12,7 @@ reads of each of its texts. It knows nothing of sampling or of characters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,10 +113,9 @@ class Decoder:
 class Prompts:
     """A language model's first reading of texts, padded on the left."""
 
-    buckets = GROWING
-
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self.buckets = replace(GROWING, longest=decoder.capacity)
 
     def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
         steps = _steps(rows)
@@ -132,10 +131,9 @@ class Prompts:
 class Steps:
     """A language model's next token of texts of about one length."""
 
-    buckets = GROWING
-
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self.buckets = replace(GROWING, longest=decoder.capacity)
 
     def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
         steps = _steps(rows)

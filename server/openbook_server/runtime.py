@@ -37,6 +37,9 @@ OPENVINO_KERNELS = 512
 
 # Output of an embedder's graph, (batch, length, dim): large, and only passages and the questions of hybrid searches need it.
 HIDDEN_STATES = "last_hidden_state"
+LONGEST_KEY = (
+    "openbook.longest"  # in a graph's metadata where buckets would pad rows to more than these tokens, which it has no positions for
+)
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
 
@@ -160,9 +163,10 @@ class Graph:
         self.gives_states: bool = HIDDEN_STATES in outputs
         self.output_names: list[str] = [name for name in outputs if name != HIDDEN_STATES]
         self._shapes = {value.name: value.shape for value in self._session.get_inputs()}
-        padding_free = PADDING_FREE_KEY in self._session.get_modelmeta().custom_metadata_map
+        stated = self._session.get_modelmeta().custom_metadata_map
         # What rows are padded to. In bf16 a batch of one row costs a third more a token than larger ones do.
-        self.buckets: Buckets = COARSE if padding_free or device.precision == "bf16" else FINE
+        buckets = COARSE if PADDING_FREE_KEY in stated or device.precision == "bf16" else FINE
+        self.buckets: Buckets = replace(buckets, longest=int(stated[LONGEST_KEY])) if LONGEST_KEY in stated else buckets
         # A session's calls run side by side on a processor, in turn on a GPU: there each has a session, and buffers, of its own.
         self._bound: LifoQueue[BoundSession] = LifoQueue()  # those that are free; the last one used is warm
         for number in range(device.sessions if device.memory else 0):

@@ -18,13 +18,15 @@ from openbook_export.optimise import fuse
 from openbook_export.parity import check_parity, expected_outputs
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.ranking import Settling
-from openbook_server.runtime import HIDDEN_STATES, Graph, build_device
+from openbook_server.rows import Row
+from openbook_server.runtime import HIDDEN_STATES, LONGEST_KEY, Graph, build_device
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidData
 from openbook_training.negatives import embed
 from openbook_training.objectives import null_scores, span_scores
 from openbook_training.reader import PairEncoder, forward, trained_reader
 from tokenizers import Tokenizer
+from transformers import BertConfig, BertModel
 
 TEXTS = ["red", "the king read", "one two three city river king book", "what was it, in the case of a blue book?"]
 
@@ -209,6 +211,32 @@ def test_the_licence_is_what_the_model_cards_state(tiny_checkpoint: Path, tiny_r
     (checkpoint / "README.md").write_text("---\nlanguage: en\nlicense: mit\ntags:\n- x\n---\nlicense: none of this\n")
     (reader / "README.md").write_text("---\nlicense: cc-by-sa-4.0\n---\n")
     assert export_bundle(options(tmp_path, checkpoint, reader=reader), silent).license == "mit AND cc-by-sa-4.0"
+
+
+@pytest.mark.parametrize("positions", [90, 96])
+def test_texts_of_every_length_that_a_model_has_positions_for_are_embedded(tiny_checkpoint: Path, tmp_path: Path, positions: int) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    config = BertConfig.from_pretrained(folder, max_position_embeddings=positions)
+    BertModel(config).save_pretrained(folder)
+    bundle = export_bundle(options(tmp_path, folder), silent)
+    assert bundle.embedder.max_tokens == positions
+    for precision in ("fp32", "fp16"):
+        embedder = graph(bundle, "embedder", precision)
+        for tokens in (positions - 1, positions):
+            row = Row([2, *[40] * (tokens - 2), 3])
+            as_served = embedder.run_rows([row], embedder.buckets.padded_length(tokens))["sentence_embedding"]
+            np.testing.assert_allclose(as_served, embedder.run_rows([row], tokens)["sentence_embedding"], atol=2e-3)
+    stated = embedder_files_state_longest(bundle)
+    assert stated == ({"90"} if positions == 90 else set())  # where buckets end there by themselves, files stay as they were
+
+
+def embedder_files_state_longest(bundle: Bundle) -> set[str]:
+    return {
+        entry.value
+        for precision in ("fp32", "fp16")
+        for entry in onnx.load(bundle.graph_path("embedder", precision)).metadata_props
+        if entry.key == LONGEST_KEY
+    }
 
 
 def test_calibrated_constants_come_from_the_reader_unless_given(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from openbook_server.buckets import COARSE, FINE, Buckets
 
@@ -26,3 +28,9 @@ def test_rows_are_batched_by_bucket_within_the_budget_and_none_is_lost() -> None
         [padded] = {COARSE.padded_length(lengths[row]) for row in batch}
         assert len(batch) == 1 or len(batch) * padded <= 48
     assert [1, 2, 4] in batches  # 9, 16 and 12 tokens share one
+
+
+def test_no_row_is_padded_to_more_than_a_model_has_positions() -> None:
+    buckets = replace(COARSE, longest=100)
+    assert [buckets.padded_length(tokens) for tokens in (1, 64, 96, 97, 100)] == [8, 64, 96, 100, 100]
+    assert buckets.padded_lengths(100) == [8, 16, 24, 32, 48, 64, 80, 96, 100]

@@ -78,6 +78,16 @@ async def test_a_language_model_writes_greedily_what_pytorch_writes(stub: Stub, 
     assert len({greedy(tiny_language_model, prompt, [], 12) for prompt in PROMPTS}) == 3  # prompts matter
 
 
+async def test_a_text_is_written_up_to_the_last_position_of_its_model(stub: Stub, tiny_language_model: Path) -> None:
+    """100 of them, which is no multiple of what texts are padded to."""
+    longest = 0
+    for prompt in PROMPTS:
+        whole, replies = await written(stub, prompt, max_tokens=85, mode=pb.SEARCH_MODE_NONE)
+        assert whole == greedy(tiny_language_model, prompt, [], 85)
+        longest = max(longest, replies[-1].tokens)
+    assert longest > 64
+
+
 async def test_retrieved_passages_are_read_before_the_prompt(stub: Stub, tiny_language_model: Path) -> None:
     whole, replies = await written(stub, PROMPTS[0], max_tokens=8)
     passages = [hit.text for hit in replies[-1].ending.hits]

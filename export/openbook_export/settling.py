@@ -109,6 +109,7 @@ def settling_facts(bundle: Bundle, sample: Sample, budget: float, report: Callab
             lines = [json.dumps({"_id": str(row), "title": title, "text": text}) + "\n" for row, (text, title) in rows]
             Path(corpus).write_text("".join(lines), encoding="utf-8")
         knowledge_base = open_knowledge_base(Path(name) / "kb", bundle, create=True)
+        report(f"settling: indexing the passages of {sample.source}, which takes the longest")
         try:
             embed = PassageEmbedder(tokenizer, embedder, bundle.embedder, sessions=device.sessions)
             indexing = Indexing(knowledge_base, encoder, embed, choose_splitting(bundle, {}))

@@ -37,9 +37,7 @@ OPENVINO_KERNELS = 512
 
 # Output of an embedder's graph, (batch, length, dim): large, and only passages and the questions of hybrid searches need it.
 HIDDEN_STATES = "last_hidden_state"
-LONGEST_KEY = (
-    "openbook.longest"  # in a graph's metadata where buckets would pad rows to more than these tokens, which it has no positions for
-)
+LONGEST_KEY = "openbook.longest"  # in a graph's metadata where buckets would pad rows to more tokens, which it may have no positions for
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows
 
 

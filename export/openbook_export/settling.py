@@ -21,15 +21,13 @@ from typing import Any
 import numpy as np
 from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import OUTPUT, TOKENS
-from openbook_server.engine import Runnable
-from openbook_server.ingest.embed import PassageEmbedder
+from openbook_server.ingest.embed import PassageEmbedder, outputs_of
 from openbook_server.ingest.indexing import Indexing
 from openbook_server.ingest.preparation import choose_splitting
 from openbook_server.ingest.sources import find_sources
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, open_knowledge_base, relevance
 from openbook_server.pipeline import READ_FIRST, reading_of
 from openbook_server.ranking import RankedAnswer, Reading, Settling, is_settled, log_weight, normalise, rank_answers
-from openbook_server.rows import Row
 from openbook_server.runtime import Graph, build_device
 from openbook_server.states import QuestionGraph
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -40,7 +38,6 @@ from rich.console import Console
 
 TOP_K = 5  # passages found for a question, as `Answer` does unless told otherwise
 QUANTILES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)  # of the weights of passages
-_BATCH_TOKENS = 1_024
 _SPLITS = ("dev", "train", "test")  # tables of a folder's qrels/, the first that is there: test questions are kept for tests
 
 Read = tuple[Sequence[Hit], Sequence[Reading]]  # a question's passages, and what was read in them
@@ -186,7 +183,7 @@ def found_by(
     knowledge_base: KnowledgeBase, bundle: Bundle, embedder: Graph, encoder: TextEncoder, questions: Sequence[str], top_k: int
 ) -> list[list[Hit]]:
     """What hybrid search finds for each question, as in a server."""
-    rows = _run_rows(QuestionGraph(embedder, bundle.embedder.token_dims), encoder.texts(questions))
+    rows = outputs_of(QuestionGraph(embedder, bundle.embedder.token_dims), encoder.texts(questions))
     vectors = np.stack([row[OUTPUT] for row in rows]).astype(np.float32)
     return knowledge_base.search(questions, vectors, SearchOptions(top_k=top_k), [row[TOKENS] for row in rows])
 
@@ -197,19 +194,8 @@ def read(
     """What the reader makes of each question's hits."""
     most = _reader_of(bundle).max_tokens
     pairs = [encoder.pairs(question, [hit.passage.text for hit in hits], most) for question, hits in zip(questions, found, strict=True)]
-    outputs = iter(_run_rows(graph, [pair.row for group in pairs for pair in group]))
+    outputs = iter(outputs_of(graph, [pair.row for group in pairs for pair in group]))
     return [[reading_of(pair, next(outputs), at) for at, pair in enumerate(group)] for group in pairs]
-
-
-def _run_rows(graph: Runnable, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """A graph's outputs row by row, in the order of the rows."""
-    outputs: list[Mapping[str, Any]] = [{}] * len(rows)
-    lengths = [row.tokens for row in rows]
-    for batch in graph.buckets.batches(lengths, _BATCH_TOKENS):
-        result = graph.run_rows([rows[at] for at in batch], graph.buckets.padded_length(lengths[batch[0]]))
-        for place, at in enumerate(batch):
-            outputs[at] = {name: values[place] for name, values in result.items()}
-    return outputs
 
 
 def _short_enough(sample: Sample, bundle: Bundle, encoder: TextEncoder, report: Callable[[str], None]) -> list[str]:

@@ -82,6 +82,7 @@ class Decoder:
         self.present = [name.replace("past_key_values.", "present.") for name in self.past]
         self.sources = [name for name in graph.input_names if ".encoder." in name]
         self.points = SOURCE_IDS in graph.input_names  # into what the encoder read
+        self.growing = replace(GROWING, longest=capacity)
         self._shapes = [graph.heads_and_dim(name) for name in self.past]
 
     def begin(self, source: Mapping[str, Floats] | None = None, source_ids: Sequence[int] = ()) -> Written:
@@ -115,7 +116,7 @@ class Prompts:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self.buckets = replace(GROWING, longest=decoder.capacity)
+        self.buckets = decoder.growing
 
     def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
         steps = _steps(rows)
@@ -133,7 +134,7 @@ class Steps:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self.buckets = replace(GROWING, longest=decoder.capacity)
+        self.buckets = decoder.growing
 
     def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
         steps = _steps(rows)

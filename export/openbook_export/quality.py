@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import Checkpoint
-from openbook_training.reader import Pair, PairEncoder, predict, stated_windows
+from openbook_training.reader import Pair, PairEncoder, Prediction, predict, stated_windows
 from openbook_training.squad import Question, answer_scores
 
 from openbook_export.errors import ExportFailed
@@ -27,27 +27,27 @@ def pair_encoder(checkpoint: Checkpoint, reader: ReaderModel) -> PairEncoder:
     return stated_windows(checkpoint, max_tokens=reader.max_tokens, max_question_tokens=reader.max_question_tokens)
 
 
-def pytorch_answers(
+def pytorch_predictions(
     reader: ReaderModel,
     encoder: PairEncoder,
     questions: Sequence[Question],
     *,
     device: torch.device = CPU,
     report: Callable[[int], None] = lambda done: None,
-) -> list[str]:
+) -> list[Prediction]:
     """What the PyTorch model answers, each question read beside its own passage; `report` is told how many are done."""
-    answers: list[str] = []
+    predictions: list[Prediction] = []
     for at in range(0, len(questions), BATCH):
         batch = [(question.text, [question.context]) for question in questions[at : at + BATCH]]
-        predictions = predict(reader.model, encoder, batch, max_answer_tokens=reader.max_answer_tokens, device=device, autocast=nullcontext)
-        answers += [prediction.text for prediction in predictions]
-        report(len(answers))
-    return answers
+        limit = reader.max_answer_tokens
+        predictions += predict(reader.model, encoder, batch, max_answer_tokens=limit, device=device, autocast=nullcontext)
+        report(len(predictions))
+    return predictions
 
 
 def pytorch_scores(reader: ReaderModel, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:
     """EM and F1 (0 to 100) of the PyTorch model, each question read beside its own passage."""
-    return _scores(pytorch_answers(reader, encoder, questions), questions)
+    return _scores([prediction.text for prediction in pytorch_predictions(reader, encoder, questions)], questions)
 
 
 def graph_scores(file: Path, precision: str, encoder: PairEncoder, questions: Sequence[Question]) -> Scores:

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openbook_export.abstention import abstention_scores
 from openbook_export.checkpoint_scores import compared, table
 from openbook_export.command_evaluate import add_arguments, run
 from openbook_export.models import load_reader
-from openbook_export.quality import pair_encoder, pytorch_scores
+from openbook_export.quality import pair_encoder, pytorch_predictions, pytorch_scores
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.negatives import embed
 from openbook_training.retrieval_metrics import score_retrieval
 from openbook_training.retriever import build_retriever, save_retriever
-from openbook_training.squad import load_questions
+from openbook_training.squad import f1, load_questions
 
 WORDS = "red blue green one two three city river king book".split()
 
@@ -89,6 +90,38 @@ def test_a_reader_is_measured_on_spread_questions_as_the_export_measures_it(
     assert report["questions"] == 6
     assert {name: found["mean"] for name, found in report["metrics"].items()} == pytest.approx(expected)
     assert report["difference"]["f1"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "better": 0.5}
+
+
+def test_a_reader_is_measured_on_questions_without_an_answer(
+    tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "id": str(n),
+            "question": "what was red ?",
+            "context": f"the {word} of {WORDS[n % 4]}",
+            "answers": {"text": [word] if n % 3 else []},
+        }
+        for n, word in enumerate(WORDS)
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert evaluate("reader", tiny_checkpoint, file, "--reader", tiny_reader) == 0
+    report = reported(capsys)
+    assert (report["questions"], report["answerable"]) == (10, 6)
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    reader, questions = load_reader(checkpoint, tiny_reader), load_questions(str(file))
+    predictions = pytorch_predictions(reader, pair_encoder(checkpoint, reader), questions)
+    asked = [(one.text, question.answers) for one, question in zip(predictions, questions, strict=True) if question.answers]
+    means = {name: found["mean"] for name, found in report["metrics"].items()}
+    assert means["f1"] == pytest.approx(100 * sum(f1(*one) for one in asked) / len(asked))
+    expected = abstention_scores(predictions, questions, reader.null_bias)
+    assert means == pytest.approx(means | {name: 100 * float(values.mean()) for name, values in expected.items()})
+    assert set(means) == {"em", "f1", *expected}
+
+    file.write_text(json.dumps(rows[0]))
+    assert evaluate("reader", tiny_checkpoint, file, "--reader", tiny_reader) == 1
+    assert "none of 1 questions has an accepted answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

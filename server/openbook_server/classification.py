@@ -6,8 +6,7 @@
 
 A classifier's neighbours are passages of the knowledge base whose documents carry one of its labels in their metadata: a labelled
 text that is stored takes part from then on, without training or export, and one that is deleted no longer does. They are found by the
-embedder that found them in training. Texts come in validated; gRPC is not known here. With `batch_invariant` a text's result has the
-same bytes whatever else the server does.
+embedder that found them in training. Texts come in validated; gRPC is not known here.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from openbook_server.backlog import Arrays
 from openbook_server.bundle import Bundle
 from openbook_server.knowledge import Hit, SearchOptions, filters
 from openbook_server.models import Models
-from openbook_server.pipeline import Pipeline, Timings
+from openbook_server.pipeline import Pipeline
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
+from openbook_server.work import Work
 
 SEPARATOR = " "  # between passages of evidence, as between the sentences that a verifier was trained on
 NO_NEIGHBOUR = -1e9  # the score that the neighbours' graph takes for "there is no further one"
@@ -65,23 +65,12 @@ class Classification:
         """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Models.check`."""
         self._models.check(name, [1] * texts, deadline=deadline)
 
-    async def texts(
-        self, name: str, rows: Sequence[Row], deadline: float, timings: Timings, *, batch_invariant: bool = False
-    ) -> list[Classified]:
+    async def texts(self, name: str, rows: Sequence[Row], work: Work) -> list[Classified]:
         """Label each text by itself."""
-        return [Classified(alone, {}, 0) for alone in await self._alone(name, rows, deadline, timings, batch_invariant)]
+        return [Classified(alone, {}, 0) for alone in await self._alone(name, rows, work)]
 
     async def beside_neighbours(
-        self,
-        name: str,
-        texts: Sequence[str],
-        rows: Sequence[Row],
-        options: SearchOptions,
-        label_key: str,
-        deadline: float,
-        timings: Timings,
-        *,
-        batch_invariant: bool = False,
+        self, name: str, texts: Sequence[str], rows: Sequence[Row], options: SearchOptions, label_key: str, work: Work
     ) -> list[Classified]:
         """Label each text with the help of the labelled passages that are nearest to it.
 
@@ -95,8 +84,8 @@ class Classification:
         condition = labelled if options.condition is None else filters.All((labelled, options.condition))
         with self._models.attended():
             options = replace(options, condition=condition)
-            found = await self._pipeline.search(texts, rows, options, deadline, timings, batch_invariant=batch_invariant)
-            alone = await self._alone(name, rows, deadline, timings, batch_invariant)
+            found = await self._pipeline.search(texts, rows, options, work)
+            alone = await self._alone(name, rows, work)
         numbers = {label: number for number, label in enumerate(head.labels)}
         found = [
             [hit for hit in hits if hit.passage.metadata.get(label_key) in numbers] for hits in found
@@ -106,19 +95,11 @@ class Classification:
         classified = await asyncio.to_thread(
             lambda: [_beside(graph, *one, options.top_k) for one in zip(alone, found, labels, strict=True)]
         )
-        timings.rank += timings.lap()
+        work.rank_ms += work.lap()
         return classified
 
     async def beside_evidence(
-        self,
-        name: str,
-        claims: Sequence[str],
-        rows: Sequence[Row],
-        evidence: Sequence[Sequence[str]],
-        deadline: float,
-        timings: Timings,
-        *,
-        batch_invariant: bool = False,
+        self, name: str, claims: Sequence[str], rows: Sequence[Row], evidence: Sequence[Sequence[str]], work: Work
     ) -> list[Classified]:
         """Label each claim beside its passages, which are read as one text, as in training, and cut where they are too long."""
         head = self._bundle.heads[name]
@@ -126,44 +107,32 @@ class Classification:
             self._encoder.pairs(claim, [SEPARATOR.join(passages)], head.max_tokens)[0] if passages else None
             for claim, passages in zip(claims, evidence, strict=True)
         ]
-        timings.tokenise += timings.lap()
+        work.tokenise_ms += work.lap()
         read = [pair.row if pair is not None else row for pair, row in zip(pairs, rows, strict=True)]
-        labelled = await self._run(name, read, deadline, timings, batch_invariant)
+        labelled = await self._run(name, read, work)
         return [
             Classified(probabilities, {}, passages_read(pair, passages) if pair is not None else 0)
             for probabilities, pair, passages in zip(labelled, pairs, evidence, strict=True)
         ]
 
     async def beside_found_evidence(
-        self,
-        name: str,
-        claims: Sequence[str],
-        rows: Sequence[Row],
-        options: SearchOptions,
-        deadline: float,
-        timings: Timings,
-        *,
-        batch_invariant: bool = False,
+        self, name: str, claims: Sequence[str], rows: Sequence[Row], options: SearchOptions, work: Work
     ) -> list[Classified]:
         """As `beside_evidence`, of the passages that a search finds, the best first."""
         with self._models.attended():
-            found = await self._pipeline.search(claims, rows, options, deadline, timings, batch_invariant=batch_invariant)
+            found = await self._pipeline.search(claims, rows, options, work)
             evidence = [[hit.passage.text for hit in hits] for hits in found]
-            classified = await self.beside_evidence(name, claims, rows, evidence, deadline, timings, batch_invariant=batch_invariant)
+            classified = await self.beside_evidence(name, claims, rows, evidence, work)
         return [replace(one, hits=hits[: one.passages]) for one, hits in zip(classified, found, strict=True)]
 
-    async def _alone(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings, batch_invariant: bool) -> list[Probabilities]:
+    async def _alone(self, name: str, rows: Sequence[Row], work: Work) -> list[Probabilities]:
         """Of texts by themselves, cut where the embedder reads more of them than the classifier does."""
         limit = self._bundle.heads[name].max_tokens
         shorter = [self._encoder.cut(row, limit) if len(row.ids) > limit else row for row in rows]
-        return await self._run(name, shorter, deadline, timings, batch_invariant)
+        return await self._run(name, shorter, work)
 
-    async def _run(self, name: str, rows: Sequence[Row], deadline: float, timings: Timings, batch_invariant: bool) -> list[Probabilities]:
-        alone = batch_invariant and self._models.needs_alone(name)
-        outcome = await self._models.submit(name, rows, deadline=deadline, alone=alone)
-        timings.read += timings.lap()
-        timings.queue += 1000 * outcome.queued_seconds
-        return [_floats(outputs["probability"]) for outputs in outcome.rows]
+    async def _run(self, name: str, rows: Sequence[Row], work: Work) -> list[Probabilities]:
+        return [_floats(outputs["probability"]) for outputs in await self._models.read(name, rows, work)]
 
 
 def passages_read(pair: Pair, passages: Sequence[str]) -> int:

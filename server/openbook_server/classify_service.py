@@ -14,11 +14,11 @@ from openbook_server.errors import InvalidRequest, NoKnowledgeBase, NotInBundle
 from openbook_server.heads import HeadInfo
 from openbook_server.knowledge import KnowledgeBase, SearchOptions
 from openbook_server.options import DEFAULT_TOP_K, parse_filter, parse_mode
-from openbook_server.pipeline import Timings
 from openbook_server.replies import to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.tokenization import TextEncoder
 from openbook_server.validation import SPLIT, Validated, bounded, choose, refused_first, validate_texts
 from openbook_server.wire import Parsed
+from openbook_server.work import Work
 
 DEFAULT_LABELS, MAX_LABELS = 5, 1_000
 VERIFIER = "verification"
@@ -54,34 +54,28 @@ class ClassifyService:
             for name, head in self._heads.items()
         ]
 
-    async def classify(self, parsed: Parsed[pb.ClassifyRequest], deadline: float, timings: Timings) -> pb.ClassifyResponse:
+    async def classify(self, parsed: Parsed[pb.ClassifyRequest], work: Work) -> pb.ClassifyResponse:
         request = parsed.message
+        work.batch_invariant = request.batch_invariant
         name, head = self._chosen(request.classifier)
-        batch_invariant = request.batch_invariant
         max_labels = bounded("max_labels", request.max_labels if request.HasField("max_labels") else None, DEFAULT_LABELS, 1, MAX_LABELS)
         options = self._options(request, head)
         label_key = request.label_key or (head.neighbours.label_key if head.neighbours else "")
         if refused_first(request.texts, self._config):
-            self._classification.check(name, len(request.texts), deadline)
+            self._classification.check(name, len(request.texts), work.deadline)
         valid = self._validate(parsed, head)
-        timings.tokenise += timings.lap()
+        work.tokenise_ms += work.lap()
         if not valid.rows:
             classified: Sequence[Classified] = []
         elif head.objective == VERIFIER and (request.evidence or options is None):
             evidence = [request.evidence[at].passages if request.evidence else () for at in valid.kept]
-            classified = await self._classification.beside_evidence(
-                name, valid.texts, valid.rows, evidence, deadline, timings, batch_invariant=batch_invariant
-            )
+            classified = await self._classification.beside_evidence(name, valid.texts, valid.rows, evidence, work)
         elif options is None:
-            classified = await self._classification.texts(name, valid.rows, deadline, timings, batch_invariant=batch_invariant)
+            classified = await self._classification.texts(name, valid.rows, work)
         elif head.objective == VERIFIER:
-            classified = await self._classification.beside_found_evidence(
-                name, valid.texts, valid.rows, options, deadline, timings, batch_invariant=batch_invariant
-            )
+            classified = await self._classification.beside_found_evidence(name, valid.texts, valid.rows, options, work)
         else:
-            classified = await self._classification.beside_neighbours(
-                name, valid.texts, valid.rows, options, label_key, deadline, timings, batch_invariant=batch_invariant
-            )
+            classified = await self._classification.beside_neighbours(name, valid.texts, valid.rows, options, label_key, work)
         results = [pb.ClassifyResult() for _ in request.texts]
         for at, one in zip(valid.kept, classified, strict=True):
             results[at].CopyFrom(self._result(head, one, max_labels, request))
@@ -90,7 +84,7 @@ class ClassifyService:
             errors=to_item_errors(valid.errors),
             classifier=name,
             provenance=to_provenance(self._bundle, self._knowledge_base),
-            timings=to_timings(timings),
+            timings=to_timings(work),
         )
 
     def _chosen(self, name: str) -> tuple[str, HeadInfo]:

@@ -18,9 +18,10 @@ from openbook_server.bundle import Bundle
 from openbook_server.errors import OpenBookError
 from openbook_server.knowledge import SearchOptions
 from openbook_server.knowledge.watch import Estimate, interval
-from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
+from openbook_server.pipeline import Pipeline, QuestionAnswered
 from openbook_server.ranking import normalise
 from openbook_server.tokenization import TextEncoder
+from openbook_server.work import Work
 
 _WAITING = 32  # questions; the oldest are dropped first
 _WINDOW = 1_000  # latest comparisons that the figures are of
@@ -83,13 +84,13 @@ class Comparison:
         rows = self._encoder.texts([asked.question])
         if len(rows[0].ids) > bundle.embedder.max_tokens:  # it would be refused; there is nothing to compare
             return
-        deadline, timings = time.monotonic() + _PATIENCE, Timings()
+        work = Work(time.monotonic() + _PATIENCE)
         if asked.read and bundle.reader is not None:
-            [outcome] = await pipeline.answer([asked.question], rows, asked.options, 1, deadline, timings, settle=not asked.read_all)
+            [outcome] = await pipeline.answer([asked.question], rows, asked.options, 1, work, settle=not asked.read_all)
             hits = outcome.hits
             self._agreements.append(float(_same(asked.answer, best_answer(outcome))))
         else:
-            [hits] = await pipeline.search([asked.question], rows, asked.options, deadline, timings)
+            [hits] = await pipeline.search([asked.question], rows, asked.options, work)
         self._overlaps.append(overlap(asked.passages, [hit.passage.id for hit in hits]))
 
 

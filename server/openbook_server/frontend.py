@@ -26,11 +26,11 @@ from openbook_server.gate import Gate
 from openbook_server.generations_service import GenerationsService
 from openbook_server.listening import REQUESTS_A_ROW, max_wire_bytes
 from openbook_server.metrics import Metrics
-from openbook_server.pipeline import Timings
 from openbook_server.served import Served
 from openbook_server.shedding import Shedding
 from openbook_server.status import grpc_status
 from openbook_server.wire import Parsed, parser
+from openbook_server.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ _STEP = 0.1  # seconds by which the lengths of the queue differ that callers are
 
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
-Method = Callable[[Parsed[Request], float, Timings], Awaitable[Reply]]
-StreamMethod = Callable[[Parsed[Request], float, Timings], AsyncIterator[Reply]]
+Method = Callable[[Parsed[Request], Work], Awaitable[Reply]]
+StreamMethod = Callable[[Parsed[Request], Work], AsyncIterator[Reply]]
 
 
 class Frontend:
@@ -131,8 +131,8 @@ class Frontend:
         """One request, several replies."""
 
         async def handle(parsed: Parsed[Request], context: Call) -> AsyncIterator[bytes]:
-            async with self._serving(name, parsed, context, writes=False) as (served, deadline, timings):
-                async for reply in method_of(served)(parsed, deadline, timings):
+            async with self._serving(name, parsed, context, writes=False) as (served, work):
+                async for reply in method_of(served)(parsed, work):
                     yield self._serialised(reply)
 
         return grpc.unary_stream_rpc_method_handler(handle, **self._serialisers(kind))
@@ -172,19 +172,19 @@ class Frontend:
         writes: bool,
         counted: bool = True,
     ) -> bytes:
-        async with self._serving(name, parsed, context, writes=writes, counted=counted) as (served, deadline, timings):
-            return self._serialised(await method_of(served)(parsed, deadline, timings))
+        async with self._serving(name, parsed, context, writes=writes, counted=counted) as (served, work):
+            return self._serialised(await method_of(served)(parsed, work))
 
     @asynccontextmanager
     async def _serving(
         self, name: str, parsed: Parsed[Request], context: Call, *, writes: bool, counted: bool = True
-    ) -> AsyncIterator[tuple[Served, float, Timings]]:
-        """What a request is served by, until when, and where its time is noted; its failures become statuses, its end a metric.
+    ) -> AsyncIterator[tuple[Served, Work]]:
+        """What a request is served by, and what it takes along; its failures become statuses, its end a metric.
 
         Args:
             counted: among the requests that what serves it must finish before it is closed.
         """
-        timings, began = Timings(), time.perf_counter()
+        work, began = Work(self._deadline(context)), time.perf_counter()
         status = grpc.StatusCode.CANCELLED  # what remains when the caller hangs up
         self._running += 1
         try:
@@ -194,13 +194,12 @@ class Frontend:
                 raise Overloaded(f"{self._limit} requests are being worked on; try again in 1 s", retry_after_seconds=1.0)
             if parsed.failure is not None:
                 raise parsed.failure
-            deadline = self._deadline(context)
-            async with self.writes.passed(deadline) if writes else nullcontext():
+            async with self.writes.passed(work.deadline) if writes else nullcontext():
                 served = self.served  # as it is now: it may have been replaced while the gate was closed
                 if served is None:
                     raise self._not_serving()
                 with served.request() if counted else nullcontext():
-                    yield served, deadline, timings
+                    yield served, work
             status = grpc.StatusCode.OK
         except OpenBookError as error:
             status = error.status
@@ -213,7 +212,7 @@ class Frontend:
             await context.abort_with_status(grpc_status(InferenceFailed(f"internal error: {type(error).__name__}")))
         finally:
             self._running -= 1
-            self._metrics.observe_request(name, status.name, time.perf_counter() - began, timings)
+            self._metrics.observe_request(name, status.name, time.perf_counter() - began, work)
 
     @property
     def _generations(self) -> GenerationsService:

@@ -12,12 +12,13 @@ from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, NotInBundle
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_filter, parse_mode
-from openbook_server.pipeline import Pipeline, Timings
+from openbook_server.pipeline import Pipeline
 from openbook_server.replies import to_hit, to_provenance, to_timings
 from openbook_server.text_writer import Sampling, TextWriter
 from openbook_server.tokenization import TextEncoder
 from openbook_server.validation import bounded, choose, text_error
 from openbook_server.wire import Parsed
+from openbook_server.work import Work
 
 GENERATOR = "generator"
 DEFAULT_TOKENS, MAX_TEMPERATURE = 64, 10.0
@@ -53,7 +54,7 @@ class GenerateService:
             for name, writer in self._writers.items()
         ]
 
-    async def generate(self, parsed: Parsed[pb.GenerateRequest], deadline: float, timings: Timings) -> AsyncIterator[pb.GenerateResponse]:
+    async def generate(self, parsed: Parsed[pb.GenerateRequest], work: Work) -> AsyncIterator[pb.GenerateResponse]:
         request = parsed.message
         name, writer = self._chosen(request.writer)
         options = self._options(request, writer)
@@ -65,12 +66,10 @@ class GenerateService:
         left = self._left_for_question(ids, writer) if name == GENERATOR else self._left_after_prompt(ids, writer, count)
         sampling = self._sampling(request, left, left if name == GENERATOR else DEFAULT_TOKENS)
         with writer.place():
-            hits = await self._found(request.text if name == GENERATOR else writer.query(ids), options, deadline, timings)
+            hits = await self._found(request.text if name == GENERATOR else writer.query(ids), options, work)
             passages = [hit.passage.text for hit in hits]
             pieces = (
-                writer.answer(request.text, passages, sampling, deadline, timings)
-                if name == GENERATOR
-                else writer.go_on(ids, passages, sampling, deadline, timings)
+                writer.answer(request.text, passages, sampling, work) if name == GENERATOR else writer.go_on(ids, passages, sampling, work)
             )
             async for piece in pieces:
                 reply = pb.GenerateResponse(text=piece.text, tokens=piece.tokens)
@@ -79,17 +78,17 @@ class GenerateService:
                     reply.ending.text, reply.ending.seed, reply.ending.writer = piece.whole, sampling.seed, name
                     reply.ending.hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits)
                     reply.ending.provenance.CopyFrom(to_provenance(self._bundle, self._knowledge_base))
-                    reply.ending.timings.CopyFrom(to_timings(timings))
+                    reply.ending.timings.CopyFrom(to_timings(work))
                 yield reply
 
-    async def _found(self, query: str, options: SearchOptions | None, deadline: float, timings: Timings) -> Sequence[Hit]:
+    async def _found(self, query: str, options: SearchOptions | None, work: Work) -> Sequence[Hit]:
         if options is None or not query.strip():
             return []
         [row] = self._encoder.texts([query])
         limit = self._bundle.embedder.max_tokens
         row = self._encoder.cut(row, limit) if len(row.ids) > limit else row
-        timings.tokenise += timings.lap()
-        [hits] = await self._pipeline.search([query], [row], options, deadline, timings)
+        work.tokenise_ms += work.lap()
+        [hits] = await self._pipeline.search([query], [row], options, work)
         return hits
 
     def _chosen(self, name: str) -> tuple[str, TextWriter]:

@@ -9,9 +9,9 @@ from openbook.v1 import knowledge_base_pb2 as kb
 from openbook_server.errors import InvalidRequest, ReadOnly
 from openbook_server.knowledge.records import GenerationState
 from openbook_server.knowledge_service import comparison_message
-from openbook_server.pipeline import Timings
 from openbook_server.succession import Succession
 from openbook_server.wire import Parsed
+from openbook_server.work import Work
 
 _STATES = {"live": kb.GENERATION_STATE_LIVE, "kept": kb.GENERATION_STATE_KEPT, "new": kb.GENERATION_STATE_NEW}
 
@@ -22,7 +22,7 @@ class GenerationsService:
     def __init__(self, succession: Succession, *, writable: bool) -> None:
         self._succession, self._writable = succession, writable
 
-    async def build(self, parsed: Parsed[kb.BuildGenerationRequest], deadline: float, timings: Timings) -> kb.BuildGenerationResponse:
+    async def build(self, parsed: Parsed[kb.BuildGenerationRequest], work: Work) -> kb.BuildGenerationResponse:
         self._check_writable()
         request = parsed.message
         if not request.bundle:
@@ -30,20 +30,18 @@ class GenerationsService:
         graph_dims = request.graph_dims if request.HasField("graph_dims") else None
         return kb.BuildGenerationResponse(name=await self._succession.build(Path(request.bundle), graph_dims))
 
-    async def list(self, parsed: Parsed[kb.ListGenerationsRequest], deadline: float, timings: Timings) -> kb.ListGenerationsResponse:
+    async def list(self, parsed: Parsed[kb.ListGenerationsRequest], work: Work) -> kb.ListGenerationsResponse:
         return kb.ListGenerationsResponse(generations=[self._message(state) for state in await self._succession.states()])
 
-    async def publish(self, parsed: Parsed[kb.PublishGenerationRequest], deadline: float, timings: Timings) -> kb.PublishGenerationResponse:
+    async def publish(self, parsed: Parsed[kb.PublishGenerationRequest], work: Work) -> kb.PublishGenerationResponse:
         self._check_writable()
         return kb.PublishGenerationResponse(name=await self._succession.publish(parsed.message.name))
 
-    async def roll_back(
-        self, parsed: Parsed[kb.RollBackGenerationRequest], deadline: float, timings: Timings
-    ) -> kb.RollBackGenerationResponse:
+    async def roll_back(self, parsed: Parsed[kb.RollBackGenerationRequest], work: Work) -> kb.RollBackGenerationResponse:
         self._check_writable()
         return kb.RollBackGenerationResponse(name=await self._succession.roll_back())
 
-    async def remove(self, parsed: Parsed[kb.RemoveGenerationRequest], deadline: float, timings: Timings) -> kb.RemoveGenerationResponse:
+    async def remove(self, parsed: Parsed[kb.RemoveGenerationRequest], work: Work) -> kb.RemoveGenerationResponse:
         self._check_writable()
         await self._succession.remove(parsed.message.name)
         return kb.RemoveGenerationResponse()

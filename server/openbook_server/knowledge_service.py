@@ -21,9 +21,9 @@ from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 from openbook_server.knowledge.watch import Estimate
 from openbook_server.listening import max_wire_bytes
-from openbook_server.pipeline import Timings
 from openbook_server.validation import bounded
 from openbook_server.wire import Parsed
+from openbook_server.work import Work
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1_000
 _READ_AT_ONCE = 16  # documents
@@ -37,7 +37,7 @@ class KnowledgeService:
         self._bundle, self._knowledge_base, self._writer, self._config = bundle, knowledge_base, writer, config
         self.comparison: Comparison | None = None  # with the generation that may take this one's place
 
-    async def upsert(self, parsed: Parsed[kb.UpsertRequest], deadline: float, timings: Timings) -> kb.UpsertResponse:
+    async def upsert(self, parsed: Parsed[kb.UpsertRequest], work: Work) -> kb.UpsertResponse:
         writer, documents = self._writable(), parsed.message.documents
         self._check_count("documents", len(documents))
         errors: dict[int, InvalidRequest] = {}
@@ -50,7 +50,7 @@ class KnowledgeService:
                 errors[at] = error
         results = _failures([document.id for document in documents], errors)
         if good:
-            prepared = await writer.upsert(list(good.values()), deadline)
+            prepared = await writer.upsert(list(good.values()), work.deadline)
             written = {document.id for document, _ in prepared.documents}
             unchanged = await asyncio.to_thread(self._knowledge_base.documents, [id_ for id_ in good if id_ not in written])
             passages = _counts(prepared.passages) | {id_: len(stored) for id_, stored in unchanged.items()}
@@ -61,7 +61,7 @@ class KnowledgeService:
                     results[at].passages = passages.get(document.id, 0)
         return kb.UpsertResponse(results=results, sequence=await self._sequence())
 
-    async def delete(self, parsed: Parsed[kb.DeleteRequest], deadline: float, timings: Timings) -> kb.DeleteResponse:
+    async def delete(self, parsed: Parsed[kb.DeleteRequest], work: Work) -> kb.DeleteResponse:
         writer, ids = self._writable(), list(parsed.message.ids)
         errors = self._check_ids(ids, parsed.not_utf8)
         removed = await writer.delete([id_ for at, id_ in enumerate(ids) if at not in errors])
@@ -72,7 +72,7 @@ class KnowledgeService:
                 results[at].passages = removed.get(id_, 0)
         return kb.DeleteResponse(results=results, sequence=await self._sequence())
 
-    async def get(self, parsed: Parsed[kb.GetRequest], deadline: float, timings: Timings) -> kb.GetResponse:
+    async def get(self, parsed: Parsed[kb.GetRequest], work: Work) -> kb.GetResponse:
         ids = list(parsed.message.ids)
         for error in self._check_ids(ids, parsed.not_utf8).values():
             raise error
@@ -94,7 +94,7 @@ class KnowledgeService:
                     raise InvalidRequest("ids", f"{problem}; ask for fewer, or start the server with a larger --max-message-bytes")
         return reply
 
-    async def list(self, parsed: Parsed[kb.ListRequest], deadline: float, timings: Timings) -> kb.ListResponse:
+    async def list(self, parsed: Parsed[kb.ListRequest], work: Work) -> kb.ListResponse:
         request = parsed.message
         size = bounded("page_size", request.page_size if request.HasField("page_size") else None, PAGE_SIZE, 1, MAX_PAGE_SIZE)
         if request.page_token and not (request.page_token.isascii() and request.page_token.isdigit() and len(request.page_token) < 19):
@@ -105,9 +105,7 @@ class KnowledgeService:
             next_page_token=str(rows[-1][0]) if len(rows) == size else "",
         )
 
-    async def describe(
-        self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], deadline: float, timings: Timings
-    ) -> kb.DescribeKnowledgeBaseResponse:
+    async def describe(self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], work: Work) -> kb.DescribeKnowledgeBaseResponse:
         def look() -> kb.DescribeKnowledgeBaseResponse:
             counts, recall = self._knowledge_base.counts(), self._knowledge_base.recall
             return kb.DescribeKnowledgeBaseResponse(
@@ -127,7 +125,7 @@ class KnowledgeService:
 
         return await asyncio.to_thread(look)
 
-    async def snapshot(self, parsed: Parsed[kb.SnapshotRequest], deadline: float, timings: Timings) -> kb.SnapshotResponse:
+    async def snapshot(self, parsed: Parsed[kb.SnapshotRequest], work: Work) -> kb.SnapshotResponse:
         sequence = await self._sequence()
         await self._writable().snapshot()
         return kb.SnapshotResponse(sequence=sequence, graph_passages=await asyncio.to_thread(lambda: self._knowledge_base.graph_rows))

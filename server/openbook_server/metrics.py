@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from openbook_server.engine import Engine
     from openbook_server.frontends.relay import Relay
     from openbook_server.knowledge import KnowledgeBase
-    from openbook_server.pipeline import Timings
+    from openbook_server.work import Work
 
 _Family = TypeVar("_Family", Counter, Histogram)
 
+_STAGES = [(stage, f"{stage}_ms") for stage in ("tokenise", "embed", "search", "read", "rank", "queue")]  # labels, and fields of `Work`
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _READ = (0, 1, 3, 5, 10, 20, 50, 100)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -47,11 +48,11 @@ class Metrics:
         """One that was refused unread: it took no time worth a place among those that were served."""
         self._child(self._requests, method, status).inc()
 
-    def observe_request(self, method: str, status: str, seconds: float, timings: Timings) -> None:
+    def observe_request(self, method: str, status: str, seconds: float, work: Work) -> None:
         self.count_request(method, status)
         self._child(self._latency, method).observe(seconds)
-        for stage in ("tokenise", "embed", "search", "read", "rank", "queue"):
-            spent = getattr(timings, stage)
+        for stage, field in _STAGES:
+            spent = getattr(work, field)
             if spent:
                 self._child(self._stages, method, stage).observe(spent / 1000)
 

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from openbook_server.backlog import Lane
+from openbook_server.backlog import Arrays, Lane
 from openbook_server.engine import Engine, Outcome, Runnable
 from openbook_server.rows import Row
+from openbook_server.work import Work
 
 _numbers = itertools.count(1)
 
@@ -36,9 +37,17 @@ class Models:
         """As `Engine.submit`."""
         return await self._engine.submit(self._names[model], rows, deadline=deadline, lane=max(lane, self.lane), alone=alone)
 
-    def needs_alone(self, model: str) -> bool:
-        """Whether rows must run alone for their results to have the same bytes whatever else is asked."""
-        return model not in self._invariant
+    async def read(self, model: str, rows: Sequence[Row], work: Work) -> list[Arrays]:
+        """What a request reads, in any model but the embedder: the outputs of each row; raises as `submit`."""
+        alone = self.alone(model, work)
+        outcome = await self._engine.submit(self._names[model], rows, deadline=work.deadline, lane=self.lane, alone=alone)
+        work.read_ms += work.lap()
+        work.queue_ms += 1000 * outcome.queued_seconds
+        return outcome.rows
+
+    def alone(self, model: str, work: Work) -> bool:
+        """Whether a request's rows must run alone for their results to have the bytes that it was promised."""
+        return work.batch_invariant and model not in self._invariant
 
     def attended(self) -> AbstractContextManager[None]:
         """As `Engine.attended`, where rows of the foreground are run."""

@@ -9,7 +9,6 @@ thousands of passages to read: what is done for them on the event loop is done i
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,30 +25,12 @@ from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_se
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
 from openbook_server.turns import in_turns
+from openbook_server.work import Work
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
 SEARCHED_AT_ONCE = 32  # questions, then others that wait have a turn, and who hung up is searched for no more; more at once save little
 FEW_PAIRS = 16  # are put together sooner than the queue is asked whether it would take them
 NO_SPAN = -1e8  # the reader's graph fills unused slots with -1e9
-
-
-@dataclass(slots=True)
-class Timings:
-    """Milliseconds of each stage of one request."""
-
-    tokenise: float = 0.0
-    embed: float = 0.0
-    search: float = 0.0
-    read: float = 0.0
-    rank: float = 0.0
-    queue: float = 0.0  # of embed and read, the part spent waiting
-    _mark: float = field(default_factory=time.perf_counter)
-
-    def lap(self) -> float:
-        """Milliseconds since the last lap, or since the start."""
-        now = time.perf_counter()
-        passed, self._mark = 1000 * (now - self._mark), now
-        return passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,86 +75,59 @@ class Pipeline:
         """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Models.check`."""
         self._models.check("embedder", [1] * texts, deadline=deadline)
 
-    async def embed(self, rows: Sequence[Row], deadline: float, timings: Timings, *, batch_invariant: bool = False) -> NDArray[np.float32]:
-        """(rows, dim) unit vectors of tokenised texts; with `batch_invariant` the same bytes whatever else the server does."""
-        return (await self._embed(rows, GRAPH, deadline, timings, batch_invariant)).vectors
+    async def embed(self, rows: Sequence[Row], work: Work) -> NDArray[np.float32]:
+        """(rows, dim) unit vectors of tokenised texts."""
+        return (await self._embed(rows, GRAPH, work)).vectors
 
-    async def _embed(self, rows: Sequence[Row], graph: str, deadline: float, timings: Timings, batch_invariant: bool) -> Embedded:
-        alone = batch_invariant and self._models.needs_alone(graph)
-        embedded = await self._embedder.embed(rows, deadline=deadline, graph=graph, alone=alone)
-        timings.embed += timings.lap()
-        timings.queue += 1000 * embedded.queued_seconds
+    async def _embed(self, rows: Sequence[Row], graph: str, work: Work) -> Embedded:
+        alone = self._models.alone(graph, work)
+        embedded = await self._embedder.embed(rows, deadline=work.deadline, graph=graph, alone=alone)
+        work.embed_ms += work.lap()
+        work.queue_ms += 1000 * embedded.queued_seconds
         return embedded
 
-    async def search(
-        self,
-        questions: Sequence[str],
-        rows: Sequence[Row],
-        options: SearchOptions | None,
-        deadline: float,
-        timings: Timings,
-        *,
-        batch_invariant: bool = False,
-    ) -> list[list[Hit]]:
-        """Best passages for each question, best first; none where `options` is None. `batch_invariant` as in `embed`."""
+    async def search(self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, work: Work) -> list[list[Hit]]:
+        """Best passages for each question, best first; none where `options` is None."""
         if options is None or self._knowledge_base is None:
             return [[] for _ in questions]
         vectors, tokens = None, []
         if options.by_vectors:
             graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
-            embedded = await self._embed(rows, graph, deadline, timings, batch_invariant)
+            embedded = await self._embed(rows, graph, work)
             vectors, tokens = embedded.vectors, embedded.tokens
         search, loop, hits = self._knowledge_base.search, asyncio.get_running_loop(), list[list[Hit]]()
         for at in range(0, len(questions), SEARCHED_AT_ONCE):
             part = slice(at, at + SEARCHED_AT_ONCE)
             some = vectors[part] if vectors is not None else None
             hits += await loop.run_in_executor(self._searcher, search, questions[part], some, options, tokens[part])
-        timings.search += timings.lap()
+        work.search_ms += work.lap()
         return hits
 
-    async def rerank(
-        self,
-        rows: Sequence[Row],
-        found: Sequence[list[Hit]],
-        count: int,
-        deadline: float,
-        timings: Timings,
-        *,
-        batch_invariant: bool = False,
-    ) -> list[list[Hit]]:
+    async def rerank(self, rows: Sequence[Row], found: Sequence[list[Hit]], count: int, work: Work) -> list[list[Hit]]:
         """The first `count` hits of each question, all of them read, in the order of their probability; then the others."""
         asked = [_Asked(row, hits[:count]) for row, hits in zip(rows, found, strict=True)]
-        await self._read(asked, None, deadline, timings, batch_invariant)
+        await self._read(asked, None, work)
         ranked = [self._posterior(one)[0] + rest[count:] async for one, rest in in_turns(zip(asked, found, strict=True))]
-        timings.rank += timings.lap()
+        work.rank_ms += work.lap()
         return ranked
 
     async def answer(
-        self,
-        questions: Sequence[str],
-        rows: Sequence[Row],
-        options: SearchOptions | None,
-        max_answers: int,
-        deadline: float,
-        timings: Timings,
-        *,
-        settle: bool,
-        batch_invariant: bool = False,
+        self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, max_answers: int, work: Work, *, settle: bool
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question, with `settle` until its answer is settled, and rank what was read."""
         settling = self._reader.settling if settle else None
         with self._models.attended():
-            found = await self.search(questions, rows, options, deadline, timings, batch_invariant=batch_invariant)
+            found = await self.search(questions, rows, options, work)
             asked = [_Asked(row, hits) for row, hits in zip(rows, found, strict=True)]
             unsettled = asked
             for end in (*READ_FIRST, None) if settling else (None,):
-                await self._read(unsettled, end, deadline, timings, batch_invariant)
+                await self._read(unsettled, end, work)
                 left: list[_Asked] = []
                 async for one in in_turns(unsettled):
                     self._rank(one, max_answers)
                     if settling and not self._is_settled(one, settling):
                         left.append(one)
-                timings.rank += timings.lap()
+                work.rank_ms += work.lap()
                 unsettled = left
                 if not unsettled:
                     break
@@ -185,7 +139,7 @@ class Pipeline:
             ]
             self._observe(len(one.readings))
             answered.append(QuestionAnswered(ranked, len(one.readings), answers, one.no_answer_probability))
-        timings.rank += timings.lap()
+        work.rank_ms += work.lap()
         return answered
 
     @property
@@ -197,23 +151,20 @@ class Pipeline:
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._reader.prior_weight * relevance(hit) for hit in hits]
 
-    async def _read(self, asked: Sequence[_Asked], end: int | None, deadline: float, timings: Timings, batch_invariant: bool) -> None:
+    async def _read(self, asked: Sequence[_Asked], end: int | None, work: Work) -> None:
         """Read those of the first `end` hits of each question (None = of all) that are not read yet."""
         limit = self._reader.max_tokens
         least = [len(one.row.ids) for one in asked for _ in one.hits[len(one.readings) : end]]  # tokens of each pair
         if len(least) > FEW_PAIRS:
-            self._models.check("reader", least, deadline=deadline)
+            self._models.check("reader", least, deadline=work.deadline)
         pairs: list[tuple[_Asked, Pair]] = []
         async for one in in_turns(asked):
             passages = [hit.passage for hit in one.hits[len(one.readings) : end]]
             texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
             pairs += [(one, pair) for pair in self._encoder.pairs(one.row, texts, limit, kept)]
-        timings.tokenise += timings.lap()
-        alone = batch_invariant and self._models.needs_alone("reader")
-        outcome = await self._models.submit("reader", [pair.row for _, pair in pairs], deadline=deadline, alone=alone)
-        timings.read += timings.lap()
-        timings.queue += 1000 * outcome.queued_seconds
-        async for (one, pair), outputs in in_turns(zip(pairs, outcome.rows, strict=True)):
+        work.tokenise_ms += work.lap()
+        read = await self._models.read("reader", [pair.row for _, pair in pairs], work)
+        async for (one, pair), outputs in in_turns(zip(pairs, read, strict=True)):
             one.readings.append(reading_of(pair, outputs, len(one.readings)))
 
     def _rank(self, one: _Asked, max_answers: int) -> None:

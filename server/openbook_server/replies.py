@@ -7,8 +7,9 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge import Hit, KnowledgeBase
-from openbook_server.pipeline import QuestionAnswered, Timings
+from openbook_server.pipeline import QuestionAnswered
 from openbook_server.ranking import RankedAnswer
+from openbook_server.work import Work
 
 
 def to_item_errors(errors: dict[int, InvalidRequest]) -> list[pb.ItemError]:
@@ -64,14 +65,14 @@ def to_answer(answer: RankedAnswer, hit: Hit) -> pb.Answer:
     )
 
 
-def to_timings(timings: Timings) -> pb.Timings:
-    stages = [timings.tokenise, timings.embed, timings.search, timings.read, timings.rank]
+def to_timings(work: Work) -> pb.Timings:
+    stages = [work.tokenise_ms, work.embed_ms, work.search_ms, work.read_ms, work.rank_ms]
     return pb.Timings(
-        tokenise_ms=timings.tokenise,
-        embed_ms=timings.embed,
-        search_ms=timings.search,
-        read_ms=timings.read,
-        rank_ms=timings.rank,
-        queue_ms=timings.queue,
+        tokenise_ms=work.tokenise_ms,
+        embed_ms=work.embed_ms,
+        search_ms=work.search_ms,
+        read_ms=work.read_ms,
+        rank_ms=work.rank_ms,
+        queue_ms=work.queue_ms,
         total_ms=sum(stages),
     )

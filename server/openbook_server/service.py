@@ -21,13 +21,14 @@ from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, NoKnowledgeBase
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_options
-from openbook_server.pipeline import Pipeline, QuestionAnswered, Timings
+from openbook_server.pipeline import Pipeline, QuestionAnswered
 from openbook_server.replies import to_answer_result, to_hit, to_item_errors, to_provenance, to_timings
 from openbook_server.runtime import Device
 from openbook_server.tokenization import TextEncoder
 from openbook_server.turns import in_turns
 from openbook_server.validation import SPLIT, Validated, bounded, refused_first, validate_texts
 from openbook_server.wire import Parsed
+from openbook_server.work import Work
 
 DEFAULT_ANSWERS = 3
 
@@ -56,16 +57,17 @@ class Service:
         self._invariant = sorted(invariant)
         self.asked: Callable[[Asked], None] | None = None  # is told of every question that was answered
 
-    async def embed(self, parsed: Parsed[pb.EmbedRequest], deadline: float, timings: Timings) -> pb.EmbedResponse:
+    async def embed(self, parsed: Parsed[pb.EmbedRequest], work: Work) -> pb.EmbedResponse:
         request = parsed.message
+        work.batch_invariant = request.batch_invariant
         if refused_first(request.texts, self._config):
-            self._pipeline.check(len(request.texts), deadline)
+            self._pipeline.check(len(request.texts), work.deadline)
         valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate, way_out=SPLIT)
-        timings.tokenise += timings.lap()
+        work.tokenise_ms += work.lap()
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")
         tokens = [0] * len(request.texts)
         if valid.rows:
-            vectors[valid.kept] = await self._pipeline.embed(valid.rows, deadline, timings, batch_invariant=request.batch_invariant)
+            vectors[valid.kept] = await self._pipeline.embed(valid.rows, work)
         for at, row in zip(valid.kept, valid.rows, strict=True):
             tokens[at] = len(row.ids)
         return pb.EmbedResponse(
@@ -74,33 +76,35 @@ class Service:
             tokens=tokens,
             errors=to_item_errors(valid.errors),
             provenance=pb.Provenance(bundle_id=self._bundle.id),
-            timings=to_timings(timings),
+            timings=to_timings(work),
         )
 
-    async def search(self, parsed: Parsed[pb.SearchRequest], deadline: float, timings: Timings) -> pb.SearchResponse:
+    async def search(self, parsed: Parsed[pb.SearchRequest], work: Work) -> pb.SearchResponse:
         request = parsed.message
+        work.batch_invariant = request.batch_invariant
         options = self._options(request)
         rerank = bounded("rerank", request.rerank, 0, 0, self._config.max_top_k)
         if rerank and self._bundle.reader is None:
             raise InvalidRequest("rerank", "this bundle has no reader; export one with `openbook export --reader`, or leave rerank out")
         valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
-        timings.tokenise += timings.lap()
+        work.tokenise_ms += work.lap()
         results = [pb.SearchResult() for _ in request.questions]
         if valid.rows:
             deep = replace(options, top_k=max(options.top_k, rerank)) if options else None
-            found = await self._pipeline.search(valid.texts, valid.rows, deep, deadline, timings, batch_invariant=request.batch_invariant)
+            found = await self._pipeline.search(valid.texts, valid.rows, deep, work)
             retrieved, top_k = found, options.top_k if options else 0
             if rerank:
-                found = await self._pipeline.rerank(valid.rows, found, rerank, deadline, timings, batch_invariant=request.batch_invariant)
+                found = await self._pipeline.rerank(valid.rows, found, rerank, work)
             async for at, hits in in_turns(zip(valid.kept, found, strict=True)):
                 results[at].hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
             self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)
         return pb.SearchResponse(
-            results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)
+            results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(work)
         )
 
-    async def answer(self, parsed: Parsed[pb.AnswerRequest], deadline: float, timings: Timings) -> pb.AnswerResponse:
+    async def answer(self, parsed: Parsed[pb.AnswerRequest], work: Work) -> pb.AnswerResponse:
         request = parsed.message
+        work.batch_invariant = request.batch_invariant
         if self._bundle.reader is None:
             raise InvalidRequest("questions", "this bundle has no reader; export one with `openbook export --reader`, or use Search")
         options = self._options(request)
@@ -108,27 +112,18 @@ class Service:
             "max_answers", request.max_answers if request.HasField("max_answers") else None, DEFAULT_ANSWERS, 1, self._config.max_answers
         )
         valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
-        timings.tokenise += timings.lap()
+        work.tokenise_ms += work.lap()
         results = [pb.AnswerResult() for _ in request.questions]
         if valid.rows:
-            answered = await self._pipeline.answer(
-                valid.texts,
-                valid.rows,
-                options,
-                max_answers,
-                deadline,
-                timings,
-                settle=not request.read_all,
-                batch_invariant=request.batch_invariant,
-            )
+            answered = await self._pipeline.answer(valid.texts, valid.rows, options, max_answers, work, settle=not request.read_all)
             async for at, outcome in in_turns(zip(valid.kept, answered, strict=True)):
                 results[at].CopyFrom(to_answer_result(outcome, omit_text=request.omit_text))
             self._tell(valid.texts, options, [outcome.hits for outcome in answered], answered, read_all=request.read_all)
         return pb.AnswerResponse(
-            results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(timings)
+            results=results, errors=to_item_errors(valid.errors), provenance=self._provenance(), timings=to_timings(work)
         )
 
-    async def describe(self, parsed: Parsed[pb.DescribeRequest], deadline: float, timings: Timings) -> pb.DescribeResponse:
+    async def describe(self, parsed: Parsed[pb.DescribeRequest], work: Work) -> pb.DescribeResponse:
         bundle, config = self._bundle, self._config
         reply = pb.DescribeResponse(
             version=__version__,

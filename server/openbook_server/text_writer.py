@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from openbook_server.decoding import LOGITS, Decoder, Step
 from openbook_server.errors import Overloaded
 from openbook_server.models import Models
-from openbook_server.pipeline import Timings
 from openbook_server.sampling import choose
 from openbook_server.tokenization import TextEncoder
+from openbook_server.work import Work
 from openbook_server.writers import WriterInfo
 
 MOST_AT_ONCE = 32  # texts; each holds keys and values, in a GPT-2 of 12 layers 73 kB a token
@@ -100,59 +100,45 @@ class TextWriter:
         """The end of a prompt, by which passages are looked up."""
         return str(self.tokenizer.decode(list(prompt[-self.info.query_tokens :]))).strip()
 
-    def go_on(
-        self, prompt: Sequence[int], passages: Sequence[str], sampling: Sampling, deadline: float, timings: Timings
-    ) -> AsyncIterator[Piece]:
+    def go_on(self, prompt: Sequence[int], passages: Sequence[str], sampling: Sampling, work: Work) -> AsyncIterator[Piece]:
         """What a language model writes after a prompt, beside passages, the best of which comes first here and last there."""
         read = [self.info.start_token]
         for passage in reversed(passages):
             read += [*self.ids(passage)[: self.info.passage_tokens], *self.newline]
         first = Step([*read, *prompt], text=self._decoder.begin())
-        return self._write(("language_model.prompt", "language_model"), first, sampling, deadline, timings)
+        return self._write(("language_model.prompt", "language_model"), first, sampling, work)
 
-    async def answer(
-        self, question: str, passages: Sequence[str], sampling: Sampling, deadline: float, timings: Timings
-    ) -> AsyncIterator[Piece]:
+    async def answer(self, question: str, passages: Sequence[str], sampling: Sampling, work: Work) -> AsyncIterator[Piece]:
         """What a generator writes of a question and its passages; the last piece's `whole` takes the characters of a passage where its
         tokens stand in one, for a WordPiece tokenizer cannot tell "3.5" from "3. 5"."""
         pairs = self._encoder.pairs(question, passages, self.info.max_tokens)
         rows = [pair.row for pair in pairs] or self._encoder.texts([question])
-        timings.tokenise += timings.lap()
-        outcome = await self._models.submit("generator_encoder", rows, deadline=deadline)
-        timings.read += timings.lap()
-        timings.queue += 1000 * outcome.queued_seconds
+        work.tokenise_ms += work.lap()
+        read = await self._models.read("generator_encoder", rows, work)
         source = {}
         for name in self._decoder.sources:
             found = name.replace("past_key_values.", "present.")
-            parts = [np.asarray(one[found], np.float32)[:, : row.tokens] for one, row in zip(outcome.rows, rows, strict=True)]
+            parts = [np.asarray(one[found], np.float32)[:, : row.tokens] for one, row in zip(read, rows, strict=True)]
             source[name] = np.concatenate(parts, axis=1)
         source_ids = [token for row in rows for token in row.ids]
         first = Step([self.info.start_token], text=self._decoder.begin(source, source_ids))
         ids: list[int] = []
-        async for piece in self._write(("generator_decoder", "generator_decoder"), first, sampling, deadline, timings, ids):
+        async for piece in self._write(("generator_decoder", "generator_decoder"), first, sampling, work, ids):
             if piece.finish is Finish.STOP or piece.finish is None:
                 yield piece
             else:
                 yield Piece(piece.text, piece.tokens, self._as_in(passages, ids) or piece.whole, piece.finish)
 
     async def _write(
-        self,
-        graphs: tuple[str, str],
-        step: Step,
-        sampling: Sampling,
-        deadline: float,
-        timings: Timings,
-        ids: list[int] | None = None,
+        self, graphs: tuple[str, str], step: Step, sampling: Sampling, work: Work, ids: list[int] | None = None
     ) -> AsyncIterator[Piece]:
         """Token by token; `graphs` reads the first step, and all later ones; `ids` is told what was written."""
         random, text, graph = np.random.default_rng(sampling.seed), step.written, graphs[0]
         ids = [] if ids is None else ids
         shown, finish = "", None
         while finish is None:
-            outcome = await self._models.submit(graph, [step], deadline=deadline)
-            timings.read += timings.lap()
-            timings.queue += 1000 * outcome.queued_seconds
-            logits = np.asarray(outcome.rows[0][LOGITS], np.float32)
+            [outputs] = await self._models.read(graph, [step], work)
+            logits = np.asarray(outputs[LOGITS], np.float32)
             token = choose(logits, temperature=sampling.temperature, top_p=sampling.top_p, random=random)
             if token == self.info.end_token:
                 finish = Finish.END

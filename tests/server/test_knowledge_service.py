@@ -25,10 +25,10 @@ from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_bas
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, TOKEN_WEIGHT
 from openbook_server.knowledge.store import FILE
 from openbook_server.knowledge_service import KnowledgeService
-from openbook_server.pipeline import Timings
 from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_server.wire import Parsed
+from openbook_server.work import Work
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -239,7 +239,7 @@ async def test_no_more_is_read_than_a_reply_may_hold_and_the_order_is_the_reques
         service = KnowledgeService(None, documents := Documents(size), None, config)  # type: ignore[arg-type]
         parsed = Parsed(kb.GetRequest(ids=[str(number) for number in range(100)]), frozenset())
         try:
-            return [document.id for document in (await service.get(parsed, 0.0, Timings())).documents]
+            return [document.id for document in (await service.get(parsed, Work(0.0))).documents]
         finally:
             assert documents.asked == (100 if size == 1 else 16)
 

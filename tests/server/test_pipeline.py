@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from openbook_server.knowledge import Hit, SearchOptions
-from openbook_server.pipeline import SEARCHED_AT_ONCE, Pipeline, Timings
+from openbook_server.pipeline import SEARCHED_AT_ONCE, Pipeline
+from openbook_server.work import Work
 
 
 class SlowKnowledgeBase:
@@ -35,7 +36,7 @@ class SlowKnowledgeBase:
 
 def searching(pipeline: Pipeline, questions: list[str]) -> asyncio.Task[list[list[Hit]]]:
     options, rows = SearchOptions(top_k=5, mode="lexical"), [None] * len(questions)
-    return asyncio.create_task(pipeline.search(questions, rows, options, time.monotonic() + 60, Timings()))  # type: ignore[arg-type]
+    return asyncio.create_task(pipeline.search(questions, rows, options, Work(time.monotonic() + 60)))  # type: ignore[arg-type]
 
 
 @pytest.fixture

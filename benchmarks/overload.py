@@ -1,6 +1,7 @@
-"""What happens when too much is asked? Embed at one, two and ten times what the server can do.
+"""What happens when too much is asked? Embed, or Answer, at one, two and ten times what the server can do.
 
     python benchmarks/overload.py BUNDLE TEXTS.jsonl [--device cpu] [--factors 0.5 1 2 10] [--seconds 8] [--minutes 10] [--plot FILE.png]
+    python benchmarks/overload.py BUNDLE TEXTS.jsonl --answer KB --texts-a-message 1 ...
 
 Capacity is measured first, in closed loop; then messages arrive at random (Poisson) at multiples of it, whether or not those before
 were answered, from processes of their own, and each call has a deadline. At the end capacity is measured again: shares are of the larger
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from driver import Clients, Driven, Load, add_arguments, memory_mb, percentile, started_server, warn_if_saturated
@@ -34,7 +36,7 @@ from report import add_results_arguments, publish, run_benchmark
 REFUSED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 SETTLE_SECONDS = 2.0  # before memory is looked at again
 MINUTE = 60.0
-PROBE_RATE = 20.0  # calls a second of the client that is not busy itself
+PROBE_RATE = 20.0  # calls a second of the client that is not busy itself, at most, and a tenth of what the others send
 STEADY = 0.9  # the smaller capacity as a share of the larger, at least, on a machine that stayed the same
 
 
@@ -118,6 +120,7 @@ def plot(file: Path, phases: Sequence[dict[str, object]], capacity: float) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--answer", type=Path, metavar="KB", help="ask for answers from this knowledge base (default: for embeddings)")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0, 10.0], help="of capacity (default: 0.5 1 2 10)")
     parser.add_argument("--texts-a-message", type=int, default=4, help="so that few clients can send enough (default: %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=1_000.0, help="of each call (default: %(default)s)")
@@ -130,15 +133,17 @@ def main() -> None:
     bundle, texts = load_bundle(arguments.bundle), load_texts(arguments.texts, arguments.limit)
     device = choose_device(arguments.device, None, arguments.threads, arguments.sessions)
     size, deadline = arguments.texts_a_message, arguments.deadline_ms / 1000
+    base = Load(seconds=arguments.seconds, texts_a_message=size, method="Answer" if arguments.answer else "Embed")
+    limited = replace(base, deadline_seconds=deadline)
     factors = sorted(arguments.factors)
     phases: list[dict[str, object]] = []
     with (
-        started_server(arguments.bundle, arguments.device, arguments.threads, sessions=arguments.sessions) as server,
+        started_server(arguments.bundle, arguments.device, arguments.threads, arguments.answer, sessions=arguments.sessions) as server,
         Clients(arguments.clients) as clients,
     ):
 
         def measured_capacity() -> float:
-            load = Load(texts_a_message=size, concurrency=max(4, 64 // size), seconds=arguments.seconds)
+            load = replace(base, concurrency=max(4, 64 // size))
             return size * clients.drive(server, texts, load).count("OK") / load.seconds
 
         start = measured_capacity()
@@ -146,8 +151,8 @@ def main() -> None:
         print(f"capacity: {start:.0f} texts/s, {size} a message")
 
         def flood(factor: float, seconds: float) -> Driven:
-            load = Load(texts_a_message=size, rate=factor * start / size, seconds=seconds, deadline_seconds=deadline)
-            probe = Load(texts_a_message=size, rate=PROBE_RATE, seconds=seconds, deadline_seconds=deadline)
+            load = replace(limited, rate=factor * start / size, seconds=seconds)
+            probe = replace(limited, rate=min(PROBE_RATE, load.rate / 10), seconds=seconds)
             driven = clients.drive(server, texts, load, probe=probe)
             assert driven.probe is not None
             phases.append({"factor": factor, "seconds": seconds, **summary(driven, load, driven.probe)})
@@ -178,6 +183,7 @@ def main() -> None:
         plot(arguments.plot, phases[:measured], max(start, end))
     report = {
         **capacity,
+        "method": base.method,
         "texts_a_message": size,
         "deadline_ms": arguments.deadline_ms,
         "phases": phases[:measured],

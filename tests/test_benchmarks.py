@@ -120,6 +120,14 @@ def test_answers_are_divided_by_the_raw_loop_over_what_was_read(tiny_bundle: Pat
         assert row["served_to_raw"] == pytest.approx(row["answers_per_second"] / report["raw_answers_per_second"])
 
 
+def test_overload_asks_for_answers_where_it_is_given_a_knowledge_base(tiny_bundle: Path, knowledge_base: Path, questions: Path) -> None:
+    options = ["--answer", knowledge_base, "--texts-a-message", 1, "--seconds", 0.5, "--factors", 0.5]
+    report = benchmark("overload.py", tiny_bundle, questions, *options)
+    [phase] = report["phases"]
+    assert report["method"] == "Answer"
+    assert phase["calls"]["OK"] > 0
+
+
 def test_streams_are_measured_beside_single_calls(writing_bundle: Path, texts: Path, questions: Path) -> None:
     options = ["--limit", 40, "--rounds", 1, "--seconds", 0.5, "--callers", 3, "--shares", 0.5, "--max-tokens", 5]
     report = benchmark("streams.py", writing_bundle, texts, questions, *options)

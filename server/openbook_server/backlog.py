@@ -16,7 +16,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, TypeVar
@@ -99,7 +99,8 @@ class Backlog:
         # Seconds by lane, as `wait` found them since the last change: under load it is asked more often than that.
         self._waits: dict[Lane, float] = {}
         self._dead: Counter[Group] = Counter()  # entries of each group whose rows were given up
-        self._due: Counter[int] = Counter()  # padded tokens of the foreground by when they are due, in steps of `_DUE_STEP`
+        # Padded tokens of the foreground by when they are due, in steps of `_DUE_STEP`; those that are expected a step later.
+        self._due: Counter[int] = Counter()
         self.rows = dict.fromkeys(Lane, 0)  # that wait
 
     def __len__(self) -> int:
@@ -114,6 +115,12 @@ class Backlog:
         self.rows[job.lane] += len(groups)
         if job.lane is Lane.FOREGROUND:
             self._due[_step(job.deadline)] += sum(group.length for group in groups)
+        self._waits.clear()
+
+    def expect(self, group: Group, rows: int, deadline: float) -> None:
+        """Rows of the foreground are yet to come, and whoever is due after them waits as if they were here; below 0 take them back."""
+        _take_off(self._waiting, (group, Lane.FOREGROUND), -rows)
+        _take_off(self._due, _step(deadline) + 1, -rows * group.length)  # not for the job that they follow, which is due when they are
         self._waits.clear()
 
     def give_up(self, job: Job) -> None:
@@ -210,6 +217,47 @@ class Backlog:
     def _most(self, lane: Lane, group: Group) -> int:
         """Rows of a group that a lane's batch may hold."""
         return 1 if group.alone else max(1, self._budget // _SHARE[lane] // group.length)
+
+
+class Expected:
+    """What one request will yet bring: rows of one group in the foreground, none at first."""
+
+    def __init__(self, backlog: Backlog) -> None:
+        self._backlog = backlog
+        self._rows: tuple[Group, int, float] | None = None  # as `Backlog.expect` was told
+
+    def set(self, group: Group, rows: int, deadline: float) -> None:
+        """So many, in place of what was expected before."""
+        self.clear()
+        self._rows = (group, rows, deadline)
+        self._backlog.expect(*self._rows)
+
+    def clear(self) -> None:
+        """Nothing any more."""
+        if self._rows is not None:
+            group, rows, deadline = self._rows
+            self._backlog.expect(group, -rows, deadline)
+            self._rows = None
+
+
+def tell(jobs: Iterable[Job]) -> None:
+    """Wake the waiting callers, once for all that share an event loop: a wake-up costs more than a result."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+    for job in jobs:
+        by_loop.setdefault(job.done.get_loop(), []).append(job)
+    for loop, group in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_resolve, group)
+
+
+def _resolve(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.done.done():
+            continue  # the caller hung up
+        if job.failure is not None:
+            job.done.set_exception(job.failure)
+        else:
+            job.done.set_result(job.results)
 
 
 def _take_off(counter: Counter[K], key: K, count: int) -> None:

@@ -82,9 +82,12 @@ class Classification:
         head = self._bundle.heads[name]
         labelled = filters.OneOf(label_key, head.labels)
         condition = labelled if options.condition is None else filters.All((labelled, options.condition))
-        with self._models.attended():
+        with self._models.attended(work.deadline) as expect:
+            tokens = min(head.max_tokens, max(len(row.ids) for row in rows))
+            expect(name, tokens, len(rows))
             options = replace(options, condition=condition)
             found = await self._pipeline.search(texts, rows, options, work)
+            expect(name, tokens, 0)
             alone = await self._alone(name, rows, work)
         numbers = {label: number for number, label in enumerate(head.labels)}
         found = [
@@ -119,9 +122,12 @@ class Classification:
         self, name: str, claims: Sequence[str], rows: Sequence[Row], options: SearchOptions, work: Work
     ) -> list[Classified]:
         """As `beside_evidence`, of the passages that a search finds, the best first."""
-        with self._models.attended():
+        with self._models.attended(work.deadline) as expect:
+            tokens = self._bundle.heads[name].max_tokens  # which several passages mostly fill
+            expect(name, tokens, len(rows))
             found = await self._pipeline.search(claims, rows, options, work)
             evidence = [[hit.passage.text for hit in hits] for hits in found]
+            expect(name, tokens, 0)
             classified = await self.beside_evidence(name, claims, rows, evidence, work)
         return [replace(one, hits=hits[: one.passages]) for one, hits in zip(classified, found, strict=True)]
 

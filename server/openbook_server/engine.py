@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from openbook_server.backlog import Arrays, Backlog, Group, Job, Lane
+from openbook_server.backlog import Arrays, Backlog, Expected, Group, Job, Lane, tell
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
@@ -48,6 +48,7 @@ class Runnable(Protocol):
         """One batch of rows of the same padded length; outputs by name, the first axis being the rows."""
 
 
+Expect = Callable[[str, int, int, float], None]  # of a graph, with the tokens of a row, how many rows, and when they are due
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
 ASKING = 1.0  # seconds since the last foreground job for which people are taken to ask
 _CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
@@ -117,13 +118,21 @@ class Engine:
         return len(self._backlog)
 
     async def submit(
-        self, graph: str, rows: Sequence[Row], *, deadline: float, lane: Lane = Lane.FOREGROUND, alone: bool = False
+        self,
+        graph: str,
+        rows: Sequence[Row],
+        *,
+        deadline: float,
+        lane: Lane = Lane.FOREGROUND,
+        alone: bool = False,
+        begun: bool = False,
     ) -> Outcome:
         """Run `rows` through a graph and wait for them; cancelling the wait withdraws them.
 
         Args:
             deadline: time.monotonic() seconds after which nobody wants the result.
             alone: each row is a batch of its own.
+            begun: work was done for them already: they are refused where they would be too late, not where they might be.
 
         Raises:
             Overloaded: the queue is full, or the predicted finish misses the deadline.
@@ -137,7 +146,7 @@ class Engine:
         job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
         with self._wake:
             groups = self._grouped(graph, (row.tokens for row in rows), alone)
-            self._admit(groups, deadline, lane, now)
+            self._admit(groups, deadline, lane, now, begun)
             self._backlog.add(job, groups)
             if lane is Lane.FOREGROUND:
                 self._asked = now
@@ -150,18 +159,30 @@ class Engine:
             raise
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
-        """Within, somebody waits who needs the device more than once: background work keeps out of the way in between."""
+    def attended(self) -> Iterator[Expect]:
+        """Within, somebody waits who needs the device more than once: background work keeps out of the way in between.
+
+        Gives a function that says how many rows are yet to come, in place of what it said before: they are time that whoever is due after
+        them does not have. Else all would be let in for a first step, and most refused at the next one.
+        """
+        expected = Expected(self._backlog)
+
+        def expect(graph: str, tokens: int, rows: int, deadline: float) -> None:
+            with self._wake:
+                [group] = self._grouped(graph, [tokens])
+                expected.set(group, rows, deadline)
+
         with self._wake:
             self._attended += 1
         try:
-            yield
+            yield expect
         finally:
             with self._wake:
+                expected.clear()
                 self._attended -= 1
                 self._wake.notify()
 
-    def check(self, graph: str, lengths: Sequence[int], *, deadline: float) -> None:
+    def check(self, graph: str, lengths: Sequence[int], *, deadline: float, begun: bool = False) -> None:
         """Refuse rows that are yet to come, before work is spent on them, where `submit` would refuse them now.
 
         Args:
@@ -171,12 +192,12 @@ class Engine:
             Overloaded, DeadlineExceeded, NotServing: as `submit`.
         """
         with self._wake:
-            self._admit(self._grouped(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic())
+            self._admit(self._grouped(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic(), begun)
 
     def _grouped(self, graph: str, lengths: Iterable[int], alone: bool = False) -> list[Group]:
         return [Group(graph, self._graphs[graph].buckets.padded_length(length), alone) for length in lengths]
 
-    def _admit(self, groups: Sequence[Group], deadline: float, lane: Lane, now: float) -> None:
+    def _admit(self, groups: Sequence[Group], deadline: float, lane: Lane, now: float, begun: bool) -> None:
         if self._closed:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
         if now >= deadline:
@@ -192,11 +213,10 @@ class Engine:
             )
         run, left = 0.0, deadline - now
         if self._is_known(groups[0].graph, now):
-            run = self._backlog.predict(Counter((group, lane) for group in groups), lane)
-            run /= min(len(self._threads), len(groups))
+            run = self._backlog.predict(Counter((group, lane) for group in groups), lane) / min(len(self._threads), len(groups))
         if run > left:
             raise DeadlineExceeded(f"{len(groups)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
-        if _CAUTION * wait + run > left:
+        if (1.0 if begun else _CAUTION) * wait + run > left:
             raise Overloaded(
                 f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {again:.2f} s",
                 retry_after_seconds=again,
@@ -245,7 +265,7 @@ class Engine:
                 if self.queued:
                     self._wake.notify()  # whoever is free as well; a wake-up for each row would be too many
             try:
-                _tell(batch.dropped)
+                tell(batch.dropped)
                 if batch.rows:
                     self._run(batch.group, batch.rows)
             except Exception as error:  # a defect; the session must go on, and whoever waits must hear of it
@@ -289,7 +309,7 @@ class Engine:
                 job.missing -= 1
                 if not job.missing:
                     finished.append(job)
-        _tell(finished)
+        tell(finished)
         self._observe(graph, len(batch), len(batch) * length, seconds)
 
     def _fail(self, jobs: Collection[Job], failure: Exception) -> None:
@@ -297,24 +317,4 @@ class Engine:
             for job in jobs:
                 job.failure = job.failure or failure
                 self._backlog.give_up(job)
-        _tell(jobs)
-
-
-def _tell(jobs: Iterable[Job]) -> None:
-    """Wake the waiting callers, once for all that share an event loop: a wake-up costs more than a result."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
-    for job in jobs:
-        by_loop.setdefault(job.done.get_loop(), []).append(job)
-    for loop, group in by_loop.items():
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_resolve, group)
-
-
-def _resolve(jobs: list[Job]) -> None:
-    for job in jobs:
-        if job.done.done():
-            continue  # the caller hung up
-        if job.failure is not None:
-            job.done.set_exception(job.failure)
-        else:
-            job.done.set_result(job.results)
+        tell(jobs)

@@ -65,7 +65,7 @@ class GenerateService:
         count = options.top_k if options is not None else 0
         left = self._left_for_question(ids, writer) if name == GENERATOR else self._left_after_prompt(ids, writer, count)
         sampling = self._sampling(request, left, left if name == GENERATOR else DEFAULT_TOKENS)
-        with writer.place():
+        with writer.place(work.deadline):
             hits = await self._found(request.text if name == GENERATOR else writer.query(ids), options, work)
             passages = [hit.passage.text for hit in hits]
             pieces = (

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from openbook_server.backlog import Arrays, Lane
 from openbook_server.engine import Engine, Outcome, Runnable
 from openbook_server.rows import Row
 from openbook_server.work import Work
 
+Expect = Callable[[str, int, int], None]  # of a model, with the tokens of a row, how many rows are yet to come
 _numbers = itertools.count(1)
 
 
@@ -39,8 +40,8 @@ class Models:
 
     async def read(self, model: str, rows: Sequence[Row], work: Work) -> list[Arrays]:
         """What a request reads, in any model but the embedder: the outputs of each row; raises as `submit`."""
-        alone = self.alone(model, work)
-        outcome = await self._engine.submit(self._names[model], rows, deadline=work.deadline, lane=self.lane, alone=alone)
+        alone, begun = self.alone(model, work), work.begun
+        outcome = await self._engine.submit(self._names[model], rows, deadline=work.deadline, lane=self.lane, alone=alone, begun=begun)
         work.read_ms += work.lap()
         work.queue_ms += 1000 * outcome.queued_seconds
         return outcome.rows
@@ -49,13 +50,18 @@ class Models:
         """Whether a request's rows must run alone for their results to have the bytes that it was promised."""
         return work.batch_invariant and model not in self._invariant
 
-    def attended(self) -> AbstractContextManager[None]:
-        """As `Engine.attended`, where rows of the foreground are run."""
-        return self._engine.attended() if self.lane is Lane.FOREGROUND else nullcontext()
+    @contextmanager
+    def attended(self, deadline: float) -> Iterator[Expect]:
+        """As `Engine.attended`, where rows of the foreground are run, of one request that is due then."""
+        if self.lane is not Lane.FOREGROUND:
+            yield lambda model, tokens, rows: None
+            return
+        with self._engine.attended() as expect:
+            yield lambda model, tokens, rows: expect(self._names[model], tokens, rows, deadline)
 
-    def check(self, model: str, lengths: Sequence[int], *, deadline: float) -> None:
+    def check(self, model: str, lengths: Sequence[int], *, deadline: float, begun: bool = False) -> None:
         """As `Engine.check`."""
-        self._engine.check(self._names[model], lengths, deadline=deadline)
+        self._engine.check(self._names[model], lengths, deadline=deadline, begun=begun)
 
     def close(self) -> None:
         """Take the graphs out of the engine; nobody may wait for rows of theirs."""

@@ -25,6 +25,7 @@ from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_se
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
 from openbook_server.turns import in_turns
+from openbook_server.usual import Usual
 from openbook_server.work import Work
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
@@ -69,6 +70,7 @@ class Pipeline:
         self._observe = observe
         self._bundle, self._encoder, self._embedder, self._models = bundle, encoder, embedder, models
         self._knowledge_base = knowledge_base
+        self._passages_read, self._tokens_read = Usual(), Usual()  # of a question, and of a question beside a passage
         self._searcher = ThreadPoolExecutor(knowledge_base.search_threads if knowledge_base else 1, thread_name_prefix="search")
 
     def check(self, texts: int, deadline: float) -> None:
@@ -103,25 +105,39 @@ class Pipeline:
         work.search_ms += work.lap()
         return hits
 
-    async def rerank(self, rows: Sequence[Row], found: Sequence[list[Hit]], count: int, work: Work) -> list[list[Hit]]:
-        """The first `count` hits of each question, all of them read, in the order of their probability; then the others."""
-        asked = [_Asked(row, hits[:count]) for row, hits in zip(rows, found, strict=True)]
-        await self._read(asked, None, work)
+    async def rerank(
+        self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, count: int, work: Work
+    ) -> tuple[list[list[Hit]], list[list[Hit]]]:
+        """What `search` finds; and the same with the first `count` hits of each question, all of them read, in the order of their
+        probability."""
+        with self._models.attended(work.deadline) as expect:
+            expect("reader", self._pair_tokens, count * len(questions))
+            found = await self.search(questions, rows, options, work)
+            asked = [_Asked(row, hits[:count]) for row, hits in zip(rows, found, strict=True)]
+            pairs = await self._pairs(asked, None, work)
+            expect("reader", self._pair_tokens, 0)
+            await self._read(pairs, work)
         ranked = [self._posterior(one)[0] + rest[count:] async for one, rest in in_turns(zip(asked, found, strict=True))]
         work.rank_ms += work.lap()
-        return ranked
+        return found, ranked
 
     async def answer(
         self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, max_answers: int, work: Work, *, settle: bool
     ) -> list[QuestionAnswered]:
         """Search, read hits beside their question, with `settle` until its answer is settled, and rank what was read."""
         settling = self._reader.settling if settle else None
-        with self._models.attended():
+        with self._models.attended(work.deadline) as expect:
+            each = self._passages_read.mean if settling else options.top_k if options else 0
+            yet = round(each * len(questions))
+            expect("reader", self._pair_tokens, yet)
             found = await self.search(questions, rows, options, work)
             asked = [_Asked(row, hits) for row, hits in zip(rows, found, strict=True)]
             unsettled = asked
             for end in (*READ_FIRST, None) if settling else (None,):
-                await self._read(unsettled, end, work)
+                pairs = await self._pairs(unsettled, end, work)
+                yet = max(0, yet - len(pairs))
+                expect("reader", self._pair_tokens, yet)
+                await self._read(pairs, work)
                 left: list[_Asked] = []
                 async for one in in_turns(unsettled):
                     self._rank(one, max_answers)
@@ -138,6 +154,8 @@ class Pipeline:
                 replace(answer, best=answer.best._replace(passage=order.index(answer.best.passage))) for answer in one.answers[:max_answers]
             ]
             self._observe(len(one.readings))
+            if settling:
+                self._passages_read.learn(len(one.readings))
             answered.append(QuestionAnswered(ranked, len(one.readings), answers, one.no_answer_probability))
         work.rank_ms += work.lap()
         return answered
@@ -151,20 +169,29 @@ class Pipeline:
     def _priors(self, hits: Sequence[Hit]) -> list[float]:
         return [self._reader.prior_weight * relevance(hit) for hit in hits]
 
-    async def _read(self, asked: Sequence[_Asked], end: int | None, work: Work) -> None:
-        """Read those of the first `end` hits of each question (None = of all) that are not read yet."""
+    @property
+    def _pair_tokens(self) -> int:
+        """Of a question beside a passage, usually."""
+        return max(1, round(self._tokens_read.mean))
+
+    async def _pairs(self, asked: Sequence[_Asked], end: int | None, work: Work) -> list[tuple[_Asked, Pair]]:
+        """Each question beside those of its first `end` hits (None = beside all) that are not read yet."""
         limit = self._reader.max_tokens
         least = [len(one.row.ids) for one in asked for _ in one.hits[len(one.readings) : end]]  # tokens of each pair
         if len(least) > FEW_PAIRS:
-            self._models.check("reader", least, deadline=work.deadline)
+            self._models.check("reader", least, deadline=work.deadline, begun=work.begun)
         pairs: list[tuple[_Asked, Pair]] = []
         async for one in in_turns(asked):
             passages = [hit.passage for hit in one.hits[len(one.readings) : end]]
             texts, kept = [passage.text for passage in passages], [passage.tokens for passage in passages]
             pairs += [(one, pair) for pair in self._encoder.pairs(one.row, texts, limit, kept)]
         work.tokenise_ms += work.lap()
+        return pairs
+
+    async def _read(self, pairs: Sequence[tuple[_Asked, Pair]], work: Work) -> None:
         read = await self._models.read("reader", [pair.row for _, pair in pairs], work)
         async for (one, pair), outputs in in_turns(zip(pairs, read, strict=True)):
+            self._tokens_read.learn(len(pair.row.ids))
             one.readings.append(reading_of(pair, outputs, len(one.readings)))
 
     def _rank(self, one: _Asked, max_answers: int) -> None:

@@ -91,10 +91,11 @@ class Service:
         results = [pb.SearchResult() for _ in request.questions]
         if valid.rows:
             deep = replace(options, top_k=max(options.top_k, rerank)) if options else None
-            found = await self._pipeline.search(valid.texts, valid.rows, deep, work)
-            retrieved, top_k = found, options.top_k if options else 0
             if rerank:
-                found = await self._pipeline.rerank(valid.rows, found, rerank, work)
+                retrieved, found = await self._pipeline.rerank(valid.texts, valid.rows, deep, rerank, work)
+            else:
+                retrieved = found = await self._pipeline.search(valid.texts, valid.rows, deep, work)
+            top_k = options.top_k if options else 0
             async for at, hits in in_turns(zip(valid.kept, found, strict=True)):
                 results[at].hits.extend(to_hit(hit, omit_text=request.omit_text) for hit in hits[:top_k])
             self._tell(valid.texts, options, [hits[:top_k] for hits in retrieved], None)

@@ -68,8 +68,8 @@ class TextWriter:
         self._writing = 0
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Within, one of the texts that may be written at once.
+    def place(self, deadline: float) -> Iterator[None]:
+        """Within, one of the texts that may be written at once, until `deadline`.
 
         Raises:
             Overloaded: there are as many already.
@@ -78,7 +78,7 @@ class TextWriter:
             raise Overloaded(f"{MOST_AT_ONCE} texts are being written; try again in 1 s", retry_after_seconds=1.0)
         self._writing += 1
         try:
-            with self._models.attended():
+            with self._models.attended(deadline):
                 yield
         finally:
             self._writing -= 1

@@ -20,6 +20,11 @@ class Work:
     queue_ms: float = 0.0  # of embed and read, the part spent waiting
     _mark: float = field(default_factory=time.perf_counter)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a model has done something for it."""
+        return self.embed_ms > 0 or self.read_ms > 0
+
     def lap(self) -> float:
         """Milliseconds since the last lap, or since the start."""
         now = time.perf_counter()

@@ -166,6 +166,54 @@ async def test_what_can_be_done_in_time_is_done_in_time_however_much_is_asked_fo
     assert in_time > 0.9 * ends / (A_ROW * slowdown)
 
 
+async def test_what_is_expected_keeps_those_waiting_who_are_due_after_it_until_it_is_taken_back() -> None:
+    waiting = backlog()
+    waiting.add(job(5.0, rows=100), groups([16] * 100))
+    waiting.expect(Group("embedder", 16), 50, 3.0)
+    waited = [waiting.wait(Lane.FOREGROUND, deadline) for deadline in (1.0, 3.0, 4.0, 5.0, 9.0)]
+    assert waited == pytest.approx([0.0, 0.0, 0.5, 1.5, 1.5], rel=0.05)  # not for the job that it follows
+    assert len(waiting) == 100
+    waiting.expect(Group("embedder", 16), -50, 3.0)
+    assert [waiting.wait(Lane.FOREGROUND, deadline) for deadline in (4.0, 5.0)] == pytest.approx([0.0, 1.0], rel=0.05)
+    while len(waiting):
+        waiting.take(0.0)
+    assert waiting.wait(Lane.FOREGROUND) == 0.0
+
+
+@pytest.mark.parametrize("factor", [2.0, 10.0])
+async def test_who_is_let_in_for_a_first_step_has_time_for_the_second(factor: float) -> None:
+    """A question of a millisecond, then its reading of twenty; a second for both, and many times more questions than can be read."""
+    costs, per_row = {"embedder": known(0.001), "reader": known(A_ROW)}, {"embedder": 0.001, "reader": A_ROW}
+    waiting, reading, read = Backlog(costs, max_batch_tokens=2_048), Group("reader", 16), 2
+    now, due, ends, in_time, begun = 0.0, 0.0, 30.0, 0, 0
+    seconds_each = per_row["embedder"] + read * A_ROW
+    while now < ends:
+        while due <= now:
+            if 2 * waiting.wait(Lane.FOREGROUND, due + 1.0) + per_row["embedder"] < 1.0:  # the engine's admission
+                begun += 1
+                waiting.add(job(due + 1.0, submitted=due), groups([16]))
+                waiting.expect(reading, read, due + 1.0)
+            due += seconds_each / factor
+        if not len(waiting):
+            now = due
+            continue
+        batch = waiting.take(now)
+        now += per_row[batch.group.graph] * len(batch.rows)
+        for _, one in batch.rows:
+            one.missing -= 1
+            if batch.group.graph == "reader":
+                in_time += not one.missing and now <= one.deadline
+                continue
+            waiting.expect(reading, -read, one.deadline)
+            if waiting.wait(Lane.FOREGROUND, one.deadline) + read * A_ROW < one.deadline - now:
+                waiting.add(job(one.deadline, rows=read, submitted=now), [reading] * read)
+        for one in batch.dropped:
+            if one.rows and len(one.rows) == 1:
+                waiting.expect(reading, -read, one.deadline)
+    assert in_time > 0.9 * ends / seconds_each
+    assert begun < 1.2 * in_time
+
+
 async def test_a_job_that_is_given_up_leaves_nothing_behind_and_others_keep_their_order() -> None:
     waiting = backlog()
     gone, first, second = job(1.0, rows=6), job(2.0, rows=2), job(3.0, rows=2)

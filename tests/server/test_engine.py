@@ -290,9 +290,11 @@ async def test_a_session_outlives_an_observer_that_fails_and_a_graph_that_gives_
         def run_rows(self, rows: Sequence[Row], length: int) -> dict[str, NDArray[np.int64]]:
             return {"total": np.array([row.ids[0] for row in rows if row.ids[0] != POISON])}
 
+    failures = [RuntimeError("no metrics today")]
+
     def observe(graph: str, rows: int, tokens: int, seconds: float) -> None:
-        if rows == 1:
-            raise RuntimeError("no metrics today")
+        if failures:
+            raise failures.pop()
 
     engine = Engine({"embedder": Short()}, max_batch_tokens=64, max_queued=20, observe=observe)
     try:
@@ -429,6 +431,26 @@ async def test_background_rows_keep_out_of_the_way_of_whoever_needs_the_device_a
         assert graph.batches == [[1], [3], [4]]
     await bulk
     assert graph.batches[-1] == [2]
+
+
+async def test_rows_that_are_yet_to_come_are_time_that_others_do_not_have(graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    slow = BatchCost()
+    slow.learn(1, 4, 10.0)
+    monkeypatch.setattr("openbook_server.engine.BatchCost", lambda: slow)
+    engine = Engine({"embedder": graph}, max_batch_tokens=4, max_queued=20)
+    mine, later = time.monotonic() + 60, time.monotonic() + 65
+    with engine.attended() as expect:
+        expect("embedder", 4, 9, mine)
+        expect("embedder", 4, 4, mine)  # in place of the nine
+        engine.check("embedder", [4], deadline=mine)  # whose they are does not wait for them
+        with pytest.raises(Overloaded, match="the queue needs about 40"):
+            engine.check("embedder", [4], deadline=later)
+        engine.check("embedder", [4], deadline=later, begun=True)  # 40 s and 10: not twice 40
+        assert engine.crowded(65) == pytest.approx(40)
+    engine.check("embedder", [4], deadline=later)
+    assert engine.crowded(65) == 0.0
+    await asyncio.to_thread(engine.close)
 
 
 async def test_background_rows_are_run_now_and_then_whoever_waits(

@@ -25,6 +25,7 @@ from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
 from openbook_server import pipeline, service, turns
+from openbook_server.backlog import Backlog, Group
 from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, Overloaded
@@ -33,7 +34,7 @@ from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
 from openbook_server.manifest import MANIFEST
 from openbook_server.metrics import Metrics
-from openbook_server.models import Models
+from openbook_server.models import Models, model_of
 from openbook_server.serving import running_server
 from openbook_server.status import grpc_status
 from openbook_server.tokenization import Pair, TextEncoder
@@ -210,6 +211,47 @@ async def test_reading_stops_when_the_answer_is_settled_and_changes_nothing_wher
     first = {result.hits[0].passage_id for result in results["at once"]}
     assert {answer.passage_id for result in results["at once"] for answer in result.answers} <= first
     assert "openbook_question_passages_sum 2.0" in page
+
+
+async def test_what_will_yet_be_read_for_a_question_is_told_before_it_is_embedded(
+    stub: openbook_pb2_grpc.OpenBookAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    expect = Backlog.expect
+
+    def spy(backlog: Backlog, group: Group, rows: int, deadline: float) -> None:
+        told.append((model_of(group.graph), rows))
+        expect(backlog, group, rows, deadline)
+
+    monkeypatch.setattr(Backlog, "expect", spy)
+    await stub.Answer(pb.AnswerRequest(questions=["what is red ?", "who is king ?"], top_k=3))
+    assert told == [("reader", 6), ("reader", -6), ("reader", 0), ("reader", 0)]
+    told.clear()
+    await stub.Search(pb.SearchRequest(questions=["what is red ?", "who is king ?"], top_k=3, rerank=2))
+    assert told == [("reader", 4), ("reader", -4), ("reader", 0), ("reader", 0)]
+
+
+async def test_how_much_is_usually_read_is_learned_from_what_was_read(
+    tiny_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["reader"] |= {"settling": {"unread_weight": 1e6}}  # never settled: all three are read, in three rounds
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"id": bundle_id(manifest)}))
+    told: list[int] = []
+    monkeypatch.setattr(Backlog, "expect", lambda backlog, group, rows, deadline: told.append(rows))
+    async with (
+        running_server(bundle, tiny_knowledge_base, CONFIG) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        request = pb.AnswerRequest(questions=["what is red ?", "who is king ?"], top_k=3)
+        await stub.Answer(request)
+        assert set(told) == {0}
+        told.clear()
+        await stub.Answer(request)
+    assert [rows for rows in told if rows > 0] == [6, 4]  # nothing is left for the third round, which finds nothing unread
+    assert sum(told) == 0
 
 
 async def test_without_retrieval_nothing_is_read_and_nothing_answered(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:

@@ -286,13 +286,31 @@ def test_a_student_comes_closer_to_its_teacher_which_is_itself_at_no_distance(
     train(OBJECTIVES["reader"], config, resume=False, console=quiet())
     teacher = str(tmp_path / "teacher" / "best")
     taught = config_for(training_file, tiny_checkpoint, tmp_path / "taught", epochs=12, seed=7)
-    taught = dataclasses.replace(taught, teacher=teacher, teacher_weight=1.0)  # the loss is the distance
+    taught = dataclasses.replace(taught, teacher=teacher, teacher_weight=1.0, no_answer_share=0.0)  # the loss is the distance
     train(OBJECTIVES["reader"], taught, resume=False, console=quiet())
     history = list(losses(tmp_path / "taught").values())
     assert sum(history[-5:]) < 0.6 * sum(history[:5])
     task = ReaderTask(dataclasses.replace(taught, initial_adapter=teacher), quiet())
     batch = task.batches(0)[0]
     assert float(task.loss(task.model.eval(), batch, random.Random(0)).detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_is_not_asked_where_the_own_passage_was_taken_away(training_file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_for(training_file, tiny_checkpoint, tmp_path / "teacher", epochs=1)
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    taught = dataclasses.replace(config, teacher=str(tmp_path / "teacher" / "best"), teacher_weight=0.75, output=str(tmp_path / "taught"))
+    task, untaught = ReaderTask(taught, quiet()), ReaderTask(config, quiet())
+    model = task.model.eval()
+    here, *others = [one.question for one in task.batches(0)[0]][:3]
+    beside, without = Example(here, [here.context]), Example(others[0], [others[1].context])
+    assert others[0].context != others[1].context
+
+    def loss(of: ReaderTask, *batch: Example) -> float:
+        return float(of.loss(model, list(batch), random.Random(0)).detach())
+
+    assert loss(task, without) == pytest.approx(loss(untaught, without), rel=1e-5)
+    assert loss(task, beside) != pytest.approx(loss(untaught, beside), rel=1e-3)
+    assert loss(task, beside, without) == pytest.approx((loss(task, beside) + loss(untaught, without)) / 2, rel=1e-5)
 
 
 def test_a_teacher_that_is_no_reader_and_a_weight_that_is_no_share_are_refused(

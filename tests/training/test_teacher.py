@@ -82,7 +82,7 @@ def windows(checkpoint: Checkpoint) -> PairEncoder:
 def test_a_reader_of_another_checkpoint_teaches(
     tiny_checkpoint: Path, tiny_mpnet: Path, mpnet_reader: Path, questions_file: Path, tmp_path: Path
 ) -> None:
-    settings = {"teacher": str(mpnet_reader), "teacher_checkpoint": str(tiny_mpnet), "teacher_weight": 1.0}  # the loss is the distance
+    settings = {"teacher": str(mpnet_reader), "teacher_checkpoint": str(tiny_mpnet), "teacher_weight": 1.0, "no_answer_share": 0.0}
     config = config_for(tiny_checkpoint, tmp_path / "run", questions_file, **settings)
     train(OBJECTIVES["reader"], config, resume=False, console=Console(file=io.StringIO()))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -93,7 +93,7 @@ def test_a_reader_of_another_checkpoint_teaches(
 def test_the_distance_is_that_of_the_teachers_own_logits(
     tiny_checkpoint: Path, tiny_mpnet: Path, mpnet_reader: Path, questions_file: Path, tmp_path: Path
 ) -> None:
-    settings = {"teacher": str(mpnet_reader), "teacher_checkpoint": str(tiny_mpnet), "teacher_weight": 1.0}
+    settings = {"teacher": str(mpnet_reader), "teacher_checkpoint": str(tiny_mpnet), "teacher_weight": 1.0, "no_answer_share": 0.0}
     task = ReaderTask(config_for(tiny_checkpoint, tmp_path / "run", questions_file, **settings), Console(file=io.StringIO()))
     model = task.model.eval()
     batch = task.batches(0)[0]

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -104,16 +105,29 @@ class ReaderTask(SpanTask):
         return self.grouped(examples, rng)
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
+        """Where the own passage was taken away, "no answer" is known to be right, and a teacher need not have learned to abstain: it is
+        not asked."""
+        if self._teacher is None:
+            return self._gold_loss(model, batch)
+        beside = [one for one in batch if one.question.context in one.passages]
+        without = [one for one in batch if one.question.context not in one.passages]
+        losses = [len(part) * loss(model, part) for part, loss in ((beside, self._taught_loss), (without, self._gold_loss)) if part]
+        return torch.stack(losses).sum() / len(batch)
+
+    def _gold_loss(self, model: nn.Module, batch: list[Example]) -> Tensor:
+        pairs = self.windows(batch)
+        return self.gold_loss(self.read(model, pairs), pairs, batch)
+
+    def _taught_loss(self, model: nn.Module, batch: list[Example]) -> Tensor:
+        assert self._teacher is not None  # noqa: S101
         pairs = self.windows(batch)
         reading = self.read(model, pairs)
-        loss = self.gold_loss(reading, pairs, batch)
-        if self._teacher is None:
-            return loss
         taught = self.scored(pairs, *self._teacher.logits([(one.question.text, one.passages) for one in batch], pairs))
         distance = span_distillation_loss(
             reading.spans, reading.null, taught.spans, taught.null, reading.owner, len(batch), self._config.teacher_temperature
         )
-        return (1 - self._config.teacher_weight) * loss + self._config.teacher_weight * distance
+        weight = self._config.teacher_weight
+        return (1 - weight) * self.gold_loss(reading, pairs, batch) + weight * distance
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Dev questions are read beside their own passage alone, as SQuAD does; held-out ones in the company retrieval gives them."""

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("retriever", "a checkpoint's embedder on a corpus, without a server", _add_retriever, _retriever),
         ("reader", "a checkpoint's reader on passages that are given, without a server", _add_reader, _reader),
         ("classifier", "a classifier's labels: alone, with neighbours, by their vote, and combined", add_classifier, classifier),
-        ("verification", "a verifier's labels of claims, beside their evidence and alone", add_verification, verification),
+        ("verification", "a verifier's labels of claims, beside evidence given and found, and alone", add_verification, verification),
         ("language-model", "a language model's perplexity, with retrieval and kNN-LM beside it alone", add_language_model, language_model),
         ("generator", "answers that a generator writes, beside its closed-book self", add_generator, generator),
     ):

@@ -36,8 +36,9 @@ def add_classifier(parser: argparse.ArgumentParser) -> None:
 
 def add_verification(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Label claims in PyTorch beside their evidence (model), and alone (claim_only). Printed are accuracy, macro-F1 and expected\n"
-        "calibration error with 95 % bootstrap intervals, and the paired bootstrap of the differences to model, which is the baseline."
+        "Label claims in PyTorch beside their evidence (model), beside what is found for them (retrieved), and alone (claim_only).\n"
+        "Printed are accuracy, macro-F1 and expected calibration error with 95 % bootstrap intervals, the paired bootstrap of the\n"
+        "differences to claim_only, which is the baseline, and of how many claims all, and any, of the evidence is among what was found."
     )
     parser.epilog = (
         f"{_FORMATS}"
@@ -45,6 +46,12 @@ def add_verification(parser: argparse.ArgumentParser) -> None:
         f"{_STATUS}"
     )
     _add_common(parser, "verification")
+    parser.add_argument(
+        "--corpus",
+        metavar="DATA",
+        default="",
+        help="where evidence is found: a file of texts, or a folder in BEIR's layout (default: in the evidence of all claims of FILE)",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, objective: str) -> None:
@@ -83,8 +90,10 @@ def verification(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], in
     from openbook_export.label_scores import measure_verification
 
     checkpoint, console = resolve_checkpoint(arguments.checkpoint), Console(stderr=True)
-    result = measure_verification(checkpoint, arguments.task, arguments.data, limit=arguments.texts, console=console)
-    return table(result), _named(arguments) | result, 0
+    result = measure_verification(
+        checkpoint, arguments.task, arguments.data, corpus=arguments.corpus, limit=arguments.texts, console=console
+    )
+    return table(result), _named(arguments) | {"corpus": arguments.corpus} | result, 0
 
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:

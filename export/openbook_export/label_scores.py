@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from openbook_training.bootstrap import resampled
+from openbook_training.bootstrap import interval, resampled
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import InvalidData
+from openbook_training.evidence import PASSAGES, beside_retrieved, evidence_corpus, evidence_found
 from openbook_training.heads import HeadModel, RowEncoder, load_head_model
 from openbook_training.label_readings import (
     Found,
@@ -116,30 +117,46 @@ def measure_classifier(
     return counts | constants | compared_readings(readings, trained.gold(rows), "combined")
 
 
-def measure_verification(checkpoint: Checkpoint, folder: Path, data: str, *, limit: int, console: Console) -> dict[str, Any]:
-    """Claims beside their evidence, which is the main reading, and alone.
+def measure_verification(checkpoint: Checkpoint, folder: Path, data: str, *, corpus: str, limit: int, console: Console) -> dict[str, Any]:
+    """Claims alone, which is the main reading, beside their evidence, and beside what is found for them.
 
     Args:
         folder: what `openbook train verification` left, trained on `checkpoint`.
         data: labelled claims with evidence, in the columns that the training data had; rows of labels that it does not know are left out.
+        corpus: where evidence is found: texts, or a folder in BEIR's layout; "" = in the evidence of all claims of `data`.
         limit: claims at most, evenly spread; 0 = all.
 
     Returns:
-        "texts", "left_out", "labels", and what `compared_readings` returns.
+        "texts", "left_out", "labels", "corpus_passages", "passages" (found for a claim), and what `compared_readings` returns, with
+        "evidence/all@k" and "evidence/any@k" among the metrics: how often a claim's own evidence is among what was found.
 
     Raises:
         CheckpointNotFound, CheckpointUnsupported: `folder` is none of that objective, of that checkpoint, or is damaged.
-        InvalidData: the file is missing or has no usable row.
+        InvalidData: a file is missing or has no usable row.
     """
     trained = _load(checkpoint, folder, "verification", Columns(text="claim", label="label", evidence="evidence"))
-    rows, left_out = trained.load(data, console)
-    rows = spread(rows, limit)
-    claim_only, model = (
-        trained.read(beside_evidence(rows, [without] * len(rows)), what, console)
-        for without, what in ((True, "claims alone"), (False, "claims beside their evidence"))
+    count = _stated_count(folder, trained.settings, "passages", PASSAGES, least=1)
+    everything, left_out = trained.load(data, console)
+    rows, searched = spread(everything, limit), evidence_corpus(corpus, everything, console)
+
+    def embed_all(texts: Sequence[str]) -> NDArray[np.float32]:
+        with progress(console, "embedding texts to find evidence", len(texts)) as update:
+            return embed(checkpoint, texts, report=update)
+
+    retrieved = beside_retrieved(rows, searched, count, checkpoint, embed_all)
+    claim_only, model, found = (
+        trained.read(beside_evidence(claims, [without] * len(rows)), what, console)
+        for claims, without, what in (
+            (rows, True, "claims alone"),
+            (rows, False, "claims beside their evidence"),
+            (retrieved, False, "claims beside evidence found"),
+        )
     )
-    counts = {"texts": len(rows), "left_out": left_out, "labels": len(trained.labels)}
-    return counts | compared_readings(evidence_readings(claim_only, model), trained.gold(rows), "model")
+    counts = {"texts": len(rows), "left_out": left_out, "labels": len(trained.labels), "corpus_passages": len(searched), "passages": count}
+    report = counts | compared_readings(evidence_readings(claim_only, model, found), trained.gold(rows), "claim_only")
+    shares = evidence_found(rows, retrieved, count)
+    report["metrics"] |= {f"evidence/{name}": asdict(interval(100 * values)) for name, values in shares.items()}
+    return report
 
 
 def compared_readings(readings: Mapping[str, Probabilities], gold: NDArray[np.int64], main: str) -> dict[str, Any]:
@@ -190,8 +207,8 @@ def _load(checkpoint: Checkpoint, folder: Path, objective: str, default: Columns
     return _Labeller(model.to(device), reader, settings, facts["labels"], Columns(**columns))
 
 
-def _stated_count(folder: Path, settings: Mapping[str, Any], key: str, default: int) -> int:
+def _stated_count(folder: Path, settings: Mapping[str, Any], key: str, default: int, *, least: int = 0) -> int:
     count = settings.get(key, default)
-    if type(count) is not int or count < 0:
-        raise CheckpointUnsupported(f"--task {folder}: task.json: {key!r} is {count!r}; wanted is a whole number, 0 or above")
+    if type(count) is not int or count < least:
+        raise CheckpointUnsupported(f"--task {folder}: task.json: {key!r} is {count!r}; wanted is a whole number, {least} or above")
     return count

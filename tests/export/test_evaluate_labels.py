@@ -90,10 +90,13 @@ def test_what_a_run_leaves_is_measured_as_its_training_reports_it(
     memory = ["--memory", train] if objective == "classifier" else []
     assert evaluate(objective, tiny_checkpoint, dev, "--task", tmp_path / "best", *memory) == 0
     metrics = reported(capsys)["metrics"]
-    readings = {"classifier": ("alone", "model", "knn", "combined"), "verification": ("claim_only", "model")}[objective]
-    assert set(metrics) == {f"{reading}/{what}" for reading in readings for what in WHATS}
+    readings = {"classifier": ("alone", "model", "knn", "combined"), "verification": ("claim_only", "model", "retrieved")}[objective]
+    reported_by_training = {f"{reading}/{what}": f"dev_{reading}_{what}" for reading in readings for what in WHATS}
+    if objective == "verification":
+        reported_by_training |= {f"evidence/{which}@5": f"evidence/dev_{which}@5" for which in ("all", "any")}
+    assert set(metrics) == set(reported_by_training)
     for name, found in metrics.items():
-        assert found["mean"] == pytest.approx(expected[f"dev_{name.replace('/', '_')}"], abs=1e-3)
+        assert found["mean"] == pytest.approx(expected[reported_by_training[name]], abs=1e-3)
 
 
 def test_four_readings_are_those_of_the_formula(
@@ -167,11 +170,51 @@ def test_rows_that_cannot_be_used_are_named_counted_and_left_out(
     assert evaluate("verification", tiny_checkpoint, file, "--task", tiny_heads["claims"]) == 0
     output, said = capsys.readouterr()
     report = json.loads(output.splitlines()[-1])
-    assert (report["texts"], report["left_out"], report["main"]) == (2, 2, "model")
+    assert (report["texts"], report["left_out"], report["main"]) == (2, 2, "claim_only")
     assert "line 3: label 'perhaps' is none of the 2 that the training data have: no, yes" in said
     assert "line 4: 'evidence' is empty" in said
     lines = output.splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == [f"{name}/{what}" for what in WHATS for name in ("model", "claim_only")]
+    readings = [f"{name}/{what}" for what in WHATS for name in ("claim_only", "model", "retrieved")]
+    assert [line.split()[0] for line in lines[1:-1]] == [*readings, "evidence/all@5", "evidence/any@5"]
+
+
+def test_claims_are_read_beside_what_is_found_in_all_evidence_of_the_file_or_in_a_corpus(
+    tiny_checkpoint: Path, tiny_heads: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two passages a claim, as the folder states; of the claims every third is measured."""
+    folder = Path(shutil.copytree(tiny_heads["claims"], tmp_path / "claims"))
+    stated = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(stated | {"passages": 2}))
+    file = labelled(tmp_path / "claims.jsonl", 30, 3, stated["labels"], text="claim", label="label")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the red king\nby the river\nit is a book\n")
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    model, _ = load_head_model(checkpoint, folder)
+    encoder = RowEncoder(checkpoint, max_tokens=stated["max_tokens"])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for corpus in ([], ["--corpus", texts]):
+        assert evaluate("verification", tiny_checkpoint, file, "--task", folder, "--texts", 10, *corpus) == 0
+        report = reported(capsys)
+        pool = texts.read_text().splitlines() if corpus else sorted({word for row in rows for word in row["evidence"]})
+        assert (report["texts"], report["passages"], report["corpus_passages"]) == (10, 2, len(pool))
+        vectors, probabilities, shares = dict(zip(pool, embed(checkpoint, pool), strict=True)), [], []
+        for row in rows[::3]:
+            [vector] = embed(checkpoint, [row["claim"]])
+            best = sorted(pool, key=lambda text: -float(vectors[text] @ vector))[:2]
+            with torch.inference_mode():
+                read = model(encoder.batch(encoder.rows([(row["claim"], " ".join(best))]), torch.device("cpu")))
+            probabilities.append(read.exp()[0].tolist())
+            shares.append(np.mean([any(wanted in text for text in best) for wanted in row["evidence"]]))
+        expected = label_metrics(np.array(probabilities), np.array([stated["labels"].index(row["label"]) for row in rows[::3]]))
+        metrics = {name: value["mean"] for name, value in report["metrics"].items()}
+        assert {what: metrics[f"retrieved/{what}"] for what in WHATS} == pytest.approx(expected, abs=1e-3)
+        assert metrics["evidence/all@2"] == pytest.approx(100 * np.mean([share == 1 for share in shares]))
+        assert metrics["evidence/any@2"] == pytest.approx(100 * np.mean([share > 0 for share in shares]))
+        gained = report["difference"]["retrieved/accuracy"]["mean"]
+        assert gained == pytest.approx(metrics["retrieved/accuracy"] - metrics["claim_only/accuracy"])
+    (folder / "task.json").write_text(json.dumps(stated | {"passages": 0}))
+    assert evaluate("verification", tiny_checkpoint, file, "--task", folder) == 1
+    assert "'passages' is 0; wanted is a whole number, 1 or above" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

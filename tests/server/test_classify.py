@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +20,21 @@ from openbook.results import Document
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.bundle import Bundle, load_bundle
+from openbook_server.classification import SEPARATOR
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
+from openbook_server.options import DEFAULT_TOP_K
 from openbook_server.pair import load_graphs
 from openbook_server.runtime import build_device
 from openbook_server.serving import running_server
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.evidence import PASSAGES, beside_retrieved, evidence_corpus
 from openbook_training.heads import HeadModel, RowEncoder, load_head_model
+from openbook_training.labelled import SEPARATOR as SEPARATOR_IN_TRAINING
+from openbook_training.labelled import Labelled
+from openbook_training.negatives import embed as embed_texts
 from openbook_training.neighbours import Mixture, knn_probabilities, nearest
+from rich.console import Console
 
 if TYPE_CHECKING:  # the class is in the stub file alone
     from openbook.v1.openbook_pb2_grpc import OpenBookAsyncStub as Stub
@@ -212,6 +221,35 @@ async def test_a_claim_is_read_beside_what_is_found_for_it(stub: Stub) -> None:
     assert found.results[0].passages == 2
     given = await classify(stub, "claims", [claim], evidence=[pb.Evidence(passages=[hit.text for hit in hits])])
     assert table(given, labels=("no", "yes")).tolist() == table(found, labels=("no", "yes")).tolist()
+
+
+async def test_evidence_is_found_and_read_as_in_training(
+    address: str, stub: Stub, checkpoint: Checkpoint, tiny_heads: dict[str, Path], tmp_path: Path
+) -> None:
+    """By dense search; in hybrid search words have a say too. The passages are more than the verifier can read."""
+    assert (PASSAGES, SEPARATOR_IN_TRAINING) == (DEFAULT_TOP_K, SEPARATOR)
+    documents = [
+        {"_id": "a", "title": "the red king", "text": "it was one of three in the city by the river"},
+        {"_id": "b", "title": "", "text": "who read the blue book of the green river"},
+        {"_id": "c", "title": "a green book", "text": "what is it of and to"},
+        {"_id": "d", "title": "", "text": "two kings by a river and one in the red city"},
+        {"_id": "e", "title": "river", "text": "a city is three of the books in a case"},
+        {"_id": "f", "title": "", "text": "the king was one to read it"},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    async with AsyncClient(address) as client:
+        await client.delete(["d0", "d1", "d2"])
+        stored = [Document(id=one["_id"], text=one["text"], title=one["title"]) for one in documents]
+        assert [written.outcome async for written in client.upsert(stored)] == ["created"] * len(documents)
+    rows = [Labelled(place="", text=text, label="no") for text in ("the king read one book", "a river in the city", "it was red")]
+    corpus = evidence_corpus(str(tmp_path), rows, Console(file=io.StringIO()))
+    retrieved = beside_retrieved(rows, corpus, PASSAGES, checkpoint, lambda texts: embed_texts(checkpoint, texts))
+    reply = await classify(stub, "claims", [row.text for row in rows], mode=pb.SEARCH_MODE_DENSE, explain=True)
+    for result, row in zip(reply.results, retrieved, strict=True):
+        assert tuple(hit.text for hit in result.evidence) == row.passages[: result.passages]
+    assert any(result.passages < PASSAGES for result in reply.results)
+    expected = trained(checkpoint, tiny_heads["claims"], [(row.text, row.evidence) for row in retrieved])
+    assert table(reply, labels=("no", "yes")) == pytest.approx(expected, abs=1e-4)
 
 
 async def test_a_vocabulary_head_tells_tokens(stub: Stub, checkpoint: Checkpoint, tiny_heads: dict[str, Path]) -> None:

@@ -1,19 +1,25 @@
-"""Verification on a tiny checkpoint: the evidence decides, and the claim alone is reported beside it."""
+"""Verification on a tiny checkpoint: the evidence decides, given or found, and the claim alone is reported beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig
+from openbook_training.config import LoopConfig, check
+from openbook_training.errors import InvalidConfig
 from openbook_training.heads import load_head_model
+from openbook_training.loop import Loop, length_grouped
+from openbook_training.negatives import embed
+from openbook_training.record import read_metrics
 from openbook_training.run import train
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.verification import VerificationConfig, VerificationTask
@@ -37,7 +43,21 @@ def write(file: Path, rows: int, seed: int) -> Path:
     return file
 
 
+def write_findable(file: Path, subjects: list[str], seed: int) -> Path:
+    """As `write`, but claim and evidence are of a subject of their own, so that the evidence can be found."""
+    rng = random.Random(seed)
+    lines = []
+    for number, subject in enumerate(subjects):
+        supported, topic = number % 2 == 0, " ".join([subject] * 6)
+        evidence = f"{topic} is {'red red' if supported else 'blue blue'}"
+        claim = f"{topic} was {rng.choice(['one', 'two'])}"
+        lines.append(json.dumps({"claim": claim, "label": "SUPPORTS" if supported else "REFUTES", "evidence": [evidence]}))
+    file.write_text("\n".join(lines))
+    return file
+
+
 def config_in(folder: Path, checkpoint: Path) -> VerificationConfig:
+    """Of a run that looks for no evidence."""
     return VerificationConfig(
         output=str(folder / "run"),
         checkpoint=str(checkpoint),
@@ -45,9 +65,27 @@ def config_in(folder: Path, checkpoint: Path) -> VerificationConfig:
         dev=str(write(folder / "dev.jsonl", 40, 2)),
         held_out=16,
         max_tokens=32,
+        retrieved_share=0.0,
         lora_rank=2,
         lora_alpha=2,
         loop=LoopConfig(epochs=12, batch_examples=8, precision="fp32", learning_rate=1e-2, average_decay=0.9, evaluate_every_epochs=4),
+    )
+
+
+def finding_in(folder: Path, checkpoint: Path) -> VerificationConfig:
+    """Of a run in which half of the claims are read beside the one passage that is nearest to them."""
+    words = "king river city book case three green what who read two by in".split()
+    subjects = [f"{one} {other}" for one, other in itertools.combinations(words, 2)]
+    random.Random(0).shuffle(subjects)
+    config = config_in(folder, checkpoint)
+    return dataclasses.replace(
+        config,
+        train=str(write_findable(folder / "train.jsonl", subjects[:54], 1)),
+        dev=str(write_findable(folder / "dev.jsonl", subjects[54:], 2)),
+        held_out=8,
+        retrieved_share=0.5,
+        passages=1,
+        loop=dataclasses.replace(config.loop, epochs=18, evaluate_every_epochs=6),
     )
 
 
@@ -106,3 +144,105 @@ def test_evidence_is_read_in_the_claims_segment_unless_a_folder_of_old_says_noth
             one, two = (model(inputs | {"token_type_ids": types * inputs["token_type_ids"]}) for types in (0, 1))
         told_apart.append(not torch.equal(one, two))
     assert told_apart == [False, True]
+
+
+def test_evidence_found_decides_where_it_is_found(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = finding_in(tmp_path, tiny_checkpoint)
+    metrics = train(OBJECTIVES["verification"], config, resume=False, console=quiet())
+    assert metrics["evidence/dev_all@1"] == metrics["evidence/dev_any@1"] >= 75  # each claim has but one passage
+    assert metrics["dev_model_accuracy"] >= 90
+    assert metrics["dev_claim_only_accuracy"] < 75 <= metrics["dev_retrieved_accuracy"]
+    assert {f"{part}_retrieved_{what}" for part in ("held_out", "dev") for what in ("macro_f1", "calibration_error")} < set(metrics)
+    assert metrics["score"] == metrics["held_out_retrieved_accuracy"]
+    assert json.loads((tmp_path / "run" / "best" / "task.json").read_text())["passages"] == 1
+
+
+def test_claims_find_the_evidence_of_their_own_file_or_that_of_a_corpus(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(finding_in(tmp_path, tiny_checkpoint), passages=3)
+    texts = tmp_path / "corpus.txt"
+    texts.write_text("".join(f"the {word} was red\n" for word in ("king", "river", "city", "book", "case")))
+    for corpus in ("", str(texts)):
+        task = VerificationTask(dataclasses.replace(config, corpus=corpus, output=str(tmp_path / f"run{len(corpus)}")), quiet())
+        given, found = task.rows[: task.dev.stop], task.rows[task.dev.stop :]
+        assert [(row.place, row.text, row.label) for row in found] == [(row.place, row.text, row.label) for row in given]
+        assert task.gold[: len(given)].tolist() == task.gold[len(given) :].tolist()
+        for part in (range(task.dev.start), task.dev):
+            pool = texts.read_text().splitlines() if corpus else [given[number].evidence for number in part]
+            everything = [*pool, *(given[number].text for number in part)]
+            vectors = dict(zip(everything, embed(task.checkpoint, everything), strict=True))
+            for number in (part[0], part[-1]):
+                best = sorted(pool, key=lambda text: -float(vectors[text] @ vectors[given[number].text]))[:3]
+                assert found[number].passages == tuple(best)
+                assert task.found([number + len(given)], [False]).texts == [(given[number].text, " ".join(best))]
+        with torch.inference_mode():
+            metrics = task.evaluate(task.model.eval())
+        assert (metrics["evidence/dev_any@3"] > 0) == (not corpus)  # the corpus holds none of it
+        assert ("any@3 0 %" in task.summary()) == bool(corpus)
+
+
+def test_a_share_of_the_claims_is_read_beside_what_was_found_drawn_anew_in_each_epoch(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    task = VerificationTask(finding_in(tmp_path, tiny_checkpoint), quiet())
+    drawn = []
+    for epoch in (0, 1):
+        assert task.batches(epoch) == task.batches(epoch)
+        examples = [number for batch in task.batches(epoch) for number in batch]
+        assert sorted(number % task.dev.stop for number in examples) == list(task.train)
+        drawn.append({number for number in examples if number >= task.dev.stop})
+        assert 0.2 < len(drawn[-1]) / len(task.train) < 0.8
+    assert drawn[0] != drawn[1]
+
+
+def test_a_run_that_looks_for_no_evidence_reads_what_the_data_give_and_embeds_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    task = VerificationTask(config_in(tmp_path, tiny_checkpoint), quiet())
+    lengths = [len(row.text) + len(row.evidence) for row in task.rows]
+    for epoch in (0, 1):
+        assert task.batches(epoch) == length_grouped(task.train, lengths.__getitem__, 8, random.Random(f"42/{epoch}"))
+    with torch.inference_mode():
+        metrics = task.evaluate(task.model.eval())
+    assert not [name for name in metrics if "retrieved" in name or "/" in name]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_run_resumes_to_the_same_losses_and_metrics(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = finding_in(tmp_path, tiny_checkpoint)
+    loop = dataclasses.replace(config.loop, epochs=2, evaluate_every_epochs=1, checkpoint_minutes=0.0)
+    whole, halves = (dataclasses.replace(config, output=str(tmp_path / name), loop=loop) for name in ("whole", "halves"))
+    expected = train(OBJECTIVES["verification"], whole, resume=False, console=quiet())
+
+    class Killed(BaseException):
+        pass
+
+    original, steps = Loop._take_step, 0
+
+    def dies_after_seven(self: Loop[object], batch: list[object], total: int) -> float:
+        nonlocal steps
+        if steps == 7:
+            raise Killed
+        steps += 1
+        return original(self, batch, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_take_step", dies_after_seven)
+        with pytest.raises(Killed):
+            train(OBJECTIVES["verification"], halves, resume=False, console=quiet())
+    assert train(OBJECTIVES["verification"], halves, resume=True, console=quiet()) == pytest.approx(expected, rel=1e-4)
+    losses = [{row["step"]: row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row} for name in ("whole", "halves")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retrieved_share": 1.5}, "retrieved_share: 1.5 is not in [0, 1]"),
+        ({"passages": 0}, "passages: 0 is below 1"),
+        (
+            {"retrieved_share": 0.0, "corpus": "texts.txt"},
+            "corpus: nothing is looked for in 'texts.txt' while retrieved_share is 0; give it a share",
+        ),
+        ({"max_tokens": 4}, "max_tokens: 4 is below 5"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape(message)):
+        check(VerificationConfig(train="claims.jsonl", **changes))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The ways to come to the label of a text, each a reading: what training reports beside each other and `openbook evaluate` rebuilds.
 
-A classifier reads a text beside labelled neighbours, a verifier a claim beside its evidence; both read the text alone too.
+A classifier reads a text beside labelled neighbours, a verifier a claim beside evidence, chosen for it or found; both read the text
+alone too.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def neighbour_readings(alone: Probabilities, model: Probabilities, neighbours: N
     return {"alone": alone, "model": model, "knn": knn, "combined": mixture.probabilities(model, knn)}
 
 
-def evidence_readings(claim_only: Probabilities, model: Probabilities) -> dict[str, Probabilities]:
-    """A verifier's two: `claim_only` without evidence, and `model` beside it."""
-    return {"claim_only": claim_only, "model": model}
+def evidence_readings(claim_only: Probabilities, model: Probabilities, retrieved: Probabilities | None) -> dict[str, Probabilities]:
+    """A verifier's three: `claim_only` without evidence, `model` beside the evidence given, `retrieved` beside that found, if any was."""
+    return {"claim_only": claim_only, "model": model} | ({} if retrieved is None else {"retrieved": retrieved})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

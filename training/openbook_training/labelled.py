@@ -10,10 +10,12 @@ from typing import Any
 
 from openbook_training.rows import NAMED, Row, build_rows, read_rows
 
+SEPARATOR = " "  # between the passages of evidence, as the server reads them; a test holds the two together
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """Where a row keeps what; a list of sentences counts as one text."""
+    """Where a row keeps what; a list of sentences counts as one text, and of evidence as its passages."""
 
     text: str
     label: str
@@ -27,7 +29,12 @@ class Labelled:
     place: str  # file and line: the example's name
     text: str
     label: str
-    evidence: str = ""
+    passages: tuple[str, ...] = ()  # of evidence
+
+    @property
+    def evidence(self) -> str:
+        """The passages as one text, which is how they are read."""
+        return SEPARATOR.join(self.passages)
 
 
 def load_labelled(source: str, columns: Columns, known: Collection[str] = ()) -> tuple[list[Labelled], list[str]]:
@@ -45,14 +52,14 @@ def load_labelled(source: str, columns: Columns, known: Collection[str] = ()) ->
 
     def build(row: Row) -> Labelled:
         text, label = _text(row.values.get(columns.text)), _label(row.values.get(columns.label))
-        evidence = _text(row.values.get(columns.evidence)) if columns.evidence else ""
+        evidence = _passages(row.values.get(columns.evidence)) if columns.evidence else ()
         for column, value in ((columns.text, text), (columns.label, label), *(((columns.evidence, evidence),) if columns.evidence else ())):
             if not value:
                 raise ValueError(_reason(column, row.values))
         if known and label not in known:
             some = ", ".join(list(known)[:NAMED]) + (", …" if len(known) > NAMED else "")
             raise ValueError(f"label {label!r} is none of the {len(known)} that the training data have: {some}")
-        return Labelled(place=row.place, text=text, label=label, evidence=evidence)
+        return Labelled(place=row.place, text=text, label=label, passages=evidence)
 
     return build_rows(read_rows(source), build)
 
@@ -85,9 +92,15 @@ def _by_label(rows: Sequence[Labelled]) -> dict[str, list[int]]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        value = " ".join(value)
-    return value.strip() if isinstance(value, str) else ""
+    return " ".join(_passages(value))
+
+
+def _passages(value: Any) -> tuple[str, ...]:
+    """A text, or the texts of a list, without blank ones."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        return ()
+    return tuple(text.strip() for text in texts if text.strip())
 
 
 def _label(value: Any) -> str:

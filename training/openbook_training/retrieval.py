@@ -77,10 +77,21 @@ def load_unlabelled(source: str, console: Console) -> RetrievalSet:
     folder = Path(source)
     if folder.is_dir():
         judged = (folder / "queries.jsonl").is_file() and any((folder / "qrels").glob("*.tsv"))
-        return _of_beir(folder, console, EVALUATION) if judged else RetrievalSet(load_corpus(folder, console), [])
+        return _of_beir(folder, console, EVALUATION) if judged else RetrievalSet(load_titled(source, console), [])
     if source.endswith(".json") or any("question" in row.values for row in islice(read_rows(source), _PEEKED)):
         return _of_squad(source, console)
-    return RetrievalSet([Passage(id=str(row), text=text) for row, text in enumerate(load_passages(source, console))], [])
+    return RetrievalSet(load_titled(source, console), [])
+
+
+def load_titled(source: str, console: Console) -> list[Passage]:
+    """What `load_passages` reads, with the titles that the passages of a folder have.
+
+    Raises:
+        InvalidData: the source is missing, or holds no usable row.
+    """
+    if Path(source).is_dir():
+        return load_corpus(Path(source), console)
+    return [Passage(id=str(row), text=text) for row, text in enumerate(load_passages(source, console))]
 
 
 def _text_of(row: Row) -> str:

@@ -109,7 +109,11 @@ class LabelTask(ABC):
         def length(number: int) -> int:
             return len(self.rows[number].text) + len(self.rows[number].evidence)
 
-        return length_grouped(self.train, length, self._config.loop.batch_examples, rng)
+        return length_grouped(self.examples(epoch), length, self._config.loop.batch_examples, rng)
+
+    def examples(self, epoch: int) -> Sequence[int]:
+        """What an epoch trains on: the same for the same seed and epoch."""
+        return self.train
 
     def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> Tensor:
         found = self.found(batch, [rng.random() < self._config.alone_share for _ in batch])

@@ -71,6 +71,52 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_kinds(tiny_checkpoint: Path) -> dict[str, Path]:
+    """Folders as `tiny_checkpoint`, of the kinds of encoder that know no segments, each with a tokenizer such as its kind has."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    characters = string.ascii_lowercase + string.digits
+    word_pieces = [*special, *string.punctuation, *characters, *(f"##{character}" for character in characters), *WORDS.split()]
+    mpnet = Tokenizer(models.WordPiece({piece: at for at, piece in enumerate(dict.fromkeys(word_pieces))}, unk_token=special[3]))
+    mpnet.normalizer = normalizers.BertNormalizer(lowercase=True)
+    mpnet.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    roberta = Tokenizer(models.BPE(unk_token=special[3]))
+    roberta.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    roberta.train_from_iterator([f" {WORDS}"] * 4, trainer)
+    for tokenizer in (mpnet, roberta):
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    pieces = [(f"\u2581{word}", -2.0) for word in WORDS.split()] + [(piece, -4.0) for piece in ("\u2581", *characters, *string.punctuation)]
+    xlm = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *dict.fromkeys(pieces)], unk_id=3))
+    xlm.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    xlm.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    folders = {"distilbert": tiny_checkpoint.parent / "distilbert"}
+    PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint).save_pretrained(folders["distilbert"])
+    for kind, tokenizer in (("mpnet", mpnet), ("roberta", roberta), ("xlm-roberta", xlm)):
+        names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
+        folders[kind] = tiny_checkpoint.parent / kind
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folders[kind])
+    torch.manual_seed(6)
+    for kind, folder in folders.items():
+        sizes = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 1}
+        if kind == "distilbert":
+            sizes = {"dim": DIM, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "pad_token_id": 0}
+        elif kind != "mpnet":
+            sizes["type_vocab_size"] = 1
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+        positions = 128 if kind == "distilbert" else 130  # of which two are no token's
+        config = AutoConfig.for_model(kind, **sizes, vocab_size=vocabulary, max_position_embeddings=positions, initializer_range=0.2)
+        AutoModel.from_config(config).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
 def tiny_reader(tiny_checkpoint: Path) -> Path:
     """An adapter to `tiny_checkpoint`, as `openbook train reader` leaves one; random, so that merging it matters."""
     import torch

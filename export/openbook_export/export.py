@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import SPANS, EmbedderGraph, ReaderGraph, TaskGraph, write_onnx
-from openbook_export.heads import Head, load_head
+from openbook_export.heads import Head, load_head, require_one_template
 from openbook_export.models import EmbedderModel, ReaderModel, load_embedder, load_reader, load_tokenizer
 from openbook_export.neighbours import NeighbourPart
 from openbook_export.optimise import fuse, fused_nodes, limit_padding, to_float16, to_int8
@@ -105,14 +105,15 @@ def export_bundle(options: ExportOptions, report: Callable[[str], None]) -> Bund
     questions = _spread(load_questions(options.quality), options.quality_questions) if options.quality else []
     asked = load_sample(options.settling, options.settling_questions) if options.settling and options.reader else None
     with staged(options.bundle.absolute(), is_ours=_is_bundle, force=options.force) as folder:
-        tokenizer, sep_id = load_tokenizer(checkpoint)
-        tokenizer.save(str(folder / TOKENIZER))
-        reader = load_reader(checkpoint, options.reader) if options.reader else None
         embedder = load_embedder(checkpoint, options.embedder)
+        reader = load_reader(checkpoint, options.reader) if options.reader else None
+        tokenizer, sep_id = load_tokenizer(checkpoint, reader.separators if reader else 1)
+        tokenizer.save(str(folder / TOKENIZER))
         models = [_embedder(embedder, checkpoint, tokenizer)]
         if reader is not None:
             models.append(_reader(reader, tokenizer, sep_id, options))
         heads = {name: load_head(checkpoint, name, trained) for name, trained in options.heads.items()}
+        require_one_template(reader, heads)
         models += [_Exported(name, head.graph.eval(), head.inputs(tokenizer), head.facts) for name, head in heads.items()]
         writing = {"generator": options.generator, "language_model": options.language_model}
         writers = [load_writer(name, trained) for name, trained in writing.items() if trained]

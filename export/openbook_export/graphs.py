@@ -15,10 +15,13 @@ from typing import Any, ClassVar
 import torch
 from openbook_server.runtime import HIDDEN_STATES
 from openbook_training.objectives import NEGATIVE
+from openbook_training.pretrained import model_inputs
 from optimum.exporters.onnx import export
 from optimum.exporters.onnx.model_configs import BertOnnxConfig
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning  # torch.jit names it too, but not to type checkers
+
+from openbook_export.attention import traceable
 
 OPSET = 18
 SPANS = 16  # spans a pair returns; an answer's probability sums over the passages it stands in, so a few of each are enough
@@ -89,10 +92,18 @@ class SpanScoring(nn.Module):
 
 
 class TaskGraph(nn.Module):
-    """What is exported: (B, L) input_ids, attention_mask and token_type_ids in, outputs by name."""
+    """What is exported: (B, L) input_ids, attention_mask and token_type_ids in, outputs by name.
+
+    `token_type_ids` are 1 on the second of two texts. A graph in ONNX has those inputs that something in it reads, and is fed no others.
+    """
 
     outputs: ClassVar[dict[str, dict[int, str]]]  # by name, the axes that are left open
     config: Any  # of the transformer: layers, heads, hidden size
+    model: nn.Module  # the transformer
+
+    def read(self, *inputs: Tensor) -> Any:
+        """What the transformer makes of the inputs, in their order; of token_type_ids nothing where it knows no segments."""
+        return self.model(**model_inputs(self.config, *inputs))
 
 
 class EmbedderGraph(TaskGraph):
@@ -108,7 +119,7 @@ class EmbedderGraph(TaskGraph):
             self.outputs = {**self.outputs, HIDDEN_STATES: {0: "batch_size", 1: "sequence_length"}}  # type: ignore[misc]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        states = self.read(input_ids, attention_mask, token_type_ids).last_hidden_state
         outputs = {"sentence_embedding": self.pooling(states, attention_mask), HIDDEN_STATES: states}
         return {name: outputs[name] for name in self.outputs}
 
@@ -124,7 +135,7 @@ class ReaderGraph(TaskGraph):
         self.model, self.scoring = model, SpanScoring(sep_id=sep_id, max_answer_tokens=max_answer_tokens)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        logits = self.read(input_ids, attention_mask, token_type_ids)
         scores = self.scoring(logits.start_logits, logits.end_logits, input_ids, attention_mask, token_type_ids)
         return dict(zip(self.outputs, scores, strict=True))
 
@@ -155,7 +166,7 @@ class HeadGraph(TaskGraph):
         self.model, self.pooling, self.scoring = model, Pooling(pooling, self.config.hidden_size), Distribution(head)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        states = self.read(input_ids, attention_mask, token_type_ids).last_hidden_state
         return {"probability": self.scoring(self.pooling(states, attention_mask))}
 
 
@@ -187,7 +198,7 @@ class MaskedGraph(TaskGraph):
         self.model, self.pooling, self.scoring = model, FirstMask(mask_id), Distribution(head)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        states = self.read(input_ids, attention_mask, token_type_ids).last_hidden_state
         return {"probability": self.scoring(self.pooling(states, input_ids))}
 
 
@@ -197,7 +208,7 @@ def write_onnx(graph: TaskGraph, file: Path) -> None:
     class _Config(BertOnnxConfig):  # type: ignore[misc]  # optimum has no types
         outputs = graph.outputs
 
-    with quiet_tracing():
+    with quiet_tracing(), traceable(graph):
         export(graph, _Config(graph.config), file, opset=OPSET)
 
 

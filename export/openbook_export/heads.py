@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from openbook_export.errors import CheckpointUnsupported
 from openbook_export.graphs import HeadGraph, MaskedGraph, TaskGraph
+from openbook_export.models import ReaderModel, longest_text
 from openbook_export.neighbours import NeighbourPart, neighbour_part
 from openbook_export.parity import pair_inputs, text_inputs
 
@@ -68,9 +69,21 @@ def load_head(checkpoint: Checkpoint, name: str, folder: Path) -> Head:
     model, settings = load_head_model(checkpoint, folder)
     backbone: Any = model.backbone
     merged = backbone.merge_and_unload()
-    facts = stated_facts(f"{name}={folder}", settings, int(merged.config.max_position_embeddings))
+    facts = stated_facts(f"{name}={folder}", settings, longest_text(merged))
     graph = HeadGraph(merged, checkpoint.pooling, model.head)
     return Head(graph, folder_digest(folder), facts, neighbours=neighbour_part(name, model.head, settings))
+
+
+def require_one_template(reader: ReaderModel | None, heads: Mapping[str, Head]) -> None:
+    """Raises:
+    CheckpointUnsupported: a head and the reader were trained to see other numbers of separators in a pair; a bundle has one tokenizer.
+    """
+    pairs = [name for name, head in heads.items() if head.facts["pair"]]
+    if reader is not None and reader.separators != 1 and pairs:
+        raise CheckpointUnsupported(
+            f"--task {pairs[0]} reads pairs with one separator between the texts, --reader with {reader.separators}, and a bundle has one "
+            "tokenizer; leave one of them out, or take a reader that `openbook train reader` wrote"
+        )
 
 
 def stated_facts(name: str, settings: Mapping[str, Any], positions: int) -> dict[str, Any]:
@@ -100,6 +113,6 @@ def _masked_language_model(checkpoint: Checkpoint, name: str, folder: Path) -> H
     model = build_masked_lm(checkpoint, lora_rank=0, lora_alpha=0, folder=str(folder)).eval()
     backbone: Any = model.backbone
     merged = backbone.merge_and_unload() if isinstance(backbone, PeftModel) else backbone
-    limit = min(checkpoint.max_tokens, int(merged.config.max_position_embeddings))
+    limit = min(checkpoint.max_tokens, longest_text(merged))
     facts = {"objective": "masked_lm", "pair": False, "max_tokens": limit, "labels": []}
     return Head(MaskedGraph(merged, mask_id, model.head), folder_digest(folder), facts, mask_id)

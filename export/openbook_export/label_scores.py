@@ -37,6 +37,7 @@ from rich.console import Console
 
 from openbook_export.errors import CheckpointUnsupported
 from openbook_export.heads import stated_facts
+from openbook_export.models import longest_text
 from openbook_export.neighbours import stated_neighbours
 
 OBJECTIVES = ("classifier", "verification")
@@ -189,7 +190,7 @@ def compared_readings(readings: Mapping[str, Probabilities], gold: NDArray[np.in
 def _load(checkpoint: Checkpoint, folder: Path, objective: str, default: Columns) -> _Labeller:
     model, settings = load_head_model(checkpoint, folder)
     backbone: Any = model.backbone
-    facts = stated_facts(str(folder), settings, int(backbone.config.max_position_embeddings))
+    facts = stated_facts(str(folder), settings, longest_text(backbone))
     if facts["objective"] != objective:
         found = facts["objective"]
         way_out = f"`openbook evaluate {found}` measures it" if found in OBJECTIVES else "name another folder"

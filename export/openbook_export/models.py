@@ -1,6 +1,6 @@
-"""PyTorch models from a checkpoint, checked to be of a shape that a bundle holds: a BERT and its fast tokenizer.
+"""PyTorch models from a checkpoint, checked to be of a shape that a bundle holds: an encoder like BERT and its fast tokenizer.
 
-MiniLM, BGE, E5, GTE and the other encoders with BERT's architecture ("model_type": "bert") qualify.
+MiniLM, BGE, E5, GTE and the other encoders with the architecture ("model_type") of one of `KINDS` qualify.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from openbook_training.checkpoint import Checkpoint, folder_digest
-from openbook_training.pretrained import read_in_one_segment
+from openbook_training.checkpoint import Checkpoint, folder_digest, positions
+from openbook_training.pair_template import own_separators, set_pair_template
+from openbook_training.pretrained import knows_segments, read_in_one_segment, without_pooler
 from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering
 
 from openbook_export.errors import CheckpointUnsupported
 
+KINDS = ("bert", "camembert", "distilbert", "mpnet", "roberta", "xlm-roberta")  # whose graphs are fused and verified
 _UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers and peft raise on a damaged file
 _READER_DEFAULTS = {"max_tokens": 384, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
 
@@ -61,48 +63,42 @@ class ReaderModel:
     max_tokens: int  # question + passage, special tokens included
     max_question_tokens: int
     max_answer_tokens: int
+    separators: int  # that it was trained to see between question and passage; see openbook_training.pair_template
     prior_weight: float  # calibrated constants, 0.0 where the training stated none
     null_bias: float
     settling: Mapping[str, float] | None  # when the server may stop reading, calibrated; None = never
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, int]:
-    """The checkpoint's tokenizer without padding and truncation, and the id of [SEP].
+def load_tokenizer(checkpoint: Checkpoint, separators: int = 1) -> tuple[Tokenizer, int]:
+    """The checkpoint's tokenizer without padding and truncation, its pairs in the one form, and the id of [SEP].
 
     Raises:
-        CheckpointUnsupported: its templates are not [CLS] A [SEP] and [CLS] A [SEP] B [SEP], segments 0 and 1.
+        CheckpointNotFound: a text is not [CLS] A [SEP] to it.
+        CheckpointUnsupported: it does not load.
     """
+    tokenizer = _own_tokenizer(checkpoint)
+    set_pair_template(tokenizer, checkpoint.name, separators=separators)
+    return tokenizer, tokenizer.encode("a").ids[-1]
+
+
+def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r}: tokenizer.json does not load ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    text, pair = tokenizer.encode("a"), tokenizer.encode("a", "a")
-    cls, sep = text.ids[0], text.ids[-1]
-    body = text.ids[1:-1]
-    types = [0] * (len(body) + 2) + [1] * (len(body) + 1)
-    if (
-        not body
-        or text.special_tokens_mask != [1, *[0] * len(body), 1]
-        or pair.ids != [cls, *body, sep, *body, sep]
-        or pair.type_ids != types
-    ):
-        raise CheckpointUnsupported(
-            f"checkpoint {checkpoint.name!r}: its tokenizer makes {' '.join(pair.tokens)} of a pair, with segments {pair.type_ids}; "
-            "a bundle needs BERT's template [CLS] A [SEP] B [SEP] with segments 0 and 1"
-        )
-    return tokenizer, sep
+    return tokenizer
 
 
 def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> EmbedderModel:
     """The transformer without a head, ready to export, with the adapter in `folder` that `openbook train retriever` wrote.
 
     Raises:
-        CheckpointUnsupported: it is no BERT, its weights do not load, or the adapter is damaged or another checkpoint's.
+        CheckpointUnsupported: it is none of `KINDS`, its weights do not load, or the adapter is damaged or another checkpoint's.
     """
-    _require_bert(checkpoint)
-    base = _load(AutoModel, checkpoint, add_pooling_layer=False)
+    _require_known(checkpoint)
+    base = _load(AutoModel, checkpoint, **without_pooler(checkpoint))
     if folder is None:
         return EmbedderModel(model=base, max_tokens=checkpoint.max_tokens)
     settings = _adapter_settings(checkpoint, folder, _RETRIEVER)
@@ -115,13 +111,27 @@ def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> Embedde
         max_tokens, dims = int(settings["max_tokens"]), tuple(int(dim) for dim in settings["dims"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointUnsupported(f"--embedder {folder}: retriever.json states no max_tokens or no dims ({error})") from error
-    positions, hidden = int(base.config.max_position_embeddings), int(base.config.hidden_size)
-    if not 3 <= max_tokens <= positions or not all(1 <= dim <= hidden for dim in dims):
+    longest, hidden = longest_text(base), int(base.config.hidden_size)
+    if not 3 <= max_tokens <= longest or not all(1 <= dim <= hidden for dim in dims):
         raise CheckpointUnsupported(
             f"--embedder {folder}: retriever.json states max_tokens {max_tokens} and dims {list(dims)}; the checkpoint has "
-            f"{positions} positions and {hidden} dimensions"
+            f"{longest} positions and {hidden} dimensions"
         )
     return EmbedderModel(model=_merged(base, folder, _RETRIEVER), max_tokens=max_tokens, digest=folder_digest(folder), dims=dims)
+
+
+def longest_text(model: Any) -> int:
+    """Tokens that a transformer has positions for.
+
+    Raises:
+        CheckpointUnsupported: it counts none, and so is none of `KINDS`.
+    """
+    longest = positions(model.config.to_dict())
+    if longest is None:
+        raise CheckpointUnsupported(
+            f"a checkpoint of model_type {model.config.model_type!r} counts no positions; take one of {', '.join(KINDS)}"
+        )
+    return longest
 
 
 def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
@@ -133,7 +143,7 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
     if not folder.is_dir():
         raise CheckpointUnsupported(f"--reader {folder}: no such folder; `openbook train reader` leaves one in <output>/best")
     settings = _READER_DEFAULTS | _read_json(folder / "reader.json")
-    stored = Checkpoint(name=f"--reader {folder}", folder=folder, pooling="", max_tokens=0)
+    stored, separators = Checkpoint(name=f"--reader {folder}", folder=folder, pooling="", max_tokens=0), 1
     if (folder / "adapter_config.json").is_file():
         _adapter_settings(checkpoint, folder, _READER)
         base = _load(AutoModelForQuestionAnswering, checkpoint)
@@ -141,30 +151,34 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
             read_in_one_segment(base)
         model = _merged(base, folder, _READER)
     elif (folder / "config.json").is_file():
-        _require_bert(stored)
-        if load_tokenizer(stored)[0].get_vocab() != load_tokenizer(checkpoint)[0].get_vocab():
+        _require_known(stored)
+        tokenizer = _own_tokenizer(stored)
+        if tokenizer.get_vocab() != _own_tokenizer(checkpoint).get_vocab():
             raise CheckpointUnsupported(f"--reader {folder}: its vocabulary is not {checkpoint.name!r}'s; a bundle has one tokenizer")
         model = _load(AutoModelForQuestionAnswering, stored)
+        separators = own_separators(tokenizer, stored.name, segments=knows_segments(model.config))
     else:
         raise CheckpointUnsupported(f"--reader {folder}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
     try:
-        max_tokens = min(int(settings["max_tokens"]), int(model.config.max_position_embeddings))
+        max_tokens = min(int(settings["max_tokens"]), longest_text(model))
         reader = ReaderModel(
             model=model,
             digest=folder_digest(folder),
             max_tokens=max_tokens,
             max_question_tokens=int(settings.get("max_question_tokens", max_tokens // 3)),
             max_answer_tokens=int(settings["max_answer_tokens"]),
+            separators=separators,
             prior_weight=float(settings["prior_weight"]),
             null_bias=float(settings["null_bias"]),
             settling=_settling(settings.get("settling")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointUnsupported(f"--reader {folder}: reader.json holds a value that is no number ({error})") from error
-    if min(reader.max_question_tokens, reader.max_answer_tokens) < 1 or reader.max_tokens <= reader.max_question_tokens + 3:
+    special = 2 + separators
+    if min(reader.max_question_tokens, reader.max_answer_tokens) < 1 or reader.max_tokens <= reader.max_question_tokens + special:
         raise CheckpointUnsupported(
             f"--reader {folder}: {reader.max_tokens} tokens in all leave no room for a passage beside a question of "
-            f"{reader.max_question_tokens} and three special tokens; reader.json states these limits"
+            f"{reader.max_question_tokens} and {special} special tokens; reader.json states these limits"
         )
     return reader
 
@@ -219,10 +233,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
-def _require_bert(checkpoint: Checkpoint) -> None:
+def _require_known(checkpoint: Checkpoint) -> None:
     kind = _read_json(checkpoint.folder / "config.json").get("model_type")
-    if kind != "bert":
-        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r} is of model_type {kind!r}; export fuses and verifies 'bert' only")
+    if kind not in KINDS:
+        raise CheckpointUnsupported(
+            f"checkpoint {checkpoint.name!r} is of model_type {kind!r}; export fuses and verifies {', '.join(KINDS)}"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

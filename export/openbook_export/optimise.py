@@ -19,13 +19,13 @@ from openbook_server.runtime import LONGEST_KEY
 
 from openbook_export.errors import ExportFailed
 from openbook_export.graphs import HEADS
-from openbook_export.unpad import PREFIX
+from openbook_export.unpad import ATTENTION_BIAS, PREFIX
 
 PRODUCER = "openbook"
 
 
 def fuse(raw: Path, fused: Path, config: Any) -> None:
-    """Fuse attention, layer norms and activations of the BERT in `raw`; write `fused`.
+    """Fuse attention, layer norms and activations of the encoder in `raw`; write `fused`.
 
     Args:
         config: the transformers configuration: heads, layers, hidden size.
@@ -82,7 +82,7 @@ def _require_fused(counts: dict[str, int], config: Any) -> None:
         "attention": (counts.get("Attention", 0), layers),
         "layer normalisation": (sum(count for kind, count in counts.items() if kind.endswith("LayerNormalization")), 2 * layers + 1),
     }
-    if config.hidden_act == "gelu":
+    if getattr(config, "hidden_act", None) == "gelu" or getattr(config, "activation", None) == "gelu":  # the latter is DistilBERT's name
         found["gelu"] = (sum(count for kind, count in counts.items() if kind.endswith("Gelu")), layers)
     missing = [f"{fused} of {wanted} {name} nodes" for name, (fused, wanted) in found.items() if fused != wanted]
     if missing:
@@ -107,11 +107,14 @@ def to_float16(fused: Path, half: Path) -> None:
 
 def to_int8(fused: Path, quantised: Path) -> None:
     """Weights in int8 per channel, activations quantised as they come; a text's vector then depends on its batch."""
+    # In int8 the operator takes nothing that is added to scores (MPNet's bias), and onnxruntime would leave that out without a word.
+    biased = [node.name for node in onnx.load(fused).graph.node if node.op_type == "Attention" and len(node.input) > ATTENTION_BIAS]
     with _quiet_optimiser():
         quantize_dynamic(
             fused,
             quantised,
             op_types_to_quantize=["MatMul", "Attention"],
+            nodes_to_exclude=biased,
             per_channel=True,
             weight_type=QuantType.QInt8,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of fused nodes, which it knows nothing of

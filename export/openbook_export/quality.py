@@ -24,7 +24,8 @@ Scores = dict[str, float]
 
 def pair_encoder(checkpoint: Checkpoint, reader: ReaderModel) -> PairEncoder:
     """The windows that both sides read."""
-    return stated_windows(checkpoint, max_tokens=reader.max_tokens, max_question_tokens=reader.max_question_tokens)
+    limits = {"max_tokens": reader.max_tokens, "max_question_tokens": reader.max_question_tokens}
+    return stated_windows(checkpoint, **limits, separators=reader.separators)
 
 
 def pytorch_predictions(

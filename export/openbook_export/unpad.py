@@ -26,6 +26,7 @@ STATES = PREFIX + "states"  # (1, T, d) of the last layer
 KEPT = PREFIX + "kept"  # (T,) where the tokens stand among B·L places
 PLACES = PREFIX + "places"  # (B, L) which token stands there; 0 for padding
 BIAS = PREFIX + "bias"  # (B, 1, 1, L) 0, or MASKED for padding
+ATTENTION_BIAS = 5  # which input of onnxruntime's attention is added to scores, (1, heads, L, L); most have none
 
 
 def unpad(fused: Path, unpadded: Path) -> None:
@@ -108,6 +109,8 @@ class _Writer:
         )
         scale = self._constant("scale", np.float32(attributes.get("scale", size**-0.5)))
         scores = self._add("Add", self._add("Mul", self._add("MatMul", query, key), scale), BIAS)
+        if len(fused.input) > ATTENTION_BIAS:
+            scores = self._add("Add", scores, fused.input[ATTENTION_BIAS])
         mixed = self._add("MatMul", self._add("Softmax", scores, axis=-1), value)
         rows = self._add("Transpose", mixed, perm=[0, 2, 1, 3])
         self._add("Gather", self._add("Reshape", rows, self._flat), KEPT, axis=1, name=fused.output[0])

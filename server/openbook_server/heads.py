@@ -27,7 +27,7 @@ class HeadInfo:
     """What a caller of another task's graph must know."""
 
     objective: str  # classifier, verification, vocab_head or masked_lm
-    pair: bool  # takes pairs of texts, the second in segment 1
+    pair: bool  # takes pairs of texts
     max_tokens: int  # longest text or pair, special tokens included; the longer side of a pair is cut
     labels: tuple[str, ...]  # of the distribution's columns; none: the columns are the tokenizer's ids
     graphs: Mapping[str, str]  # precision -> file name

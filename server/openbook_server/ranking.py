@@ -106,6 +106,8 @@ def rank_answers(
     places: dict[str, list[tuple[float, Span]]] = {}
     for prior, reading in zip(priors, readings, strict=True):
         for span in reading.spans:
+            if span.start == span.end:
+                continue  # to some tokenizers a space is a token, of no character once it is trimmed
             text = passages[span.passage][span.start : span.end]
             places.setdefault(normalise(text), []).append((prior + span.score - total, span))
     candidates = []

@@ -14,7 +14,7 @@ class Row:
     """One text, or one (question, passage) pair, ready for a graph."""
 
     ids: Sequence[int]
-    types: Sequence[int] | None = None  # segment of each token; None = all zero
+    types: Sequence[int] | None = None  # of each token 1 where it is the second text's, else 0; None = there is one text
     text_from: int = 1  # of a passage, the first token after its title
 
     @property

@@ -302,12 +302,16 @@ def test_a_damaged_reader_is_refused_with_a_reason(
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("config.json", '"model_type": "bert"', '"model_type": "roberta"', "model_type 'roberta'"),
-        ("tokenizer.json", '"type_id": 1', '"type_id": 0', "segments 0 and 1"),
+        (
+            "config.json",
+            '"model_type": "bert"',
+            '"model_type": "electra"',
+            "model_type 'electra'; export fuses and verifies bert, camembert",
+        ),
         ("tokenizer.json", "{", "[", "does not load"),
     ],
 )
-def test_a_checkpoint_that_is_no_bert_is_refused(
+def test_a_checkpoint_of_another_kind_or_a_damaged_one_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "other")
@@ -317,6 +321,14 @@ def test_a_checkpoint_that_is_no_bert_is_refused(
     with pytest.raises(CheckpointUnsupported, match=message):
         export_bundle(options(tmp_path, copy), silent)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_pairs_are_marked_where_the_tokenizer_itself_does_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text().replace('"type_id": 1', '"type_id": 0'))
+    (marked, sep), (own, _) = (load_tokenizer(resolve_checkpoint(str(folder))) for folder in (copy, tiny_checkpoint))
+    assert marked.encode("red", "blue").type_ids == own.encode("red", "blue").type_ids == [0, 0, 0, 1, 1]
+    assert sep == 3
 
 
 def test_an_export_whose_attention_is_not_fused_fails(tiny_checkpoint: Path, tmp_path: Path) -> None:

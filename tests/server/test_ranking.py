@@ -137,3 +137,11 @@ def test_an_answer_is_not_settled_while_what_is_unread_could_put_the_second_befo
     assert is_settled(answers_of(0.5), readings, priors, null_bias=0.0, settling=Settling(math.log(0.49) + total - unread))
     assert is_settled(answers_of(0.2, 0.2), readings, priors[:1], null_bias=0.0, settling=Settling(9.0))  # nothing is unread
     assert not is_settled([], readings, priors, null_bias=0.0, settling=Settling(-50.0))
+
+
+def test_what_has_no_character_is_no_answer() -> None:
+    answers, nothing = rank_answers(["red,  blue"], [reading(0, {(5, 5): 3.0, (0, 3): 1.0}, 0.0)], [0.0], null_bias=0.0, max_answers=5)
+    total = math.exp(3.0) + math.exp(1.0) + 1.0
+    assert [answer.text for answer in answers] == ["red"]
+    assert answers[0].probability == pytest.approx(math.exp(1.0) / total, rel=1e-9)
+    assert nothing == pytest.approx(1.0 / total, rel=1e-9)

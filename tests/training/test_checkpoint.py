@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from openbook_training.checkpoint import resolve_checkpoint
+from openbook_training.checkpoint import positions, resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.heads import RowEncoder
 from openbook_training.reader import PairEncoder, build_reader, forward
@@ -18,26 +18,55 @@ from transformers import AutoConfig, AutoModel
 SENTENCE = "sentence_transformers.models."
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "mpnet", "roberta"])
-def test_a_checkpoint_without_segments_becomes_a_reader_that_is_told_none(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
-    small = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32} if kind == "distilbert" else small
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / kind))
-    sizes = {"vocab_size": 150, "max_position_embeddings": 64, **({"type_vocab_size": 1} if kind == "roberta" else {})}
-    AutoModel.from_config(AutoConfig.for_model(kind, **small, **sizes)).save_pretrained(folder)
-    checkpoint = resolve_checkpoint(str(folder))
+@pytest.mark.parametrize("kind", ["distilbert", "mpnet", "roberta", "xlm-roberta"])
+def test_a_checkpoint_without_segments_becomes_a_reader_that_is_told_none(tiny_kinds: dict[str, Path], kind: str) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_kinds[kind]))
     encoder = PairEncoder(checkpoint, max_tokens=32, stride=4, max_question_tokens=8)
     pairs = list(encoder.pairs("what was red ?", ["red blue green"], 0))
-    start, end = forward(build_reader(checkpoint, lora_rank=2, lora_alpha=2), pairs, encoder, torch.device("cpu"))
-    assert not encoder.has_segments
+    told: list[str] = []
+    model = build_reader(checkpoint, lora_rank=2, lora_alpha=2)
+    model.register_forward_pre_hook(lambda module, args, inputs: told.extend(inputs), with_kwargs=True)
+    start, end = forward(model, pairs, encoder, torch.device("cpu"))
+    assert told == ["input_ids", "attention_mask"]
     assert start.shape == end.shape == (1, len(pairs[0].ids))
-    if kind == "distilbert":
-        with pytest.raises(CheckpointNotFound, match="not of BERT's shape"):
-            build_retriever(resolve_checkpoint(str(folder)), lora_rank=2, lora_alpha=2)
-    else:
-        assert build_retriever(resolve_checkpoint(str(folder)), lora_rank=2, lora_alpha=2)
-        with pytest.raises(InvalidConfig, match="max_tokens: 64 is above 63, the positions"):
-            RowEncoder(resolve_checkpoint(str(folder)), max_tokens=64)
+    assert build_retriever(checkpoint, lora_rank=2, lora_alpha=2)
+
+
+def test_a_checkpoint_unlike_bert_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    AutoModel.from_config(AutoConfig.for_model("gpt2", vocab_size=150, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    with pytest.raises(CheckpointNotFound, match="is not of BERT's shape .*; take one of a BERT, DistilBERT, RoBERTa or MPNet"):
+        build_retriever(resolve_checkpoint(str(folder)), lora_rank=2, lora_alpha=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"model_type": "bert", "pad_token_id": 0, "max_position_embeddings": 512}, 512),
+        ({"model_type": "distilbert", "max_position_embeddings": 512}, 512),
+        ({"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}, 512),
+        ({"model_type": "camembert", "max_position_embeddings": 514}, 512),
+        ({"model_type": "xlm-roberta", "pad_token_id": 0, "max_position_embeddings": 514}, 513),
+        ({"model_type": "mpnet", "pad_token_id": 0, "max_position_embeddings": 514}, 512),
+        ({"model_type": "t5"}, None),
+    ],
+)
+def test_positions_are_those_that_tokens_can_have(config: dict[str, object], longest: int | None) -> None:
+    assert positions(config) == longest
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "mpnet", "roberta", "xlm-roberta"])
+def test_no_text_is_longer_than_the_positions_of_its_model(tiny_kinds: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(tiny_kinds[kind], tmp_path / kind))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 512}')
+    checkpoint = resolve_checkpoint(str(folder))
+    assert checkpoint.max_tokens == 128
+    model, ids = AutoModel.from_pretrained(folder), torch.full((1, 128), 40)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids[:, :1].expand(1, 129), attention_mask=torch.ones((1, 129)))
+    with pytest.raises(InvalidConfig, match="max_tokens: 129 is above 128, the positions"):
+        RowEncoder(checkpoint, max_tokens=129)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +75,7 @@ def test_a_checkpoint_without_segments_becomes_a_reader_that_is_told_none(tiny_c
         ({"config.json": "{"}, r"config.json is damaged"),
         ({"config.json": "[]"}, r"config.json holds no JSON object"),
         ({"config.json": '{"max_position_embeddings": "many"}'}, r"config.json states max_position_embeddings 'many'"),
+        ({"config.json": '{"model_type": "roberta", "pad_token_id": "<pad>"}'}, r"config.json states pad_token_id '<pad>'"),
         ({"sentence_bert_config.json": "3"}, r"sentence_bert_config.json holds no JSON object"),
         ({"1_Pooling/config.json": "{"}, r"1_Pooling/config.json is damaged"),
         ({"1_Pooling/config.json": '{"pooling_mode_max_tokens": true}'}, r"config.json pools by max_tokens; only mean or cls alone"),

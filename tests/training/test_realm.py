@@ -305,7 +305,11 @@ def test_it_goes_on_from_a_language_model_or_a_vocabulary_head_and_from_a_retrie
         ({"temperature": 0.0}, InvalidConfig, "temperature: 0.0"),
         ({"alone_share": 1.0}, InvalidConfig, "alone_share: 1.0"),
         ({"passages": 0}, InvalidConfig, "passages: 0 is below 1"),
-        ({"query_tokens": 64, "passage_tokens": 128}, InvalidConfig, "make 191 tokens, and the checkpoint has 128 positions"),
+        (
+            {"query_tokens": 64, "passage_tokens": 128},
+            InvalidConfig,
+            r"query_tokens \+ passage_tokens - 1: 191 is above 128, the positions",
+        ),
         ({"held_out": 24}, InvalidData, "24 passages have a salient span, and held_out takes 24"),
         ({"index": IndexConfig()}, InvalidConfig, "index.refresh: full needs every_steps"),
         ({"index": IndexConfig(refresh="rerank", proposed=1)}, InvalidConfig, "index.proposed: 1 are fewer than the"),

@@ -68,10 +68,8 @@ def config_for(checkpoint: Path, output: Path, train_file: Path, **settings: obj
 
 @pytest.fixture(scope="module")
 def mpnet_reader(tiny_mpnet: Path, questions_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output, console = tmp_path_factory.mktemp("runs") / "teacher", Console(file=io.StringIO(), width=300)
-    train(OBJECTIVES["reader"], config_for(tiny_mpnet, output, questions_file), resume=False, console=console)
-    assert isinstance(console.file, io.StringIO)
-    assert "can teach others, but not be exported: it tells no segments apart" in console.file.getvalue()
+    output = tmp_path_factory.mktemp("runs") / "teacher"
+    train(OBJECTIVES["reader"], config_for(tiny_mpnet, output, questions_file), resume=False, console=Console(file=io.StringIO()))
     return output / "best"
 
 

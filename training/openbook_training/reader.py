@@ -1,7 +1,7 @@
 """The extractive reader: features of (question, passage) pairs, the model, and its predictions.
 
 A passage longer than the reader's window is read in overlapping windows; every window of every passage of a question
-shares one normaliser (see `objectives`). The template is the tokenizer's own pair template: [CLS] question [SEP] passage [SEP].
+shares one normaliser (see `objectives`). The template is that of all pairs (`pair_template`): [CLS] question [SEP] passage [SEP].
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel
+from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedModel
 
 from openbook_training.adapters import add_adapter, load_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.chunks import length_chunks, restored
 from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import null_scores, span_scores
-from openbook_training.pretrained import check_length, count_segments, fast_tokenizer, load_model, read_in_one_segment
+from openbook_training.pretrained import check_length, fast_tokenizer, load_model, model_inputs, read_in_one_segment
 
 READER_SETTINGS = "reader.json"  # beside a reader's adapter
 STRIDE = 64  # tokens that neighbouring windows of a long passage share, where there is room; twice the longest answer
@@ -51,15 +51,17 @@ class Pair:
 class PairEncoder:
     """Turns questions and passages into windows; remembers what it tokenised, for a corpus is read many times."""
 
-    def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, stride: int, max_question_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, max_tokens: int, stride: int, max_question_tokens: int, separators: int = 1) -> None:
+        """`separators` stand between question and passage; other than one only before a reader that was trained so elsewhere."""
         check_length(checkpoint, "max_tokens", max_tokens)
         tokenizer = fast_tokenizer(checkpoint)
         self._tokenizer = tokenizer.backend_tokenizer
         self.cls, self.sep, self.pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id or 0
-        self.has_segments = count_segments(checkpoint) > 1
-        if max_tokens - max_question_tokens - 3 <= stride:
+        self.config = AutoConfig.from_pretrained(checkpoint.folder)  # of the model that reads the pairs
+        if max_tokens - max_question_tokens - 2 - separators <= stride:
             raise InvalidConfig(f"max_tokens {max_tokens} leaves no room for a window beside the question; lower stride {stride}")
         self._max_tokens, self._stride, self._max_question_tokens = max_tokens, stride, max_question_tokens
+        self._separators = separators
         self._known: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -70,7 +72,7 @@ class PairEncoder:
 
     def pairs(self, question: str, passages: Sequence[str], row: int) -> Iterator[Pair]:
         """All windows of all passages; every passage token is in at least one."""
-        head = [self.cls, *self.tokens(question)[0][: self._max_question_tokens], self.sep]
+        head = [self.cls, *self.tokens(question)[0][: self._max_question_tokens], *[self.sep] * self._separators]
         room = self._max_tokens - len(head) - 1
         for number, passage in enumerate(passages):
             ids, offsets = self.tokens(passage)
@@ -79,14 +81,14 @@ class PairEncoder:
                 yield Pair(row, number, [*head, *ids[at : at + room], self.sep], len(head), offsets[at : at + room])
 
 
-def stated_windows(checkpoint: Checkpoint, *, max_tokens: int, max_question_tokens: int) -> PairEncoder:
+def stated_windows(checkpoint: Checkpoint, *, max_tokens: int, max_question_tokens: int, separators: int = 1) -> PairEncoder:
     """Windows for a reader that states its limits, as its reader.json does, outside of the run that trained it.
 
     Args:
-        max_tokens: of a window; more than `max_question_tokens` and three special ones.
+        max_tokens: of a window; more than `max_question_tokens` and the special ones.
     """
-    stride = min(STRIDE, (max_tokens - max_question_tokens - 3) // 2)
-    return PairEncoder(checkpoint, max_tokens=max_tokens, stride=stride, max_question_tokens=max_question_tokens)
+    stride = min(STRIDE, (max_tokens - max_question_tokens - 2 - separators) // 2)
+    return PairEncoder(checkpoint, max_tokens=max_tokens, stride=stride, max_question_tokens=max_question_tokens, separators=separators)
 
 
 def build_reader(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int) -> PeftModel:
@@ -108,8 +110,7 @@ def trained_reader(checkpoint: Checkpoint, folder: str, *, dropout: float = 0.1)
 
 def _span_model(checkpoint: Checkpoint, *, dropout: float) -> PreTrainedModel:
     model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
-    if count_segments(checkpoint) > 1:
-        read_in_one_segment(model)
+    read_in_one_segment(model)
     return model
 
 
@@ -131,7 +132,7 @@ def forward(model: nn.Module, pairs: Sequence[Pair], encoder: PairEncoder, devic
         ids = torch.tensor([pair.ids + [encoder.pad] * (width - len(pair.ids)) for pair in rows], device=device)
         mask = torch.tensor([[int(i < len(pair.ids)) for i in range(width)] for pair in rows], device=device)
         types = torch.tensor([[int(i >= pair.first) for i in range(width)] for pair in rows], device=device) * mask
-        output = model(input_ids=ids, attention_mask=mask, **({"token_type_ids": types} if encoder.has_segments else {}))
+        output = model(**model_inputs(encoder.config, ids, mask, types))
         logits = torch.stack([output.start_logits, output.end_logits]).float()
         parts.append(nn.functional.pad(logits, (0, longest - width)))
     start, end = torch.cat(parts, dim=1)[:, torch.tensor(restored(chunks), device=device)]

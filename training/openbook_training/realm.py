@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from peft import PeftModel
@@ -133,7 +132,7 @@ class Realm(nn.Module):
                 pairs = enumerate(zip(text.hidden, text.tokens, strict=True), first[number])
                 places += [(place, position, token, target, slot) for target, (position, token) in pairs]
             row, position, token, target, column = (torch.tensor(values, device=device) for values in zip(*places, strict=True))
-            states = self.language_model.backbone(**inputs).last_hidden_state
+            states = self.language_model.states(inputs)
             here, read = states[row, position], inputs["token_type_ids"][row]  # 1 where a passage stands
             log_probabilities = self.language_model.predicted(here)
             pointed = self.pointer(
@@ -153,11 +152,5 @@ class Realm(nn.Module):
 
 
 def _joint(text: list[int], passage: list[int]) -> TokenRow:
-    """[CLS] x [SEP] z [SEP] of the ids of [CLS] x [SEP] and z, with the segments of the template."""
+    """[CLS] x [SEP] z [SEP] of the ids of [CLS] x [SEP] and z, in the form of `pair_template`."""
     return [*text, *passage, text[-1]], [0] * len(text) + [1] * (len(passage) + 1)
-
-
-def takes_pairs_as_bert(encoder: RowEncoder) -> bool:
-    """Whether the tokenizer's own template of a pair is the one that passages are read in."""
-    alone, pair = encoder.tokenizer.encode("a"), encoder.tokenizer.encode("a", "a")
-    return (pair.ids, pair.type_ids) == _joint(cast(list[int], alone.ids), alone.ids[1:-1])

@@ -55,10 +55,6 @@ class ReaderTask(SpanTask):
     def __init__(self, config: ReaderConfig, console: Console) -> None:
         self._config = config
         super().__init__(config)
-        if not self.encoder.has_segments:
-            console.print(
-                f"a reader of {config.checkpoint} can teach others, but not be exported: it tells no segments apart", soft_wrap=True
-            )
         self._teacher = self._load_teacher() if config.teacher else None
         usable = self._usable(load_questions(config.train, console), console)
         self.train, self.held_out = hold_out(usable, config.held_out)

@@ -36,8 +36,8 @@ from openbook_training.masked_sentences import MaskableSentence, maskable_senten
 from openbook_training.masking import log_frequencies
 from openbook_training.objectives import marginal_sequence_loss, marginal_token_loss, retrieval_utility
 from openbook_training.passage_index import Allowed, texts_digest
-from openbook_training.pretrained import best_device
-from openbook_training.realm import Masked, PassageRows, Propose, Reading, Realm, takes_pairs_as_bert
+from openbook_training.pretrained import best_device, check_length
+from openbook_training.realm import Masked, PassageRows, Propose, Reading, Realm
 from openbook_training.retrieval import load_unlabelled
 from openbook_training.retrieval_metrics import score_retrieval
 from openbook_training.retriever import build_retriever
@@ -88,8 +88,8 @@ class RealmTask(Staged):
         self._config, self._console = config, console
         self.checkpoint = resolve_checkpoint(config.checkpoint)
         self.encoder = RowEncoder(self.checkpoint, max_tokens=config.query_tokens)
-        if self.encoder.mask is None or not takes_pairs_as_bert(self.encoder):
-            raise InvalidConfig(f"checkpoint {config.checkpoint!r}: its tokenizer has no [MASK] token, or pairs unlike BERT's")
+        if self.encoder.mask is None:
+            raise InvalidConfig(f"checkpoint {config.checkpoint!r}: its tokenizer has no [MASK] token")
         self._mask = self.encoder.mask
         data = load_unlabelled(config.train, console)
         texts = [passage.text for passage in data.passages]
@@ -140,9 +140,7 @@ class RealmTask(Staged):
             frequencies = log_frequencies(texts, self.encoder.tokenizer.get_vocab_size())
         language_model = build_masked_lm(self.checkpoint, **rank, folder=config.language_model, frequencies=frequencies)
         retriever = build_retriever(self.checkpoint, **rank, folder=config.retriever)
-        positions, longest = int(retriever.config.max_position_embeddings), config.query_tokens + config.passage_tokens - 1
-        if longest > positions:
-            raise InvalidConfig(f"query_tokens and passage_tokens make {longest} tokens, and the checkpoint has {positions} positions")
+        check_length(self.checkpoint, "query_tokens + passage_tokens - 1", config.query_tokens + config.passage_tokens - 1)
         return Realm(
             retriever,
             language_model,

@@ -12,10 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from openbook_server.errors import KnowledgeBaseDamaged, NotServing
+from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseUnavailable, NotServing, OpenBookError
 from openbook_server.knowledge import filters
 
 _PAGES_AT_ONCE = 1_000  # given back to the disk in one transaction, about 4 MB
+_WAYS_OUT = {  # of SQLite's errors, by the first word of their names
+    "FULL": "the disk is full; nothing of this write is stored; make room and write again",
+    "READONLY": "it cannot be written; give this user the right to write it and its folder",
+    "CANTOPEN": "it cannot be opened; check that it exists, that this user may write its folder and that the disk has room",
+    "IOERR": "the disk failed to read or write it; check that the disk has room, and what the system's log says",
+}
 
 
 class Database:
@@ -44,21 +50,25 @@ class Database:
         self._uses, self._closed = 0, False
         self._unused = threading.Condition()
         with self._using():
-            self._writer = self._connect()
+            self._writer = self._connect() if read_only else self._connect_writer()
             if not checked and self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
         self._lock = threading.Lock()  # of the writer
 
-    def _connect(self) -> sqlite3.Connection:
-        if self._read_only:
-            connection = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
-        else:
-            connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            filters.add_functions(connection)
+    def _connect(self, mode: str = "ro") -> sqlite3.Connection:
+        """Open the file once more; whoever only reads needs no pragma, some of which wait for the writer or for room on the disk."""
+        address = f"{self.path.resolve().as_uri()}?mode={mode}"
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
+        filters.add_functions(connection)
         self._opened.append(connection)
+        return connection
+
+    def _connect_writer(self) -> sqlite3.Connection:
+        connection = self._connect("rwc")
+        if connection.execute("PRAGMA page_count").fetchone() == (0,):
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
         return connection
 
     @contextmanager
@@ -67,6 +77,8 @@ class Database:
 
         Raises:
             NotServing: it was closed before.
+            KnowledgeBaseUnavailable: another process has it locked.
+            KnowledgeBaseDamaged: every other error.
         """
         with self._unused:
             if self._closed:
@@ -74,15 +86,8 @@ class Database:
             self._uses += 1
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise KnowledgeBaseDamaged(
-                f"{self.path}: {error}; check that it exists, that the folder can be written and that the disk has room"
-            ) from error
         except sqlite3.DatabaseError as error:
-            raise KnowledgeBaseDamaged(
-                f"{self.path} is damaged ({error}); recover what is left with "
-                f"`sqlite3 {self.path} .recover | sqlite3 recovered.sqlite`, or index the sources again into a new folder"
-            ) from error
+            raise _explained(self.path, error) from error
         finally:
             with self._unused:
                 self._uses -= 1
@@ -155,5 +160,20 @@ class Database:
         with self._unused:
             self._closed = True
             self._unused.wait_for(lambda: not self._uses)
-        for connection in self._opened:
+        for connection in reversed(self._opened):  # the writer last: it moves the log into the file, which those that read cannot
             connection.close()
+
+
+def _explained(path: Path, error: sqlite3.DatabaseError) -> OpenBookError:
+    """What an error of SQLite's means to whoever meets it."""
+    kind = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT").split("_")[1]  # SQLITE_BUSY_SNAPSHOT is a BUSY
+    if kind in ("BUSY", "LOCKED"):
+        return KnowledgeBaseUnavailable(f"{path}: another process has it locked, perhaps for a backup ({error}); try again")
+    if kind in _WAYS_OUT:
+        return KnowledgeBaseDamaged(f"{path}: {_WAYS_OUT[kind]} ({error})")
+    if isinstance(error, sqlite3.OperationalError):
+        return KnowledgeBaseDamaged(f"{path}: {error}; check that it exists, that the folder can be written and that the disk has room")
+    return KnowledgeBaseDamaged(
+        f"{path} is damaged ({error}); recover what is left with "
+        f"`sqlite3 {path} .recover | sqlite3 recovered.sqlite`, or index the sources again into a new folder"
+    )

@@ -17,9 +17,11 @@ import pytest
 from openbook_server.bundle import file_digest
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.filters import Filter, OneOf
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
+from openbook_server.knowledge.inventory import look
 from openbook_server.knowledge.lexical import question_words
 from openbook_server.knowledge.store import FILE, FORMAT
 from openbook_server.knowledge.vectors import VectorIndex
@@ -396,6 +398,52 @@ def test_a_snapshot_of_which_the_disk_took_a_part_is_refused_and_the_one_before_
         knowledge_base.snapshot()
     assert list((tmp_path / "kb").glob("*.hnsw")) == [before]
     knowledge_base.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "lock"}
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+    file.with_name(FILE + "-wal").write_bytes(b"what may be recovered")
+
+
+def of_another_program(file: Path) -> None:
+    file.unlink()
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE meta (mine)")
+    connection.close()
+
+
+def with_nothing_published(file: Path) -> None:
+    with sqlite3.connect(file) as connection:
+        connection.execute("DELETE FROM generations")
+    connection.close()
+
+
+@pytest.mark.parametrize("damage", [emptied, of_another_program, with_nothing_published])
+def test_a_file_that_holds_no_generation_is_refused_and_nothing_beside_it_removed(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    folder = tmp_path / "kb"
+    saved(folder)
+    damage(folder / FILE)
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "lock"}
+    for create in (False,) if damage is emptied else (False, True):
+        with pytest.raises(KnowledgeBaseDamaged, match=r"holds no generation.*restore a backup"):
+            EmbeddedKnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=create)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    if damage is not with_nothing_published:
+        with pytest.raises(KnowledgeBaseDamaged, match="holds no generation"), look(folder):
+            pass
+
+
+def test_a_knowledge_base_whose_making_was_cut_off_is_made_by_asking_again(tmp_path: Path) -> None:
+    (tmp_path / "kb").mkdir()
+    Database(tmp_path / "kb" / FILE).close()
+    with pytest.raises(KnowledgeBaseDamaged, match="it is empty"):
+        EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM)
+    opened(tmp_path / "kb").close()
+    EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM).close()
 
 
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:

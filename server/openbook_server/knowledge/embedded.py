@@ -79,7 +79,7 @@ class EmbeddedKnowledgeBase:
         self._filled = 0  # number up to which nothing is lacking
         self._resident = self._home.enter()
         try:
-            self._store = Store(folder, checked=beside is not None)
+            self._store = Store(folder, create=create, checked=beside is not None)
             self._generation = choose_generation(
                 folder,
                 self._store,

@@ -133,6 +133,15 @@ def test_a_full_disk_is_named_as_one_and_read_from(tmp_path: Path) -> None:
     database.close()
 
 
+def test_a_thread_that_reads_for_the_first_time_does_not_read_another_file_that_took_the_place(tmp_path: Path) -> None:
+    database = held(tmp_path / "a.sqlite")
+    held(tmp_path / "b.sqlite").close()
+    (tmp_path / "b.sqlite").rename(tmp_path / "a.sqlite")
+    with ThreadPoolExecutor() as threads, pytest.raises(KnowledgeBaseDamaged, match="replaced while it is open"):
+        threads.submit(database.meta, "one").result()
+    database.close()
+
+
 def scan_beside_looks(folder: str) -> None:
     """In a process of its own: where threads wait for each other's locks, no thread of it ever runs again."""
     knowledge_base = EmbeddedKnowledgeBase(Path(folder), fingerprint="f" * 64, dim=4, create=True)

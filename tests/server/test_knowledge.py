@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import unicodedata
@@ -444,6 +445,39 @@ def test_a_knowledge_base_whose_making_was_cut_off_is_made_by_asking_again(tmp_p
         EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM)
     opened(tmp_path / "kb").close()
     EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM).close()
+
+
+def removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+def replaced_by_a_backup(folder: Path) -> None:
+    shutil.copy(folder / FILE, folder / "backup")
+    (folder / "backup").rename(folder / FILE)
+
+
+@pytest.mark.parametrize("happens", [removed, moved, replaced_by_a_backup])
+def test_no_write_is_acknowledged_that_the_next_start_would_not_find(tmp_path: Path, happens: Callable[[Path], None]) -> None:
+    folder = tmp_path / "kb"
+    knowledge_base = opened(folder)
+    store(knowledge_base, {"a": "first"}, unit(1))
+    happens(folder)
+    with pytest.raises(KnowledgeBaseDamaged, match=rf"{FILE} was moved, deleted or replaced while it is open.*put it back or restart"):
+        store(knowledge_base, {"b": "second"}, unit(1))
+    assert found(knowledge_base, "second", None, "lexical") == []
+    assert found(knowledge_base, "first", None, "lexical") == ["a"]
+    assert knowledge_base.size_bytes() > 0
+    if happens is moved:
+        folder.with_name("moved").rename(folder)
+        store(knowledge_base, {"b": "second"}, unit(1))
+        knowledge_base.close()
+        knowledge_base = opened(folder)
+        assert found(knowledge_base, "second", None, "lexical") == ["b"]
+    knowledge_base.close()
 
 
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Database:
             self._writer = self._connect() if read_only else self._connect_writer()
             if not checked and self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
+            self._file = _identity(path)
         self._lock = threading.Lock()  # of the writer
 
     def _connect(self, mode: str = "ro") -> sqlite3.Connection:
@@ -98,6 +99,7 @@ class Database:
         """Within, errors are explained."""
         with self._using():
             if not hasattr(self._own, "connection"):
+                self._check_place()
                 self._own.connection = self._connect()
             yield self._own.connection
 
@@ -120,11 +122,24 @@ class Database:
                 yield self._writer
                 if counted:
                     self._writer.execute("UPDATE meta SET value = value + 1 WHERE key = 'sequence'")
+                self._check_place()
                 self._writer.execute("COMMIT")
             except BaseException:
                 if self._writer.in_transaction:  # on a full disk SQLite may have rolled back by itself
                     self._writer.execute("ROLLBACK")
                 raise
+
+    def _check_place(self) -> None:
+        """SQLite goes on writing to a file that has no name any more, where no start would find it, and would read another in its place."""
+        if _identity(self.path) != self._file:
+            raise KnowledgeBaseDamaged(
+                f"{self.path} was moved, deleted or replaced while it is open; put it back or restart, nothing more is stored until then"
+            )
+
+    def size_bytes(self) -> int:
+        with self.read() as connection:
+            [size] = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
+        return int(size)
 
     def shrink(self) -> None:
         """Give the disk what was dropped; a file that was made without `auto_vacuum` keeps it for what is stored next."""
@@ -162,6 +177,15 @@ class Database:
             self._unused.wait_for(lambda: not self._uses)
         for connection in reversed(self._opened):  # the writer last: it moves the log into the file, which those that read cannot
             connection.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _explained(path: Path, error: sqlite3.DatabaseError) -> OpenBookError:

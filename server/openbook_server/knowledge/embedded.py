@@ -204,7 +204,7 @@ class EmbeddedKnowledgeBase:
         return self._index.graph_width
 
     def size_bytes(self) -> int:
-        return self._store.path.stat().st_size
+        return self._store.size_bytes()
 
     def search(self, questions: Sequence[str], vectors: Vectors | None, options: SearchOptions, tokens: Tokens = ()) -> list[list[Hit]]:
         return self._home.whole(lambda: self._search(questions, vectors, options, tokens))

@@ -100,6 +100,10 @@ class Store:
         """Number of the last write."""
         return self._database.sequence()
 
+    def size_bytes(self) -> int:
+        """Of the file, whether it still has its name or not."""
+        return self._database.size_bytes()
+
     def standstill(self) -> AbstractContextManager[None]:
         """Within, all that this thread reads is of one moment, whatever is written meanwhile."""
         return self._database.standstill()

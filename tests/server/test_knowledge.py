@@ -480,6 +480,20 @@ def test_no_write_is_acknowledged_that_the_next_start_would_not_find(tmp_path: P
     knowledge_base.close()
 
 
+def test_a_byte_that_the_disk_changed_costs_a_character_and_no_request_nor_start(tmp_path: Path) -> None:
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, {"a": "red king", "b": "red queen"}, unit(2))
+    knowledge_base.close()
+    with sqlite3.connect(tmp_path / "kb" / FILE) as connection:
+        connection.execute("UPDATE passages SET text = CAST(x'726564ff206b696e67' AS TEXT) WHERE id = 'a#0'")
+    connection.close()
+    knowledge_base = opened(tmp_path / "kb")
+    assert sorted(found(knowledge_base, "king queen", None, "lexical")) == ["a", "b"]
+    [hits] = knowledge_base.search(["king"], unit(2)[:1], SearchOptions(top_k=2))
+    assert sorted(hit.passage.text for hit in hits) == ["red queen", "red\ufffd king"]
+    knowledge_base.close()
+
+
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:
     knowledge_base = opened(tmp_path / "kb")
     with pytest.raises(KnowledgeBaseLocked, match=r"pid \d+"):

@@ -60,6 +60,7 @@ class Database:
         """Open the file once more; whoever only reads needs no pragma, some of which wait for the writer or for room on the disk."""
         address = f"{self.path.resolve().as_uri()}?mode={mode}"
         connection = sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
+        connection.text_factory = _text
         filters.add_functions(connection)
         self._opened.append(connection)
         return connection
@@ -177,6 +178,11 @@ class Database:
             self._unused.wait_for(lambda: not self._uses)
         for connection in reversed(self._opened):  # the writer last: it moves the log into the file, which those that read cannot
             connection.close()
+
+
+def _text(stored: bytes) -> str:
+    """A byte that the disk changed costs a character; refused, it would cost every request that meets it, or the start."""
+    return stored.decode("utf-8", "replace")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -131,7 +131,7 @@ except KnowledgeBaseDamaged as error:
     print("failed", error)
 try:
     kb.snapshot()
-except OSError as error:
+except KnowledgeBaseDamaged as error:
     print("snapshot", error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 store(number)

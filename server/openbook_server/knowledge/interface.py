@@ -129,7 +129,7 @@ class KnowledgeBase(Protocol):
         """Leave things as the next start likes them best; nothing that was stored depends on it.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written.
+            KnowledgeBaseDamaged: the disk is full or the folder cannot be written.
         """
 
     @property

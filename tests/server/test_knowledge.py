@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytest
@@ -492,6 +493,50 @@ def test_a_byte_that_the_disk_changed_costs_a_character_and_no_request_nor_start
     [hits] = knowledge_base.search(["king"], unit(2)[:1], SearchOptions(top_k=2))
     assert sorted(hit.passage.text for hit in hits) == ["red queen", "red\ufffd king"]
     knowledge_base.close()
+
+
+def plain_file(folder: Path) -> None:
+    folder.write_text("x")
+
+
+def link_to_nothing(folder: Path) -> None:
+    folder.symlink_to(folder.with_name("gone"))
+
+
+@pytest.mark.parametrize("made", [plain_file, link_to_nothing])
+def test_what_is_no_folder_is_called_so(tmp_path: Path, made: Callable[[Path], None]) -> None:
+    made(tmp_path / "kb")
+    for create in (False, True):
+        with pytest.raises(KnowledgeBaseDamaged, match=r"kb is no folder.*name"):
+            EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM, create=create)
+    with pytest.raises(KnowledgeBaseDamaged, match="is no folder"), look(tmp_path / "kb"):
+        pass
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("write", ["truncate", "write", "flush"])
+def test_a_disk_that_does_not_take_the_lock_s_owner_is_told_and_leaves_nothing_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    real = Path.open
+
+    class Full:
+        """A file on a full disk."""
+
+        def __init__(self, file: IO[str]) -> None:
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return self._fail if name == write else getattr(self._file, name)
+
+        def _fail(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *mode: Full(real(path, *mode)))
+        with pytest.raises(KnowledgeBaseDamaged, match=r"kb cannot be written: No space left on device.*the disk has room"):
+            opened(tmp_path / "kb")
+    opened(tmp_path / "kb").close()
 
 
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from openbook_server.knowledge.inventory import describe_generations, remove_gen
 from openbook_server.knowledge.projection import Vectors
 from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
-from openbook_server.knowledge.store import FILE, Store
+from openbook_server.knowledge.store import FILE, Store, is_there
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import NEAREST, Estimate, RecallWatch
 from openbook_server.knowledge.windows import Tokens
@@ -70,7 +70,7 @@ class EmbeddedKnowledgeBase:
             FingerprintMismatch: another embedder built the live generation.
         """
         self.folder = folder
-        if not create and not (folder / FILE).is_file():
+        if not is_there(folder) and not create:
             raise KnowledgeBaseDamaged(
                 f"{folder} is no knowledge base, it has no {FILE}; make one: openbook index BUNDLE {folder} SOURCES..."
             )

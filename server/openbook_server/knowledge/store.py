@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -230,6 +231,27 @@ class Store:
 
     def close(self) -> None:
         self._database.close()
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder has the file of a store.
+
+    Raises:
+        KnowledgeBaseDamaged: it is no folder, or one that this user may not look into.
+    """
+    try:
+        if FILE not in os.listdir(folder):
+            return False
+        (folder / FILE).stat()
+        return True
+    except FileNotFoundError as error:
+        if folder.exists() or not folder.is_symlink():
+            return False
+        raise KnowledgeBaseDamaged(f"{folder} is no folder: it is a link to nothing; name another, or mend the link") from error
+    except NotADirectoryError as error:
+        raise KnowledgeBaseDamaged(f"{folder} is no folder; name one, it is made where there is none") from error
+    except OSError as error:
+        raise KnowledgeBaseDamaged(f"{folder} cannot be read: {error.strerror}; give this user the right to read it") from error
 
 
 def _check_tables(path: Path, *, create: bool) -> None:

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         facts = _facts(arguments.target)
-    except (OpenBookError, ClientError) as error:
+    except (OpenBookError, ClientError, OSError) as error:  # a folder that this user may not read, say
         print(f"openbook info: {error}", file=sys.stderr)
         return 1
     if arguments.json:

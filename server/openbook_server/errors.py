@@ -125,7 +125,8 @@ class KnowledgeBaseDamaged(OpenBookError):
 
 
 class KnowledgeBaseUnavailable(OpenBookError):
-    """The machines that hold the knowledge base, or some of them, do not answer; the same request later may succeed."""
+    """The machines that hold the knowledge base, or some of them, do not answer, or its file is locked; the same request later may
+    succeed."""
 
     status = grpc.StatusCode.UNAVAILABLE
     reason = "KNOWLEDGE_BASE_UNAVAILABLE"

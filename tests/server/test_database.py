@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from openbook_server.errors import NotServing, OpenBookError
+from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseUnavailable, NotServing, OpenBookError
 from openbook_server.knowledge import Document, Passage, SearchOptions, filters
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
@@ -79,6 +81,64 @@ def test_within_a_standstill_a_thread_sees_no_write_of_another(tmp_path: Path) -
         writer.join()
         assert database.meta("one") == "1"
     assert database.meta("one") == "2"
+    database.close()
+
+
+def held(path: Path) -> Database:
+    database = Database(path)
+    with database.transaction(counted=False) as connection:
+        connection.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value)")
+    database.record({"one": "1"})
+    return database
+
+
+def test_a_thread_reads_for_the_first_time_whatever_another_is_writing(tmp_path: Path) -> None:
+    database = held(tmp_path / "a.sqlite")
+    with database.transaction() as connection, ThreadPoolExecutor() as threads:
+        connection.execute("UPDATE meta SET value = '2'")
+        assert threads.submit(database.meta, "one").result() == "1"
+    database.close()
+
+
+def test_a_new_file_gives_back_what_is_dropped_and_opening_it_again_writes_nothing(tmp_path: Path) -> None:
+    held(tmp_path / "a.sqlite").close()
+    before = (tmp_path / "a.sqlite").read_bytes()
+    database = Database(tmp_path / "a.sqlite")
+    assert database._writer.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+    assert database.meta("one") == "1"
+    database.close()
+    assert (tmp_path / "a.sqlite").read_bytes() == before
+
+
+def test_a_file_that_another_process_has_locked_is_to_be_asked_again(tmp_path: Path) -> None:
+    database = held(tmp_path / "a.sqlite")
+    database._writer.execute("PRAGMA busy_timeout=1")
+    other = sqlite3.connect(tmp_path / "a.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(KnowledgeBaseUnavailable, match=r"a\.sqlite: another process has it locked.*try again"):
+        database.record({"one": "2"})
+    other.execute("ROLLBACK")
+    database.record({"one": "2"})
+    other.close()
+    database.close()
+
+
+def test_a_full_disk_is_named_as_one_and_read_from(tmp_path: Path) -> None:
+    database = held(tmp_path / "a.sqlite")
+    database._writer.execute("PRAGMA max_page_count=4")
+    with pytest.raises(KnowledgeBaseDamaged, match=r"a\.sqlite: the disk is full; nothing of this write is stored; make room"):
+        database.record({"one": "x" * 100_000})
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(database.meta, "one").result() == "1"
+    database.close()
+
+
+def test_a_thread_that_reads_for_the_first_time_does_not_read_another_file_that_took_the_place(tmp_path: Path) -> None:
+    database = held(tmp_path / "a.sqlite")
+    held(tmp_path / "b.sqlite").close()
+    (tmp_path / "b.sqlite").rename(tmp_path / "a.sqlite")
+    with ThreadPoolExecutor() as threads, pytest.raises(KnowledgeBaseDamaged, match="replaced while it is open"):
+        threads.submit(database.meta, "one").result()
     database.close()
 
 

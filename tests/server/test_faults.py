@@ -131,7 +131,7 @@ except KnowledgeBaseDamaged as error:
     print("failed", error)
 try:
     kb.snapshot()
-except OSError as error:
+except KnowledgeBaseDamaged as error:
     print("snapshot", error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 store(number)
@@ -192,6 +192,32 @@ for create in (True, False):
         for file in (parent / "kb").iterdir():
             file.chmod(0o644)
         opened(parent / "kb").close()
+
+
+def test_a_folder_that_cannot_be_read_is_refused_with_the_way_out() -> None:
+    script = """
+import os, pathlib, sys
+sys.path[:0] = {path!r}
+from openbook_server.errors import KnowledgeBaseDamaged
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge.inventory import look
+if os.geteuid() == 0:
+    os.setuid(65534)
+folder = pathlib.Path({folder!r})
+for opened in (lambda: EmbeddedKnowledgeBase(folder, fingerprint="f" * 64, dim=16), lambda: look(folder).__enter__()):
+    try:
+        opened()
+    except KnowledgeBaseDamaged as error:
+        print(error)
+"""
+    for mode in (0o000, 0o444, 0o111):
+        with unprivileged_folder() as parent:
+            opened(parent / "kb").close()
+            (parent / "kb").chmod(mode)
+            code = script.format(path=sys.path, folder=str(parent / "kb"))
+            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+            (parent / "kb").chmod(0o755)
+            assert said == [f"{parent / 'kb'} cannot be read: Permission denied; give this user the right to read it"] * 2
 
 
 def test_of_two_snapshots_the_later_sequence_is_taken_whatever_the_clock_says(tmp_path: Path) -> None:

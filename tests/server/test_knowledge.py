@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytest
 from openbook_server.bundle import file_digest
 from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged, KnowledgeBaseLocked
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions
+from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.filters import Filter, OneOf
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
+from openbook_server.knowledge.inventory import look
 from openbook_server.knowledge.lexical import question_words
 from openbook_server.knowledge.store import FILE, FORMAT
 from openbook_server.knowledge.vectors import VectorIndex
@@ -392,10 +396,147 @@ def test_a_snapshot_of_which_the_disk_took_a_part_is_refused_and_the_one_before_
     graph = knowledge_base._index._graph
     assert graph is not None
     graph._index = FullDisk(graph._index)
-    with pytest.raises(OSError, match="written only in part; is the disk full"):
+    with pytest.raises(KnowledgeBaseDamaged, match=r"index-.*\.hnsw could not be saved: .*only in part.*nothing that is stored is lost"):
         knowledge_base.snapshot()
     assert list((tmp_path / "kb").glob("*.hnsw")) == [before]
     knowledge_base.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "lock"}
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+    file.with_name(FILE + "-wal").write_bytes(b"what may be recovered")
+
+
+def of_another_program(file: Path) -> None:
+    file.unlink()
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE meta (mine)")
+    connection.close()
+
+
+def with_nothing_published(file: Path) -> None:
+    with sqlite3.connect(file) as connection:
+        connection.execute("DELETE FROM generations")
+    connection.close()
+
+
+@pytest.mark.parametrize("damage", [emptied, of_another_program, with_nothing_published])
+def test_a_file_that_holds_no_generation_is_refused_and_nothing_beside_it_removed(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    folder = tmp_path / "kb"
+    saved(folder)
+    damage(folder / FILE)
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "lock"}
+    for create in (False,) if damage is emptied else (False, True):
+        with pytest.raises(KnowledgeBaseDamaged, match=r"holds no generation.*restore a backup"):
+            EmbeddedKnowledgeBase(folder, fingerprint="f" * 64, dim=DIM, create=create)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    if damage is not with_nothing_published:
+        with pytest.raises(KnowledgeBaseDamaged, match="holds no generation"), look(folder):
+            pass
+
+
+def test_a_knowledge_base_whose_making_was_cut_off_is_made_by_asking_again(tmp_path: Path) -> None:
+    (tmp_path / "kb").mkdir()
+    Database(tmp_path / "kb" / FILE).close()
+    with pytest.raises(KnowledgeBaseDamaged, match="it is empty"):
+        EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM)
+    opened(tmp_path / "kb").close()
+    EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM).close()
+
+
+def removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+def replaced_by_a_backup(folder: Path) -> None:
+    shutil.copy(folder / FILE, folder / "backup")
+    (folder / "backup").rename(folder / FILE)
+
+
+@pytest.mark.parametrize("happens", [removed, moved, replaced_by_a_backup])
+def test_no_write_is_acknowledged_that_the_next_start_would_not_find(tmp_path: Path, happens: Callable[[Path], None]) -> None:
+    folder = tmp_path / "kb"
+    knowledge_base = opened(folder)
+    store(knowledge_base, {"a": "first"}, unit(1))
+    happens(folder)
+    with pytest.raises(KnowledgeBaseDamaged, match=rf"{FILE} was moved, deleted or replaced while it is open.*put it back or restart"):
+        store(knowledge_base, {"b": "second"}, unit(1))
+    assert found(knowledge_base, "second", None, "lexical") == []
+    assert found(knowledge_base, "first", None, "lexical") == ["a"]
+    assert knowledge_base.size_bytes() > 0
+    if happens is moved:
+        folder.with_name("moved").rename(folder)
+        store(knowledge_base, {"b": "second"}, unit(1))
+        knowledge_base.close()
+        knowledge_base = opened(folder)
+        assert found(knowledge_base, "second", None, "lexical") == ["b"]
+    knowledge_base.close()
+
+
+def test_a_byte_that_the_disk_changed_costs_a_character_and_no_request_nor_start(tmp_path: Path) -> None:
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, {"a": "red king", "b": "red queen"}, unit(2))
+    knowledge_base.close()
+    with sqlite3.connect(tmp_path / "kb" / FILE) as connection:
+        connection.execute("UPDATE passages SET text = CAST(x'726564ff206b696e67' AS TEXT) WHERE id = 'a#0'")
+    connection.close()
+    knowledge_base = opened(tmp_path / "kb")
+    assert sorted(found(knowledge_base, "king queen", None, "lexical")) == ["a", "b"]
+    [hits] = knowledge_base.search(["king"], unit(2)[:1], SearchOptions(top_k=2))
+    assert sorted(hit.passage.text for hit in hits) == ["red queen", "red\ufffd king"]
+    knowledge_base.close()
+
+
+def plain_file(folder: Path) -> None:
+    folder.write_text("x")
+
+
+def link_to_nothing(folder: Path) -> None:
+    folder.symlink_to(folder.with_name("gone"))
+
+
+@pytest.mark.parametrize("made", [plain_file, link_to_nothing])
+def test_what_is_no_folder_is_called_so(tmp_path: Path, made: Callable[[Path], None]) -> None:
+    made(tmp_path / "kb")
+    for create in (False, True):
+        with pytest.raises(KnowledgeBaseDamaged, match=r"kb is no folder.*name"):
+            EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="f" * 64, dim=DIM, create=create)
+    with pytest.raises(KnowledgeBaseDamaged, match="is no folder"), look(tmp_path / "kb"):
+        pass
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("write", ["truncate", "write", "flush"])
+def test_a_disk_that_does_not_take_the_lock_s_owner_is_told_and_leaves_nothing_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    real = Path.open
+
+    class Full:
+        """A file on a full disk."""
+
+        def __init__(self, file: IO[str]) -> None:
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return self._fail if name == write else getattr(self._file, name)
+
+        def _fail(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *mode: Full(real(path, *mode)))
+        with pytest.raises(KnowledgeBaseDamaged, match=r"kb cannot be written: No space left on device.*the disk has room"):
+            opened(tmp_path / "kb")
+    opened(tmp_path / "kb").close()
 
 
 def test_a_second_process_is_refused_by_the_first_ones_pid(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge import lexical, saved_words
 from openbook_server.knowledge.lexical import question_words, stem_lines, words
 from openbook_server.knowledge.overlap import overlaps
@@ -248,7 +249,7 @@ def test_rows_stay_searchable_where_the_disk_takes_nothing(
         store.add(index, {row + 100: text for row, text in passages(15, seed=1).items()})
         assert "No space left on device" in caplog.text
         assert set(index.search("w1 w2", 100)) == set(bm25(store.rows, "w1 w2"))
-        with pytest.raises(OSError, match="index of words could not be saved"):
+        with pytest.raises(KnowledgeBaseDamaged, match=r"words could not be saved: .*nothing that is stored is lost"):
             index.flush(store.texts)
     assert set(store.open().search("w1 w2", 100)) == set(bm25(store.rows, "w1 w2"))  # as after a crash here
     index.flush(store.texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from openbook_server.errors import FingerprintMismatch
+from openbook_server.errors import FingerprintMismatch, KnowledgeBaseDamaged
 from openbook_server.knowledge.generations import Generation
 from openbook_server.knowledge.records import BundlePlace
 from openbook_server.knowledge.store import Store
@@ -25,6 +25,8 @@ def choose_generation(
     """The one that `EmbeddedKnowledgeBase` is asked for; its arguments, and FingerprintMismatch, are explained there."""
     generations = store.generations
     live = generations.live()
+    if live is None and store.meta("format") is not None:
+        raise KnowledgeBaseDamaged(f"{store.path} holds no generation that answers; restore a backup")
     if live is None:
         store.initialise(fingerprint=fingerprint, dim=dim, graph_dims=graph_dims or 0, bundle=place)
         live = generations.live()

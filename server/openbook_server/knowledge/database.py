@@ -12,10 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from openbook_server.errors import KnowledgeBaseDamaged, NotServing
+from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseUnavailable, NotServing, OpenBookError
 from openbook_server.knowledge import filters
 
 _PAGES_AT_ONCE = 1_000  # given back to the disk in one transaction, about 4 MB
+_WAYS_OUT = {  # of SQLite's errors, by the first word of their names
+    "FULL": "the disk is full; nothing of this write is stored; make room and write again",
+    "READONLY": "it cannot be written; give this user the right to write it and its folder",
+    "CANTOPEN": "it cannot be opened; check that it exists, that this user may write its folder and that the disk has room",
+    "IOERR": "the disk failed to read or write it; check that the disk has room, and what the system's log says",
+}
 
 
 class Database:
@@ -44,21 +50,27 @@ class Database:
         self._uses, self._closed = 0, False
         self._unused = threading.Condition()
         with self._using():
-            self._writer = self._connect()
+            self._writer = self._connect() if read_only else self._connect_writer()
             if not checked and self._writer.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
+            self._file = _identity(path)
         self._lock = threading.Lock()  # of the writer
 
-    def _connect(self) -> sqlite3.Connection:
-        if self._read_only:
-            connection = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
-        else:
-            connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            filters.add_functions(connection)
+    def _connect(self, mode: str = "ro") -> sqlite3.Connection:
+        """Open the file once more; whoever only reads needs no pragma, some of which wait for the writer or for room on the disk."""
+        address = f"{self.path.resolve().as_uri()}?mode={mode}"
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
+        connection.text_factory = _text
+        filters.add_functions(connection)
         self._opened.append(connection)
+        return connection
+
+    def _connect_writer(self) -> sqlite3.Connection:
+        connection = self._connect("rwc")
+        if connection.execute("PRAGMA page_count").fetchone() == (0,):
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: what is dropped can be given back to the disk
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
         return connection
 
     @contextmanager
@@ -67,6 +79,8 @@ class Database:
 
         Raises:
             NotServing: it was closed before.
+            KnowledgeBaseUnavailable: another process has it locked.
+            KnowledgeBaseDamaged: every other error.
         """
         with self._unused:
             if self._closed:
@@ -74,15 +88,8 @@ class Database:
             self._uses += 1
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise KnowledgeBaseDamaged(
-                f"{self.path}: {error}; check that it exists, that the folder can be written and that the disk has room"
-            ) from error
         except sqlite3.DatabaseError as error:
-            raise KnowledgeBaseDamaged(
-                f"{self.path} is damaged ({error}); recover what is left with "
-                f"`sqlite3 {self.path} .recover | sqlite3 recovered.sqlite`, or index the sources again into a new folder"
-            ) from error
+            raise _explained(self.path, error) from error
         finally:
             with self._unused:
                 self._uses -= 1
@@ -93,6 +100,7 @@ class Database:
         """Within, errors are explained."""
         with self._using():
             if not hasattr(self._own, "connection"):
+                self._check_place()
                 self._own.connection = self._connect()
             yield self._own.connection
 
@@ -115,11 +123,24 @@ class Database:
                 yield self._writer
                 if counted:
                     self._writer.execute("UPDATE meta SET value = value + 1 WHERE key = 'sequence'")
+                self._check_place()
                 self._writer.execute("COMMIT")
             except BaseException:
                 if self._writer.in_transaction:  # on a full disk SQLite may have rolled back by itself
                     self._writer.execute("ROLLBACK")
                 raise
+
+    def _check_place(self) -> None:
+        """SQLite goes on writing to a file that has no name any more, where no start would find it, and would read another in its place."""
+        if _identity(self.path) != self._file:
+            raise KnowledgeBaseDamaged(
+                f"{self.path} was moved, deleted or replaced while it is open; put it back or restart, nothing more is stored until then"
+            )
+
+    def size_bytes(self) -> int:
+        with self.read() as connection:
+            [size] = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
+        return int(size)
 
     def shrink(self) -> None:
         """Give the disk what was dropped; a file that was made without `auto_vacuum` keeps it for what is stored next."""
@@ -155,5 +176,34 @@ class Database:
         with self._unused:
             self._closed = True
             self._unused.wait_for(lambda: not self._uses)
-        for connection in self._opened:
+        for connection in reversed(self._opened):  # the writer last: it moves the log into the file, which those that read cannot
             connection.close()
+
+
+def _text(stored: bytes) -> str:
+    """A byte that the disk changed costs a character; refused, it would cost every request that meets it, or the start."""
+    return stored.decode("utf-8", "replace")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _explained(path: Path, error: sqlite3.DatabaseError) -> OpenBookError:
+    """What an error of SQLite's means to whoever meets it."""
+    kind = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT").split("_")[1]  # SQLITE_BUSY_SNAPSHOT is a BUSY
+    if kind in ("BUSY", "LOCKED"):
+        return KnowledgeBaseUnavailable(f"{path}: another process has it locked, perhaps for a backup ({error}); try again")
+    if kind in _WAYS_OUT:
+        return KnowledgeBaseDamaged(f"{path}: {_WAYS_OUT[kind]} ({error})")
+    if isinstance(error, sqlite3.OperationalError):
+        return KnowledgeBaseDamaged(f"{path}: {error}; check that it exists, that the folder can be written and that the disk has room")
+    return KnowledgeBaseDamaged(
+        f"{path} is damaged ({error}); recover what is left with "
+        f"`sqlite3 {path} .recover | sqlite3 recovered.sqlite`, or index the sources again into a new folder"
+    )

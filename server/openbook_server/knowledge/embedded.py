@@ -24,7 +24,7 @@ from openbook_server.knowledge.inventory import describe_generations, remove_gen
 from openbook_server.knowledge.projection import Vectors
 from openbook_server.knowledge.records import BundlePlace, Counts, Document, GenerationState, Hit, Passage, SearchOptions
 from openbook_server.knowledge.snapshots import load_snapshot, save_snapshot
-from openbook_server.knowledge.store import FILE, Store
+from openbook_server.knowledge.store import FILE, Store, is_there
 from openbook_server.knowledge.vectors import FLAT_LIMIT, VectorIndex, check_vectors
 from openbook_server.knowledge.watch import NEAREST, Estimate, RecallWatch
 from openbook_server.knowledge.windows import Tokens
@@ -70,7 +70,7 @@ class EmbeddedKnowledgeBase:
             FingerprintMismatch: another embedder built the live generation.
         """
         self.folder = folder
-        if not create and not (folder / FILE).is_file():
+        if not is_there(folder) and not create:
             raise KnowledgeBaseDamaged(
                 f"{folder} is no knowledge base, it has no {FILE}; make one: openbook index BUNDLE {folder} SOURCES..."
             )
@@ -79,7 +79,7 @@ class EmbeddedKnowledgeBase:
         self._filled = 0  # number up to which nothing is lacking
         self._resident = self._home.enter()
         try:
-            self._store = Store(folder, checked=beside is not None)
+            self._store = Store(folder, create=create, checked=beside is not None)
             self._generation = choose_generation(
                 folder,
                 self._store,
@@ -204,7 +204,7 @@ class EmbeddedKnowledgeBase:
         return self._index.graph_width
 
     def size_bytes(self) -> int:
-        return self._store.path.stat().st_size
+        return self._store.size_bytes()
 
     def search(self, questions: Sequence[str], vectors: Vectors | None, options: SearchOptions, tokens: Tokens = ()) -> list[list[Hit]]:
         return self._home.whole(lambda: self._search(questions, vectors, options, tokens))

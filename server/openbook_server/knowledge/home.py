@@ -10,7 +10,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -148,18 +148,27 @@ def _lock(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / _LOCK).open("a+")
+        try:
+            _claim(folder, handle)
+        except BaseException:
+            with suppress(OSError):  # closing writes what a full disk did not take
+                handle.close()
+            raise
     except OSError as error:
-        raise KnowledgeBaseDamaged(f"{folder} cannot be written: {error.strerror}") from error
+        problem = f"{folder} cannot be written: {error.strerror}; check that this user may write it and that the disk has room"
+        raise KnowledgeBaseDamaged(problem) from error
+    return handle
+
+
+def _claim(folder: Path, handle: IO[str]) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
-        handle.close()
         raise KnowledgeBaseLocked(
             f"{folder} is open in another process (pid {owner}); stop it first, or use a copy of the folder"
         ) from error
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()
-    return handle

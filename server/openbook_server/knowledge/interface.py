@@ -27,7 +27,7 @@ class Gap:
 class KnowledgeBase(Protocol):
     """Documents in whole, passages out. One thread writes, `search_threads` of them search; everything blocks.
 
-    Every method may raise KnowledgeBaseDamaged, and of one on other machines KnowledgeBaseUnavailable and KnowledgeBaseRefused.
+    Every method may raise KnowledgeBaseDamaged and KnowledgeBaseUnavailable, and of one on other machines KnowledgeBaseRefused.
     """
 
     @property
@@ -129,7 +129,7 @@ class KnowledgeBase(Protocol):
         """Leave things as the next start likes them best; nothing that was stored depends on it.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written.
+            KnowledgeBaseDamaged: the disk is full or the folder cannot be written.
         """
 
     @property

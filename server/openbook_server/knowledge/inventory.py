@@ -10,7 +10,7 @@ from openbook_server.errors import InvalidRequest
 from openbook_server.knowledge.home import Home
 from openbook_server.knowledge.records import BundlePlace, GenerationState
 from openbook_server.knowledge.snapshots import snapshot_generation
-from openbook_server.knowledge.store import FILE, Store
+from openbook_server.knowledge.store import Store, is_there
 
 
 class Folder:
@@ -45,7 +45,7 @@ class Folder:
 @contextmanager
 def look(folder: Path) -> Iterator[Folder | None]:
     """What is in a folder, None where there is nothing yet. Raises KnowledgeBaseDamaged: it is damaged, or of another format."""
-    if not (folder / FILE).is_file():
+    if not is_there(folder):
         yield None
         return
     store = Store(folder, read_only=True, checked=True)

@@ -20,6 +20,7 @@ import tantivy
 from openbook_server.bundle import file_digest
 from openbook_server.durable import publish
 from openbook_server.knowledge.lexical import stems
+from openbook_server.knowledge.snapshots import not_saved
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def save(folder: Path, base: SavedWords | None, texts: Iterable[tuple[int, str]]
     """Add rows to what is saved in `folder`, or, without `base`, put an index of these rows alone in its place.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written. With `base`, what is on the disk may be torn then.
+        KnowledgeBaseDamaged: the disk is full or the folder cannot be written. With `base`, what is on the disk may be torn then.
     """
     target = folder if base else folder.with_suffix(".new")
     try:
@@ -153,7 +154,7 @@ def save(folder: Path, base: SavedWords | None, texts: Iterable[tuple[int, str]]
             index = tantivy.Index.open(str(folder))
         return _opened(folder, index, count, digests)
     except (OSError, ValueError) as error:  # tantivy raises either
-        raise OSError(f"the index of words could not be saved in {folder}: {error}") from error
+        raise not_saved(folder, error) from error
 
 
 def _digest_of(file: Path, known: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from openbook_server.bundle import file_digest
 from openbook_server.durable import publish
+from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge.graph import Graph
 from openbook_server.knowledge.projection import Projection
 from openbook_server.knowledge.vectors import VectorIndex
@@ -40,7 +42,7 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
         others: generations whose snapshots stay; all that remain are older ones, or of none that there is.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the older snapshots are still there.
+        KnowledgeBaseDamaged: the disk is full or the folder cannot be written; the older snapshots are still there.
     """
     file = folder / f"index-{generation}-{sequence}.hnsw"
     aside = file.with_suffix(".new")
@@ -57,11 +59,20 @@ def save_snapshot(folder: Path, index: VectorIndex, *, generation: str, sequence
         aside.write_text(json.dumps(header))
         publish(aside, file.with_suffix(".json"))
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"the index snapshot could not be saved in {folder}: {error}") from error
+        with suppress(OSError):  # a disk that takes no writes may take no removal
+            aside.unlink(missing_ok=True)
+        raise not_saved(file, error) from error
     for old in folder.glob("index-*"):
         if old.name.split(".")[0] != file.stem and snapshot_generation(old) not in others:
             old.unlink(missing_ok=True)
+
+
+def not_saved(file: Path, error: Exception) -> KnowledgeBaseDamaged:
+    """What is derived could not be written to `file`."""
+    return KnowledgeBaseDamaged(
+        f"{file} could not be saved: {error}; nothing that is stored is lost, but the next start takes longer; check that the disk has "
+        f"room and that the folder can be written, then save again"
+    )
 
 
 def snapshot_generation(file: Path) -> str:

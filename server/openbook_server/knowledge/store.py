@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -50,17 +51,19 @@ FROM passages p JOIN documents d ON d.number = p.document WHERE p.number IN ({ma
 class Store:
     """One open SQLite file. A writer and a reader may use it from different threads at once."""
 
-    def __init__(self, folder: Path, *, read_only: bool = False, checked: bool = False) -> None:
-        """Open the store of a knowledge base, creating an empty file where there is none (unless `read_only`).
+    def __init__(self, folder: Path, *, create: bool = False, read_only: bool = False, checked: bool = False) -> None:
+        """Open the store of a knowledge base.
 
         Args:
+            create: an empty one where there is none, or the making of one was cut off; see `initialise`.
             checked: do not look through the whole file: this process did or will do so.
 
         Raises:
-            KnowledgeBaseDamaged: the file is missing, damaged, or of another format that is not read here, or the folder cannot
-                be written.
+            KnowledgeBaseDamaged: the file is missing, damaged, no knowledge base, or of another format that is not read here, or
+                the folder cannot be written. It is as it was then.
         """
         self.path = folder / FILE
+        _check_tables(self.path, create=create)
         self._database = Database(self.path, read_only=read_only, checked=checked)
         self.generations = Generations(self._database)
         self.recent = RecentPassages(self.passages)
@@ -97,6 +100,10 @@ class Store:
     def sequence(self) -> int:
         """Number of the last write."""
         return self._database.sequence()
+
+    def size_bytes(self) -> int:
+        """Of the file, whether it still has its name or not."""
+        return self._database.size_bytes()
 
     def standstill(self) -> AbstractContextManager[None]:
         """Within, all that this thread reads is of one moment, whatever is written meanwhile."""
@@ -224,6 +231,51 @@ class Store:
 
     def close(self) -> None:
         self._database.close()
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder has the file of a store.
+
+    Raises:
+        KnowledgeBaseDamaged: it is no folder, or one that this user may not look into.
+    """
+    try:
+        if FILE not in os.listdir(folder):
+            return False
+        (folder / FILE).stat()
+        return True
+    except FileNotFoundError as error:
+        if folder.exists() or not folder.is_symlink():
+            return False
+        raise KnowledgeBaseDamaged(f"{folder} is no folder: it is a link to nothing; name another, or mend the link") from error
+    except NotADirectoryError as error:
+        raise KnowledgeBaseDamaged(f"{folder} is no folder; name one, it is made where there is none") from error
+    except OSError as error:
+        raise KnowledgeBaseDamaged(f"{folder} cannot be read: {error.strerror}; give this user the right to read it") from error
+
+
+def _check_tables(path: Path, *, create: bool) -> None:
+    """Before a file is opened to be written, which changes it. One of 0 bytes is not opened at all: SQLite would remove the log beside
+    it, in which there may be something to recover.
+
+    Raises:
+        KnowledgeBaseDamaged: it is empty, unless `create`, or has the tables of something else.
+    """
+    if create and not path.exists():
+        return
+    tables = set[str]()
+    if not path.is_file() or path.stat().st_size:
+        database = Database(path, read_only=True, checked=True)
+        try:
+            with database.read() as connection:
+                tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        finally:
+            database.close()
+    if not {"meta", "documents", "passages"} <= tables and (tables or not create):
+        raise KnowledgeBaseDamaged(
+            f"{path} holds no generation: it is {'no knowledge base' if tables else 'empty'}; restore a backup, or make a new knowledge "
+            f"base: openbook index BUNDLE ANOTHER-FOLDER SOURCES..."
+        )
 
 
 def _upgrade(connection: Connection, version: int) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge import saved_words
 from openbook_server.knowledge.lexical import question_words, stems
 from openbook_server.knowledge.word_buffer import WordBuffer, idf
@@ -71,7 +72,7 @@ class WordIndex:
             if len(self._buffer) >= self._buffer_limit and not self._torn:
                 try:
                     self._move()
-                except OSError as error:  # the rows stay searchable, in memory
+                except KnowledgeBaseDamaged as error:  # the rows stay searchable, in memory
                     log.warning("%s; it is tried again with the next snapshot", error)
 
     def delete(self, rows: Iterable[int]) -> None:
@@ -111,7 +112,7 @@ class WordIndex:
             texts: of those rows that are stored.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written; every row stays searchable.
+            KnowledgeBaseDamaged: the disk is full or the folder cannot be written; every row stays searchable.
         """
         with self._writing:
             if self._torn or len(self._gone) > self.saved_rows:

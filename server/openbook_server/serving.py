@@ -44,7 +44,7 @@ from openbook_server.succession import Succession
 log = logging.getLogger(__name__)
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Callable[[], Embe
     try:
         metrics.serve(engine, embedder, config.host, config.metrics_port)
     except OSError as error:
-        problem = f"cannot listen on {config.host}:{config.metrics_port} ({error.strerror}); choose another --metrics-port"
+        problem = f"cannot listen on {config.address(config.metrics_port)} ({error.strerror}); choose another --metrics-port"
         raise InvalidRequest("--metrics-port", problem) from error
 
 

@@ -10,9 +10,10 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO, cast
 
 from openbook import __version__
 
@@ -64,29 +65,54 @@ class _Parser(argparse.ArgumentParser):
         return parsed, unknown
 
 
+class _Unwritable(OSError):
+    """Standard output takes no more."""
+
+
+class _Output:
+    """Standard output, whose errors say that they are its own: a subcommand writes files as well."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _told():
+            self._stream.flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unwritable(f"standard output cannot be written: {error.strerror or error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would log, in its own words, failures that are reported below
-    # numpy's threads spin for 20 ms after each product, on the cores that hnswlib and onnxruntime share the work of; our products
-    # are small. To be set before numpy is imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in arguments if not word.startswith("-")), "")
-    parser = _Parser(
-        prog="openbook",
-        description="Answers from your documents: train, export, index, serve, ask.",
-        epilog="`openbook SUBCOMMAND --help` is the manual of each.  First steps: export, index, serve, ask.",
-    )
-    parser.add_argument("--version", action="version", version=f"openbook {__version__}")
-    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    name, output = "", sys.stdout
     try:
-        for known, subcommand in SUBCOMMANDS.items():
-            subparser = subparsers.add_parser(known, help=subcommand.meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
-            if known == name:
-                module = importlib.import_module(subcommand.module)
-                module.add_arguments(subparser)
-                subparser.set_defaults(run=module.run)
-        parsed = parser.parse_args(arguments)
+        for stream in ("stdout", "stderr"):
+            if getattr(sys, stream) is None:  # closed by whoever started us, who wants none of it
+                setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+        sys.stdout = cast(TextIO, _Output(sys.stdout))
+        # gRPC's core would log, in its own words, failures that are reported below.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        # numpy's threads spin for 20 ms after each product, on the cores that hnswlib and onnxruntime share the work of; our products
+        # are small. To be set before numpy is imported.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        name = next((word for word in arguments if not word.startswith("-")), "")
+        parsed = _parsed(name, arguments)
         status: int = parsed.run(parsed)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
@@ -94,14 +120,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away; so do we, quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except _Unwritable as error:
+        print(f"openbook {name}: {error}", file=sys.stderr)
+        _drop_output()
+        return 1
     except Exception as error:
         if os.environ.get("OPENBOOK_TRACEBACK"):
             raise
         print(f"openbook {name}: {type(error).__name__}: {error} (OPENBOOK_TRACEBACK=1 shows where)", file=sys.stderr)
         return _DEFECT
+    finally:
+        sys.stdout = output
     return status
+
+
+def _parsed(name: str, arguments: list[str]) -> argparse.Namespace:
+    """The arguments of the subcommand of that name, and as `run` what does it; raises what its module does when it is imported."""
+    parser = _Parser(
+        prog="openbook",
+        description="Answers from your documents: train, export, index, serve, ask.",
+        epilog="`openbook SUBCOMMAND --help` is the manual of each.  First steps: export, index, serve, ask.",
+    )
+    parser.add_argument("--version", action="version", version=f"openbook {__version__}")
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for known, subcommand in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(known, help=subcommand.meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if known == name:
+            module = importlib.import_module(subcommand.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser.parse_args(arguments)
+
+
+def _drop_output() -> None:
+    """Have what could not be written go nowhere, or the interpreter would try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _missing(name: str, error: ModuleNotFoundError) -> int:

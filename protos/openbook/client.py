@@ -20,7 +20,7 @@ import grpc.aio
 
 from openbook import __version__, messages, results
 from openbook.calls import AsyncCalling, Call, Calling, GenerationMethods, T
-from openbook.errors import ClientError, RequestRejected
+from openbook.errors import ClientError, DeadlineExceeded, RequestRejected
 from openbook.messages import AnswerOptions, ClassifyOptions, GenerateOptions, RankedSearchOptions
 from openbook.results import AnswerResult, Classified, Document, Piece, SearchResult, Written
 from openbook.retrying import Attempts
@@ -104,10 +104,12 @@ class Client(GenerationMethods, Calling):
     def upsert(self, documents: Iterable[Document]) -> Iterator[Written]:
         """Store documents; yields what became of each, in order, as soon as it is durable and searchable.
 
-        One that cannot be sent, or is too large for the server, has failed as one that the server refuses has; the others are stored.
+        One that cannot be sent, is too large for the server, or is not stored within the time allowed has failed as one that the
+        server refuses has; the others are stored. After three in a row that take too long the server is taken to hang, and
+        `DeadlineExceeded` is raised.
         Nothing is sent before the first result is asked for.
         """
-        parts = Parts(documents)
+        parts = Parts(documents, self._timeout)
         for part in parts:
             if isinstance(part, Written):
                 yield part
@@ -115,10 +117,10 @@ class Client(GenerationMethods, Calling):
             try:
                 with messages.placed(part.first):
                     reply = self._call(self._knowledge_base.Upsert, part.request)
-            except RequestRejected as refusal:
-                parts.divide(part, refusal)
+            except (RequestRejected, DeadlineExceeded) as failure:
+                parts.divide(part, failure)
                 continue
-            yield from part.results(reply)
+            yield from parts.results(part, reply)
 
     def delete(self, ids: Sequence[str]) -> list[Written]:
         """Remove documents for good."""
@@ -204,7 +206,7 @@ class AsyncClient(GenerationMethods, AsyncCalling):
 
     async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
         """As `Client.upsert`."""
-        parts = Parts(documents)
+        parts = Parts(documents, self._timeout)
         for part in parts:
             if isinstance(part, Written):
                 yield part
@@ -212,10 +214,10 @@ class AsyncClient(GenerationMethods, AsyncCalling):
             try:
                 with messages.placed(part.first):
                     reply = await self._call(self._knowledge_base.Upsert, part.request)
-            except RequestRejected as refusal:
-                parts.divide(part, refusal)
+            except (RequestRejected, DeadlineExceeded) as failure:
+                parts.divide(part, failure)
                 continue
-            for result in part.results(reply):
+            for result in parts.results(part, reply):
                 yield result
 
     async def delete(self, ids: Sequence[str]) -> list[Written]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from openbook_server.errors import BundleInvalid
 from openbook_server.heads import HeadInfo, neighbours_graph, parse_heads
-from openbook_server.manifest import AGAIN, MANIFEST, get, graphs_of, invalid, positive
+from openbook_server.manifest import AGAIN, MANIFEST, get, graphs_of, invalid, positive, unreadable
 from openbook_server.ranking import Settling
 from openbook_server.writers import WRITERS, WriterInfo
 
@@ -126,7 +126,7 @@ def load_bundle(folder: Path) -> Bundle:
     """Open the bundle in `folder` and check all of it.
 
     Raises:
-        BundleInvalid: something is missing, malformed, of a newer format, or differs from its digest; the message names
+        BundleInvalid: something is missing, malformed, of a newer format, not to be read, or differs from its digest; the message names
             the file, what was expected and found, and the way out.
     """
     manifest = read_manifest(folder)
@@ -175,13 +175,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         BundleInvalid: as `load_bundle`.
     """
     file = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleInvalid(f"bundle {folder} does not exist; `openbook export CHECKPOINT {folder}` writes it")
-    if not file.is_file():
-        raise BundleInvalid(f"{folder} is no bundle, it has no {MANIFEST}; `openbook export CHECKPOINT BUNDLE` writes one")
     try:
+        if not folder.is_dir():
+            raise BundleInvalid(f"bundle {folder} does not exist; `openbook export CHECKPOINT {folder}` writes it")
+        if not file.is_file():
+            raise BundleInvalid(f"{folder} is no bundle, it has no {MANIFEST}; `openbook export CHECKPOINT BUNDLE` writes one")
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
         raise invalid(folder, f"{MANIFEST} is unreadable ({error})") from error
     if not isinstance(manifest, dict):
         raise invalid(folder, f"{MANIFEST} holds no JSON object")
@@ -271,10 +273,13 @@ def _check_file(folder: Path, name: str, listed: object) -> None:
     if not isinstance(sha256, str) or type(size) is not int:
         raise invalid(folder, f"{MANIFEST} has no sha256 and bytes for {name}")
     file = folder / name
-    if not file.is_file():
-        raise invalid(folder, f"it lacks {name}", _COPY)
-    if file.stat().st_size != size:
-        raise invalid(folder, f"{name} has {file.stat().st_size} bytes, expected {size}", _COPY)
-    actual = file_digest(file)
+    try:
+        if not file.is_file():
+            raise invalid(folder, f"it lacks {name}", _COPY)
+        if file.stat().st_size != size:
+            raise invalid(folder, f"{name} has {file.stat().st_size} bytes, expected {size}", _COPY)
+        actual = file_digest(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
     if actual != sha256:
         raise invalid(folder, f"{name} has sha256 {actual}, expected {sha256}", _COPY)

@@ -28,8 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         facts = _facts(arguments.target)
-    except (OpenBookError, ClientError, OSError) as error:  # a folder that this user may not read, say
+    except (OpenBookError, ClientError) as error:
         print(f"openbook info: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        way_out = "; give this user the right to read it" if isinstance(error, PermissionError) else ""
+        what = error.filename or arguments.target
+        print(f"openbook info: {what} cannot be read: {error.strerror or error}{way_out}", file=sys.stderr)
         return 1
     if arguments.json:
         print(json.dumps(facts))

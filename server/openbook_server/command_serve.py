@@ -52,13 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Serve a bundle, and a knowledge base where one is given, over gRPC (openbook.v1, health v1, reflection). "
-        "Health says SERVING once every digest and golden vector matched. SIGTERM drains; a second signal stops at once."
+        "Health says SERVING once every digest and golden vector matched. SIGTERM drains; a second signal, or one while it loads, stops "
+        "at once."
     )
     parser.epilog = (
         "example: openbook serve bundle/ kb/ --port 50051 --metrics-port 9090\n"
         "Every flag but --profile can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ...\n"
         "A flag wins over it, and it over the profile, of which nothing applies on another device than it was measured on.\n"
-        "exit status: 0 after a drain, 1 when the server cannot start, 2 for wrong usage"
+        "exit status: 0 after a drain or such a stop, 1 when the server cannot start, 2 for wrong usage"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument(

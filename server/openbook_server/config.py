@@ -57,12 +57,18 @@ class ServerConfig:
     metrics_port: int = 0  # Prometheus over HTTP on the same host; 0 = off
 
     def __post_init__(self) -> None:
+        if self.host.startswith("[") and self.host.endswith("]"):  # an IPv6 address as it stands before a port
+            object.__setattr__(self, "host", self.host[1:-1])
         if self.writable and self.read_only:
             raise InvalidRequest("--read-only", "and --writable contradict each other; leave one out")
         if not self.host:
             raise InvalidRequest("--host", "empty; 127.0.0.1 takes calls of this machine, 0.0.0.0 of the network")
         for name in RANGES:
             check_range(name, getattr(self, name))
+
+    def address(self, port: int) -> str:
+        """HOST:PORT on this host, an IPv6 address in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 def check_range(name: str, value: float) -> None:

@@ -65,7 +65,7 @@ class Port:
             InvalidRequest: the address cannot be listened on.
         """
         self._readiness = aio_health.HealthServicer()
-        self._host = config.host
+        self._config = config
         limit = max_wire_bytes(config)
         self._server = RpcServer(
             [*handlers, _health_handler(self._readiness)],
@@ -78,7 +78,7 @@ class Port:
             otherwise=otherwise,
         )
         try:
-            self.port = self._server.listen(f"{config.host}:{config.port}")
+            self.port = self._server.listen(config.address(config.port))
         except OSError as error:
             raise cannot_listen(config) from error
 
@@ -102,7 +102,7 @@ class Port:
 
     async def serving(self, name: str, state: str) -> None:
         await self.set_readiness(ready=True)
-        log_serving(name, self._host, self.port, state)
+        log_serving(name, self._config.address(self.port), state)
 
     async def stop(self, grace: float) -> None:
         await self.set_readiness(ready=False)
@@ -135,13 +135,13 @@ def cannot_listen(config: ServerConfig) -> InvalidRequest:
     if not _is_here(config.host):
         way_out = "127.0.0.1 takes calls of this machine, 0.0.0.0 of the network"
         return InvalidRequest("--host", f"cannot listen on {config.host}, which is no address of this machine; {way_out}")
-    return InvalidRequest("--port", f"cannot listen on {config.host}:{config.port}; is it in use? choose another --port")
+    return InvalidRequest("--port", f"cannot listen on {config.address(config.port)}; is it in use? choose another --port")
 
 
 def _is_here(host: str) -> bool:
     """Whether any port can be opened on it."""
     try:
-        found = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # it has no address, or is no name
         return False
     return any(_takes_a_port(family, address) for family, _, _, _, address in found)
@@ -156,9 +156,9 @@ def _takes_a_port(family: int, address: Any) -> bool:
     return True
 
 
-def log_serving(name: str, host: str, port: int, state: str) -> None:
+def log_serving(name: str, address: str, state: str) -> None:
     """The line that scripts wait for."""
-    log.info("serving %s on %s:%d: %s", name, host, port, state)
+    log.info("serving %s on %s: %s", name, address, state)
 
 
 def _health_handler(readiness: aio_health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:

@@ -18,6 +18,12 @@ def invalid(folder: Path, problem: str, way_out: str = AGAIN) -> BundleInvalid:
     return BundleInvalid(f"bundle {folder}: {problem}; {way_out}")
 
 
+def unreadable(file: Path, error: OSError) -> BundleInvalid:
+    """The error to raise of a file of a bundle that the system does not let us read."""
+    way_out = "give this user the right to read it" if isinstance(error, PermissionError) else AGAIN
+    return invalid(file.parent, f"{file.name} cannot be read: {error.strerror or error}", way_out)
+
+
 def get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:
     """The value of a key.
 

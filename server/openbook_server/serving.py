@@ -3,13 +3,14 @@
 The port opens first, health says NOT_SERVING and every method UNAVAILABLE; health says SERVING only after every digest
 and golden vector matched, it was measured whether results depend on what shares a batch, and, on a device that prepares itself for
 each length, every padding bucket ran once. SIGTERM and SIGINT drain: health turns, new requests are refused with a time to come
-back, those in flight finish.
+back, those in flight finish; before health says SERVING they end the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -43,7 +44,7 @@ from openbook_server.succession import Succession
 log = logging.getLogger(__name__)
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +126,30 @@ async def running_server(
 
 
 async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
+    """Serve until SIGTERM or SIGINT, then drain; a second signal, or one before it serves, stops at once."""
     put_loop_first()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop_loading)
     async with running_server(bundle, knowledge_base, config):
+        for number in signals:
+            loop.add_signal_handler(number, stop.set)
         await stop.wait()
         log.info("draining for up to %.0f s; a second signal stops at once", config.drain_seconds)
         for number in signals:
             loop.remove_signal_handler(number)
     log.info("stopped")
+
+
+def stop_loading() -> None:
+    """End the process, as a signal does before it serves: the thread that loads, which may take minutes, cannot be called off.
+
+    Nothing is lost: every write is a transaction, and a derived file gets its name when it is whole.
+    """
+    log.info("stopped while loading")
+    os._exit(0)
 
 
 def _reflection_handlers() -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
@@ -183,7 +195,7 @@ def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Callable[[], Embe
     try:
         metrics.serve(engine, embedder, config.host, config.metrics_port)
     except OSError as error:
-        problem = f"cannot listen on {config.host}:{config.metrics_port} ({error.strerror}); choose another --metrics-port"
+        problem = f"cannot listen on {config.address(config.metrics_port)} ({error.strerror}); choose another --metrics-port"
         raise InvalidRequest("--metrics-port", problem) from error
 
 

@@ -38,6 +38,43 @@ def test_the_first_page_names_every_subcommand(capsys: pytest.CaptureFixture[str
     assert {*cli.SUBCOMMANDS} <= {line.split()[0] for line in out.splitlines() if line.startswith("    ")}
 
 
+# Prints something, as a subcommand that has done its work does.
+PRINTS = """
+import argparse, sys, types
+from openbook import cli
+
+module = types.ModuleType("prints")
+module.add_arguments = lambda parser: None
+module.run = lambda arguments: print("done", flush={flush}) or 3
+sys.modules["prints"] = module
+cli.SUBCOMMANDS["ask"] = cli.Subcommand("prints", "", "")
+sys.exit(cli.main(["ask"]))
+"""
+
+
+def test_a_command_whose_standard_output_is_closed_does_its_work() -> None:
+    for closed in (">&-", ">&- 2>&-"):
+        shell = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, PRINTS.format(flush=True)]
+        done = subprocess.run(shell, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no full device")
+@pytest.mark.parametrize("flush", [True, False])
+def test_standard_output_that_takes_no_more_is_named(flush: bool) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PRINTS.format(flush=flush)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "openbook ask: standard output cannot be written: No space left on device\n")
+
+
+def test_an_interruption_before_anything_is_known_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._Parser, "__init__", interrupt)
+    assert cli.main(["info", "nowhere"]) == 130
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

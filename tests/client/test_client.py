@@ -55,6 +55,7 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
     def __init__(self) -> None:
         self.script: list[Callable[[grpc.ServicerContext], None]] = []
         self.requests: list[object] = []
+        self.slow: set[str] = set()  # ids of documents that are never stored in time
 
     def _next(self, request: object, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
@@ -128,6 +129,8 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
         if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
             too_large(size)(context)
         self._next(request, context)
+        if any(document.id in self.slow for document in request.documents):
+            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
         return kb.UpsertResponse(results=self._written("documents", [document.id for document in request.documents]))
 
     def Delete(self, request: kb.DeleteRequest, context: grpc.ServicerContext) -> kb.DeleteResponse:  # noqa: N802
@@ -350,6 +353,34 @@ def test_a_server_that_takes_small_messages_gets_documents_in_smaller_ones(clien
     documents = [Document(id=str(number), text="x" * 300) for number in range(7)]
     assert [(one.id, one.outcome) for one in client.upsert(documents)] == [(one.id, "created") for one in documents]
     assert [len(request.documents) for request in scripted.requests] == [3, 2, 2]  # type: ignore[attr-defined]
+
+
+SLOW = "not stored within 5 s; allow more time (--timeout, timeout_seconds)"
+LETTERS = [Document(id=id_, text="x") for id_ in "abcdefg"]
+
+
+def test_a_document_that_takes_too_long_fails_alone(server: tuple[Scripted, str]) -> None:
+    server[0].slow = set("abfg")  # no three in a row
+
+    async def asynchronous() -> list[Written]:
+        async with AsyncClient(server[1], timeout_seconds=5) as client:
+            return [one async for one in client.upsert(LETTERS)]
+
+    with Client(server[1], timeout_seconds=5) as client:
+        written = list(client.upsert(LETTERS))
+    assert asyncio.run(asynchronous()) == written
+    assert [one.id for one in written] == list("abcdefg")
+    assert {at: one.problem for at, one in enumerate(written) if one.problem} == {at: f"documents[{at}]: {SLOW}" for at in (0, 1, 5, 6)}
+
+
+def test_a_server_that_hangs_costs_the_time_of_a_few_documents_and_not_of_all(client: Client, scripted: Scripted) -> None:
+    documents = [Document(id=str(number), text="x") for number in range(200)]
+    scripted.slow = {document.id for document in documents}
+    upserting = client.upsert(documents)
+    assert [next(upserting).outcome, next(upserting).outcome] == ["failed", "failed"]
+    with pytest.raises(DeadlineExceeded, match="within 5 s"):
+        next(upserting)
+    assert [len(request.documents) for request in scripted.requests] == [32, 16, 8, 4, 2, 1, 1, 2, 1]  # type: ignore[attr-defined]
 
 
 def test_a_server_that_takes_no_writes_ends_an_upsert(client: Client, scripted: Scripted) -> None:

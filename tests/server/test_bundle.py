@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openbook import cli
 from openbook_server.bundle import GOLDEN, bundle_id, embedder_fingerprint, file_digest, load_bundle
 from openbook_server.errors import BundleInvalid
 from openbook_server.manifest import MANIFEST
@@ -71,6 +74,28 @@ def test_bf16_runs_the_fp32_file_and_a_missing_precision_is_named(copy: Path) ->
 def test_files_that_the_manifest_does_not_list_are_ignored(copy: Path) -> None:
     (copy / "notes.txt").write_text("mine")
     assert load_bundle(copy).name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(MANIFEST, "is_file"), (MANIFEST, "read_text"), ("tokenizer.json", "is_file"), ("tokenizer.json", "open")],
+)
+def test_a_file_that_may_not_be_read_is_named_with_the_way_out(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, method: str
+) -> None:
+    granted = getattr(Path, method)
+
+    def refuse(file: Path, *arguments: Any, **options: Any) -> Any:  # as permissions do, which do not bind root
+        if file.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return granted(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, refuse)
+    way_out = "cannot be read: Permission denied; give this user the right to read it"
+    with pytest.raises(BundleInvalid, match=rf"^bundle .*/copy: {name} {way_out}$"):
+        load_bundle(copy)
+    assert cli.main(["info", str(copy)]) == 1
+    assert capsys.readouterr().err.endswith(f"{name} {way_out}\n")
 
 
 @pytest.mark.parametrize("name", ["embedder.fp32.onnx", "reader.fp16.onnx", "tokenizer.json", "golden.npz"])

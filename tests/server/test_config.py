@@ -31,8 +31,19 @@ def test_every_number_has_a_range() -> None:
 
 
 def test_an_empty_host_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="--host: empty"):
-        ServerConfig(host="")
+    for host in ("", "[]"):
+        with pytest.raises(InvalidRequest, match="--host: empty"):
+            ServerConfig(host=host)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("::1", "[::1]:7"), ("[::1]", "[::1]:7"), ("127.0.0.1", "127.0.0.1:7"), ("localhost", "localhost:7")],
+)
+def test_an_ipv6_host_may_be_given_as_it_stands_before_a_port(host: str, address: str) -> None:
+    config = ServerConfig(host=host)
+    assert config.host == host.strip("[]")
+    assert config.address(7) == address
 
 
 def test_index_refuses_the_threads_that_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -341,6 +342,43 @@ def test_folders_are_read_whole_in_a_fixed_order_without_hidden_files(tmp_path: 
     for name in ("b.txt", "a.md", "sub/c.txt", "sub/.git/x.txt", ".hidden.txt", "image.png"):
         write(tmp_path / name, "text")
     assert [source.name for source in find_sources([str(tmp_path)])] == ["a.md", "b.txt", "sub/c.txt"]
+
+
+def close_folders(monkeypatch: pytest.MonkeyPatch, *closed: Path) -> None:
+    """As permissions do, which do not bind root."""
+    scandir = os.scandir
+
+    def refuse(path: str | os.PathLike[str] = ".") -> object:
+        if Path(path) in closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_unreadable_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "closed/b.txt", "open/c.txt", ".git/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "text")
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    close_folders(monkeypatch, tmp_path / "closed", tmp_path / ".git")
+    sources = find_sources([str(tmp_path)])
+    assert [source.name for source in sources] == ["a.txt", "closed", "open/c.txt"]
+    first, problem, last = (item for source in sources for item in read_source(source))
+    assert isinstance(first, Document)
+    assert isinstance(last, Document)
+    assert isinstance(problem, Unreadable)
+    assert problem.reason == "Permission denied"
+    assert sources[1].path == tmp_path / "closed"
+
+
+def test_a_named_source_that_cannot_be_looked_at_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    close_folders(monkeypatch, tmp_path / "closed")
+    with pytest.raises(SourceInvalid, match=r"^source '.*/closed' cannot be read: Permission denied$"):
+        find_sources([str(tmp_path / "closed")])
+    with pytest.raises(SourceInvalid, match=r"^source '.*' cannot be read: File name too long$"):
+        find_sources([str(tmp_path / ("x" * 300))])
 
 
 def test_the_questions_of_a_data_set_are_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,8 +6,11 @@ import asyncio
 import dataclasses
 import json
 import shutil
+import socket
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,8 +33,9 @@ from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, Overloaded
 from openbook_server.frontend import Frontend
+from openbook_server.frontends.port import reserved_port
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
-from openbook_server.listening import LIVENESS, REQUESTS_A_ROW
+from openbook_server.listening import LIVENESS, REQUESTS_A_ROW, listen_on_port
 from openbook_server.manifest import MANIFEST
 from openbook_server.metrics import Metrics
 from openbook_server.models import Models, model_of
@@ -458,6 +462,37 @@ async def test_a_host_that_is_not_this_machine_is_refused_by_its_name(tiny_bundl
     with pytest.raises(InvalidRequest, match="--host: cannot listen on 192.0.2.1, which is no address of this machine"):
         async with running_server(tiny_bundle, None, ServerConfig(host="192.0.2.1", port=0, device="cpu")):
             pass
+
+
+def free_port(host: str) -> int:
+    try:
+        with socket.socket(socket.AF_INET6) as tried:
+            tried.bind((host, 0))
+            return int(tried.getsockname()[1])
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_an_ipv6_address_is_listened_on_for_calls_and_metrics(tiny_bundle: Path, caplog: pytest.LogCaptureFixture, host: str) -> None:
+    metrics_port = free_port("::1")
+    config = ServerConfig(host=host, port=0, device="cpu", metrics_port=metrics_port)
+    with caplog.at_level("INFO"):
+        async with running_server(tiny_bundle, None, config) as port, grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
+            stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+            assert (await stub.Embed(pb.EmbedRequest(texts=["red"]))).dim > 0
+            scraped = await asyncio.to_thread(urllib.request.urlopen, f"http://[::1]:{metrics_port}/metrics")
+            assert scraped.status == 200
+            with pytest.raises(InvalidRequest, match=rf"cannot listen on \[::1\]:{port}; is it in use"):
+                await listen_on_port([], dataclasses.replace(config, port=port))
+    assert f"on [::1]:{port}: " in caplog.text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="front ends share a port as only Linux does")
+def test_front_ends_share_a_port_of_an_ipv6_address() -> None:
+    free_port("::1")
+    with reserved_port(ServerConfig(host="[::1]", port=0)) as config:
+        assert config.port
 
 
 async def test_a_metrics_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:

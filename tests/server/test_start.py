@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +73,55 @@ def test_a_start_whose_knowledge_base_fails_says_so(tiny_bundle: Path, bundle: B
     EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="0" * 64, dim=bundle.embedder.dim, create=True).close()
     with pytest.raises(FingerprintMismatch, match="000000000000"):
         start(tiny_bundle, tmp_path / "kb")
+
+
+# Loads for ever, and says so.
+LOADING = """
+import sys, threading
+from openbook_server import serving
+from openbook_server.frontends import child, engine_process
+
+def load(*_):
+    print("loading", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+serving._load = load
+"""
+SERVE = LOADING + "import sys; from openbook import cli; sys.exit(cli.main(['serve', 'bundle', '--port', '0']))"
+ENGINE = LOADING + "sys.exit(child.run(engine_process.main))"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_stop_while_it_loads_stops_at_once(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVE], stderr=subprocess.PIPE, text=True) as process:
+        check_that_it_stops(process, number)
+
+
+def test_an_engine_that_is_told_to_stop_while_it_loads_stops_at_once(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "engine"))
+        listening.listen()
+        fd = listening.fileno()
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-c", ENGINE], stdin=pipe, stdout=pipe, stderr=pipe, text=True, pass_fds=[fd]) as process:
+            config = dataclasses.asdict(ServerConfig(port=1))
+            orders = {"config": config, "folder": str(tmp_path), "bundle": "b", "knowledge_base": None, "listening": fd, "restarts": {}}
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(orders) + "\n")
+            process.stdin.flush()
+            check_that_it_stops(process, signal.SIGTERM)
+
+
+def check_that_it_stops(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    try:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line == "loading\n":
+                process.send_signal(number)
+                break
+        assert process.wait(60) == 0, said
+        assert process.stderr.read().endswith("stopped while loading\n")
+    finally:
+        process.kill()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import os
 import random
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from openbook_training.config import LoopConfig
-from openbook_training.errors import TrainingDiverged
+from openbook_training.errors import NotWritten, TrainingDiverged
 from openbook_training.loop import Loop, Staged
 from openbook_training.record import read_metrics
 from rich.console import Console
@@ -95,3 +97,55 @@ def test_a_run_that_begins_where_one_left_no_checkpoint_forgets_its_steps_and_sa
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2]
     assert isinstance(console.file, io.StringIO)
     assert "holds no checkpoint to resume; beginning" in console.file.getvalue()
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
+    """Have the files of that name under the run's folder take no more bytes from the `after`th time on that one is opened."""
+    granted, times = Path.open, itertools.count(1)
+
+    def refuse(file: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if file.name == name and mode != "rb" and next(times) >= after:
+            granted(file, mode).close()
+            return granted(Path("/dev/full"), mode)  # which takes none
+        return granted(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no full device")
+@pytest.mark.parametrize(
+    ("name", "after", "way_on"),
+    [
+        ("checkpoint.new", 3, "go on with --resume: the last checkpoint is of step 2"),
+        ("checkpoint.new", 1, "begin again: there is no checkpoint yet"),
+        ("metrics.jsonl", 7, "go on with --resume: the last checkpoint is of step 3"),  # a step and its evaluation each
+    ],
+)
+def test_a_full_disk_ends_a_run_with_the_file_and_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int, way_on: str
+) -> None:
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, name, after)
+        loop, _ = loop_in(tmp_path / "run", Slope(), epochs=4)
+        with pytest.raises(NotWritten, match=rf"/run/{name} cannot be written: No space left on device; make room and {way_on}$"):
+            loop.run(resume=False)
+    assert not (tmp_path / "run" / "checkpoint.new").exists()
+    again, _ = loop_in(tmp_path / "run", Slope(), epochs=4)
+    again.run(resume=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_best_result_that_finds_no_room_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(_: Slope, model: nn.Module, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    loop, _ = loop_in(tmp_path / "run", Slope(), epochs=1)
+    loop.run(resume=False)
+    monkeypatch.setattr(Slope, "save", save)
+    again, _ = loop_in(tmp_path / "run", Slope(), epochs=2)
+    with pytest.raises(NotWritten, match=r"/run/best.new cannot be written: No space .* the last checkpoint is of step 1$"):
+        again.run(resume=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"best", "checkpoint.pt"}
+    assert not (tmp_path / "run" / "best.new").exists()

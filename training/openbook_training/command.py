@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         except Stopped as stop:
             console.print(str(stop))
             return leave(130)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         print(f"openbook train: {error}", file=sys.stderr)
         return 1
     from openbook_training.record import metric_lines

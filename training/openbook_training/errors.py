@@ -1,7 +1,7 @@
 """Every failure of a training run that the user can mend, each with what to do about it.
 
 A configuration is read (InvalidConfig), a checkpoint and its data are loaded (CheckpointNotFound, InvalidData),
-then steps are taken (TrainingDiverged).
+then steps are taken (TrainingDiverged), and what they lead to is kept (NotWritten).
 """
 
 
@@ -23,3 +23,7 @@ class InvalidData(TrainingError):
 
 class TrainingDiverged(TrainingError):
     """The loss became NaN or infinite; the message names the step and the examples of the batch."""
+
+
+class NotWritten(TrainingError):
+    """The disk is full, or the system refuses for something else to write a file of the run; the message names the last checkpoint."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import math
 import random
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -30,7 +30,7 @@ from openbook_training.errors import InvalidConfig, InvalidData, TrainingDiverge
 from openbook_training.progress import Update, progress
 from openbook_training.recomputation import recompute_activations
 from openbook_training.record import Record, memory_mb, metric_lines
-from openbook_training.run_folder import CHECKPOINT, load_state, publish
+from openbook_training.run_folder import CHECKPOINT, load_state, save_folder, save_state
 
 Example = TypeVar("Example")
 
@@ -117,6 +117,7 @@ class Loop(Generic[Example]):
         Raises:
             Stopped: after SIGINT or SIGTERM, once a checkpoint is on the disk.
             TrainingDiverged: the loss, or its gradient, is NaN or infinite.
+            NotWritten: the disk is full.
             InvalidData: there is no batch to train on.
         """
         config = self._config
@@ -236,11 +237,7 @@ class Loop(Generic[Example]):
             self._console.print(f"epoch {epoch + 1}: " + "\n  ".join(metric_lines(metrics)), soft_wrap=True, highlight=False)
             if metrics["score"] >= self._best.get("score", -math.inf) and self.accelerator.is_main_process:
                 self._best = metrics
-                aside = self._folder / "best.new"
-                shutil.rmtree(aside, ignore_errors=True)
-                self._task.save(model, aside)
-                shutil.rmtree(self._folder / "best", ignore_errors=True)
-                aside.rename(self._folder / "best")
+                save_folder(self._folder / "best", partial(self._task.save, model))
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -269,10 +266,7 @@ class Loop(Generic[Example]):
             "task": self._staged.state(),
             "config": self._stated,
         }
-        aside = self._file.with_suffix(".new")
-        with aside.open("wb") as stream:
-            torch.save(state, stream)
-        publish(aside, self._file)
+        save_state(self._file, state)
 
     def _restore(self, file: Path) -> None:
         state = load_state(file)

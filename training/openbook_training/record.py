@@ -21,13 +21,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from openbook_training.plots import plot
 from openbook_training.processes import process
+from openbook_training.run_folder import writing
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 _PLACE = ("step", "epoch")
 
 
 class Record:
-    """Writes all three."""
+    """Writes all three; where the disk is full, every method but `close` raises `NotWritten`."""
 
     def __init__(self, folder: Path, console: Console, *, first_step: int, silent: bool = False) -> None:
         """Args:
@@ -37,15 +38,18 @@ class Record:
         silent: write nothing (the processes of a distributed run that are not the first).
         """
         self._folder, self._console = folder, console
-        self._writer = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        file = folder / METRICS
+        self._writer: SummaryWriter | None = None
         if silent:
             return
-        if first_step == 1:
-            file.unlink(missing_ok=True)
-        elif file.is_file() and not file.read_bytes().endswith(b"\n"):
-            with file.open("a") as stream:
-                stream.write("\n")  # the half a line stays by itself
+        with writing(folder / TENSORBOARD):
+            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
+        file = folder / METRICS
+        with writing(file):
+            if first_step == 1:
+                file.unlink(missing_ok=True)
+            elif file.is_file() and not file.read_bytes().endswith(b"\n"):
+                with file.open("a") as stream:
+                    stream.write("\n")  # the half a line stays by itself
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One optimiser step."""
@@ -55,7 +59,8 @@ class Record:
         """One evaluation; draws the plots again."""
         self._append(row, "evaluation/")
         if self._writer is not None:
-            self._writer.flush()
+            with writing(self._folder / TENSORBOARD):
+                self._writer.flush()
             try:
                 plot(read_metrics(self._folder), self._folder / "plots.png")
             except Exception as error:  # a picture is worth no run, whatever is wrong with it
@@ -63,17 +68,21 @@ class Record:
 
     def close(self) -> None:
         """Flush TensorBoard's file."""
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:  # metrics.jsonl has all of it; and if the run failed, that is to be told
+            self._console.print(f"{self._folder / TENSORBOARD} lacks its end ({error})", markup=False)
 
     def _append(self, row: Mapping[str, Any], prefix: str) -> None:
         if self._writer is None:
             return
-        with (self._folder / METRICS).open("a") as stream:
+        with writing(self._folder / METRICS), (self._folder / METRICS).open("a") as stream:
             stream.write(json.dumps(dict(row)) + "\n")
-        for name, value in row.items():
-            if name not in _PLACE:
-                self._writer.add_scalar(name if "/" in name else prefix + name, value, row["step"])
+        with writing(self._folder / TENSORBOARD):
+            for name, value in row.items():
+                if name not in _PLACE:
+                    self._writer.add_scalar(name if "/" in name else prefix + name, value, row["step"])
 
 
 def metric_lines(metrics: Mapping[str, float]) -> list[str]:

@@ -7,15 +7,20 @@ a run that has the same goes on from it. How long it takes, how fast it learns a
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from openbook_training.errors import InvalidConfig
+from openbook_training.errors import InvalidConfig, NotWritten, TrainingError
 
 CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 _RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -99,12 +104,81 @@ def publish(aside: Path, file: Path) -> None:
     aside.replace(file)
 
 
+def save_state(file: Path, state: dict[str, Any]) -> None:
+    """Make a checkpoint of a state, or leave the one before.
+
+    Raises:
+        NotWritten: the system refuses.
+    """
+    aside = file.with_suffix(".new")
+    with writing(aside):
+        try:
+            with aside.open("wb") as stream:
+                torch.save(state, stream)
+            publish(aside, file)
+        except BaseException:
+            aside.unlink(missing_ok=True)  # it would take the room that is missing
+            raise
+
+
+def save_folder(folder: Path, save: Callable[[Path], None]) -> None:
+    """Put what `save` writes in the place of a folder, or leave it as it was.
+
+    Raises:
+        NotWritten: the system refuses.
+    """
+    aside = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    with writing(aside):
+        try:
+            save(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Within, a file or folder is written that lies in a run's folder.
+
+    Raises:
+        NotWritten: the system refuses.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _not_written(file, error) from error
+
+
+def _not_written(file: Path, error: OSError | SafetensorError) -> NotWritten:
+    reason, number = str(error), None
+    if isinstance(error, OSError):
+        reason, number = error.strerror or reason, error.errno
+    full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in reason  # so safetensors says it
+    try:
+        step = load_state(file.parent / CHECKPOINT, mmap=True)["step"]
+        way_on = f"go on with --resume: the last checkpoint is of step {step}"
+    except TrainingError:
+        way_on = "begin again: there is no checkpoint yet"
+    return NotWritten(f"{file} cannot be written: {reason}; {'make room' if full else 'mend that'} and {way_on}")
+
+
 def write_config(folder: Path, config: Any) -> None:
-    """State settings and versions in config.json, which is there whole or not at all."""
+    """State settings and versions in config.json, which is there whole or not at all.
+
+    Raises:
+        NotWritten: the system refuses.
+    """
     versions = {name: importlib.metadata.version(name) for name in _RECORDED}
     aside = folder / f"{CONFIG}.{os.getpid()}"
-    aside.write_text(json.dumps({"config": dataclasses.asdict(config), "versions": versions}, indent=2) + "\n")
-    aside.replace(folder / CONFIG)
+    with writing(folder / CONFIG):
+        try:
+            aside.write_text(json.dumps({"config": dataclasses.asdict(config), "versions": versions}, indent=2) + "\n")
+            aside.replace(folder / CONFIG)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _flat(table: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
 import sys
 
@@ -12,7 +14,7 @@ from openbook_server.listening import Handlers, Listener, max_calls, max_wire_by
 from openbook_server.metrics import Metrics
 from openbook_server.priority import put_loop_first
 from openbook_server.rpc import Refusal
-from openbook_server.serving import running_server
+from openbook_server.serving import running_server, stop_loading
 
 
 class _FrontEnds:
@@ -40,9 +42,10 @@ class _FrontEnds:
 
 
 async def main(supervised: Supervised) -> None:
-    """Serve until SIGTERM, then drain."""
+    """Serve until SIGTERM, then drain; one before it serves stops at once."""
     put_loop_first()
-    stop, orders = told_to_stop(), supervised.orders
+    orders = supervised.orders
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop_loading)
 
     async def listen(handlers: Handlers, config: ServerConfig) -> Listener:
         relay = Relay(handlers, max_calls=max_calls(config), max_message_bytes=max_wire_bytes(config))
@@ -50,7 +53,7 @@ async def main(supervised: Supervised) -> None:
         return _FrontEnds(relay, supervised)
 
     async with running_server(orders.bundle, orders.knowledge_base, orders.config, listen):
-        await stop.wait()
+        await told_to_stop().wait()
 
 
 if __name__ == "__main__":

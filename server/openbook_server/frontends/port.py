@@ -23,7 +23,7 @@ def reserved_port(config: ServerConfig) -> Iterator[ServerConfig]:
     """
     with ExitStack() as stack:
         try:
-            found = socket.getaddrinfo(config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             for family, kind, protocol, _, address in dict.fromkeys(found):
                 held = stack.enter_context(socket.socket(family, kind, protocol))
                 if family == socket.AF_INET6:

@@ -170,7 +170,7 @@ class Supervisor:
             return
         self._announced = self._ever_served = True
         state = f"{self._engine.said['state']}; {len(self._front_ends)} front ends"
-        log_serving(self._engine.said["name"], self._config.host, self._config.port, state)
+        log_serving(self._engine.said["name"], self._config.address(self._config.port), state)
 
     def _restarts(self) -> dict[str, int]:
         """What the engine reports to whoever measures."""

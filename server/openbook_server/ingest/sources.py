@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,53 +28,99 @@ class Source:
     name: str  # for messages and, where documents have no ids of their own, for their ids
     path: Path | None  # of a file
     bytes: int  # of the file, or of the collection's text; 0 where it is not known beforehand
+    closed: str = ""  # why a folder or a file below a named folder cannot be looked into
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
     """Expand folders (recursively, sorted; hidden files left out) and check that every source exists.
 
+    What may not be looked into below a folder is a source too, which reads as unreadable.
+
     Raises:
-        SourceInvalid: one does not exist, has no name, is of no known format, or is an empty folder.
+        SourceInvalid: one does not exist or cannot be looked at, has no name, is of no known format, or is an empty folder.
     """
     sources: list[Source] = []
     for name in names:
-        path = Path(name)
-        if name == PYTHON_DOCS:
-            sources.append(Source(name, None, sum(len(document.text) for document in python_docs())))
-        elif name.startswith(HUGGING_FACE):
-            if not name.removeprefix(HUGGING_FACE).partition(":")[0]:
-                raise SourceInvalid(f"source {name!r} needs a name, hf:NAME[:SPLIT]")
-            sources.append(Source(name, None, 0))
-        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            sources.append(Source(HUGGING_FACE + name, None, 0))
-        elif path.is_dir():
-            visible = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
-            asked = [file for file in visible if file.name == _QUERIES and (file.parent / _CORPUS).is_file()]
-            if asked:
-                log.info("%s: %s beside %s holds questions, not documents (BEIR's layout), and is left out", name, _QUERIES, _CORPUS)
-            files = [file for file in visible if file.suffix.lower() in READERS and file not in asked]
-            others = sorted({file.suffix or file.name for file in visible if file.suffix.lower() not in READERS})
-            if others:
-                count = len(visible) - len(files) - len(asked)
-                log.info("%s: %d files of other formats are left out (%s)", name, count, " ".join(others[:10]))
-            if not files:
-                raise SourceInvalid(f"source {name!r}: no file in it of a known format ({_formats()})")
-            sources += [Source(str(file.relative_to(path)), file, file.stat().st_size) for file in files]
-        elif path.is_file() and path.suffix.lower() in READERS:
-            sources.append(Source(path.name, path, path.stat().st_size))
-        elif path.exists():
-            raise SourceInvalid(f"source {name!r} is of no known format ({_formats()})")
-        else:
-            raise SourceInvalid(f"source {name!r} does not exist; give files, folders, hf:NAME[:SPLIT] or {PYTHON_DOCS}")
+        try:
+            sources += _found(name)
+        except OSError as error:
+            raise SourceInvalid(f"source {name!r} cannot be read: {error.strerror or error}") from error
     # Files of one name in several folders are told apart by their whole path: one must not replace the other.
     times = Counter(source.name for source in sources)
     return [replace(source, name=str(source.path)) if source.path and times[source.name] > 1 else source for source in sources]
 
 
+def _found(name: str) -> list[Source]:
+    path = Path(name)
+    if name == PYTHON_DOCS:
+        return [Source(name, None, sum(len(document.text) for document in python_docs()))]
+    if name.startswith(HUGGING_FACE):
+        if not name.removeprefix(HUGGING_FACE).partition(":")[0]:
+            raise SourceInvalid(f"source {name!r} needs a name, hf:NAME[:SPLIT]")
+        return [Source(name, None, 0)]
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return [Source(HUGGING_FACE + name, None, 0)]
+    if path.is_dir():
+        return _below(path, name)
+    if path.is_file() and path.suffix.lower() in READERS:
+        return [Source(path.name, path, path.stat().st_size)]
+    if path.exists():
+        raise SourceInvalid(f"source {name!r} is of no known format ({_formats()})")
+    raise SourceInvalid(f"source {name!r} does not exist; give files, folders, hf:NAME[:SPLIT] or {PYTHON_DOCS}")
+
+
+def _below(folder: Path, name: str) -> list[Source]:
+    visible, closed = _visible(folder)
+    asked = [file for file in visible if file.name == _QUERIES and (file.parent / _CORPUS).is_file()]
+    if asked:
+        log.info("%s: %s beside %s holds questions, not documents (BEIR's layout), and is left out", name, _QUERIES, _CORPUS)
+    files = [file for file in visible if file.suffix.lower() in READERS and file not in asked]
+    others = sorted({file.suffix or file.name for file in visible if file.suffix.lower() not in READERS})
+    if others:
+        count = len(visible) - len(files) - len(asked)
+        log.info("%s: %d files of other formats are left out (%s)", name, count, " ".join(others[:10]))
+    if not files and not closed:
+        raise SourceInvalid(f"source {name!r}: no file in it of a known format ({_formats()})")
+    return [
+        Source(str(at.relative_to(folder)), at, 0, closed[at])
+        if at in closed
+        else Source(str(at.relative_to(folder)), at, at.stat().st_size)
+        for at in sorted([*files, *closed])
+    ]
+
+
+def _visible(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The files below a folder, links to folders not followed, and why what is neither cannot be looked into; nothing that is hidden.
+
+    Raises:
+        OSError: nor can the folder itself.
+    """
+    files: list[Path] = []
+    closed: dict[Path, str] = {}
+
+    def note(error: OSError) -> None:
+        at = Path(error.filename or folder)
+        if at == folder:
+            raise error
+        closed[at] = error.strerror or str(error)
+
+    for root, folders, names in os.walk(folder, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(root, name) for name in names if not name.startswith(".")):
+            try:
+                if file.is_file():
+                    files.append(file)
+            except OSError as error:  # its folder can be listed and not entered
+                note(error)
+    return sorted(files), closed
+
+
 def read_source(source: Source) -> Iterator[Item]:
     """The documents of one source; what cannot be read comes out as `Unreadable`, whole files included."""
     try:
-        if source.name == PYTHON_DOCS:
+        if source.closed:
+            yield Unreadable(source.closed)
+        elif source.name == PYTHON_DOCS:
             yield from python_docs()
         elif source.path is None:
             yield from _hugging_face(source.name.removeprefix(HUGGING_FACE))
@@ -106,10 +153,6 @@ def _hugging_face(name: str) -> Iterator[Item]:
             continue
         for number, row in enumerate(rows, 1):
             yield from_row(row, f"{path}:{part}", number, f"hf:{path}:{part}")
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _formats() -> str:

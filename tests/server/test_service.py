@@ -351,7 +351,7 @@ async def test_a_long_request_is_refused_before_it_is_tokenised(tiny_bundle: Pat
 async def test_many_passages_are_refused_before_they_are_put_beside_their_questions(
     stub: openbook_pb2_grpc.OpenBookAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(self: Models, model: str, lengths: Sequence[int], *, deadline: float) -> None:
+    def check(self: Models, model: str, lengths: Sequence[int], *, deadline: float, begun: bool = False) -> None:
         if model == "reader":
             raise Overloaded(f"{len(lengths)} are too many", retry_after_seconds=1.0)
 

@@ -7,6 +7,8 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,6 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.heads import RowEncoder, load_head_model
-from openbook_training.loop import Loop
 from openbook_training.negatives import embed
 from openbook_training.objectives import NEGATIVE
 from openbook_training.run import train
@@ -130,27 +131,15 @@ def losses(output: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def test_a_stopped_run_resumes_to_the_same_losses_and_metrics(config: ClassifierConfig, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_losses_and_metrics(
+    config: ClassifierConfig, tmp_path: Path, killed_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
     whole = changed(config, tmp_path / "whole", epochs=2)
     expected = train(OBJECTIVES["classifier"], whole, resume=False, console=quiet())
     halves = changed(config, tmp_path / "halves", epochs=2, checkpoint_minutes=0.0)
 
-    class Killed(BaseException):
-        pass
-
-    original, steps = Loop._take_step, 0
-
-    def dies_after_eight(self: Loop[object], batch: list[object], total: int) -> float:
-        nonlocal steps
-        if steps == 8:
-            raise Killed
-        steps += 1
-        return original(self, batch, total)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_take_step", dies_after_eight)
-        with pytest.raises(Killed):
-            train(OBJECTIVES["classifier"], halves, resume=False, console=quiet())
+    with killed_after(8):
+        train(OBJECTIVES["classifier"], halves, resume=False, console=quiet())
     assert train(OBJECTIVES["classifier"], halves, resume=True, console=quiet()) == pytest.approx(expected, rel=1e-4)
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "whole")) == 12

@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.inverse_cloze import also_right, block, folded, query_spans
-from openbook_training.loop import Loop
 from openbook_training.retriever import build_retriever
 from openbook_training.run import train
 from openbook_training.tasks import OBJECTIVES
@@ -148,26 +149,14 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def test_a_killed_run_resumes_to_the_same_losses_and_its_adapter_is_a_retrievers_beginning(
-    config: InverseClozeConfig, tmp_path: Path
+    config: InverseClozeConfig, tmp_path: Path, killed_after: Callable[[int], AbstractContextManager[None]]
 ) -> None:
     loop = dataclasses.replace(config.loop, checkpoint_minutes=0.0)
     whole, halves = (dataclasses.replace(config, output=str(tmp_path / name), loop=loop) for name in ("whole", "halves"))
     metrics = train(OBJECTIVES["inverse_cloze"], whole, resume=False, console=quiet())
 
-    class Killed(BaseException):
-        pass
-
-    original = Loop._take_step
-
-    def dies_after_two(self: Loop[Any], batch: list[Any], total: int) -> float:
-        if self._step == 2:
-            raise Killed
-        return original(self, batch, total)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_take_step", dies_after_two)
-        with pytest.raises(Killed):
-            train(OBJECTIVES["inverse_cloze"], halves, resume=False, console=quiet())
+    with killed_after(2):
+        train(OBJECTIVES["inverse_cloze"], halves, resume=False, console=quiet())
     assert train(OBJECTIVES["inverse_cloze"], halves, resume=True, console=quiet()) == pytest.approx(metrics, rel=1e-5)
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "whole")) == 6

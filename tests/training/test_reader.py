@@ -7,7 +7,8 @@ import io
 import json
 import random
 import shutil
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -117,28 +118,14 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
-    training_file: Path, tiny_checkpoint: Path, tmp_path: Path
+    training_file: Path, tiny_checkpoint: Path, tmp_path: Path, killed_after: Callable[[int], AbstractContextManager[None]]
 ) -> None:
     whole = config_for(training_file, tiny_checkpoint, tmp_path / "whole")
     train(OBJECTIVES["reader"], whole, resume=False, console=quiet())
     halves = config_for(training_file, tiny_checkpoint, tmp_path / "halves", checkpoint_minutes=0.0)
 
-    class Killed(BaseException):
-        pass
-
-    original, steps = Loop._take_step, 0
-
-    def dies_after_seven(self: Loop[object], batch: list[object], total: int) -> float:
-        nonlocal steps
-        if steps == 7:
-            raise Killed
-        steps += 1
-        return original(self, batch, total)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_take_step", dies_after_seven)
-        with pytest.raises(Killed):
-            train(OBJECTIVES["reader"], halves, resume=False, console=quiet())
+    with killed_after(7):
+        train(OBJECTIVES["reader"], halves, resume=False, console=quiet())
     train(OBJECTIVES["reader"], halves, resume=True, console=quiet())
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "whole")) == 10

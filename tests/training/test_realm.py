@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,7 @@ import torch
 from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.index_refresh import IndexConfig
-from openbook_training.loop import Loop
 from openbook_training.masked_language_model import build_masked_lm
-from openbook_training.masked_sentences import MaskableSentence
 from openbook_training.realm import Masked
 from openbook_training.retriever import build_retriever
 from openbook_training.run import train
@@ -195,26 +195,16 @@ def losses(output: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def test_a_run_killed_after_its_index_was_made_anew_resumes_with_the_index_of_its_checkpoint(config: RealmConfig, tmp_path: Path) -> None:
+def test_a_run_killed_after_its_index_was_made_anew_resumes_with_the_index_of_its_checkpoint(
+    config: RealmConfig, tmp_path: Path, killed_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
     def at(name: str) -> RealmConfig:
         return dataclasses.replace(config, output=str(tmp_path / name))
 
     metrics = train(OBJECTIVES["realm"], at("whole"), resume=False, console=quiet())
 
-    class Killed(BaseException):
-        pass
-
-    original = Loop._take_step
-
-    def dies_at_seven(self: Loop[Any], batch: list[MaskableSentence], total: int) -> float:
-        if self._step == 6:  # the index of step 6 is made, and the last checkpoint is that of the first epoch's end, step 4
-            raise Killed
-        return original(self, batch, total)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_take_step", dies_at_seven)
-        with pytest.raises(Killed):
-            train(OBJECTIVES["realm"], at("halves"), resume=False, console=quiet())
+    with killed_after(6):  # the index of step 6 is made, and the last checkpoint is that of the first epoch's end, step 4
+        train(OBJECTIVES["realm"], at("halves"), resume=False, console=quiet())
     assert train(OBJECTIVES["realm"], at("halves"), resume=True, console=quiet()) == pytest.approx(metrics, rel=1e-4, abs=1e-4)
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "whole")) == 8

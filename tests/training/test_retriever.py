@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.embedding import TextEncoder, encode
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
-from openbook_training.loop import Loop
 from openbook_training.negatives import embed, embed_once
 from openbook_training.retriever import build_retriever
 from openbook_training.run import train
@@ -203,25 +203,15 @@ def losses(output: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_losses_as_an_uninterrupted_one(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path, killed_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
     loop = {"micro_batch_examples": 2, "checkpoint_minutes": 0.0}
     metrics = train(OBJECTIVES["retriever"], config_for(data, tiny_checkpoint, tmp_path / "whole", loop), resume=False, console=quiet())
     halves = config_for(data, tiny_checkpoint, tmp_path / "halves", loop)
 
-    class Killed(BaseException):
-        pass
-
-    original: Callable[..., float] = Loop._take_step
-
-    def dies_after_four(self: Loop[Any], batch: list[Any], total: int) -> float:
-        if self._step == 4:
-            raise Killed
-        return original(self, batch, total)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_take_step", dies_after_four)
-        with pytest.raises(Killed):
-            train(OBJECTIVES["retriever"], halves, resume=False, console=quiet())
+    with killed_after(4):
+        train(OBJECTIVES["retriever"], halves, resume=False, console=quiet())
     again = train(OBJECTIVES["retriever"], halves, resume=True, console=quiet())
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "whole")) == 6

@@ -8,6 +8,8 @@ import itertools
 import json
 import random
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig, check
 from openbook_training.errors import InvalidConfig
 from openbook_training.heads import load_head_model
-from openbook_training.loop import Loop, length_grouped
+from openbook_training.loop import length_grouped
 from openbook_training.negatives import embed
 from openbook_training.record import read_metrics
 from openbook_training.run import train
@@ -203,28 +205,16 @@ def test_a_run_that_looks_for_no_evidence_reads_what_the_data_give_and_embeds_no
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stopped_run_resumes_to_the_same_losses_and_metrics(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_losses_and_metrics(
+    tiny_checkpoint: Path, tmp_path: Path, killed_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
     config = finding_in(tmp_path, tiny_checkpoint)
     loop = dataclasses.replace(config.loop, epochs=2, evaluate_every_epochs=1, checkpoint_minutes=0.0)
     whole, halves = (dataclasses.replace(config, output=str(tmp_path / name), loop=loop) for name in ("whole", "halves"))
     expected = train(OBJECTIVES["verification"], whole, resume=False, console=quiet())
 
-    class Killed(BaseException):
-        pass
-
-    original, steps = Loop._take_step, 0
-
-    def dies_after_seven(self: Loop[object], batch: list[object], total: int) -> float:
-        nonlocal steps
-        if steps == 7:
-            raise Killed
-        steps += 1
-        return original(self, batch, total)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_take_step", dies_after_seven)
-        with pytest.raises(Killed):
-            train(OBJECTIVES["verification"], halves, resume=False, console=quiet())
+    with killed_after(7):
+        train(OBJECTIVES["verification"], halves, resume=False, console=quiet())
     assert train(OBJECTIVES["verification"], halves, resume=True, console=quiet()) == pytest.approx(expected, rel=1e-4)
     losses = [{row["step"]: row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row} for name in ("whole", "halves")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -82,9 +82,7 @@ def _below(folder: Path, name: str) -> list[Source]:
     if not files and not closed:
         raise SourceInvalid(f"source {name!r}: no file in it of a known format ({_formats()})")
     return [
-        Source(str(at.relative_to(folder)), at, 0, closed[at])
-        if at in closed
-        else Source(str(at.relative_to(folder)), at, at.stat().st_size)
+        Source(str(at.relative_to(folder)), at, 0 if at in closed else at.stat().st_size, closed.get(at, ""))
         for at in sorted([*files, *closed])
     ]
 
@@ -112,7 +110,7 @@ def _visible(folder: Path) -> tuple[list[Path], dict[Path, str]]:
                     files.append(file)
             except OSError as error:  # its folder can be listed and not entered
                 note(error)
-    return sorted(files), closed
+    return files, closed
 
 
 def read_source(source: Source) -> Iterator[Item]:

@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_squad_open(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Ask a running server the questions of DATA_DIR and report R@1/5/20, answer-hit@1/5/20, EM, F1, passages read and latency\n"
-        "percentiles, for hybrid search beside BM25 only, dense only, random passages and no retrieval. R@k, answer-hit@k, EM and F1\n"
-        "come with 95 % bootstrap intervals. The server's knowledge base must hold the corpus of DATA_DIR."
+        "percentiles, for hybrid search beside late interaction, BM25 only, dense only, random passages and no retrieval. R@k,\n"
+        "answer-hit@k, EM and F1 come with 95 % bootstrap intervals. The server's knowledge base must hold the corpus of DATA_DIR."
     )
     parser.epilog = (
         "DATA_DIR is in BEIR's layout: queries.jsonl ({_id, text, metadata: {answers}}), qrels/*.tsv, corpus.jsonl.\n"
@@ -88,7 +88,7 @@ def _add_squad_open(parser: argparse.ArgumentParser) -> None:
         help="passages of a search put in the order of what is read (default: %(default)s)",
     )
     parser.add_argument("--read-all", action="store_true", help="read all of them, though the best answer be settled by the first ones")
-    modes = ["hybrid", "lexical", "dense", "random", "none"]
+    modes = ["hybrid", "late_interaction", "lexical", "dense", "random", "none"]
     parser.add_argument(
         "--modes",
         nargs="+",

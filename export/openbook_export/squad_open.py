@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 DEPTHS = (1, 5, 20)
 LATENCY_QUESTIONS = 100  # asked one by one for the percentiles
 _BATCH = 32
-MODES = {"hybrid": "hybrid", "lexical": "BM25 only", "dense": "dense only", "random": "random passages", "none": "no retrieval"}
+MODES = {
+    "hybrid": "hybrid",
+    "late_interaction": "late interaction",
+    "lexical": "BM25 only",
+    "dense": "dense only",
+    "random": "random passages",
+    "none": "no retrieval",
+}
 
 
 @dataclass(frozen=True, slots=True)

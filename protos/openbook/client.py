@@ -73,7 +73,7 @@ class Client(GenerationMethods, Calling):
         return messages.joined(self._each(self._stub.Embed, requests, messages.vectors))
 
     def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
-        """The best passages for each question; `mode` is hybrid (default), dense, lexical or random (a baseline)."""
+        """The best passages for each question; `mode` is hybrid (default), late_interaction, dense, lexical or random (a baseline)."""
         return self._each(self._stub.Search, messages.search_requests(questions, **options), messages.search_results)
 
     def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:

@@ -23,6 +23,7 @@ MODES = {
     "lexical": pb.SEARCH_MODE_LEXICAL,
     "none": pb.SEARCH_MODE_NONE,
     "random": pb.SEARCH_MODE_RANDOM,
+    "late_interaction": pb.SEARCH_MODE_LATE_INTERACTION,
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
 TEXTS_A_MESSAGE = 32

@@ -19,6 +19,7 @@ MODES: dict[int, SearchMode | None] = {
     pb.SEARCH_MODE_LEXICAL: "lexical",
     pb.SEARCH_MODE_NONE: None,
     pb.SEARCH_MODE_RANDOM: "random",
+    pb.SEARCH_MODE_LATE_INTERACTION: "late_interaction",
 }
 FUSIONS: dict[int, Fusion] = {
     pb.FUSION_UNSPECIFIED: "weighted",

@@ -35,7 +35,7 @@ GPU_SESSIONS = 2  # one computes while the other copies
 # shapes that may never come again. With as many as this, nothing that repeats is slower.
 OPENVINO_KERNELS = 512
 
-# Output of an embedder's graph, (batch, length, dim): large, and only passages and the questions of hybrid searches need it.
+# Output of an embedder's graph, (batch, length, dim): large, and only passages and questions that look closely need it.
 HIDDEN_STATES = "last_hidden_state"
 LONGEST_KEY = "openbook.longest"  # in a graph's metadata where buckets would pad rows to more tokens, which it may have no positions for
 PADDING_FREE_KEY = "openbook.padding_free"  # in a graph's metadata where its layers run on tokens, not on padded rows

@@ -78,7 +78,7 @@ def knowledge_base(place: Place, documents: list[Document]) -> Iterator[Knowledg
 
 
 @pytest.mark.parametrize("scan_limit", [0, 5_000])
-@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid", "random"])
+@pytest.mark.parametrize("mode", ["dense", "late_interaction", "lexical", "hybrid", "random"])
 def test_a_filtered_search_is_the_unfiltered_one_without_what_does_not_match(
     knowledge_base: KnowledgeBase, documents: list[Document], monkeypatch: pytest.MonkeyPatch, mode: SearchMode, scan_limit: int
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from openbook_server.knowledge.fusion import (
     rank,
     relevance,
 )
+from openbook_server.knowledge.windows import Nearness
 
 DIM = 8
 
@@ -85,11 +87,11 @@ def test_passages_stand_in_the_order_in_which_they_were_drawn_and_weigh_the_same
 def test_ties_are_broken_by_the_order_of_the_keys() -> None:
     candidates, _ = backend(10)
     tied = Candidates(dict.fromkeys(["p9", "p2", "p4"], 0.5), {}, candidates.passages, candidates.vectors)
-    for mode in ("dense", "hybrid"):
+    for mode in ("dense", "late_interaction", "hybrid"):
         assert ids(rank("question", tied, SearchOptions(top_k=2, mode=mode))) == ["p2", "p4"]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid", "random"])
+@pytest.mark.parametrize("mode", ["dense", "late_interaction", "lexical", "hybrid", "random"])
 def test_a_minimum_score_leaves_out_exactly_the_hits_below_it(mode: str) -> None:
     candidates, _ = backend(60)
     options = SearchOptions(top_k=20, mode=mode)  # type: ignore[arg-type]
@@ -101,7 +103,7 @@ def test_a_minimum_score_leaves_out_exactly_the_hits_below_it(mode: str) -> None
 
 
 @pytest.mark.parametrize("diversity", [0.2, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid", "random"])
+@pytest.mark.parametrize("mode", ["dense", "late_interaction", "lexical", "hybrid", "random"])
 def test_diverse_hits_are_those_of_maximal_marginal_relevance(diversity: float, mode: str) -> None:
     candidates, vectors = backend(60, seed=3)
     top_k = 8
@@ -159,3 +161,28 @@ def test_every_hit_carries_the_scores_that_were_computed() -> None:
         assert hit.dense_score == candidates.dense[hit.passage.id]
         assert hit.lexical_score == candidates.lexical.get(hit.passage.id)
         assert hit.overlap_score is not None
+
+
+def test_late_interaction_ranks_the_nearest_by_windows_and_tokens_and_by_no_word() -> None:
+    candidates, _ = backend(SHORTLIST + 20)
+    rng = np.random.default_rng(1)
+    asked: list[str] = []
+
+    def near(keys: Sequence[str]) -> dict[str, Nearness]:
+        asked.extend(keys)
+        return {key: Nearness(*rng.random(2)) for key in keys}
+
+    # words are in the passages, and yet nobody may have looked for them: `lexical` is what a backend leaves empty in this mode
+    hits = rank("nothing of it", replace(candidates, lexical={}, nearness=near), SearchOptions(top_k=SHORTLIST, mode="late_interaction"))
+    assert asked == sorted(candidates.dense, key=lambda key: -candidates.dense[key])[:SHORTLIST]
+    assert sorted(ids(hits)) == sorted(asked)
+    for hit in hits:
+        assert hit.score == hit.window_score + TOKEN_WEIGHT * hit.token_score == relevance(hit)  # type: ignore[operator]
+        assert (hit.lexical_score, hit.overlap_score) == (None, None)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_without_windows_late_interaction_ranks_as_dense_does() -> None:
+    candidates = replace(backend(60)[0], lexical={})
+    plain, late = (rank("nothing of it", candidates, SearchOptions(top_k=9, mode=mode)) for mode in ("dense", "late_interaction"))
+    assert [(hit.passage.id, hit.score) for hit in late] == [(hit.passage.id, hit.score) for hit in plain]

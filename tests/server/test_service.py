@@ -120,13 +120,19 @@ async def same_bytes(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
 
 
 async def test_search_returns_hits_best_first_in_every_mode(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
-    for mode in (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_RANDOM):
+    for mode in pb.SearchMode.values():
+        if mode == pb.SEARCH_MODE_NONE:
+            continue
         reply = await stub.Search(pb.SearchRequest(questions=["red river", "book"], top_k=3, mode=mode))
         assert len(reply.results) == 2
         for result in reply.results:
             scores = [hit.score for hit in result.hits]
             assert scores == sorted(scores, reverse=True)
             assert len({hit.passage_id for hit in result.hits}) == len(scores)
+            for hit in result.hits:  # what was compared, and nothing else
+                close = mode in (pb.SEARCH_MODE_UNSPECIFIED, pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_LATE_INTERACTION)
+                assert hit.HasField("window_score") == hit.HasField("token_score") == close
+                assert hit.HasField("overlap_score") == (close and mode != pb.SEARCH_MODE_LATE_INTERACTION)
         assert reply.provenance.generation
     assert [
         hit.document_id for hit in (await stub.Search(pb.SearchRequest(questions=["book"], mode=pb.SEARCH_MODE_LEXICAL))).results[0].hits

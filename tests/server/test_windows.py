@@ -17,6 +17,7 @@ from openbook_server.ingest.embed import PassageEmbedder, PassageEncoder
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, SearchOptions, pack, relevance, signs
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.fusion import TOKEN_WEIGHT
+from openbook_server.knowledge.records import SearchMode
 from openbook_server.knowledge.store import FILE
 from openbook_server.knowledge.windows import QUESTION_TOKENS, WINDOW_TOKENS, Nearness, edges, nearness
 from openbook_server.rows import Row, collate
@@ -258,7 +259,8 @@ def test_a_question_has_the_signs_of_its_own_tokens_whatever_shares_its_batch(gr
     assert QuestionGraph(graph, 0).run_rows(rows, 96)["tokens"] == [None] * 4
 
 
-def test_hybrid_search_adds_how_near_the_tokens_are(place: Place) -> None:
+@pytest.mark.parametrize("mode", ["hybrid", "late_interaction"])
+def test_a_close_look_adds_how_near_the_tokens_are(place: Place, mode: SearchMode) -> None:
     states = [states_of(30 + 5 * n, DIM, seed=n) for n in range(6)]
     question = states_of(4, DIM, seed=50)
     states[4][7:11] = question
@@ -266,14 +268,14 @@ def test_hybrid_search_adds_how_near_the_tokens_are(place: Place) -> None:
     knowledge_base = place.open()
     store(knowledge_base, [f"d{n}" for n in range(6)], unit(6), [packed_states(each, DIM) for each in states])
     for _ in range(2):
-        [hits] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6), [tokens])
+        [hits] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6, mode=mode), [tokens])
         assert [hit.token_score for hit in hits if hit.passage.document_id == "d4"] == [1.0]
         for hit in hits:
             assert hit.token_score is not None
             assert hit.window_score is not None
             assert hit.score == pytest.approx(hit.window_score + TOKEN_WEIGHT * hit.token_score)  # no word in common
             assert relevance(hit) == hit.score
-        [without] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6))
+        [without] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6, mode=mode))
         assert {hit.token_score for hit in without} == {None}
         [dense] = knowledge_base.search(["?"], vector[None], SearchOptions(top_k=6, mode="dense"), [tokens])
         assert {hit.token_score for hit in dense} == {None}

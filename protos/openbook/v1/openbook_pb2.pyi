@@ -46,6 +46,10 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     """no retrieval at all: the baseline that shows what retrieval adds"""
     SEARCH_MODE_RANDOM: _SearchMode.ValueType  # 5
     """passages drawn at random, the same for the same question: what choosing them adds"""
+    SEARCH_MODE_LATE_INTERACTION: _SearchMode.ValueType  # 6
+    """Nearest vectors, the best of which are compared with the question window by window and token by token, as hybrid's are, but never by
+    words: for texts in which words must not decide, and to see what the embedder alone finds.
+    """
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper): ...
 
@@ -61,6 +65,10 @@ SEARCH_MODE_NONE: SearchMode.ValueType  # 4
 """no retrieval at all: the baseline that shows what retrieval adds"""
 SEARCH_MODE_RANDOM: SearchMode.ValueType  # 5
 """passages drawn at random, the same for the same question: what choosing them adds"""
+SEARCH_MODE_LATE_INTERACTION: SearchMode.ValueType  # 6
+"""Nearest vectors, the best of which are compared with the question window by window and token by token, as hybrid's are, but never by
+words: for texts in which words must not decide, and to see what the embedder alone finds.
+"""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 class _Fusion:
@@ -1096,9 +1104,9 @@ class Hit(_message.Message):
     document_start: _builtins.int
     """where the passage begins in the document's text"""
     window_score: _builtins.float
-    """hybrid only: inner product with the nearest of the passage's windows, runs of some 24 tokens"""
+    """hybrid and late_interaction: inner product with the nearest of the passage's windows, runs of some 24 tokens"""
     token_score: _builtins.float
-    """hybrid only: cosine of the question's tokens with the nearest ones of the passage's best window"""
+    """the same two: cosine of the question's tokens with the nearest ones of the passage's best window"""
     overlap_score: _builtins.float
     """hybrid only: what of the question stands in the passage word by word, 0 and up"""
     answer_probability: _builtins.float
@@ -1472,7 +1480,7 @@ class DescribeResponse(_message.Message):
     @_builtins.property
     def batch_invariant(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Models that gave rows the same bytes alone and among others when the server started: embedder, embedder.questions (which hybrid
-        searches ask), reader, and classifiers by their names.
+        and late_interaction searches ask), reader, and classifiers by their names.
         """
 
     def __init__(

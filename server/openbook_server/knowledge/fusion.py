@@ -20,6 +20,7 @@ SHORTLIST_WEIGHT = 0.03  # in the choice of whom to look at so
 RANK_OFFSET = 60  # of reciprocal ranks, after Cormack, Clarke & Buettcher 2009, section 2
 CANDIDATES = 100  # of each ranking that are fused, at least
 SHORTLIST = 30  # of the fused ones that are looked at window by window and word by word, at least
+_SHORTLISTED = ("hybrid", "late_interaction")  # modes that rank by more than what proposed a candidate
 _NOTHING_NEAR = (None, None)
 _DIVERSE_POOL = 3  # times top_k: what diverse hits are chosen from, at least
 
@@ -48,12 +49,12 @@ class Candidates(Generic[Key]):
 
 def depth(options: SearchOptions) -> int:
     """How many candidates each index must propose."""
-    return max(CANDIDATES, _pool(options)) if options.mode == "hybrid" else _pool(options)
+    return max(CANDIDATES, _pool(options)) if options.mode in _SHORTLISTED else _pool(options)
 
 
 def looks_closely(options: SearchOptions) -> bool:
-    """Whether the best candidates are compared window by window and word by word."""
-    return options.mode == "hybrid" and options.fusion == "weighted"
+    """Whether the best candidates are compared window by window, token by token and, where words propose some, word by word."""
+    return options.mode == "late_interaction" or (options.mode == "hybrid" and options.fusion == "weighted")
 
 
 def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> list[Hit]:
@@ -64,9 +65,11 @@ def rank(question: str, candidates: Candidates[Key], options: SearchOptions) -> 
     order = [key for key in pool if key in passages]  # the others were deleted since they were found
     hits: dict[Key, Hit] = {}
     if looks_closely(options):
-        near, overlap = candidates.nearness(order), overlaps(question, [passages[key].stem_lines for key in order])
-        for key, bonus in zip(order, overlap, strict=True):
-            (window, tokens), cosine, bm25 = near.get(key, _NOTHING_NEAR), dense[key], lexical.get(key)
+        near, bonuses = candidates.nearness(order), dict[Key, float]()
+        if options.by_words:
+            bonuses = dict(zip(order, overlaps(question, [passages[key].stem_lines for key in order]), strict=True))
+        for key in order:
+            (window, tokens), cosine, bm25, bonus = near.get(key, _NOTHING_NEAR), dense[key], lexical.get(key), bonuses.get(key)
             hits[key] = Hit(passages[key], _sum(cosine, window, tokens, bm25, bonus), cosine, window, bm25, bonus, tokens)
     else:
         hits = {key: Hit(passages[key], scores[key], dense_score=dense.get(key), lexical_score=lexical.get(key)) for key in order}
@@ -85,13 +88,13 @@ def _best(scores: Mapping[Key, float], count: int) -> list[Key]:
 def _pool(options: SearchOptions) -> int:
     """How many candidates are looked at one by one."""
     wanted = _DIVERSE_POOL * options.top_k if options.diversity else options.top_k
-    return max(SHORTLIST, wanted) if options.mode == "hybrid" or options.diversity else wanted
+    return max(SHORTLIST, wanted) if options.mode in _SHORTLISTED or options.diversity else wanted
 
 
 def _scores(candidates: Candidates[Key], options: SearchOptions) -> dict[Key, float]:
     """Those by which candidates are chosen."""
     dense, lexical = candidates.dense, candidates.lexical
-    if options.mode == "dense":
+    if options.mode in ("dense", "late_interaction"):
         return dict(dense)
     if options.mode == "lexical":
         return dict(lexical)
@@ -125,15 +128,15 @@ def relevance(hit: Hit) -> float:
 
     Of a hit that was looked at its score; of others cosine + SHORTLIST_WEIGHT · BM25, as `fuse` adds them; what was not computed is 0.
     """
-    if hit.overlap_score is None:
+    if hit.window_score is None and hit.overlap_score is None:
         return (hit.dense_score or 0.0) + SHORTLIST_WEIGHT * (hit.lexical_score or 0.0)
     return _sum(hit.dense_score or 0.0, hit.window_score, hit.token_score, hit.lexical_score, hit.overlap_score)
 
 
-def _sum(cosine: float, window: float | None, tokens: float | None, bm25: float | None, overlap: float) -> float:
+def _sum(cosine: float, window: float | None, tokens: float | None, bm25: float | None, overlap: float | None) -> float:
     """The nearest window's cosine, or the passage's own where it has no windows, + TOKEN_WEIGHT · the tokens' + LEXICAL_WEIGHT · BM25 +
     overlap."""
-    return (cosine if window is None else window) + TOKEN_WEIGHT * (tokens or 0.0) + LEXICAL_WEIGHT * (bm25 or 0.0) + overlap
+    return (cosine if window is None else window) + TOKEN_WEIGHT * (tokens or 0.0) + LEXICAL_WEIGHT * (bm25 or 0.0) + (overlap or 0.0)
 
 
 def _diverse(

@@ -113,7 +113,7 @@ class KnowledgeBase(Protocol):
 
         Args:
             vectors: (questions, dim) unit vectors; not needed where `options.by_vectors` is false.
-            tokens: of each question the signs of its tokens; hybrid mode compares them with those of passages that have some.
+            tokens: of each question the signs of its tokens; hybrid and late_interaction compare them with those of the passages.
         """
 
     def watch(self, *, share: float, target: float) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openbook_server.knowledge.filters import Filter
 from openbook_server.knowledge.lexical import searched_text, stem_lines
 
-SearchMode = Literal["hybrid", "dense", "lexical", "random"]
+SearchMode = Literal["hybrid", "late_interaction", "dense", "lexical", "random"]
 Fusion = Literal["weighted", "reciprocal_rank"]
 State = Literal["live", "kept", "new"]  # answers; answered before and was replaced; never answered yet
 
@@ -32,7 +32,7 @@ class SearchOptions:
     @property
     def by_vectors(self) -> bool:
         """Whether the nearest vectors propose passages: questions must be embedded."""
-        return self.mode in ("hybrid", "dense")
+        return self.mode in ("hybrid", "late_interaction", "dense")
 
     @property
     def by_words(self) -> bool:

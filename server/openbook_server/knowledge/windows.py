@@ -1,8 +1,8 @@
 """Windows of a passage, runs of some 24 of its tokens: what a question is held against once a passage is a candidate.
 
-A passage's one vector is the mean of all that it says, and a question asks for one thing of it. So hybrid search compares
-the candidates by their windows, in two ways, both made of the states that the passage's own vector was pooled from ("late
-chunking", Günther et al. 2024), so that they cost no inference:
+A passage's one vector is the mean of all that it says, and a question asks for one thing of it. So hybrid search and late
+interaction compare the candidates by their windows, in two ways, both made of the states that the passage's own vector was
+pooled from ("late chunking", Günther et al. 2024), so that they cost no inference:
 
 - as a whole: a window's vector is the mean of its states, four bits a dimension;
 - token by token, as far as the bundle says so: of each state the signs of its first dimensions, a bit each. How many of them differ

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _documents(sources: list[Source], outcomes: Counter[str]) -> Iterator[Document]:
     from openbook.client import Document
 
-    from openbook_server.ingest.formats import Unreadable
+    from openbook_server.ingest.items import Unreadable
     from openbook_server.ingest.sources import read_source
 
     for source in sources:

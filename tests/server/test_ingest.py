@@ -14,10 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from openbook_server.errors import SourceInvalid
-from openbook_server.ingest import formats, indexing
+from openbook_server.ingest import indexing, tables
 from openbook_server.ingest.embed import PassageEncoder
-from openbook_server.ingest.formats import Unreadable
 from openbook_server.ingest.indexing import Indexing
+from openbook_server.ingest.items import Unreadable
 from openbook_server.ingest.preparation import Splitting
 from openbook_server.ingest.python_docs import python_docs
 from openbook_server.ingest.sources import find_sources, read_source
@@ -113,7 +113,7 @@ def test_rows_in_an_encoding_that_nobody_named_are_unreadable_and_a_few_bad_byte
 
 
 def test_a_line_of_a_jsonl_that_is_too_long_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_ROW_CHARACTERS", 100)
+    monkeypatch.setattr(tables, "MAX_ROW_CHARACTERS", 100)
     problem, good = items(write(tmp_path / "a.jsonl", f'{{"text": "{"x" * 500}"}}\n{{"text": "good"}}\n'.encode("utf-16")))
     assert isinstance(problem, Unreadable)
     assert (problem.where, problem.reason) == ("line 1", "longer than 100 characters")
@@ -317,7 +317,7 @@ def test_a_source_that_its_library_cannot_go_on_with_costs_itself_alone(tmp_path
 
 
 def test_a_field_of_a_csv_that_is_too_long_costs_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_ROW_CHARACTERS", 100)
+    monkeypatch.setattr(tables, "MAX_ROW_CHARACTERS", 100)
     first, problem, third = items(write(tmp_path / "a.csv", f'id,text\n1,one\n2,"{"x" * 200}"\n3,three\n'))
     assert (first.text, third.text) == ("one", "three")  # type: ignore[union-attr]
     assert isinstance(problem, Unreadable)

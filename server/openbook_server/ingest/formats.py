@@ -1,41 +1,17 @@
-"""One reader a file format: a path in, documents out, streamed where the format allows.
-
-A reader raises `Unreadable` for a file it cannot read, and yields `Unreadable` for a row it cannot use; both are counted
-and named by the caller, and the rest goes on.
-"""
+"""One reader a file format: a path in, documents out, streamed where the format allows."""
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from datetime import date, time
-from decimal import Decimal
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from openbook_server.ingest.limits import excess
-from openbook_server.ingest.text_files import decoded, loss, opened
+from openbook_server.ingest.items import Item, Unreadable, clean, readable_name, within_limits
+from openbook_server.ingest.tables import read_csv, read_jsonl, read_parquet
+from openbook_server.ingest.text_files import decoded, loss
 from openbook_server.knowledge import Document
 
-log = logging.getLogger(__name__)
-
 MAX_WHOLE_FILE_BYTES = 256 * 1024 * 1024  # of formats that must be read whole
-MAX_ROW_CHARACTERS = 16 * 1024 * 1024
 
-
-class Unreadable(Exception):
-    """A file or a row that cannot become a document; `where` is a line or row, or empty for the whole file."""
-
-    def __init__(self, reason: str, where: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.where = reason, where
-
-
-Item = Document | Unreadable
 Reader = Callable[[Path, str], Iterator[Item]]
 
 
@@ -93,91 +69,6 @@ def read_pdf(path: Path, name: str) -> Iterator[Item]:
     yield _document(name, text, title=title, source=path)
 
 
-def read_csv(path: Path, name: str) -> Iterator[Item]:
-    """A document a row. Columns `id`, `title`, `text` mean just that, others are metadata; without `text`, all columns are."""
-    csv.field_size_limit(MAX_ROW_CHARACTERS)
-    with opened(path, newline="") as stream:
-        header = stream.readline(MAX_ROW_CHARACTERS)
-        if problem := loss(header):
-            raise Unreadable(problem, "line 1")
-        stream.seek(0)
-        # A spreadsheet's "Unicode text" has tabs, and its csv semicolons where a comma is the decimal point.
-        rows = csv.DictReader(stream, delimiter=next((mark for mark in ",\t;" if mark in header), ","))
-        try:
-            rows.fieldnames  # noqa: B018 - reads the first line
-        except csv.Error as error:
-            raise Unreadable(str(error), "line 1") from error
-        while True:
-            try:
-                row = next(rows, None)
-            except csv.Error as error:  # the next line begins anew
-                yield Unreadable(f"{error}; is a quote not closed?", f"line {rows.reader.line_num}")
-                continue
-            if row is None:
-                return
-            values = {key: value for key, value in row.items() if key and value is not None}
-            if problem := loss("".join(values.values())):
-                yield Unreadable(problem, f"line {rows.line_num}")
-            else:
-                yield _from_row(values, name, rows.line_num, path)
-
-
-def read_jsonl(path: Path, name: str) -> Iterator[Item]:
-    """A document a line: `_id` or `id`, `title`, `text`, `metadata` as BEIR has them; other keys are metadata."""
-    with opened(path, newline="\n") as stream:
-        number = 0
-        while line := stream.readline(MAX_ROW_CHARACTERS):
-            number += 1
-            if len(line) == MAX_ROW_CHARACTERS:
-                while line and not line.endswith("\n"):
-                    line = stream.readline(MAX_ROW_CHARACTERS)
-                yield Unreadable(f"longer than {MAX_ROW_CHARACTERS} characters", f"line {number}")
-                continue
-            if not line.strip():
-                continue
-            if problem := loss(line):
-                yield Unreadable(problem, f"line {number}")
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Unreadable(f"not JSON ({error})", f"line {number}")
-                continue
-            yield _from_row(row, name, number, path)
-
-
-def read_parquet(path: Path, name: str) -> Iterator[Item]:
-    """A document a row, columns as in csv."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=256):
-            for row in _rows(batch):
-                number += 1
-                yield Unreadable(row, f"row {number}") if isinstance(row, str) else _from_row(row, name, number, path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Unreadable(f"damaged parquet file ({error})") from error
-
-
-def _rows(batch: Any) -> list[dict[str, Any] | str]:
-    """The rows of a batch; of one with a value that Python cannot hold (a text that is not UTF-8, the year 40000), the reason."""
-    with suppress(Exception):  # of a dozen kinds, for one value: then which one it is
-        return list(batch.to_pylist())
-    return [_row(batch, at) for at in range(batch.num_rows)]
-
-
-def _row(batch: Any, at: int) -> dict[str, Any] | str:
-    try:
-        row: dict[str, Any]
-        [row] = batch.slice(at, 1).to_pylist()
-    except Exception as error:
-        return f"a value cannot be read ({type(error).__name__}: {error})"
-    return row
-
-
 READERS: Mapping[str, Reader] = {
     ".txt": read_text,
     ".text": read_text,
@@ -193,79 +84,12 @@ READERS: Mapping[str, Reader] = {
 }
 
 
-def from_row(row: Mapping[str, Any], name: str, number: int, source: str) -> Item:
-    """A document from named values: the first of `_id` and `id` that holds something, `title`, `text`.
-
-    What else is text, number, truth or date is metadata. Without `text` all such values make the text, one a line after its name.
-    """
-    if not isinstance(row, dict):
-        return Unreadable("not a table of named values", f"row {number}")
-    given = next((row[key] for key in ("_id", "id") if row.get(key) not in (None, "")), f"{name}:{number}")
-    others = {key: value for key, value in row.items() if key not in {"_id", "id", "text"}}
-    extra = dict(others.pop("metadata")) if isinstance(row.get("metadata"), dict) else {}
-    if isinstance(row.get("text"), str):
-        text = row["text"]
-        extra |= {key: value for key, value in others.items() if key != "title"}
-    elif "text" in row:
-        return Unreadable("`text` is no string", f"row {number}")
-    else:
-        text = "\n".join(f"{key}: {value}" for key, value in _plain(others, source).items())
-    if not text.strip():
-        return Unreadable("no text in it", f"row {number}")
-    title = str(row.get("title") or "")
-    document = Document(
-        id=_readable(str(given)),
-        text=_clean(text),
-        title=_clean(title).strip(),
-        source=_readable(source),
-        metadata={_clean(key): _clean(value) for key, value in _plain(extra, source).items()},
-    )
-    return _within_limits(document, f"row {number}")
-
-
-def _plain(values: Mapping[Any, Any], source: str) -> dict[str, str]:
-    """Those that can be written as one text that filters compare; of the others that is told."""
-    plain = {}
-    for key, value in values.items():
-        if isinstance(value, str | int | float | Decimal):
-            plain[str(key)] = str(value)
-        elif isinstance(value, date | time):
-            plain[str(key)] = value.isoformat()
-        elif value is not None:
-            _tell_left_out(source, str(key))
-    return plain
-
-
-@lru_cache(maxsize=1_024)  # once a column, not once a row
-def _tell_left_out(source: str, column: str) -> None:
-    log.warning("%s: %r is left out where it holds a list or a table; documents take texts, numbers and dates", source, column)
-
-
-def _from_row(row: Mapping[str, Any], name: str, number: int, path: Path) -> Item:
-    return from_row(row, name, number, str(path))
-
-
 def _document(name: str, text: str, *, title: str, source: Path) -> Item:
     if not text.strip():
         raise Unreadable("no text in it")
-    return _within_limits(
-        Document(id=_readable(name), text=_clean(text), title=" ".join(_clean(title).split()), source=_readable(str(source)))
+    return within_limits(
+        Document(id=readable_name(name), text=clean(text), title=" ".join(clean(title).split()), source=readable_name(str(source)))
     )
-
-
-def _within_limits(document: Document, where: str = "") -> Item:
-    problem = excess(document)
-    return Unreadable(": ".join(problem), where) if problem else document
-
-
-def _clean(text: str) -> str:
-    """Without the characters that neither UTF-8 nor SQLite's own tools can carry."""
-    return text.encode("utf-8", "replace").decode().replace("\0", " ")
-
-
-def _readable(name: str) -> str:
-    """As `_clean`, but names that differ stay different: a file's need not be UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _whole(path: Path, declared: Callable[[bytes], str | None] = lambda data: None) -> str:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from openbook_server.ingest.formats import Unreadable
+from openbook_server.ingest.items import Unreadable
 from openbook_server.ingest.preparation import Splitting, prepare
 from openbook_server.ingest.sources import Source, read_source
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors

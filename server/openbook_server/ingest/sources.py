@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from openbook_server.errors import SourceInvalid
-from openbook_server.ingest.formats import READERS, Item, Unreadable, from_row
+from openbook_server.ingest.formats import READERS
+from openbook_server.ingest.items import Item, Unreadable
 from openbook_server.ingest.python_docs import python_docs
+from openbook_server.ingest.tables import from_row
 
 log = logging.getLogger(__name__)
 

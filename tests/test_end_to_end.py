@@ -134,6 +134,14 @@ def test_documents_come_and_go_while_the_server_answers(server: str, tmp_path: P
     assert {hit["metadata"]["herd"] for hit in json.loads(openbook(*herd).stdout)["hits"]} == {"3"}
     assert "KEY=VALUE" in openbook("ask", "zebra", "--filter", "herd", status=2).stderr
     assert openbook("upsert", tmp_path / "zebras.jsonl", "--server", server, status=3).stdout.startswith("2 replaced, 39 unchanged")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "yaks.txt").write_text(f"Folder {folder} has yaks.")
+        (tmp_path / folder / "yaks.docx").touch()
+    assert "other formats are left out (.docx)" in openbook("upsert", tmp_path / "one", "--server", server).stderr
+    again = openbook("upsert", tmp_path / "two", "--server", server)
+    assert (again.stdout, f"yaks.txt takes the place of {tmp_path}/one/yaks.txt: " in again.stderr) == ("1 replaced\n", True)
+    assert openbook("delete", "yaks.txt", "--server", server).stdout == "yaks.txt: deleted, 1 passages\n"
     assert openbook("delete", "z0", "none", "--server", server).stdout == "z0: deleted, 1 passages\nnone: absent\n"
     ids = [f"z{number}" for number in range(1, 40)]
     openbook("delete", *ids, "--server", server)

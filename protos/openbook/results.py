@@ -191,6 +191,7 @@ class Written:
     outcome: str  # created, replaced, unchanged, deleted, absent or failed
     passages: int  # that it has now; for a deletion, that it had
     problem: str  # why it failed; empty where it did not
+    replaced_source: str = ""  # where what it took the place of came from, if that was another source
 
 
 def written(message: kb.WriteResult, first: int = 0) -> Written:
@@ -199,7 +200,7 @@ def written(message: kb.WriteResult, first: int = 0) -> Written:
         problem = str(RequestRejected(message.error.message, field=message.error.field).moved(first))
         return Written(id=message.id, outcome="failed", passages=0, problem=problem)
     outcome = kb.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower()
-    return Written(id=message.id, outcome=outcome, passages=message.passages, problem="")
+    return Written(id=message.id, outcome=outcome, passages=message.passages, problem="", replaced_source=message.replaced_source)
 
 
 def timings_ms(message: pb.Timings) -> dict[str, float]:

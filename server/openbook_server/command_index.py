@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Split documents into passages, embed them with the bundle's embedder and store them in the knowledge base KB, a folder or an "
         "alias of an Elasticsearch cluster, which is made where there is none. Documents that are stored already and have not changed are "
-        "left alone, so the same command again goes on after a stop, or brings the knowledge base up to date. With --new-generation, a "
+        "left alone, so the same command again goes on after a stop, or stores what has changed; what is gone from a source stays stored "
+        "until `openbook delete`. With --new-generation, a "
         "bundle with another embedder takes the place of the one before: the passages are embedded again as they are stored."
     )
     parser.epilog = (
@@ -204,6 +205,8 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def stop(number: int, frame: object) -> None:
         nonlocal stopped
+        if not stopped:
+            print("openbook index: stopping, in some seconds", file=sys.stderr)
         stopped = True
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

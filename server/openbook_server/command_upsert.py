@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections import Counter
@@ -39,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     from openbook.errors import ClientError
 
     from openbook_server.errors import OpenBookError
-    from openbook_server.ingest.sources import find_sources
+    from openbook_server.ingest.sources import displaced, find_sources
 
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)  # what is left out of a source
     outcomes: Counter[str] = Counter()
     began = shown = time.monotonic()
     try:
@@ -50,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
                 outcomes[result.outcome] += 1
                 if result.problem:
                     print(f"openbook upsert: {result.id!r}: {result.problem}", file=sys.stderr)
+                if result.replaced_source and (told := displaced(result.id, result.replaced_source)):
+                    print(f"openbook upsert: {told}", file=sys.stderr)
                 if time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
                     shown = time.monotonic()
                     stored = outcomes.total()

@@ -59,6 +59,7 @@ class KnowledgeService:
                     outcome = kb.OUTCOME_REPLACED if document.id in prepared.stored else kb.OUTCOME_CREATED
                     results[at].outcome = outcome if document.id in written else kb.OUTCOME_UNCHANGED
                     results[at].passages = passages.get(document.id, 0)
+                    results[at].replaced_source = prepared.replaced_sources.get(document.id, "")
         return kb.UpsertResponse(results=results, sequence=await self._sequence())
 
     async def delete(self, parsed: Parsed[kb.DeleteRequest], work: Work) -> kb.DeleteResponse:

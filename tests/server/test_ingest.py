@@ -123,7 +123,7 @@ def test_a_line_of_a_jsonl_that_is_too_long_costs_itself_alone(tmp_path: Path, m
 def test_html_gives_its_visible_text_and_title(tmp_path: Path) -> None:
     page = "<html><head><title>My page</title><style>x{}</style></head><body><h1>Head</h1><p>One &amp; two</p><script>bad()</script></body>"
     [document] = items(write(tmp_path / "a.html", page))
-    assert document == Document(id="a.html", title="My page", text="Head\nOne & two", source=str(tmp_path / "a.html"))
+    assert document == Document(id="a.html", title="My page", text="Head\n\nOne & two", source=str(tmp_path / "a.html"))
 
 
 def test_pdf_gives_the_text_of_its_pages_and_a_damaged_one_is_named(tmp_path: Path) -> None:
@@ -138,6 +138,16 @@ def test_pdf_gives_the_text_of_its_pages_and_a_damaged_one_is_named(tmp_path: Pa
     for name, content in (("cut.pdf", (tmp_path / "good.pdf").read_bytes()[:200]), ("no.pdf", b"%PDF-1.4 nothing")):
         [problem] = items(write(tmp_path / name, content))
         assert isinstance(problem, Unreadable)
+
+
+def test_a_pdf_that_needs_a_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pypdf.errors import DependencyError
+
+    def lacking(path: Path) -> None:
+        raise DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr("pypdf.PdfReader", lacking)
+    assert problems(write(tmp_path / "a.pdf", b"%PDF")) == [("", "encrypted with AES; to have it read: pip install cryptography")]
 
 
 def test_jsonl_keeps_given_ids_and_names_each_bad_row(tmp_path: Path) -> None:
@@ -202,9 +212,9 @@ def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> Non
     assert isinstance(blank, Unreadable)
     assert (blank.reason, blank.where) == ("id: empty, or nothing but white space; give it another one", "row 5")
     assert isinstance(good, Document)
-    [page] = items(write(tmp_path / "a.html", f"<title>{'ü' * 2_000}</title><p>text"))
-    assert isinstance(page, Unreadable)
-    assert page.reason.startswith("title: 4000 bytes")
+    [page] = items(write(tmp_path / "a.html", f"<title>a{'ü' * 2_000}</title><p>text"))
+    assert isinstance(page, Document)  # its title is cut: a page is not lost for it
+    assert page.title == "a" + "ü" * 1_023
 
 
 def test_values_that_no_filter_compares_are_left_out_and_their_column_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,6 +281,80 @@ def test_html_that_no_parser_takes_is_named(tmp_path: Path) -> None:
     assert "html" in problem.reason
 
 
+def problems(path: Path) -> list[tuple[str, str]]:
+    return [(item.where, item.reason) for item in items(path) if isinstance(item, Unreadable)]
+
+
+def texts(path: Path) -> list[str]:
+    return [item.text for item in items(path) if isinstance(item, Document)]
+
+
+def test_a_row_with_more_values_than_columns_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "id,text\n1,signed on May 5, 1843\n2,fine,,\n3\n")
+    assert texts(file) == ["fine"]
+    assert problems(file) == [
+        ("line 2", "3 values for 2 columns; is a value that holds the separator not in quotes?"),
+        ("row 4", "no text in it"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "lost"),
+    [
+        ('1,"never closed\n2,second\n3,third\n', [], "lines 2 to 4"),
+        ('1,one\n2,"quoted\n3,third\n4,"fourth"\n5,fifth\n', ["one", "fifth"], "lines 3 to 5"),
+        ('1,"said "so" twice"\n2,second\n', ["second"], "line 2"),
+    ],
+)
+def test_a_quote_that_is_not_closed_takes_no_row_with_it_unsaid(tmp_path: Path, rows: str, kept: list[str], lost: str) -> None:
+    file = write(tmp_path / "a.csv", f"id,text\n{rows}")
+    assert texts(file) == kept
+    [(where, reason)] = problems(file)
+    assert where == lost
+    assert "quote" in reason
+
+
+def test_columns_without_a_name_and_of_one_name_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert texts(write(tmp_path / "a.csv", ",text,\n0,the text,more\n1,the other,more\n")) == ["the text", "the other"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'a.csv'}: column {number} has no name, and is left out" for number in (1, 3)
+    ]
+    assert problems(write(tmp_path / "b.csv", "id,text,text\nd,first,second\n")) == [
+        ("line 1", "it names several columns 'text'; give each a name of its own")
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]), tmp_path / "b.parquet")
+    assert problems(tmp_path / "b.parquet") == [("", "it has several columns 'text'; give each a name of its own")]
+
+
+def test_a_spreadsheet_may_say_what_separates_its_columns(tmp_path: Path) -> None:
+    assert items(write(tmp_path / "a.csv", "sep=;\r\nid;text\r\nx;one, two\r\n")) == [
+        Document(id="x", text="one, two", source=str(tmp_path / "a.csv"))
+    ]
+    assert texts(write(tmp_path / "b.csv", "id;text;a, b\nx;one;two\n")) == ["one"]
+
+
+def test_values_are_written_as_their_format_writes_them(tmp_path: Path) -> None:
+    rows = [
+        {"id": None, "text": "zero"},
+        {"id": "t", "text": "one", "title": "A  double\nspaced title", "ok": True},
+        {"id": ["a"], "text": "two"},
+        {"id": "u", "text": "three", "title": ["a", "b"]},
+        {"id": "v", "text": "four", "title": 0},
+        {"id": float("nan"), "text": "five"},
+    ]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    documents = [item for item in items(file) if isinstance(item, Document)]
+    assert [(document.id, document.title) for document in documents] == [
+        ("a.jsonl:1", ""),
+        ("t", "A double spaced title"),
+        ("u", ""),
+        ("v", "0"),
+        ("a.jsonl:6", ""),
+    ]
+    assert documents[1].metadata == {"ok": "true"}
+    assert problems(file) == [("row 3", "its id is a list; give it a text or a number")]
+
+
 def test_csv_and_parquet_give_a_document_a_row(tmp_path: Path) -> None:
     [first, second] = items(write(tmp_path / "a.csv", 'id,title,text,author\n1,T,"a, ""b""\nc",Ada\n2,,second,\n'))
     assert first == Document(id="1", title="T", text='a, "b"\nc', source=str(tmp_path / "a.csv"), metadata={"author": "Ada"})
@@ -335,6 +419,35 @@ def test_bytes_that_are_hardly_text_give_a_clean_document_or_a_reason(tmp_path: 
         item.text.encode()
     else:
         assert item.reason == "no text in it" or "not UTF-8" in item.reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "The lease, signed by Ada Byron."), ("a.jsonl", '{"text": "signed by Ädä"}\n')])
+def test_utf_16_needs_no_mark_where_its_letters_are_latin(tmp_path: Path, encoding: str, name: str, content: str) -> None:
+    [text] = texts(write(tmp_path / name, content.encode(encoding)))
+    assert text in content
+
+
+def test_what_is_no_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "in", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    outside.mkdir()
+    write(folder / "a.txt", "text")
+    write(outside / "b.txt", "text")
+    (folder / "linked").symlink_to(outside)
+    (folder / "again").symlink_to(folder / "sub")  # what it leads to is read without it
+    (folder / "linked.txt").symlink_to(outside / "b.txt")
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    (folder / "circle.txt").symlink_to("circle.txt")
+    os.mkfifo(folder / "pipe.txt")
+    found = {source.name: list(read_source(source)) for source in find_sources([str(folder)])}
+    assert {name: item.reason for name, [item] in found.items() if isinstance(item, Unreadable)} == {
+        "circle.txt": "it leads nowhere",
+        "gone.txt": "it leads nowhere",
+        "linked": "a link to a folder, which is not followed; name that folder as a source",
+        "pipe.txt": "it is no regular file",
+    }
+    assert {name for name, [item] in found.items() if isinstance(item, Document)} == {"a.txt", "linked.txt"}
 
 
 def test_folders_are_read_whole_in_a_fixed_order_without_hidden_files(tmp_path: Path) -> None:
@@ -404,6 +517,8 @@ def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path, capl
 
 
 def test_sources_that_are_none_are_refused_with_what_would_be_one(tmp_path: Path) -> None:
+    with pytest.raises(SourceInvalid, match="source '' names nothing"):
+        find_sources([""])
     write(tmp_path / "a.exe", b"MZ")
     (tmp_path / "empty").mkdir()
     for source, message in ((tmp_path / "none.txt", "does not exist"), (tmp_path / "a.exe", "jsonl"), (tmp_path / "empty", "no file")):
@@ -514,9 +629,7 @@ def test_a_file_that_takes_the_place_of_another_folders_is_told(
     other = Run(tmp_path, tiny_checkpoint)(tmp_path / "two")
     assert (other.documents, other.indexing.progress.replaced_files) == (3, 2)
     [record] = caplog.records
-    assert record.getMessage().startswith(
-        f"{tmp_path}/two/readme.md takes the place of {tmp_path}/one/readme.md: both have the id 'readme.md'"
-    )
+    assert record.getMessage().startswith(f"readme.md takes the place of {tmp_path}/one/readme.md: files of one name are one document")
 
 
 def test_unreadable_rows_are_counted_and_the_rest_is_stored(

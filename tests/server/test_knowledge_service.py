@@ -113,6 +113,11 @@ async def test_writing_again_replaces_and_writing_the_same_changes_nothing(
     assert (same.results[0].outcome, same.results[0].passages, same.sequence) == (kb.OUTCOME_UNCHANGED, 1, first.sequence)
     changed = await stub.Upsert(kb.UpsertRequest(documents=[document("x", "one yak"), document("y", "two yak")]))
     assert [result.outcome for result in changed.results] == [kb.OUTCOME_REPLACED, kb.OUTCOME_CREATED]
+    assert [result.replaced_source for result in changed.results] == ["", ""]
+    moved = kb.Document(id="y", text="two yaks", source="elsewhere")
+    [other] = (await stub.Upsert(kb.UpsertRequest(documents=[moved]))).results
+    [back] = (await stub.Upsert(kb.UpsertRequest(documents=[document("y", "two yak")]))).results
+    assert (other.outcome, other.replaced_source, back.replaced_source) == (kb.OUTCOME_REPLACED, document("y", "").source, "elsewhere")
     assert changed.sequence > first.sequence
     assert await search(channel, "zebra", pb.SEARCH_MODE_LEXICAL) == []
     assert set(await search(channel, "yak", pb.SEARCH_MODE_LEXICAL)) == {"x", "y"}

@@ -147,10 +147,13 @@ class WriteResult(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     PASSAGES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    REPLACED_SOURCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     outcome: Global___Outcome.ValueType
     passages: _builtins.int
     """that the document has now; for a deletion, that it had"""
+    replaced_source: _builtins.str
+    """of a document that took the place of one from another source: that source"""
     @_builtins.property
     def error(self) -> _openbook_pb2.ItemError:
         """absent where the write succeeded"""
@@ -162,10 +165,11 @@ class WriteResult(_message.Message):
         outcome: Global___Outcome.ValueType = ...,
         passages: _builtins.int = ...,
         error: _openbook_pb2.ItemError | None = ...,
+        replaced_source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "outcome", b"outcome", "passages", b"passages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "outcome", b"outcome", "passages", b"passages", "replaced_source", b"replaced_source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from openbook_server.ingest.items import Item, Unreadable, clean, readable_name, within_limits
+from openbook_server.ingest.limits import MAX_TITLE_BYTES
+from openbook_server.ingest.markup import first_heading, visible_text
 from openbook_server.ingest.tables import read_csv, read_jsonl, read_parquet
 from openbook_server.ingest.text_files import decoded, loss
 from openbook_server.knowledge import Document
@@ -23,12 +25,11 @@ def read_text(path: Path, name: str) -> Iterator[Item]:
 def read_markdown(path: Path, name: str) -> Iterator[Item]:
     """The text as it stands; its first heading is the title."""
     text = _whole(path)
-    title = next((line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#")), "")
-    yield _document(name, text, title=title, source=path)
+    yield _document(name, text, title=first_heading(text), source=path)
 
 
 def read_html(path: Path, name: str) -> Iterator[Item]:
-    """Visible text, a block a paragraph; scripts and styles are left out."""
+    """Visible text, a block a paragraph; scripts and styles are left out, see `visible_text`."""
     from bs4 import BeautifulSoup
     from bs4.dammit import EncodingDetector
     from bs4.exceptions import ParserRejectedMarkup
@@ -42,10 +43,7 @@ def read_html(path: Path, name: str) -> Iterator[Item]:
         reason, _, _ = str(error).partition("\n")
         raise Unreadable(f"damaged html ({reason})") from error
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
-    for hidden in soup(["script", "style", "noscript", "template", "head"]):
-        hidden.decompose()
-    lines = (line.strip() for line in soup.get_text("\n").splitlines())
-    yield _document(name, "\n".join(line for line in lines if line), title=title, source=path)
+    yield _document(name, visible_text(soup), title=title, source=path)
 
 
 def read_pdf(path: Path, name: str) -> Iterator[Item]:
@@ -53,6 +51,7 @@ def read_pdf(path: Path, name: str) -> Iterator[Item]:
     import logging
 
     from pypdf import PdfReader
+    from pypdf.errors import DependencyError
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity of a file that it can read
     _check_size(path)
@@ -64,6 +63,8 @@ def read_pdf(path: Path, name: str) -> Iterator[Item]:
         text = "\n\n".join(page.extract_text() for page in reader.pages)
     except Unreadable:
         raise
+    except DependencyError as error:
+        raise Unreadable("encrypted with AES; to have it read: pip install cryptography") from error
     except Exception as error:  # pypdf raises all kinds on damaged files
         raise Unreadable(f"damaged pdf ({type(error).__name__}: {error})") from error
     yield _document(name, text, title=title, source=path)
@@ -87,9 +88,8 @@ READERS: Mapping[str, Reader] = {
 def _document(name: str, text: str, *, title: str, source: Path) -> Item:
     if not text.strip():
         raise Unreadable("no text in it")
-    return within_limits(
-        Document(id=readable_name(name), text=clean(text), title=" ".join(clean(title).split()), source=readable_name(str(source)))
-    )
+    title = " ".join(clean(title).split()).encode()[:MAX_TITLE_BYTES].decode(errors="ignore")  # a file is not refused for a long one
+    return within_limits(Document(id=readable_name(name), text=clean(text), title=title, source=readable_name(str(source))))
 
 
 def _whole(path: Path, declared: Callable[[bytes], str | None] = lambda data: None) -> str:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from openbook_server.ingest.items import Unreadable
-from openbook_server.ingest.preparation import Splitting, prepare
-from openbook_server.ingest.sources import Source, read_source
+from openbook_server.ingest.preparation import Prepared, Splitting, prepare
+from openbook_server.ingest.sources import Source, displaced, read_source
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors
 from openbook_server.states import joined
 from openbook_server.tokenization import TextEncoder
 
 log = logging.getLogger(__name__)
 
-SHOWN_PROBLEMS = 20  # unreadable items that are logged one by one; all are counted
-_EMBEDDED_AT_ONCE = 1_024  # passages between two looks at whether the run shall stop
+SHOWN_PROBLEMS = 1_000  # unreadable items that are logged one by one; all are counted
+_EMBEDDED_AT_ONCE = 256  # passages between two looks at whether the run shall stop: some ten seconds of one core
 _BATCH_CHARACTERS = 2_000_000  # of documents read before they are split, whatever their number
 
 
@@ -101,7 +101,7 @@ class Indexing:
         """Whether the documents are stored; False where the run was stopped while they were embedded."""
         prepared = prepare(documents, self._knowledge_base, self._encoder, self._splitting)
         self.progress.unchanged += len(documents) - len(prepared.documents)
-        self._note_replaced([document for document, _ in prepared.documents if document.id in prepared.stored])
+        self._note_replaced(prepared)
         passages = prepared.passages
         if not prepared.documents:
             return True
@@ -117,16 +117,14 @@ class Indexing:
         self.progress.passages += len(passages)
         return True
 
-    def _note_replaced(self, documents: Sequence[Document]) -> None:
+    def _note_replaced(self, prepared: Prepared) -> None:
         """Two runs over two folders cannot tell files of one name apart, as one run over both does."""
-        named = [document for document in documents if _named_by_file(document)]
-        stored = self._knowledge_base.documents([document.id for document in named])
-        for document in named:
-            before = {passage.source for passage in stored.get(document.id, ())} - {document.source}
-            if before and not self.progress.replaced_files:
-                problem = "%s takes the place of %s: both have the id %r. Where both shall stay, name both folders in one command"
-                log.warning(problem, document.source, *before, document.id)
-            self.progress.replaced_files += bool(before)
+        for document, _ in prepared.documents:
+            before = prepared.replaced_sources.get(document.id)
+            if before and (told := displaced(document.id, before)):
+                if not self.progress.replaced_files:
+                    log.warning("%s", told)
+                self.progress.replaced_files += 1
 
     def _note(self, source: Source, problem: Unreadable) -> None:
         self.progress.unreadable += 1
@@ -134,9 +132,3 @@ class Indexing:
             log.warning("skipped %s%s: %s", source.path or source.name, f", {problem.where}" if problem.where else "", problem.reason)
         elif self.progress.unreadable == SHOWN_PROBLEMS + 1:
             log.warning("more items are skipped; from here on they are only counted")
-
-
-def _named_by_file(document: Document) -> bool:
-    """Whether the id is the path of the file, or of a file and the number of its row, rather than given by the source."""
-    path, _, row = document.id.rpartition(":")
-    return document.source.endswith(path if path and row.isdigit() else document.id)

@@ -41,6 +41,7 @@ class Prepared:
     documents: list[tuple[Document, str]]  # those that are new or changed, each with its digest
     passages: list[Passage]  # all passages of all of them, in order, with their tokens
     stored: frozenset[str]  # ids of those documents that are stored already, changed or not
+    replaced_sources: Mapping[str, str]  # by the id of a document that is changed, where what is stored came from another source
 
 
 def choose_splitting(
@@ -97,11 +98,15 @@ def prepare(documents: Sequence[Document], knowledge_base: KnowledgeBase, encode
     changed = [document for document in documents if stored.get(document.id) != digests[document.id]]
     split_up = split(changed, encoder.tokenizer, passage_tokens=splitting.passage_tokens, overlap=splitting.overlap)
     passages = [passage for passages in split_up for passage in passages]
+    replaced = knowledge_base.documents([document.id for document in changed if document.id in stored])
+    sources = {document.id: document.source for document in changed}
+    elsewhere = {id_: kept[0].source for id_, kept in replaced.items() if kept and kept[0].source != sources[id_]}
     kept = encoder.kept([passage.text for passage in passages])
     return Prepared(
         documents=[(document, digests[document.id]) for document in changed],
         passages=[replace(passage, tokens=tokens) for passage, tokens in zip(passages, kept, strict=True)],
         stored=frozenset(stored),
+        replaced_sources=elsewhere,
     )
 
 

@@ -53,6 +53,8 @@ def find_sources(names: Sequence[str]) -> list[Source]:
 
 
 def _found(name: str) -> list[Source]:
+    if not name:
+        raise SourceInvalid(f"source {name!r} names nothing; for the folder that you are in give .")
     path = Path(name)
     if name == PYTHON_DOCS:
         return [Source(name, None, sum(len(document.text) for document in python_docs()))]
@@ -90,10 +92,12 @@ def _below(folder: Path, name: str) -> list[Source]:
 
 
 def _visible(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The files below a folder, links to folders not followed, and why what is neither cannot be looked into; nothing that is hidden.
+    """The files below a folder, and why what is neither file nor folder, or cannot be looked into, is left out; nothing that is hidden.
+
+    Links to folders are not followed, for they may lead in circles.
 
     Raises:
-        OSError: nor can the folder itself.
+        OSError: nor can the folder itself be looked into.
     """
     files: list[Path] = []
     closed: dict[Path, str] = {}
@@ -106,11 +110,16 @@ def _visible(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
     for root, folders, names in os.walk(folder, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(root, name) for name in folders if Path(root, name).is_symlink()):
+            if not link.resolve().is_relative_to(folder.resolve()):  # else what it leads to is read without it
+                closed[link] = "a link to a folder, which is not followed; name that folder as a source"
         for file in (Path(root, name) for name in names if not name.startswith(".")):
             try:
                 if file.is_file():
                     files.append(file)
-            except OSError as error:  # its folder can be listed and not entered
+                elif file.suffix.lower() in READERS:
+                    closed[file] = "it leads nowhere" if file.is_symlink() and not file.exists() else "it is no regular file"
+            except OSError as error:  # its folder can be listed and not entered, or a link leads in a circle
                 note(error)
     return files, closed
 
@@ -134,6 +143,14 @@ def read_source(source: Source) -> Iterator[Item]:
         raise
     except Exception as error:  # libraries raise all kinds on what they do not expect: the other sources are good
         yield Unreadable(f"cannot be read, or no further ({type(error).__name__}: {error})")
+
+
+def displaced(id_: str, before: str) -> str:
+    """What is to be told where a document takes the place of one from the source `before`; nothing where the source gave it its id."""
+    path, _, row = id_.rpartition(":")
+    if not before.endswith(path if path and row.isdigit() else id_):
+        return ""
+    return f"{id_} takes the place of {before}: files of one name are one document. Where both shall stay, name both in one command"
 
 
 def _hugging_face(name: str) -> Iterator[Item]:

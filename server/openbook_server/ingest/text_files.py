@@ -1,4 +1,5 @@
-"""How a file's bytes become text: as its byte order mark says, else in UTF-8; what loses more than a few characters so is no text."""
+"""How a file's bytes become text: as its byte order mark says, or the zeros of UTF-16 where most letters are Latin, else in UTF-8; what
+loses more than a few characters so is no text."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_AS_BROWSERS_READ = dict.fromkeys(("iso-8859-1", "latin1", "us-ascii"), "windows-1252")  # what pages declare so
+_BEGINNING = 4_096  # bytes that tell how a file is encoded
+_MANY, _FEW = 0.4, 0.05  # of every second byte, zeros: in UTF-16 of Latin letters one half has many, the other hardly any
+_AS_BROWSERS_READ = {  # what pages declare so
+    **dict.fromkeys(("iso-8859-1", "latin1", "us-ascii"), "windows-1252"),
+    **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
+    **dict.fromkeys(("utf-16", "utf-16le", "utf-16be"), "utf-8"),  # who can read the declaration so far reads no UTF-16
+}
 
 
 def decoded(data: bytes, declared: Callable[[bytes], str | None] = lambda data: None) -> str:
@@ -29,7 +36,7 @@ def decoded(data: bytes, declared: Callable[[bytes], str | None] = lambda data: 
     try:
         return data.decode()
     except UnicodeDecodeError:
-        named = declared(data) or ""
+        named = (declared(data) or "").lower()
     try:
         return data.decode(_AS_BROWSERS_READ.get(named, named) or "utf-8", "replace")
     except (LookupError, UnicodeError):  # no encoding that is known, or none of texts
@@ -39,7 +46,7 @@ def decoded(data: bytes, declared: Callable[[bytes], str | None] = lambda data: 
 def opened(path: Path, *, newline: str) -> TextIO:
     """A file to be read line by line, which end as `newline` says to `open`; each character that is lost is U+FFFD."""
     with path.open("rb") as stream:
-        beginning = stream.read(4)
+        beginning = stream.read(_BEGINNING)
     return path.open(encoding=_marked(beginning) or "utf-8", errors="replace", newline=newline)
 
 
@@ -51,4 +58,12 @@ def loss(text: str) -> str | None:
 
 
 def _marked(data: bytes) -> str | None:
-    return next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
+    """The encoding that a file's beginning leaves no doubt about, None where it is any other."""
+    if marked := next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), None):
+        return marked
+    pairs = len(data[:_BEGINNING]) // 2
+    first, second = (data[at : 2 * pairs : 2].count(0) for at in (0, 1))
+    for encoding, many, few in (("utf-16-le", second, first), ("utf-16-be", first, second)):
+        if many > _MANY * pairs and few <= _FEW * pairs:
+            return encoding
+    return None

@@ -63,7 +63,7 @@ class ClassifyService:
         label_key = request.label_key or (head.neighbours.label_key if head.neighbours else "")
         if refused_first(request.texts, self._config):
             self._classification.check(name, len(request.texts), work.deadline)
-        valid = self._validate(parsed, head)
+        valid = await self._validate(parsed, head)
         work.tokenise_ms += work.lap()
         if not valid.rows:
             classified: Sequence[Classified] = []
@@ -121,12 +121,12 @@ class ClassifyService:
             return min(half + self._encoder.special_tokens, embedder)
         return min(head.max_tokens, embedder) if head.neighbours else head.max_tokens
 
-    def _validate(self, parsed: Parsed[pb.ClassifyRequest], head: HeadInfo) -> Validated:
+    async def _validate(self, parsed: Parsed[pb.ClassifyRequest], head: HeadInfo) -> Validated:
         request, limit = parsed.message, self._max_tokens(head)
         truncate = request.truncate and head.objective != VERIFIER
         if truncate and head.neighbours:  # the embedder reads on where the classifier stops, as in training
             limit = self._bundle.embedder.max_tokens
-        return validate_texts(
+        return await validate_texts(
             "texts",
             list(request.texts),
             parsed.not_utf8,

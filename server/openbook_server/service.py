@@ -62,7 +62,9 @@ class Service:
         work.batch_invariant = request.batch_invariant
         if refused_first(request.texts, self._config):
             self._pipeline.check(len(request.texts), work.deadline)
-        valid = self._validate("texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate, way_out=SPLIT)
+        valid = await self._validate(
+            "texts", request.texts, parsed, self._bundle.embedder.max_tokens, truncate=request.truncate, way_out=SPLIT
+        )
         work.tokenise_ms += work.lap()
         vectors = np.zeros((len(request.texts), self._bundle.embedder.dim), "<f4")
         tokens = [0] * len(request.texts)
@@ -86,7 +88,7 @@ class Service:
         rerank = bounded("rerank", request.rerank, 0, 0, self._config.max_top_k)
         if rerank and self._bundle.reader is None:
             raise InvalidRequest("rerank", "this bundle has no reader; export one with `openbook export --reader`, or leave rerank out")
-        valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
+        valid = await self._validate("questions", request.questions, parsed, self._max_question_tokens())
         work.tokenise_ms += work.lap()
         results = [pb.SearchResult() for _ in request.questions]
         if valid.rows:
@@ -112,7 +114,7 @@ class Service:
         max_answers = bounded(
             "max_answers", request.max_answers if request.HasField("max_answers") else None, DEFAULT_ANSWERS, 1, self._config.max_answers
         )
-        valid = self._validate("questions", request.questions, parsed, self._max_question_tokens())
+        valid = await self._validate("questions", request.questions, parsed, self._max_question_tokens())
         work.tokenise_ms += work.lap()
         results = [pb.AnswerResult() for _ in request.questions]
         if valid.rows:
@@ -185,7 +187,7 @@ class Service:
         reader, embedder = self._bundle.reader, self._bundle.embedder
         return min(embedder.max_tokens, reader.max_question_tokens + self._encoder.special_tokens) if reader else embedder.max_tokens
 
-    def _validate(
+    async def _validate(
         self,
         field: str,
         texts: Iterable[str],
@@ -195,7 +197,7 @@ class Service:
         truncate: bool = False,
         way_out: str = "shorten it",
     ) -> Validated:
-        return validate_texts(
+        return await validate_texts(
             field,
             list(texts),
             parsed.not_utf8,

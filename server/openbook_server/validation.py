@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from openbook_server.tokenization import TextEncoder
 
 SPLIT = "split it, or set truncate"  # the way out where a longer text may be cut
 _LONG_CHARACTERS = 128  # of a request: what is longer is not tokenised only to be refused
+_AT_ONCE = 16_384  # characters that are tokenised at a time: some ten milliseconds
 
 Model = TypeVar("Model")
 
@@ -28,7 +30,7 @@ class Validated:
     errors: dict[int, InvalidRequest]  # by position
 
 
-def validate_texts(
+async def validate_texts(
     field: str,
     texts: Sequence[str],
     not_utf8: frozenset[tuple[str, int]],
@@ -67,7 +69,7 @@ def validate_texts(
         elif (error := text_error(name, text, config)) is not None:
             errors[at] = error
     kept = [at for at in range(len(texts)) if at not in errors]
-    rows = dict(zip(kept, encoder.texts([texts[at] for at in kept]), strict=True))
+    rows = dict(zip(kept, await _tokenised([texts[at] for at in kept], encoder), strict=True))
     for at in list(rows):
         tokens = len(rows[at].ids)
         if tokens <= encoder.special_tokens:
@@ -81,6 +83,21 @@ def validate_texts(
         raise errors[0]
     kept = [at for at in kept if at not in errors]
     return Validated(kept, [texts[at] for at in kept], [rows[at] for at in kept], dict(sorted(errors.items())))
+
+
+async def _tokenised(texts: Sequence[str], encoder: TextEncoder) -> list[Row]:
+    """A row a text. Short requests are tokenised here and now, which costs least; long ones a part at a time in another thread, so that the
+    others are served meanwhile and a caller who hangs up costs no more than the part under way."""
+    if sum(map(len, texts)) <= _AT_ONCE:
+        return encoder.texts(texts)
+    rows: list[Row] = []
+    part: list[str] = []
+    for number, text in enumerate(texts, 1):
+        part.append(text)
+        if number == len(texts) or sum(map(len, part)) > _AT_ONCE:
+            rows += await asyncio.to_thread(encoder.texts, part)
+            part = []
+    return rows
 
 
 def text_error(name: str, text: str, config: ServerConfig) -> InvalidRequest | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from openbook_server import tokenization
+from openbook_server import tokenization, validation
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
+from openbook_server.rows import Row
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_server.validation import SPLIT, bounded, validate_texts
 
@@ -92,7 +96,10 @@ def validate(
     not_utf8: frozenset[tuple[str, int]] = frozenset(),
 ):  # type: ignore[no-untyped-def]
     config = ServerConfig(max_texts=4, max_text_bytes=100)
-    return validate_texts("texts", texts, not_utf8, config=config, encoder=encoder, max_tokens=max_tokens, truncate=truncate, way_out=SPLIT)
+    validating = validate_texts(
+        "texts", texts, not_utf8, config=config, encoder=encoder, max_tokens=max_tokens, truncate=truncate, way_out=SPLIT
+    )
+    return asyncio.run(validating)
 
 
 def test_a_bad_text_among_good_ones_fails_alone_and_is_named(encoder: TextEncoder) -> None:
@@ -138,3 +145,53 @@ def test_no_texts_and_too_many_texts_are_refused(encoder: TextEncoder, texts: li
 def test_a_number_outside_its_range_is_refused_with_both_bounds(value: int) -> None:
     with pytest.raises(InvalidRequest, match=f"{value} is outside 1 to 100"):
         bounded("top_k", value, 5, 1, 100)
+
+
+def test_long_requests_are_tokenised_beside_the_loop_a_part_at_a_time(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenise, seen = encoder.texts, list[tuple[int, bool]]()
+
+    def watched(texts: Sequence[str]) -> list[Row]:
+        seen.append((len(texts), threading.current_thread() is threading.main_thread()))
+        return tokenise(texts)
+
+    monkeypatch.setattr(encoder, "texts", watched)
+    config = ServerConfig(max_texts=100, max_text_bytes=100_000)
+
+    def rows(texts: list[str]) -> list[Row]:
+        validating = validate_texts("texts", texts, frozenset(), config=config, encoder=encoder, max_tokens=8, truncate=True)
+        return asyncio.run(validating).rows
+
+    texts = [f"red {'blue ' * number}" for number in range(60)]
+    found = rows(texts)
+    assert seen == [(60, True)]
+    monkeypatch.setattr(validation, "_AT_ONCE", 1_000)
+    seen.clear()
+    assert rows(texts) == found
+    assert sum(count for count, _ in seen) == 60
+    assert len(seen) > 5
+    assert not any(here for _, here in seen)
+
+
+def test_a_caller_who_hangs_up_costs_no_more_than_the_part_under_way(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenise, parts = encoder.texts, list[int]()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(texts: Sequence[str]) -> list[Row]:
+        parts.append(len(texts))
+        begun.set()
+        go_on.wait(10)
+        return tokenise(texts)
+
+    async def hang_up() -> None:
+        config = ServerConfig(max_texts=100, max_text_bytes=100_000)
+        texts = ["red " * 5_000] * 50
+        task = asyncio.create_task(validate_texts("texts", texts, frozenset(), config=config, encoder=encoder, max_tokens=8, truncate=True))
+        await asyncio.to_thread(begun.wait, 10)  # the loop is free meanwhile
+        task.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    monkeypatch.setattr(encoder, "texts", held)
+    asyncio.run(hang_up())
+    assert parts == [1]

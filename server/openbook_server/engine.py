@@ -6,8 +6,8 @@ Promises
 - Rows share a batch only with rows of the same graph and the same padded length, so that a row's result does not depend on its
   neighbours where the graph allows it (`invariance`); where it does not, whoever wants the same bytes has rows run `alone`.
 - Earliest deadline first, the foreground lane before the background lane (`backlog`). A row whose caller hung up or that would be too late
-  is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once. What a graph costs that ran nothing
-  for a second is not known, and nothing of it is predicted to be too late: whoever refuses everything learns nothing more.
+  is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once (`admission`).
+- One job fills at most half of the queue: of a larger one the others follow when these are done, if the deadline can still be met.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
   answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s. Of several
   sessions, one is kept free of them as long as people ask.
@@ -22,16 +22,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from openbook_server.admission import Admission
 from openbook_server.backlog import Arrays, Backlog, Expected, Group, Job, Lane, tell
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
-from openbook_server.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from openbook_server.errors import InferenceFailed, NotServing
 from openbook_server.priority import give_way
 from openbook_server.rows import Row
 
@@ -51,9 +51,6 @@ class Runnable(Protocol):
 Expect = Callable[[str, int, int, float], None]  # of a graph, with the tokens of a row, how many rows, and when they are due
 PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
 ASKING = 1.0  # seconds since the last foreground job for which people are taken to ask
-_CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
-_KNOWN = 1.0  # seconds since a graph last ran for which its cost is taken as known
-_SOONEST = 0.01  # seconds after which anybody is told to try again
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +82,9 @@ class Engine:
         self._graphs: dict[str, Runnable] = {}
         self._costs: dict[str, BatchCost] = {}
         self._backlog = Backlog(self._costs, max_batch_tokens=max_batch_tokens)
-        self._max_queued, self._gives_way, self._observe = max_queued, gives_way, observe
-        self._busy_until = [0.0] * sessions  # when the batch of each session ends, as far as is known
+        self._admission = Admission(self._backlog, max_queued=max_queued, sessions=sessions)
+        self._gives_way, self._observe = gives_way, observe
         self._idle = 0  # sessions that wait for work
-        self._ran: dict[str, float] = {}  # when each graph last did
         self._attended, self._background_until = 0, 0.0
         self._asked, self._background = 0.0, 0  # when a foreground job came last; background batches that run
         self._wake = threading.Condition()
@@ -140,23 +136,50 @@ class Engine:
             InferenceFailed: onnxruntime failed on one of the rows.
             NotServing: the engine is closed.
         """
-        if not rows:
-            return Outcome([], 0.0)
+        found, queued, later = list[Arrays](), 0.0, Expected(self._backlog)
+        try:
+            while len(found) < len(rows):
+                job = self._enqueue(graph, rows, len(found), later, deadline, lane, alone, begun)
+                try:
+                    found += await job.done
+                except asyncio.CancelledError:
+                    with self._wake:
+                        self._backlog.give_up(job)
+                    raise
+                queued += job.started - job.submitted
+        finally:
+            with self._wake:
+                later.clear()
+        return Outcome(found, queued)
+
+    def _enqueue(
+        self,
+        graph: str,
+        rows: Sequence[Row],
+        done: int,
+        later: Expected,
+        deadline: float,
+        lane: Lane,
+        alone: bool,
+        begun: bool,
+    ) -> Job:
+        """Those that are next when the first ones are done as a job in the queue; the others come `later`, and whoever is due after them
+        waits as if they were there."""
         loop, now = asyncio.get_running_loop(), time.monotonic()
-        job = Job(graph, rows, deadline, lane, loop.create_future(), now, [{}] * len(rows), len(rows))
         with self._wake:
-            groups = self._grouped(graph, (row.tokens for row in rows), alone)
-            self._admit(groups, deadline, lane, now, begun)
-            self._backlog.add(job, groups)
+            self._open()
+            part = rows[done : done + self._admission.most_at_once(graph, lane, now)]
+            left = len(rows) - done - len(part)
+            job = Job(graph, part, deadline, lane, loop.create_future(), now, [{}] * len(part), len(part))
+            groups = self._grouped(graph, (row.tokens for row in rows[done:]), alone)
+            self._admission.admit(groups, deadline, lane, now, room=0 if done else len(part), begun=begun or done > 0)
+            self._backlog.add(job, groups[: len(part)])
             if lane is Lane.FOREGROUND:
                 self._asked = now
+                if left or done:
+                    later.set(max(groups), left, deadline)
             self._wake.notify()
-        try:
-            return Outcome(await job.done, job.started - job.submitted)
-        except asyncio.CancelledError:
-            with self._wake:
-                self._backlog.give_up(job)
-            raise
+        return job
 
     @contextmanager
     def attended(self) -> Iterator[Expect]:
@@ -192,49 +215,22 @@ class Engine:
             Overloaded, DeadlineExceeded, NotServing: as `submit`.
         """
         with self._wake:
-            self._admit(self._grouped(graph, lengths), deadline, Lane.FOREGROUND, time.monotonic(), begun)
+            self._open()
+            groups, now = self._grouped(graph, lengths), time.monotonic()
+            room = min(len(groups), self._admission.most_at_once(graph, Lane.FOREGROUND, now))
+            self._admission.admit(groups, deadline, Lane.FOREGROUND, now, room=room, begun=begun)
 
     def _grouped(self, graph: str, lengths: Iterable[int], alone: bool = False) -> list[Group]:
         return [Group(graph, self._graphs[graph].buckets.padded_length(length), alone) for length in lengths]
 
-    def _admit(self, groups: Sequence[Group], deadline: float, lane: Lane, now: float, begun: bool) -> None:
+    def _open(self) -> None:
         if self._closed:
             raise NotServing("the server is shutting down", retry_after_seconds=1.0)
-        if now >= deadline:
-            raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        wait = self._wait(lane, deadline, now)
-        queued = self._backlog.rows[lane] if lane is Lane.BACKGROUND else self.queued
-        limit = self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued
-        again = max(wait, _SOONEST)
-        if queued + len(groups) > limit and queued:
-            raise Overloaded(
-                f"{queued} rows are queued and {len(groups)} more exceed the limit of {limit}; try again in {again:.2f} s",
-                retry_after_seconds=again,
-            )
-        run, left = 0.0, deadline - now
-        if self._is_known(groups[0].graph, now):
-            run = self._backlog.predict(Counter((group, lane) for group in groups), lane) / min(len(self._threads), len(groups))
-        if run > left:
-            raise DeadlineExceeded(f"{len(groups)} rows take about {run:.3f} s, the deadline is in {left:.3f} s; allow more or send fewer")
-        if (1.0 if begun else _CAUTION) * wait + run > left:
-            raise Overloaded(
-                f"the queue needs about {wait:.3f} s, the deadline is in {left:.3f} s; try again in {again:.2f} s",
-                retry_after_seconds=again,
-            )
 
     def crowded(self, left: float) -> float:
         """The seconds of queue for which a question due in `left` seconds is refused, whatever its rows are; 0.0 where it may be taken."""
-        now = time.monotonic()
         with self._wake:
-            wait = self._wait(Lane.FOREGROUND, now + left, now)
-            return max(wait, _SOONEST) if _CAUTION * wait > left or self.queued >= self._max_queued else 0.0
-
-    def _wait(self, lane: Lane, deadline: float, now: float) -> float:
-        return (self._backlog.wait(lane, deadline) + sum(max(0.0, until - now) for until in self._busy_until)) / len(self._threads)
-
-    def _is_known(self, graph: str, now: float) -> bool:
-        """Whether what a graph costs was learned lately."""
-        return now - self._ran.get(graph, 0.0) < _KNOWN
+            return self._admission.crowded(left, time.monotonic())
 
     def close(self) -> None:
         """Finish what is queued, then end the threads. Later submissions are refused as NotServing."""
@@ -256,9 +252,9 @@ class Engine:
                 if not self.queued:
                     return
                 now = time.monotonic()
-                unknown = [name for name in self._graphs if not self._is_known(name, now)]
+                unknown = [name for name in self._graphs if not self._admission.is_known(name, now)]
                 batch = self._backlog.take(now, free=1 + self._idle, unknown=unknown)
-                self._busy_until[number] = now + batch.seconds
+                self._admission.busy_until[number] = now + batch.seconds
                 if batch.lane is Lane.BACKGROUND:
                     self._background_until = now + batch.seconds
                     self._background += 1
@@ -272,7 +268,7 @@ class Engine:
                 log.exception("graph %s: its batch was lost", batch.group.graph)
                 self._fail({id(job): job for _, job in batch.rows}.values(), InferenceFailed(f"{batch.group.graph} failed: {error}"))
             with self._wake:
-                self._busy_until[number] = 0.0
+                self._admission.busy_until[number] = 0.0
                 self._background -= batch.lane is Lane.BACKGROUND
 
     def _pause(self) -> float:
@@ -303,7 +299,7 @@ class Engine:
             if batch[0][1].lane is Lane.BACKGROUND:
                 self._background_until = began + seconds
             self._costs[graph].learn(len(batch), length, seconds)
-            self._ran[graph] = began + seconds
+            self._admission.ran[graph] = began + seconds
             for (number, job), result in zip(batch, rows, strict=True):
                 job.results[number] = result
                 job.missing -= 1

@@ -220,19 +220,19 @@ async def test_a_graph_that_ran_nothing_lately_is_tried_whatever_it_was_known_to
     monkeypatch.setattr("openbook_server.engine.BatchCost", lambda: stalled)
     engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
     graph.let(100)
-    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    monkeypatch.setattr("openbook_server.admission._KNOWN", 1e12)
     with pytest.raises(DeadlineExceeded, match="1 rows take about 1000"):
         await engine.submit("embedder", [row(1)], deadline=soon())
-    monkeypatch.setattr("openbook_server.engine._KNOWN", 0.0)
+    monkeypatch.setattr("openbook_server.admission._KNOWN", 0.0)
     assert (await engine.submit("embedder", [row(1), row(2)], deadline=soon())).rows == [{"total": 4}, {"total": 5}]
-    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    monkeypatch.setattr("openbook_server.admission._KNOWN", 1e12)
     assert (await engine.submit("embedder", [row(3)], deadline=soon())).rows == [{"total": 6}]  # which was learned from
     await asyncio.to_thread(engine.close)
 
 
 async def test_whoever_is_told_to_try_again_is_not_told_at_once(graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openbook_server.engine._CAUTION", 1e12)  # the shortest wait is too long
-    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    monkeypatch.setattr("openbook_server.admission._CAUTION", 1e12)  # the shortest wait is too long
+    monkeypatch.setattr("openbook_server.admission._KNOWN", 1e12)
     quick = BatchCost()
     quick.learn(1, 4, 1e-6)
     monkeypatch.setattr("openbook_server.engine.BatchCost", lambda: quick)
@@ -434,7 +434,7 @@ async def test_background_rows_keep_out_of_the_way_of_whoever_needs_the_device_a
 
 
 async def test_rows_that_are_yet_to_come_are_time_that_others_do_not_have(graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openbook_server.engine._KNOWN", 1e12)
+    monkeypatch.setattr("openbook_server.admission._KNOWN", 1e12)
     slow = BatchCost()
     slow.learn(1, 4, 10.0)
     monkeypatch.setattr("openbook_server.engine.BatchCost", lambda: slow)
@@ -487,3 +487,78 @@ async def test_background_rows_fill_at_most_half_of_the_queue(engine: Engine, gr
     await asyncio.sleep(0)
     graph.let(100)
     await asyncio.gather(running, bulk, asked)
+
+
+@pytest.fixture
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows of one job wait, of the fixture's twenty."""
+    monkeypatch.setattr("openbook_server.admission._PART", 1)
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_a_request_larger_than_the_queue_keeps_nobody_out(engine: Engine, graph: GatedGraph) -> None:
+    large = await start(engine, *(row(number, 16) for number in range(100, 145)), deadline=soon() + 600)
+    await graph.wait_entered()
+    assert engine.queued == 10 - 4  # a batch of four runs
+    hurried = await start(engine, row(1))
+    others = await start(engine, *(row(number, 16) for number in range(200, 230)), deadline=soon() + 500)
+    assert engine.queued == 10 - 4 + 1 + 10
+    with pytest.raises(Overloaded, match="17 rows are queued and 4 more exceed the limit of 20"):
+        await engine.submit("embedder", [row(2)] * 4, deadline=soon())
+    graph.let(1_000)
+    assert [int(result["total"]) for result in (await hurried).rows] == [4]
+    assert graph.batches.index([1]) == 1  # before what was there and has more time
+    assert [int(result["total"]) for result in (await large).rows] == list(range(115, 160))
+    assert [int(result["total"]) for result in (await others).rows] == list(range(215, 245))
+    assert engine.queued == 0
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_a_large_request_that_hangs_up_takes_the_rest_with_it(engine: Engine, graph: GatedGraph) -> None:
+    large = await start(engine, *(row(number, 16) for number in range(100, 145)))
+    await graph.wait_entered()
+    large.cancel()
+    await asyncio.sleep(0)
+    assert engine.queued == 0
+    graph.let(1_000)
+    await engine.submit("embedder", [row(1)], deadline=soon())
+    assert graph.batches == [[100, 101, 102, 103], [1]]
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_a_large_request_that_proves_too_slow_is_told_before_its_deadline(
+    engine: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = BatchCost()
+    monkeypatch.setattr(learned, "learn", lambda *_: None)
+    monkeypatch.setattr(learned, "predict", lambda batches, rows, length: 10.0 * rows)  # so it turns out
+    engine._costs["embedder"] = learned
+    monkeypatch.setattr(learned, "rows_within", lambda seconds, length: 100)
+    large = await start(engine, *(row(number, 16) for number in range(100, 145)), deadline=soon() + 240)
+    graph.let(1_000)
+    with pytest.raises(DeadlineExceeded, match=r"35 rows take about 350\.000 s, the deadline is in (299|300)"):
+        await large
+    assert sum(map(len, graph.batches)) == 10
+
+
+async def test_a_full_queue_tells_when_there_will_be_room(engine: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._costs["embedder"], "predict", lambda batches, rows, length: 2.0 * rows)
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    waiting = [await start(engine, row(number), deadline=soon() + 1_000) for number in range(2, 21)]
+    engine._admission.busy_until[0] = 0.0
+    with pytest.raises(Overloaded, match=r"19 rows are queued and 5 more exceed the limit of 20; try again in 8\.00 s"):
+        await engine.submit("embedder", [row(30)] * 5, deadline=soon() + 1_000)  # four of nineteen, two seconds each
+    graph.let(100)
+    await asyncio.gather(first, *waiting)
+
+
+async def test_a_few_rows_tell_what_those_of_a_graph_cost_that_ran_nothing_lately(engine: Engine, graph: GatedGraph) -> None:
+    large = await start(engine, *(row(number) for number in range(100, 200)))
+    await graph.wait_entered()
+    assert (engine.queued, len(graph.batches[0])) == (16, 16)  # of 32
+    graph.let(1_000)
+    assert [int(result["total"]) for result in (await large).rows] == list(range(103, 203))
+    again = await start(engine, *(row(number) for number in range(100, 200)))
+    assert engine.queued + 16 >= 84  # now it is known, and all of them may wait
+    await again

@@ -195,7 +195,10 @@ def read(
     most = _reader_of(bundle).max_tokens
     pairs = [encoder.pairs(question, [hit.passage.text for hit in hits], most) for question, hits in zip(questions, found, strict=True)]
     outputs = iter(outputs_of(graph, [pair.row for group in pairs for pair in group]))
-    return [[reading_of(pair, next(outputs), at) for at, pair in enumerate(group)] for group in pairs]
+    return [
+        [reading_of(pair, next(outputs), at, hit.passage.text) for at, (pair, hit) in enumerate(zip(group, hits, strict=True))]
+        for group, hits in zip(pairs, found, strict=True)
+    ]
 
 
 def _short_enough(sample: Sample, bundle: Bundle, encoder: TextEncoder, report: Callable[[str], None]) -> list[str]:

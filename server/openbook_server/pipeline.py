@@ -21,7 +21,7 @@ from openbook_server.bundle import Bundle, ReaderInfo
 from openbook_server.embedder import GRAPH, QUESTIONS, Embedded, Embedder
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, looks_closely, relevance
 from openbook_server.models import Models
-from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, passage_probabilities, rank_answers
+from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, end_of_letter, is_settled, passage_probabilities, rank_answers
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
 from openbook_server.turns import in_turns
@@ -192,7 +192,8 @@ class Pipeline:
         read = await self._models.read("reader", [pair.row for _, pair in pairs], work)
         async for (one, pair), outputs in in_turns(zip(pairs, read, strict=True)):
             self._tokens_read.learn(len(pair.row.ids))
-            one.readings.append(reading_of(pair, outputs, len(one.readings)))
+            at = len(one.readings)
+            one.readings.append(reading_of(pair, outputs, at, one.hits[at].passage.text))
 
     def _rank(self, one: _Asked, max_answers: int) -> None:
         read = one.hits[: len(one.readings)]
@@ -214,10 +215,12 @@ class Pipeline:
         self._searcher.shutdown()
 
 
-def reading_of(pair: Pair, outputs: Arrays, passage: int) -> Reading:
-    """What the reader's graph returned for one pair, in characters of its passage; `passage` is the row it gets."""
+def reading_of(pair: Pair, outputs: Arrays, passage: int, text: str) -> Reading:
+    """What the reader's graph returned for one pair, in characters of its passage `text`; `passage` is the row it gets."""
     listed = np.greater(outputs["span_score"], NO_SPAN)
     first, last, scores = (outputs[name][listed] for name in ("span_start", "span_end", "span_score"))
     starts, ends = pair.characters(first, last)
+    if not text.isascii():
+        ends = [end_of_letter(text, end) for end in ends]
     spans = [Span(passage, start, end, score) for start, end, score in zip(starts, ends, scores.tolist(), strict=True)]
     return Reading(spans, float(outputs["null_score"]), float(outputs["log_normaliser"]))

@@ -13,9 +13,12 @@ together they weigh at least what those listed do.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+_JOINER = "\u200d"  # within letters and emoji that are written as several characters
 
 
 class Span(NamedTuple):
@@ -150,8 +153,17 @@ def _log_spans(reading: Reading) -> float:
     return max(listed, _log_difference(reading.log_normaliser, reading.null_score))
 
 
+def end_of_letter(text: str, end: int) -> int:
+    """Where a span ends that should end at `end`: behind the accents and vowel signs that belong to its last letter, which tokenizers
+    leave out."""
+    while end < len(text) and (text[end] == _JOINER or unicodedata.category(text[end]).startswith("M")):
+        end += 1
+    return end
+
+
 def normalise(text: str) -> str:
-    """Texts that differ in case, spacing or bordering punctuation are one answer."""
+    """Texts that differ in case, spacing, bordering punctuation or the way to write a letter are one answer."""
+    text = text if text.isascii() else unicodedata.normalize("NFC", text)
     return " ".join(text.casefold().split()).strip(".,;:!?\"'()[]{} ") or text
 
 

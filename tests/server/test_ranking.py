@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+import unicodedata
 
 import numpy as np
 import pytest
-from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, is_settled, log_weight, passage_probabilities, rank_answers
+from openbook_server.pipeline import reading_of
+from openbook_server.ranking import (
+    RankedAnswer,
+    Reading,
+    Settling,
+    Span,
+    end_of_letter,
+    is_settled,
+    log_weight,
+    passage_probabilities,
+    rank_answers,
+)
 
 
 def log_sum(values: list[float]) -> float:
@@ -145,3 +157,42 @@ def test_what_has_no_character_is_no_answer() -> None:
     assert [answer.text for answer in answers] == ["red"]
     assert answers[0].probability == pytest.approx(math.exp(1.0) / total, rel=1e-9)
     assert nothing == pytest.approx(1.0 / total, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "behind"),
+    [
+        (unicodedata.normalize("NFD", "René"), ". It"),
+        (unicodedata.normalize("NFD", "Açaí"), ""),
+        ("สมชาย ใจดี", " in Bangkok"),
+        ("हिन्दी", ", too"),
+        ("Ada", " Byron"),
+    ],
+)
+def test_an_answer_ends_behind_its_last_letter(answer: str, behind: str) -> None:
+    text = f"by {answer}{behind}"
+    base = max(at for at, letter in enumerate(text[: 3 + len(answer)]) if not unicodedata.category(letter).startswith("M"))
+    assert end_of_letter(text, base + 1) == 3 + len(answer)
+
+    class Read:
+        """What is read ends, as tokenizers have it, without what is written behind the last letter."""
+
+        def characters(self, first: np.ndarray, last: np.ndarray) -> tuple[list[int], list[int]]:
+            return [3], [base + 1]
+
+    outputs = {
+        "span_score": np.array([1.0]),
+        "span_start": np.array([0]),
+        "span_end": np.array([0]),
+        "null_score": 0.0,
+        "log_normaliser": 2.0,
+    }
+    [span] = reading_of(Read(), outputs, 0, text).spans  # type: ignore[arg-type]
+    assert text[span.start : span.end] == answer
+
+
+def test_two_ways_to_write_a_letter_are_one_answer() -> None:
+    passages = [f"by {unicodedata.normalize(form, 'René')}." for form in ("NFC", "NFD")]
+    readings = [reading(at, {(3, len(text) - 1): 1.0}, 0.0) for at, text in enumerate(passages)]
+    [answer], nothing = rank_answers(passages, readings, [0.0, 0.0], null_bias=0.0, max_answers=3)
+    assert answer.probability == pytest.approx(1 - nothing)

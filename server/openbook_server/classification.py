@@ -26,6 +26,7 @@ from openbook_server.models import Models
 from openbook_server.pipeline import Pipeline
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
+from openbook_server.turns import in_turns
 from openbook_server.work import Work
 
 SEPARATOR = " "  # between passages of evidence, as between the sentences that a verifier was trained on
@@ -106,10 +107,9 @@ class Classification:
     ) -> list[Classified]:
         """Label each claim beside its passages, which are read as one text, as in training, and cut where they are too long."""
         head = self._bundle.heads[name]
-        pairs: list[Pair | None] = [
-            self._encoder.pairs(claim, [SEPARATOR.join(passages)], head.max_tokens)[0] if passages else None
-            for claim, passages in zip(claims, evidence, strict=True)
-        ]
+        pairs: list[Pair | None] = []
+        async for claim, passages in in_turns(zip(claims, evidence, strict=True)):  # evidence may be long
+            pairs += self._encoder.pairs(claim, [SEPARATOR.join(passages)], head.max_tokens) if passages else [None]
         work.tokenise_ms += work.lap()
         read = [pair.row if pair is not None else row for pair, row in zip(pairs, rows, strict=True)]
         labelled = await self._run(name, read, work)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import FUSIONS, TEXTS_A_MESSAGE, SearchOptions
+from openbook.messages import FUSIONS, SearchOptions
+from openbook.parts import TEXTS_A_MESSAGE
 from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3

@@ -1,21 +1,15 @@
-"""Texts and options to the protocol's messages, in parts of bounded size, and replies back to plain results."""
+"""Texts and options to the protocol's messages, of bounded size each; what cannot be sent is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, Unpack
 
-from openbook import results
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult, Classified, SearchResult, Written
+from openbook.parts import TEXTS_A_MESSAGE
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MODES = {
     "hybrid": pb.SEARCH_MODE_HYBRID,
@@ -26,8 +20,6 @@ MODES = {
     "late_interaction": pb.SEARCH_MODE_LATE_INTERACTION,
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
-TEXTS_A_MESSAGE = 32
-R = TypeVar("R")
 Conditions = Mapping[str, object] | pb.Filter
 
 
@@ -116,50 +108,41 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 def embed_requests(texts: Sequence[str], *, truncate: bool, batch_invariant: bool) -> list[pb.EmbedRequest]:
     check_options({"truncate": truncate, "batch_invariant": batch_invariant})
-    return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in parts(texts, "texts")]
+    return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in _parts(texts, "texts")]
 
 
 def search_requests(questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[pb.SearchRequest]:
-    return [pb.SearchRequest(questions=part, **_given(options, RankedSearchOptions)) for part in parts(questions, "questions")]
+    return [pb.SearchRequest(questions=part, **_given(options, RankedSearchOptions)) for part in _parts(questions, "questions")]
 
 
 def answer_requests(questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[pb.AnswerRequest]:
-    return [pb.AnswerRequest(questions=part, **_given(options, AnswerOptions)) for part in parts(questions, "questions")]
+    return [pb.AnswerRequest(questions=part, **_given(options, AnswerOptions)) for part in _parts(questions, "questions")]
 
 
 def classify_requests(texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[pb.ClassifyRequest]:
     given = _given(options, ClassifyOptions)
     evidence = given.pop("evidence", None)
-    requests = [pb.ClassifyRequest(texts=part, **given) for part in parts(texts, "texts")]
+    requests = [pb.ClassifyRequest(texts=part, **given) for part in _parts(texts, "texts")]
     if evidence is not None and len(evidence) != len(texts):
         raise RequestRejected(f"{len(evidence)} entries for {len(texts)} texts; give one for each", field="evidence")
     for at, passages in enumerate(evidence or ()):
-        sendable = [passage for part in parts(passages, f"evidence[{at}]") for passage in part]
+        sendable = [passage for part in _parts(passages, f"evidence[{at}]") for passage in part]
         requests[at // TEXTS_A_MESSAGE].evidence.append(pb.Evidence(passages=sendable))
     return requests
 
 
 def generate_request(text: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     given = _given(options, GenerateOptions)
-    given["stop"] = [stop for part in parts(given.get("stop", []), "stop") for stop in part]
-    [[sendable]] = parts([text], "text")
+    given["stop"] = [stop for part in _parts(given.get("stop", []), "stop") for stop in part]
+    [[sendable]] = _parts([text], "text")
     return pb.GenerateRequest(text=sendable, **given)
 
 
 def delete_requests(ids: Sequence[str]) -> list[kb.DeleteRequest]:
-    return [kb.DeleteRequest(ids=part) for part in parts(ids, "ids")]
+    return [kb.DeleteRequest(ids=part) for part in _parts(ids, "ids")]
 
 
-def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[kb.WriteResult]:
-    return list(reply.results)
-
-
-def deleted(found: Sequence[kb.WriteResult]) -> list[Written]:
-    """Of several messages, each of which but the last names `TEXTS_A_MESSAGE`."""
-    return [results.written(result, at - at % TEXTS_A_MESSAGE) for at, result in enumerate(found)]
-
-
-def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
+def _parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
     if not isinstance(texts, Collection):
@@ -196,96 +179,3 @@ def _equals(key: str, value: object) -> pb.Filter:
     for part in (key, str(value)):
         _check_sendable(part, "filter")
     return pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value)))
-
-
-@contextmanager
-def placed(first: int) -> Iterator[None]:
-    """Within, a message is sent whose texts are those of a list from `first` on: what is refused is named by its place in the list."""
-    try:
-        yield
-    except RequestRejected as error:
-        raise error.moved(first) from error
-
-
-def moved(items: Iterable[R], first: int) -> list[R]:
-    """The results of such a message; what became of single texts is named likewise."""
-    return [item.moved(first) if isinstance(item, RequestRejected) else item for item in items]  # type: ignore[misc]
-
-
-def vectors(request: pb.EmbedRequest, reply: pb.EmbedResponse) -> list[NDArray[np.float32]]:
-    """The (texts, dim) vectors of one message.
-
-    Raises:
-        RequestRejected: a text has none.
-    """
-    import numpy as np  # here: it takes as long to import as all the rest of the client
-
-    for error in reply.errors:
-        raise _item_error(error)
-    return [np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim)]
-
-
-def joined(found: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Of several messages."""
-    import numpy as np
-
-    return np.concatenate(found).astype(np.float32, copy=False) if found else np.empty((0, 0), np.float32)
-
-
-def _item_error(error: pb.ItemError) -> RequestRejected:
-    return RequestRejected(error.message, field=error.field, reason=error.reason)
-
-
-def search_results(request: pb.SearchRequest, reply: pb.SearchResponse) -> list[SearchResult | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or SearchResult(
-            question=question,
-            hits=tuple(map(results.hit, result.hits)),
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
-    ]
-
-
-def answer_results(request: pb.AnswerRequest, reply: pb.AnswerResponse) -> list[AnswerResult | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or AnswerResult(
-            question=question,
-            answers=tuple(map(results.answer, result.answers)),
-            hits=tuple(map(results.hit, result.hits)),
-            no_answer_probability=result.no_answer_probability,
-            passages_read=result.passages_read,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
-    ]
-
-
-def classify_results(request: pb.ClassifyRequest, reply: pb.ClassifyResponse) -> list[Classified | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or Classified(
-            text=text,
-            labels=tuple(map(results.label, result.labels)),
-            passages=result.passages,
-            neighbours=tuple(map(results.neighbour, result.neighbours)),
-            evidence=tuple(map(results.hit, result.evidence)),
-            classifier=reply.classifier,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (text, result) in enumerate(zip(request.texts, reply.results, strict=True))
-    ]

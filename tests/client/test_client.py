@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from grpc_status import rpc_status
 from openbook import cli, command_generate, messages
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
-from openbook.messages import TEXTS_A_MESSAGE
+from openbook.parts import TEXTS_A_MESSAGE
 from openbook.results import AnswerResult, Classified, Document, SearchResult, Written
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
@@ -42,11 +43,11 @@ def come_back(milliseconds: int) -> RetryInfo:
     return RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000))
 
 
-def too_large(size: int) -> Callable[[grpc.ServicerContext], None]:
+def too_large(field: str, what: str) -> Callable[[grpc.ServicerContext], None]:
     """As the server says it."""
-    violation = BadRequest.FieldViolation(field="request", description=f"{size} bytes exceed the limit")
-    details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
-    return failure(grpc.StatusCode.INVALID_ARGUMENT, f"request: {size} bytes exceed the limit", *details)
+    violation = BadRequest.FieldViolation(field=field, description=what)
+    details = ErrorInfo(reason="MESSAGE_TOO_LARGE"), BadRequest(field_violations=[violation])
+    return failure(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {what}", *details)
 
 
 class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.KnowledgeBaseServicer):
@@ -56,11 +57,29 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
         self.script: list[Callable[[grpc.ServicerContext], None]] = []
         self.requests: list[object] = []
         self.slow: set[str] = set()  # ids of documents that are never stored in time
+        self.max_texts = 256  # that a message may list
+        self.max_reply_texts = 256  # for which a reply is not too large
+        self.long: set[str] = set()  # texts whose reply alone is too large
+        self.refused = 0  # messages that listed too many
 
-    def _next(self, request: object, context: grpc.ServicerContext) -> None:
+    def _next(self, request: Any, context: grpc.ServicerContext) -> None:
+        self._check(request, context)
         self.requests.append(request)
         if self.script:
             self.script.pop(0)(context)
+
+    def _check(self, request: Any, context: grpc.ServicerContext) -> None:
+        field = next((name for name in ("texts", "questions", "ids", "documents") if name in request.DESCRIPTOR.fields_by_name), "")
+        listed = getattr(request, field, [])
+        self.refused += len(listed) > min(self.max_texts, self.max_reply_texts)
+        if len(listed) > self.max_texts:
+            too_large(field, f"{len(listed)} texts exceed the limit of {self.max_texts} a request")(context)
+        if field not in {"", "documents"} and (len(listed) > self.max_reply_texts or self.long & set(listed)):
+            too_large("request", "the reply has 9 bytes, the limit is 8; ask for less")(context)
+        if field in {"texts", "questions"} and list(listed) == [""]:
+            violation = BadRequest.FieldViolation(field=f"{field}[0]", description="empty")
+            details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
+            failure(grpc.StatusCode.INVALID_ARGUMENT, f"{field}[0]: empty", *details)(context)
 
     def Embed(self, request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:  # noqa: N802
         self._next(request, context)
@@ -127,7 +146,7 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
 
     def Upsert(self, request: kb.UpsertRequest, context: grpc.ServicerContext) -> kb.UpsertResponse:  # noqa: N802
         if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
-            too_large(size)(context)
+            too_large("request", f"{size} bytes exceed the limit")(context)
         self._next(request, context)
         if any(document.id in self.slow for document in request.documents):
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
@@ -312,6 +331,141 @@ async def test_an_id_that_is_refused_is_named_by_its_place_among_all_that_are_de
         assert await asynchronous.delete(ids) == deleted
     assert [one.id for one in deleted] == ids
     assert {at: one.problem for at, one in enumerate(deleted) if one.problem} == {40: "ids[40]: empty"}
+
+
+BOTH = [False, True]
+METHODS = [("embed", "texts"), ("search", "questions"), ("answer", "questions"), ("classify", "texts"), ("delete", "ids")]
+
+
+def ask_for(address: str, method: str, texts: list[str], *, asynchronous: bool, **options: Any) -> list[Any]:
+    """What a client returns; it has a method for a list of texts."""
+
+    async def ask() -> list[Any]:
+        async with AsyncClient(address, timeout_seconds=5) as client:
+            return list(await getattr(client, method)(texts, **options))
+
+    if asynchronous:
+        return asyncio.run(ask())
+    with Client(address, timeout_seconds=5) as client:
+        return list(getattr(client, method)(texts, **options))
+
+
+def told(result: Any) -> str:
+    """The text that a result is of, as `Scripted` has it."""
+    if isinstance(result, np.ndarray):
+        return "x" * int(result[0])
+    return str(next(getattr(result, name) for name in ("question", "text", "id") if hasattr(result, name)))
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+@pytest.mark.parametrize(("method", "field"), METHODS)
+@pytest.mark.parametrize("limit", ["max_texts", "max_reply_texts"])
+def test_a_list_travels_in_messages_that_the_server_takes(
+    server: tuple[Scripted, str], method: str, field: str, limit: str, asynchronous: bool
+) -> None:
+    scripted, address = server
+    setattr(scripted, limit, 5)
+    texts = ["x" * length for length in range(1, 101)]
+    assert [told(result) for result in ask_for(address, method, texts, asynchronous=asynchronous)] == texts
+    sent = [list(getattr(request, field)) for request in scripted.requests]
+    assert {len(listed) for listed in sent} == {4}
+    assert sorted(text for listed in sent for text in listed) == texts
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_evidence_and_errors_keep_their_places_in_smaller_messages(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    scripted, address = server
+    scripted.max_texts = 5
+    claims = ["" if number == 35 else str(number) for number in range(70)]
+    results = ask_for(address, "classify", claims, asynchronous=asynchronous, evidence=[[f"of {claim}"] for claim in claims])
+    assert {at: str(result) for at, result in enumerate(results) if isinstance(result, RequestRejected)} == {35: "texts[35]: empty"}
+    sent: list[Any] = scripted.requests
+    assert all(list(one.passages) == [f"of {text}"] for request in sent for text, one in zip(request.texts, request.evidence, strict=True))
+
+
+def test_what_was_too_many_for_a_server_is_remembered(client: Client, scripted: Scripted) -> None:
+    scripted.max_texts = 8
+    texts = [str(number) for number in range(10_000)]
+    assert [told(result) for result in client.search(texts)] == texts
+    assert scripted.refused < 25  # of 1,250 messages; now and then more is tried
+    scripted.refused = 0
+    client.search(texts[:100])
+    client.search(texts[100:200])
+    assert scripted.refused <= 1
+
+
+def test_a_server_that_takes_more_again_is_sent_more(client: Client, scripted: Scripted) -> None:
+    scripted.max_texts = 1
+    client.search(["a"] * 40)
+    scripted.max_texts = 256
+    client.search(["a"] * 5_000)
+    assert len(scripted.requests[-2].questions) == TEXTS_A_MESSAGE  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_a_question_whose_reply_alone_is_too_large_takes_its_own_place(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    scripted, address = server
+    scripted.long = {"long"}
+    questions = [*map(str, range(50)), "long", *map(str, range(50, 70))]
+    results = ask_for(address, "answer", questions, asynchronous=asynchronous)
+    assert [told(result) for result in results if isinstance(result, AnswerResult)] == [one for one in questions if one != "long"]
+    refused = results[50]
+    assert isinstance(refused, RequestRejected)
+    assert (refused.field, refused.reason) == ("questions[50]", "MESSAGE_TOO_LARGE")
+    assert (
+        "too large for one message (request: the reply has 9 bytes, the limit is 8; ask for less); a server started with a larger"
+        in str(refused)
+    )
+    with pytest.raises(RequestRejected, match=r"^questions\[0\]: too large"):
+        ask_for(address, "answer", ["long"], asynchronous=asynchronous)
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_a_bad_text_that_is_alone_in_its_message_takes_its_own_place_too(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    results = ask_for(server[1], "answer", ["x"] * TEXTS_A_MESSAGE + [""], asynchronous=asynchronous)
+    assert [at for at, result in enumerate(results) if isinstance(result, RequestRejected)] == [TEXTS_A_MESSAGE]
+    assert str(results[-1]) == "questions[32]: empty"
+
+
+def test_what_a_smaller_message_would_be_refused_for_too_is_told_at_once(client: Client, scripted: Scripted) -> None:
+    violation = BadRequest.FieldViolation(field="questions", description="this bundle has no reader")
+    details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
+    scripted.script = [failure(grpc.StatusCode.INVALID_ARGUMENT, "questions: this bundle has no reader", *details)]
+    with pytest.raises(RequestRejected, match="^questions: this bundle has no reader$"):
+        client.answer(["a"] * 40)
+    assert len(scripted.requests) == 1
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_of_texts_that_are_embedded_one_by_one_bad_ones_take_their_own_places(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    texts = ["xx"] * 35 + [""] + ["xx"] * 4
+    results = ask_for(server[1], "embed_each", texts, asynchronous=asynchronous)
+    assert {at: str(result) for at, result in enumerate(results) if isinstance(result, RequestRejected)} == {35: "texts[35]: empty"}
+    assert [told(result) for result in results if isinstance(result, np.ndarray)] == ["xx"] * 39
+
+
+@pytest.mark.parametrize("limit", ["max_texts", "max_reply_texts"])
+def test_commands_send_files_in_messages_that_the_server_takes(
+    server: tuple[Scripted, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
+) -> None:
+    setattr(server[0], limit, 5)
+    rows = [{"id": str(number), "text": "x" if number != 20 else "", "evidence": "e"} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for command in ("ask", "classify", "embed"):
+        out = tmp_path / f"{command}.jsonl"
+        assert cli.main([command, "--file", str(tmp_path / "rows.jsonl"), "--out", str(out), "--server", server[1]]) == 3
+        done = [row for row in map(json.loads, out.read_text().splitlines()) if "error" not in row]
+        assert [row["id"] for row in done] == [row["id"] for row in rows if row["text"]]
+        assert "empty" in capsys.readouterr().err
+    assert cli.main(["delete", *(row["id"] for row in rows), "--server", server[1]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 40
+
+
+def test_a_server_that_takes_few_documents_a_message_gets_all_of_them(client: Client, scripted: Scripted) -> None:
+    scripted.max_texts = 5
+    documents = [Document(id=str(number), text="x") for number in range(100)]
+    assert [(one.id, one.outcome) for one in client.upsert(documents)] == [(one.id, "created") for one in documents]
+    assert scripted.refused == 3
 
 
 UNSENDABLE = [
@@ -576,20 +730,22 @@ async def test_of_a_long_list_few_messages_are_in_flight_and_a_failure_calls_off
     """A message's time runs from when it is sent: hundreds at once would be late by their own queue."""
     flying, most, begun = 0, 0, 0
 
-    async def echo(number: int, **settings: float) -> int:
+    requests = [pb.EmbedRequest(texts=[str(number)] * 2) for number in range(200)]
+
+    async def echo(request: pb.EmbedRequest, **settings: float) -> str:
         nonlocal flying, most, begun
         flying, begun = flying + 1, begun + 1
         most = max(most, flying)
         await asyncio.sleep(0)
         flying -= 1
-        if number == 50:
+        if request.texts[0] == "50":
             raise RequestRejected("no", field="texts[1]")
-        return number
+        return request.texts[0]
 
     async with AsyncClient("127.0.0.1:9") as client:
-        assert await client._each(echo, range(40), lambda request, reply: [request, reply]) == [n for n in range(40) for _ in range(2)]
+        assert await client._each(echo, requests[:40], lambda part, reply: [reply] * len(part)) == [str(n) for n in range(40) for _ in "ab"]
         assert most == 8
         begun = 0
-        with pytest.raises(RequestRejected, match=r"^texts\[1601\]: no$"):
-            await client._each(echo, range(200), lambda request, reply: [reply])
+        with pytest.raises(RequestRejected, match=r"^texts\[101\]: no$"):
+            await client._each(echo, requests, lambda part, reply: [reply])
         assert begun < 100

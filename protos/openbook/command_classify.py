@@ -84,7 +84,7 @@ def _options(arguments: argparse.Namespace, evidence: Sequence[Sequence[str]] | 
         explain=arguments.explain,
         top_k=arguments.top_k,
         mode=arguments.mode,
-        filter=dict(arguments.filter) or None,
+        filter=arguments.filter or None,
         label_key=arguments.label_key,
         batch_invariant=arguments.batch_invariant,
     )

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         top_k=arguments.top_k,
         mode=arguments.mode,
-        filter=dict(arguments.filter) or None,
+        filter=arguments.filter or None,
     )
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:

@@ -89,7 +89,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         mode=arguments.mode,
         fusion=arguments.fusion,
         ef=arguments.ef,
-        filter=dict(arguments.filter) or None,
+        filter=arguments.filter or None,
         min_score=arguments.min_score,
         diversity=arguments.diversity,
         batch_invariant=arguments.batch_invariant,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from numbers import Integral, Real
+from datetime import date, time
+from numbers import Integral, Number, Real
 from typing import Any, TypedDict, Unpack
 
 from openbook.errors import RequestRejected
@@ -20,7 +22,7 @@ MODES = {
     "late_interaction": pb.SEARCH_MODE_LATE_INTERACTION,
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
-Conditions = Mapping[str, object] | pb.Filter
+Conditions = Mapping[str, object] | Sequence[tuple[str, object]] | pb.Filter  # of metadata; all pairs of key and value must hold
 
 
 class SearchOptions(TypedDict, total=False):
@@ -30,7 +32,7 @@ class SearchOptions(TypedDict, total=False):
     mode: str | None  # of MODES
     fusion: str | None  # of FUSIONS
     ef: int | None  # candidates of the dense index
-    filter: Conditions | None  # only documents whose metadata match: {key: value}, all of which must be equal, or a Filter message
+    filter: Conditions | None  # only documents whose metadata match: {key: value} or pairs, a list of values means one of them; or a Filter
     min_score: float | None  # only passages that score as much or more
     diversity: float | None  # 0 to 1: how much a passage loses for being like a better one
     batch_invariant: bool | None  # the same question gives the same bytes whatever shares its batch; slower where the models do not
@@ -86,7 +88,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
         (bool, "True or False", "batch_invariant read_all truncate explain"),
         (str, "a string", "mode fusion classifier label_key writer bundle name"),
         (Collection, "a list", "stop evidence"),
-        ((Mapping, pb.Filter), "a mapping of keys to values, or a Filter", "filter"),
+        ((Mapping, list, tuple, pb.Filter), "a mapping of keys to values, a list of such pairs, or a Filter", "filter"),
     )
     for name in names.split()
 }
@@ -170,12 +172,35 @@ def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[Classify
             if given[field] not in known:
                 raise RequestRejected(f"{given[field]!r} is none of {', '.join(known)}", field=field)
             given[field] = known[given[field]]
-    if isinstance(given.get("filter"), Mapping):
-        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_equals(*condition) for condition in given["filter"].items()]))
+    if "filter" in given and not isinstance(given["filter"], pb.Filter):
+        pairs = given["filter"].items() if isinstance(given["filter"], Mapping) else given["filter"]
+        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_condition(pair) for pair in pairs]))
     return given
 
 
-def _equals(key: str, value: object) -> pb.Filter:
-    for part in (key, str(value)):
-        _check_sendable(part, "filter")
-    return pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value)))
+def _condition(pair: object) -> pb.Filter:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise RequestRejected(f"{reprlib.repr(pair)} is no pair of a key and a value", field="filter")
+    key, value = pair
+    _check_sendable(key, "filter")
+    several = isinstance(value, list | tuple | set | frozenset)
+    texts = [text for one in (value if several else [value]) for text in _as_stored(key, one)]
+    if not texts:
+        raise RequestRejected(f"{key!r} is to be one of no values; name one, or leave the key out", field="filter")
+    if len(texts) > 1:
+        return pb.Filter(one_of=pb.Filter.OneOf(key=key, values=texts))
+    return pb.Filter(equals=pb.Filter.Equals(key=key, value=texts[0]))
+
+
+def _as_stored(key: str, value: object) -> list[str]:
+    """The texts that a value may be in metadata, where all are texts."""
+    if isinstance(value, bool):
+        return [str(value).lower(), str(value)]  # as JSON and as Python write it; either may be stored
+    if isinstance(value, date | time):
+        return [value.isoformat()]
+    if not isinstance(value, str | Number):
+        what = f"{reprlib.repr(value)}, which no metadata are"
+        raise RequestRejected(f"{key!r} is to be {what}; give a text, a number, a date or a list of them, or a Filter", field="filter")
+    text = value if isinstance(value, str) else str(value)
+    _check_sendable(text, "filter")
+    return [text]

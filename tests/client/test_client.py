@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -669,7 +670,16 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.search(["a"], top_k=2**40), "top_k"),
         (lambda client: client.search(["a"], top_k="5"), "^top_k: '5' is not a whole number"),
         (lambda client: client.search(["a"], rerank=2.0), "^rerank: 2.0 is not a whole number"),
-        (lambda client: client.search(["a"], filter=5), "^filter: 5 is not a mapping of keys to values, or a Filter"),
+        (lambda client: client.search(["a"], filter=5), "^filter: 5 is not a mapping of keys to values, a list of such pairs, or a Filter"),
+        (lambda client: client.search(["a"], filter="lang=en"), "^filter: 'lang=en' is not a mapping"),
+        (lambda client: client.search(["a"], filter=["ab"]), "^filter: 'ab' is no pair of a key and a value"),
+        (lambda client: client.search(["a"], filter={"lang": None}), "^filter: 'lang' is to be None, which no metadata are; give a text, "),
+        (lambda client: client.search(["a"], filter={"year": {"at_least": 5}}), "^filter: 'year' is to be .* or a Filter"),
+        (lambda client: client.search(["a"], filter={"year": [[5]]}), "^filter: 'year' is to be "),
+        (
+            lambda client: client.search(["a"], filter={"lang": []}),
+            "^filter: 'lang' is to be one of no values; name one, or leave the key out",
+        ),
         (lambda client: client.search(["a"], min_score="0.5"), "^min_score: '0.5' is not a number"),
         (lambda client: client.search(["a"], mode=["dense"]), "^mode: .* is not a string"),
         (lambda client: client.search(5), "^questions: int is no list of strings"),
@@ -697,6 +707,37 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
 def test_what_cannot_be_sent_is_refused_by_name(client: Client, call: Callable[[Client], object], field: str) -> None:
     with pytest.raises(RequestRejected, match=field):
         call(client)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "meant"),
+    [
+        ({"lang": "en", "year": 1815}, [("lang", ["en"]), ("year", ["1815"])]),
+        ([("lang", "en"), ("lang", "de")], [("lang", ["en"]), ("lang", ["de"])]),
+        ({"lang": ["en", "de"]}, [("lang", ["en", "de"])]),
+        ([["year", (1815, 1816.5)]], [("year", ["1815", "1816.5"])]),
+        ({"lang": {"en"}, "day": date(1815, 6, 18)}, [("lang", ["en"]), ("day", ["1815-06-18"])]),
+        ({"signed": True}, [("signed", ["true", "True"])]),  # as either may have been stored
+    ],
+)
+def test_a_filter_means_every_pair_and_one_of_a_list(
+    client: Client, scripted: Scripted, conditions: Any, meant: list[tuple[str, list[str]]]
+) -> None:
+    client.search(["a"], filter=conditions)
+    [request] = scripted.requests
+    assert isinstance(request, pb.SearchRequest)
+    parts = request.filter.all.filters
+    said = [getattr(part, str(part.WhichOneof("condition"))) for part in parts]
+    assert [(one.key, list(one.values) if isinstance(one, pb.Filter.OneOf) else [one.value]) for one in said] == meant
+
+
+def test_every_condition_of_the_command_line_must_hold(server: tuple[Scripted, str]) -> None:
+    for command in ("ask", "search", "classify", "generate"):
+        assert cli.main([command, "a", "--filter", "lang=en", "--filter", "lang=de", "--filter", "year=1815", "--server", server[1]]) == 0
+        sent = [(one.equals.key, one.equals.value) for one in server[0].requests[-1].filter.all.filters]  # type: ignore[attr-defined]
+        assert sent == [("lang", "en"), ("lang", "de"), ("year", "1815")]
+        assert cli.main([command, "a", "--server", server[1]]) == 0
+        assert not server[0].requests[-1].HasField("filter")  # type: ignore[attr-defined]
 
 
 def test_every_option_has_a_kind_and_numpy_s_numbers_are_numbers(client: Client, scripted: Scripted) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 
 from openbook.errors import RequestRejected
 from openbook.parts import TEXTS_A_MESSAGE
+from openbook.results import Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
 
@@ -101,7 +102,7 @@ def check_options(given: Mapping[str, Any]) -> None:
         if not isinstance(value, kind):
             raise RequestRejected(f"{value!r} is not {called}", field=name)
         if kind is str:
-            _check_sendable(value, name)
+            check_text(value, name)
         elif name == "seed" and not 0 <= value < 2**64:
             raise RequestRejected(f"{value} is not a number from 0 to 2^64 - 1", field=name)
         elif kind is Integral and name != "seed" and not -(2**31) <= value < 2**31:
@@ -150,16 +151,37 @@ def _parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if not isinstance(texts, Collection):
         raise RequestRejected(f"{type(texts).__name__} is no list of strings", field=field)
     for at, text in enumerate(texts):
-        _check_sendable(text, f"{field}[{at}]")
+        check_text(text, f"{field}[{at}]")
     for at in range(0, len(texts), TEXTS_A_MESSAGE):
         yield list(texts[at : at + TEXTS_A_MESSAGE])
 
 
-def _check_sendable(text: str, field: str) -> None:
+def check_text(text: object, field: str) -> None:
+    """Raises RequestRejected where it is none, or cannot be sent."""
+    if not isinstance(text, str):
+        raise RequestRejected(f"{reprlib.repr(text)} is no text; give a string", field=field)
     try:
         text.encode()
-    except (UnicodeEncodeError, AttributeError) as error:
-        raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=field) from error
+    except UnicodeEncodeError as error:
+        raise RequestRejected(f"text that cannot be sent as UTF-8 ({error}); replace what is no character", field=field) from error
+
+
+def document_message(document: Document, field: str) -> kb.Document:
+    """Raises RequestRejected where a document cannot be sent; the field is within the one that names it."""
+    try:
+        return document.to_message()
+    except (TypeError, ValueError) as error:  # protobuf and dict, which name neither field nor value
+        for name in ("id", "text", "title", "source"):
+            if getattr(document, name) is not None:
+                check_text(getattr(document, name), f"{field}.{name}")
+        if not isinstance(document.metadata, Mapping):
+            raise RequestRejected(
+                f"{reprlib.repr(document.metadata)} is no mapping; give {{key: text}}", field=f"{field}.metadata"
+            ) from error
+        for key, value in document.metadata.items():
+            check_text(key, f"{field}.metadata")
+            check_text(value, f"{field}.metadata[{key!r}]")
+        raise RequestRejected(f"cannot be sent ({error})", field=field) from error
 
 
 def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
@@ -182,7 +204,7 @@ def _condition(pair: object) -> pb.Filter:
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise RequestRejected(f"{reprlib.repr(pair)} is no pair of a key and a value", field="filter")
     key, value = pair
-    _check_sendable(key, "filter")
+    check_text(key, "filter")
     several = isinstance(value, list | tuple | set | frozenset)
     texts = [text for one in (value if several else [value]) for text in _as_stored(key, one)]
     if not texts:
@@ -202,5 +224,5 @@ def _as_stored(key: str, value: object) -> list[str]:
         what = f"{reprlib.repr(value)}, which no metadata are"
         raise RequestRejected(f"{key!r} is to be {what}; give a text, a number, a date or a list of them, or a Filter", field="filter")
     text = value if isinstance(value, str) else str(value)
-    _check_sendable(text, "filter")
+    check_text(text, "filter")
     return [text]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from openbook.errors import DeadlineExceeded, RequestRejected
+from openbook.messages import document_message
 from openbook.parts import TEXTS_A_MESSAGE, Pace, Part, Parts
 from openbook.replies import written_alone, written_results
 from openbook.results import Document, Written
@@ -52,11 +53,10 @@ def _parts(documents: Iterable[Document]) -> Iterator[Part | Written]:
     part, size, ids = Part(0, kb.UpsertRequest()), 0, set[str]()
     for at, document in enumerate(documents):
         try:
-            message = document.to_message()
-        except (UnicodeEncodeError, TypeError, ValueError) as error:
+            message = document_message(document, f"documents[{at}]")
+        except RequestRejected as problem:
             if ids:
                 yield part
-            problem = RequestRejected(f"cannot be sent ({error})", field=f"documents[{at}]")
             yield Written(id=document.id, outcome="failed", passages=0, problem=str(problem))
             part, size, ids = Part(at + 1, kb.UpsertRequest()), 0, set()
             continue

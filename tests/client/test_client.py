@@ -475,6 +475,7 @@ UNSENDABLE = [
     Document(id="larger", text="x" * 5_000_000),  # than gRPC takes
     Document(id="typed", text="x", metadata={"year": 1815}),  # type: ignore[dict-item]
     Document(id="\ud800", text="x"),
+    Document(id=7, text="x"),  # type: ignore[arg-type]
 ]
 
 
@@ -487,17 +488,17 @@ def check_that_one_failed(written: list[Written], document: Document, sent: list
     assert [one.id for one in written] == [one.id for one in among_good_ones(document)]
     failed = {at: one.problem for at, one in enumerate(written) if one.outcome == "failed"}
     assert failed.keys() == {1, 42}
-    assert failed[1].startswith("documents[1]: ")
+    assert failed[1].startswith("documents[1]")
     assert failed[42] == "documents[42]: empty"
     assert [one.id for request in sent for one in request.documents] == [one.id for one in written if one is not written[1]]
 
 
-@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id"])
+@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id", "number"])
 def test_a_document_that_cannot_be_sent_fails_alone_in_its_place(client: Client, scripted: Scripted, document: Document) -> None:
     check_that_one_failed(list(client.upsert(among_good_ones(document))), document, scripted.requests)
 
 
-@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id"])
+@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id", "number"])
 async def test_a_document_that_cannot_be_sent_fails_alone_in_the_async_client_too(server: tuple[Scripted, str], document: Document) -> None:
     async with AsyncClient(server[1], timeout_seconds=5) as client:
         written = [one async for one in client.upsert(among_good_ones(document))]
@@ -508,6 +509,22 @@ def test_a_server_that_takes_small_messages_gets_documents_in_smaller_ones(clien
     documents = [Document(id=str(number), text="x" * 300) for number in range(7)]
     assert [(one.id, one.outcome) for one in client.upsert(documents)] == [(one.id, "created") for one in documents]
     assert [len(request.documents) for request in scripted.requests] == [3, 2, 2]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        (Document(id=7, text="x"), "documents[0].id: 7 is no text; give a string"),  # type: ignore[arg-type]
+        (Document(id="a", text="x", metadata={"a": 5}), "documents[0].metadata['a']: 5 is no text; give a string"),  # type: ignore[dict-item]
+        (Document(id="a", text="x", metadata={1: "x"}), r"documents[0].metadata: 1 is no text; give a string"),  # type: ignore[dict-item]
+        (Document(id="a", text="x", metadata=5), r"documents[0].metadata: 5 is no mapping; give {key: text}"),  # type: ignore[arg-type]
+        (Document(id="a", text="x", metadata={"k": "\ud800"}), r"documents[0].metadata['k']: text that cannot be sent as UTF-8"),
+        (Document(id="a", text="x", source=Path("f")), r"documents[0].source: PosixPath('f') is no text; give a string"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_of_a_document_cannot_be_sent_is_named_with_its_value(client: Client, document: Document, problem: str) -> None:
+    [written] = client.upsert([document])
+    assert written.problem.startswith(problem)
 
 
 SLOW = "not stored within 5 s; allow more time (--timeout, timeout_seconds)"
@@ -691,10 +708,10 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.publish_generation(3), "^name: 3 is not a string"),
         (lambda client: client.remove_generation(None), "^name: None is not a string"),
         (lambda client: client.search(["a"], mode="psychic"), "mode"),
-        (lambda client: client.search(["a"], filter={"\ud800": "x"}), r"^filter: str that cannot be sent as UTF-8"),
-        (lambda client: client.answer(["a"], filter={"kind": "\ud800"}), r"^filter: str that cannot be sent as UTF-8"),
-        (lambda client: client.search(["a"], filter={3: "x"}), r"^filter: int that cannot be sent"),
-        (lambda client: client.classify(["a"], label_key="\ud800"), "^label_key: str that cannot be sent as UTF-8"),
+        (lambda client: client.search(["a"], filter={"\ud800": "x"}), r"^filter: text that cannot be sent as UTF-8"),
+        (lambda client: client.answer(["a"], filter={"kind": "\ud800"}), r"^filter: text that cannot be sent as UTF-8"),
+        (lambda client: client.search(["a"], filter={3: "x"}), r"^filter: 3 is no text; give a string"),
+        (lambda client: client.classify(["a"], label_key="\ud800"), "^label_key: text that cannot be sent as UTF-8"),
         (lambda client: client.classify(["a"], max_labels=2**40), "max_labels"),
         (lambda client: list(client.generate("a", seed=-1)), "seed"),
         (lambda client: list(client.generate("a", stop="b")), "stop is one string"),

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         'example: openbook ask "Who signed the lease?" --top-k 10\n'
         "         openbook ask --file questions.jsonl --out answers.jsonl\n"
-        "A file has a JSON object a line, with `_id` or `id` and `text` or `question`; the output has a line a question, in order:\n"
+        "A file has a JSON object a line, with `_id` or `id`, a string or a number (without, the line's number), and `text` or\n"
+        "`question`; the output has a line a question, in order:\n"
         '{"id", "question", "answers": [{"text", "probability", "passage_id", "document_id", "start", "end", "document_start",\n'
         ' "document_end"}], "hits": [{"passage_id", "document_id", "score", "title", "source", "document_start"}],\n'
         ' "no_answer_probability", "passages_read", "timings_ms"}; offsets count characters, and the end is behind the last;\n'

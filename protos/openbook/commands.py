@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,8 +122,8 @@ def condition(text: str) -> tuple[str, str]:
 
 
 def read_rows(name: str) -> Iterator[InputRow]:
-    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`; `text`, `question` or `claim`; and perhaps `evidence`, a text or
-    a list of them. Bad rows say why.
+    """Rows of a JSON-lines file, `-` for standard input: the first of `_id` and `id` that holds something, else the line's number; `text`,
+    `question` or `claim`; and perhaps `evidence`, a text or a list of them. Bad rows say why.
 
     Raises:
         InvalidFile: the file cannot be read.
@@ -142,8 +144,10 @@ def _row(number: int, line: bytes) -> InputRow:
         return InputRow(number, str(number), "", f"not JSON ({error})")
     if not isinstance(row, dict):
         return InputRow(number, str(number), "", "no JSON object")
-    # Half a surrogate pair cannot be written.
-    given = str(row.get("_id", row.get("id", number))).encode("utf-8", "backslashreplace").decode()
+    key, given = next(((key, row[key]) for key in ("_id", "id") if row.get(key) not in (None, "")), ("", number))
+    if isinstance(given, bool) or not (isinstance(given, str | int) or (isinstance(given, float) and math.isfinite(given))):
+        return InputRow(number, str(number), "", f"`{key}` is {reprlib.repr(given)}; give a string or a number, or none")
+    given = str(given).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be written
     text = next((row[name] for name in TEXT_KEYS if name in row), None)
     if not isinstance(text, str):
         return InputRow(number, given, "", "none of `text`, `question` and `claim` is a string")

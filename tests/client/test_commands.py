@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openbook.commands import InputRow, InvalidFile, work_through, written_aside
+from openbook.commands import InputRow, InvalidFile, read_rows, work_through, written_aside
 from openbook.errors import RequestRejected, ServerUnavailable
 
 
@@ -37,6 +37,34 @@ def test_an_id_that_is_no_unicode_is_written_readably(tmp_path: Path) -> None:
     assert first == {"id": "\\ud83d", "answer": "WHO"}
     assert "Unicode" in bad["error"]
     assert last == {"id": "3", "answer": "WHAT"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "given"),
+    [
+        ({"id": None}, "1"),
+        ({"_id": None, "id": "real"}, "real"),
+        ({"_id": "", "id": 7}, "7"),
+        ({"_id": 0, "id": "other"}, "0"),
+        ({"_id": 1.5}, "1.5"),
+        ({}, "1"),
+    ],
+)
+def test_an_id_that_holds_nothing_is_none(tmp_path: Path, ids: dict[str, Any], given: str) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({**ids, "text": "who"}) + "\n")
+    assert [row.id for row in read_rows(str(tmp_path / "in.jsonl"))] == [given]
+
+
+def test_an_id_that_is_no_string_or_number_fails_its_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["[1, 2]", '{"a": 1}', "NaN", "Infinity", "true"]
+    rows = ['{"id": "good", "text": "who"}', *(f'{{"_id": {id_}, "id": "x", "text": "who"}}' for id_ in wrong)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answers) == 3
+    good, *bad = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert good == {"id": "good", "answer": "WHO"}
+    assert [row["id"] for row in bad] == ["2", "3", "4", "5", "6"]
+    assert bad[0]["error"] == "`_id` is [1, 2]; give a string or a number, or none"
+    assert "line 4 (id 4): `_id` is nan; give a string" in capsys.readouterr().err
 
 
 def test_what_no_row_is_to_blame_for_stops_the_run(tmp_path: Path) -> None:

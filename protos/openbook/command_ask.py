@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from openbook.client import Client
@@ -12,6 +11,7 @@ from openbook.commands import (
     InputRow,
     add_search_arguments,
     add_server_arguments,
+    json_line,
     marked,
     search_options,
     spent,
@@ -77,7 +77,7 @@ def _ask_one(client: Client, arguments: argparse.Namespace) -> int:
     [result] = _ask(client, [arguments.question], arguments)
     if isinstance(result, RequestRejected):
         raise result
-    print(json.dumps(result.to_json(), ensure_ascii=False) if arguments.json else render(result))
+    print(json_line(result.to_json(), sys.stdout) if arguments.json else render(result))
     return 0
 
 

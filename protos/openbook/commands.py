@@ -193,7 +193,7 @@ def work_through(
                 if "error" in line:
                     failed += 1
                     print(f"openbook {command}: {file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.write(json_line(line, stream) + "\n")
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(f"{asked} {counted.partition(' ')[0]}, {asked / (shown - began):.1f} a second", file=sys.stderr)
@@ -254,6 +254,16 @@ def written_aside(name: str, mode: str = "w") -> Iterator[IO[Any]]:
                     print(f"what was done before is in {aside}", file=sys.stderr)
                 else:
                     aside.unlink()
+
+
+def json_line(value: object, stream: IO[str]) -> str:
+    """A line for a stream; in JSON's own escapes where its encoding lacks a character, so that none is lost."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return line
 
 
 def coloured() -> bool:

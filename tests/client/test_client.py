@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -460,6 +463,22 @@ def test_commands_send_files_in_messages_that_the_server_takes(
         assert "empty" in capsys.readouterr().err
     assert cli.main(["delete", *(row["id"] for row in rows), "--server", server[1]]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 40
+
+
+def test_json_loses_nothing_where_standard_output_lacks_a_character(server: tuple[Scripted, str], tmp_path: Path) -> None:
+    text = "Straße → 🌍"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": text, "text": text}))
+    ways = [
+        *([command, text, "--json"] for command in ("ask", "search", "classify")),
+        *([command, "--file", str(tmp_path / "rows.jsonl")] for command in ("ask", "classify")),
+    ]
+    for way in ways:
+        command = [sys.executable, "-m", "openbook.cli", *way, "--server", server[1]]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0, done.stderr
+        assert text in json.loads(done.stdout.decode("ascii")).values()
+        plain = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        assert text.encode() in plain.stdout
 
 
 def test_a_server_that_takes_few_documents_a_message_gets_all_of_them(client: Client, scripted: Scripted) -> None:

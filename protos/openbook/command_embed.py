@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from openbook.client import Client
-from openbook.commands import FAILED, SOME_FAILED, InvalidFile, add_invariance_argument, add_server_arguments, read_rows, written_aside
+from openbook.commands import FAILED, InvalidFile, add_invariance_argument, add_server_arguments, read_rows, status, written_aside
 from openbook.errors import ClientError, RequestRejected
 
 
@@ -60,7 +60,7 @@ def _embed(client: Client, arguments: argparse.Namespace) -> int:
             for at, (name, _, _) in enumerate(rows):
                 if at not in failed:
                     stream.write(json.dumps({"id": name, "vector": [float(x) for x in vectors[at]]}) + "\n")
-    return SOME_FAILED if failed else 0
+    return status(len(failed), len(rows))
 
 
 def _vectors(

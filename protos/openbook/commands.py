@@ -198,7 +198,12 @@ def work_through(
                 shown = time.monotonic()
                 print(f"{asked} {counted.partition(' ')[0]}, {asked / (shown - began):.1f} a second", file=sys.stderr)
     print(f"{asked - failed} of {asked} {counted} in {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return SOME_FAILED if failed else 0
+    return status(failed, asked)
+
+
+def status(failed: int, of: int) -> int:
+    """The exit status of a command some of whose texts, documents or ids failed."""
+    return (FAILED if failed == of else SOME_FAILED) if failed else 0
 
 
 def _lines(
@@ -239,6 +244,7 @@ def written_aside(name: str, mode: str = "w") -> Iterator[IO[Any]]:
         return
     path = Path(name)
     replaced = path.is_file() or not path.exists()
+    path = Path(os.path.realpath(path)) if replaced else path  # a link stays one: what it names is written
     aside = path.with_name(path.name + ".part") if replaced else path
     try:
         with aside.open(mode, encoding="utf-8" if mode == "w" else None) as stream:

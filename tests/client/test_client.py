@@ -465,6 +465,14 @@ def test_commands_send_files_in_messages_that_the_server_takes(
     assert len(capsys.readouterr().out.splitlines()) == 40
 
 
+def test_ids_and_documents_that_are_all_refused_end_a_command_as_one_that_did_nothing(server: tuple[Scripted, str], tmp_path: Path) -> None:
+    assert cli.main(["delete", "", "--server", server[1]]) == 1
+    assert cli.main(["delete", "", "a", "--server", server[1]]) == 3
+    for number, (rows, status) in enumerate(((["{"], 1), (["{", '{"id": "a", "text": "x"}'], 3))):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
+        assert cli.main(["upsert", str(tmp_path / f"{number}.jsonl"), "--server", server[1]]) == status
+
+
 def test_json_loses_nothing_where_standard_output_lacks_a_character(server: tuple[Scripted, str], tmp_path: Path) -> None:
     text = "Straße → 🌍"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": text, "text": text}))

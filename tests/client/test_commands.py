@@ -79,7 +79,15 @@ def test_what_no_row_is_to_blame_for_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(RequestRejected):
         work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions"))
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
-    assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions[0]")) == 3
+    assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", fails("questions[0]")) == 1
+
+
+def test_a_file_of_which_every_row_failed_is_told_by_the_exit_status(tmp_path: Path) -> None:
+    """1, as where nothing could be done; 3 where some rows were."""
+    for rows, status in ((["{", "{"], 1), (["{", '{"text": "who"}'], 3), (['{"text": "who"}'], 0), ([], 0)):
+        (tmp_path / "in.jsonl").write_text("\n".join(rows))
+        assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answers) == status
+        assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_what_was_answered_before_a_run_stops_is_kept_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +119,20 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     assert read == ["line\n"]
     assert pipe.is_fifo()
     assert (tmp_path / "pipe.part").read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_what_it_names_is_written(tmp_path: Path, there: bool) -> None:
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    if there:
+        target.write_text("before")
+    link.symlink_to("folder/target")
+    with written_aside(str(link)) as stream:
+        stream.write("after")
+    assert link.is_symlink()
+    assert target.read_text() == "after"
+    assert [file.name for file in target.parent.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("name", ["file/x", "folder", "absent/x"])

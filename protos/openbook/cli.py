@@ -70,7 +70,8 @@ class _Unwritable(OSError):
 
 
 class _Output:
-    """Standard output, whose errors say that they are its own: a subcommand writes files as well."""
+    """Standard output, whose errors say that they are its own: a subcommand writes files as well. Characters that its encoding lacks are
+    written as escapes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -80,7 +81,11 @@ class _Output:
 
     def write(self, text: str) -> int:
         with _told():
-            return self._stream.write(text)
+            try:
+                return self._stream.write(text)
+            except UnicodeEncodeError:  # before any of it was written
+                encoding = self._stream.encoding
+                return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
         with _told():

@@ -11,20 +11,23 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
-from openbook import __version__, messages, results
+from openbook import __version__, messages, replies, results
 from openbook.calls import AsyncCalling, Call, Calling, GenerationMethods, T
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected
 from openbook.messages import AnswerOptions, ClassifyOptions, GenerateOptions, RankedSearchOptions
+from openbook.parts import Alone, Pace, Part, Parts, Read, parts_of
 from openbook.results import AnswerResult, Classified, Document, Piece, SearchResult, Written
 from openbook.retrying import Attempts
-from openbook.upserting import Parts
+from openbook.upserting import Upsert
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
 
@@ -39,7 +42,6 @@ _OPTIONS = [
     ("grpc.enable_retries", 0),  # retries are made here, where RetryInfo is understood
 ]
 _AT_ONCE = 8  # messages of one call in flight, of an AsyncClient
-Q = TypeVar("Q")
 R = TypeVar("R")
 
 
@@ -57,6 +59,7 @@ class Client(GenerationMethods, Calling):
         self._channel, self._answered = grpc.insecure_channel(self.address, options=_OPTIONS), False
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
         self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
+        self._paces: defaultdict[object, Pace] = defaultdict(Pace)  # by method
 
     def embed(self, texts: Sequence[str], *, truncate: bool = False, batch_invariant: bool = False) -> NDArray[np.float32]:
         """(texts, dim) unit vectors.
@@ -70,19 +73,26 @@ class Client(GenerationMethods, Calling):
             ClientError: see openbook.errors.
         """
         requests = messages.embed_requests(texts, truncate=truncate, batch_invariant=batch_invariant)
-        return messages.joined(self._each(self._stub.Embed, requests, messages.vectors))
+        return replies.stacked(list(self._each(self._stub.Embed, requests, replies.all_vectors, replies.raised)))
+
+    def embed_each(
+        self, texts: Sequence[str], *, truncate: bool = False, batch_invariant: bool = False
+    ) -> list[NDArray[np.float32] | RequestRejected]:
+        """As `embed`, a (dim,) vector for each text or the `RequestRejected` that says why it has none."""
+        requests = messages.embed_requests(texts, truncate=truncate, batch_invariant=batch_invariant)
+        return list(self._each(self._stub.Embed, requests, replies.vectors))
 
     def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """The best passages for each question; `mode` is hybrid (default), late_interaction, dense, lexical or random (a baseline)."""
-        return self._each(self._stub.Search, messages.search_requests(questions, **options), messages.search_results)
+        return replies.settled(self._each(self._stub.Search, messages.search_requests(questions, **options), replies.search_results))
 
     def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:
         """Answers to each question from the `top_k` best passages; `mode` may also be none (no retrieval)."""
-        return self._each(self._stub.Answer, messages.answer_requests(questions, **options), messages.answer_results)
+        return replies.settled(self._each(self._stub.Answer, messages.answer_requests(questions, **options), replies.answer_results))
 
     def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classified | RequestRejected]:
         """The labels of each text, most probable first; of a verifier the texts are claims."""
-        return self._each(self._stub.Classify, messages.classify_requests(texts, **options), messages.classify_results)
+        return replies.settled(self._each(self._stub.Classify, messages.classify_requests(texts, **options), replies.classify_results))
 
     def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[Piece]:
         """What a model writes after a prompt, or of a question, piece by piece; the last one has an `ending`.
@@ -109,22 +119,13 @@ class Client(GenerationMethods, Calling):
         `DeadlineExceeded` is raised.
         Nothing is sent before the first result is asked for.
         """
-        parts = Parts(documents, self._timeout)
-        for part in parts:
-            if isinstance(part, Written):
-                yield part
-                continue
-            try:
-                with messages.placed(part.first):
-                    reply = self._call(self._knowledge_base.Upsert, part.request)
-            except (RequestRejected, DeadlineExceeded) as failure:
-                parts.divide(part, failure)
-                continue
-            yield from parts.results(part, reply)
+        method = self._knowledge_base.Upsert
+        return self._send(method, Upsert(documents, self._timeout, self._paces[method]))
 
     def delete(self, ids: Sequence[str]) -> list[Written]:
         """Remove documents for good."""
-        return messages.deleted(self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results))
+        requests = messages.delete_requests(ids)
+        return list(self._each(self._knowledge_base.Delete, requests, replies.written_results, replies.written_alone))
 
     def describe(self) -> pb.DescribeResponse:
         """What the server serves, and within which limits."""
@@ -134,14 +135,23 @@ class Client(GenerationMethods, Calling):
     def _make(self, call: Call[T]) -> T:
         return call.result(self._call(getattr(self._knowledge_base, call.method), call.request, repeatable=call.repeatable))
 
-    def _each(self, method: Callable[..., Any], requests: Iterable[Q], read: Callable[[Q, Any], list[R]]) -> list[R]:
-        """What `read` makes of each request and its reply, of requests that share out one list."""
-        found: list[R] = []
-        for number, request in enumerate(requests):
-            first = number * messages.TEXTS_A_MESSAGE
-            with messages.placed(first):
-                found += messages.moved(read(request, self._call(method, request)), first)
-        return found
+    def _each(
+        self, method: Callable[..., Any], requests: Iterable[Message], read: Read[R], alone: Alone[Any] = replies.refused_alone
+    ) -> Iterator[R]:
+        """The result of each text of a list that requests share out; `read` and `alone` as of `Parts`."""
+        return self._send(method, Parts(parts_of(requests), read, alone, self._paces[method]))
+
+    def _send(self, method: Callable[..., Any], parts: Parts[R]) -> Iterator[R]:
+        for part in parts:
+            if not isinstance(part, Part):
+                yield part
+                continue
+            try:
+                reply = self._call(method, part.request)
+            except (RequestRejected, DeadlineExceeded) as failure:
+                yield from parts.failed(part, failure)
+            else:
+                yield from parts.answered(part, reply)
 
     def _call(self, method: Callable[..., Any], request: object, *, repeatable: bool = True) -> Any:
         attempts = Attempts(self.address, self._timeout, answered=self._answered, repeatable=repeatable)
@@ -172,23 +182,32 @@ class AsyncClient(GenerationMethods, AsyncCalling):
         self._channel, self._answered = grpc.aio.insecure_channel(self.address, options=_OPTIONS), False
         self._stub: Any = openbook_pb2_grpc.OpenBookStub(self._channel)
         self._knowledge_base: Any = knowledge_base_pb2_grpc.KnowledgeBaseStub(self._channel)
+        self._paces: defaultdict[object, Pace] = defaultdict(Pace)  # by method
 
     async def embed(self, texts: Sequence[str], *, truncate: bool = False, batch_invariant: bool = False) -> NDArray[np.float32]:
         """As `Client.embed`."""
         requests = messages.embed_requests(texts, truncate=truncate, batch_invariant=batch_invariant)
-        return messages.joined(await self._each(self._stub.Embed, requests, messages.vectors))
+        return replies.stacked(await self._each(self._stub.Embed, requests, replies.all_vectors, replies.raised))
+
+    async def embed_each(
+        self, texts: Sequence[str], *, truncate: bool = False, batch_invariant: bool = False
+    ) -> list[NDArray[np.float32] | RequestRejected]:
+        """As `Client.embed_each`."""
+        requests = messages.embed_requests(texts, truncate=truncate, batch_invariant=batch_invariant)
+        return await self._each(self._stub.Embed, requests, replies.vectors)
 
     async def search(self, questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[SearchResult | RequestRejected]:
         """As `Client.search`."""
-        return await self._each(self._stub.Search, messages.search_requests(questions, **options), messages.search_results)
+        return replies.settled(await self._each(self._stub.Search, messages.search_requests(questions, **options), replies.search_results))
 
     async def answer(self, questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[AnswerResult | RequestRejected]:
         """As `Client.answer`."""
-        return await self._each(self._stub.Answer, messages.answer_requests(questions, **options), messages.answer_results)
+        return replies.settled(await self._each(self._stub.Answer, messages.answer_requests(questions, **options), replies.answer_results))
 
     async def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classified | RequestRejected]:
         """As `Client.classify`."""
-        return await self._each(self._stub.Classify, messages.classify_requests(texts, **options), messages.classify_results)
+        requests = messages.classify_requests(texts, **options)
+        return replies.settled(await self._each(self._stub.Classify, requests, replies.classify_results))
 
     async def generate(self, text: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[Piece]:
         """As `Client.generate`."""
@@ -204,25 +223,15 @@ class AsyncClient(GenerationMethods, AsyncCalling):
                 delay = attempts.delay_after(failure, again=not begun)
             await asyncio.sleep(delay)
 
-    async def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
+    def upsert(self, documents: Iterable[Document]) -> AsyncIterator[Written]:
         """As `Client.upsert`."""
-        parts = Parts(documents, self._timeout)
-        for part in parts:
-            if isinstance(part, Written):
-                yield part
-                continue
-            try:
-                with messages.placed(part.first):
-                    reply = await self._call(self._knowledge_base.Upsert, part.request)
-            except (RequestRejected, DeadlineExceeded) as failure:
-                parts.divide(part, failure)
-                continue
-            for result in parts.results(part, reply):
-                yield result
+        method = self._knowledge_base.Upsert
+        return self._send(method, Upsert(documents, self._timeout, self._paces[method]))
 
     async def delete(self, ids: Sequence[str]) -> list[Written]:
         """As `Client.delete`."""
-        return messages.deleted(await self._each(self._knowledge_base.Delete, messages.delete_requests(ids), messages.delete_results))
+        requests = messages.delete_requests(ids)
+        return await self._each(self._knowledge_base.Delete, requests, replies.written_results, replies.written_alone)
 
     async def describe(self) -> pb.DescribeResponse:
         """As `Client.describe`."""
@@ -232,22 +241,36 @@ class AsyncClient(GenerationMethods, AsyncCalling):
     async def _make(self, call: Call[T]) -> T:
         return call.result(await self._call(getattr(self._knowledge_base, call.method), call.request, repeatable=call.repeatable))
 
-    async def _each(self, method: Callable[..., Awaitable[Any]], requests: Iterable[Q], read: Callable[[Q, Any], list[R]]) -> list[R]:
+    async def _each(
+        self, method: Callable[..., Awaitable[Any]], requests: Iterable[Message], read: Read[R], alone: Alone[Any] = replies.refused_alone
+    ) -> list[R]:
         """As `Client._each`, a few requests at a time: more would wait for each other in the server, while their time runs."""
         places = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(number: int, request: Q) -> list[R]:
-            first = number * messages.TEXTS_A_MESSAGE
+        async def one(part: Part) -> list[R]:
             async with places:
-                with messages.placed(first):
-                    return messages.moved(read(request, await self._call(method, request)), first)
+                return [result async for result in self._send(method, Parts([part], read, alone, self._paces[method]))]
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(number, request)) for number, request in enumerate(requests)]
+                tasks = [group.create_task(one(part)) for part in parts_of(requests)]
         except BaseExceptionGroup as failures:  # of several, the first; the others were called off
             raise failures.exceptions[0] from None
         return [result for task in tasks for result in task.result()]
+
+    async def _send(self, method: Callable[..., Awaitable[Any]], parts: Parts[R]) -> AsyncIterator[R]:
+        for part in parts:
+            if not isinstance(part, Part):
+                yield part
+                continue
+            try:
+                reply = await self._call(method, part.request)
+            except (RequestRejected, DeadlineExceeded) as failure:
+                results = parts.failed(part, failure)
+            else:
+                results = parts.answered(part, reply)
+            for result in results:
+                yield result
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: object, *, repeatable: bool = True) -> Any:
         attempts = Attempts(self.address, self._timeout, answered=self._answered, repeatable=repeatable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from openbook.client import Client
@@ -12,6 +11,7 @@ from openbook.commands import (
     InputRow,
     add_search_arguments,
     add_server_arguments,
+    json_line,
     marked,
     search_options,
     spent,
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         'example: openbook ask "Who signed the lease?" --top-k 10\n'
         "         openbook ask --file questions.jsonl --out answers.jsonl\n"
-        "A file has a JSON object a line, with `_id` or `id` and `text` or `question`; the output has a line a question, in order:\n"
+        "A file has a JSON object a line, with `_id` or `id`, a string or a number (without, the line's number), and `text` or\n"
+        "`question`; the output has a line a question, in order:\n"
         '{"id", "question", "answers": [{"text", "probability", "passage_id", "document_id", "start", "end", "document_start",\n'
         ' "document_end"}], "hits": [{"passage_id", "document_id", "score", "title", "source", "document_start"}],\n'
         ' "no_answer_probability", "passages_read", "timings_ms"}; offsets count characters, and the end is behind the last;\n'
@@ -76,7 +77,7 @@ def _ask_one(client: Client, arguments: argparse.Namespace) -> int:
     [result] = _ask(client, [arguments.question], arguments)
     if isinstance(result, RequestRejected):
         raise result
-    print(json.dumps(result.to_json(), ensure_ascii=False) if arguments.json else render(result))
+    print(json_line(result.to_json(), sys.stdout) if arguments.json else render(result))
     return 0
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from openbook.client import Client
-from openbook.commands import FAILED, InputRow, add_filter_argument, add_invariance_argument, add_server_arguments, spent, work_through
+from openbook.commands import (
+    FAILED,
+    InputRow,
+    add_filter_argument,
+    add_invariance_argument,
+    add_server_arguments,
+    json_line,
+    spent,
+    work_through,
+)
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES, ClassifyOptions
 from openbook.results import Classified, Hit
@@ -84,7 +92,7 @@ def _options(arguments: argparse.Namespace, evidence: Sequence[Sequence[str]] | 
         explain=arguments.explain,
         top_k=arguments.top_k,
         mode=arguments.mode,
-        filter=dict(arguments.filter) or None,
+        filter=arguments.filter or None,
         label_key=arguments.label_key,
         batch_invariant=arguments.batch_invariant,
     )
@@ -95,7 +103,7 @@ def _one(client: Client, arguments: argparse.Namespace) -> int:
     [result] = client.classify([arguments.text], **_options(arguments, evidence))
     if isinstance(result, RequestRejected):
         raise result
-    print(json.dumps(result.to_json(), ensure_ascii=False) if arguments.json else render(result))
+    print(json_line(result.to_json(), sys.stdout) if arguments.json else render(result))
     return 0
 
 

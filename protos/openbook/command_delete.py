@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from openbook.client import Client
-from openbook.commands import FAILED, SOME_FAILED, add_server_arguments
+from openbook.commands import FAILED, add_server_arguments, status
 from openbook.errors import ClientError
 
 
@@ -34,4 +34,4 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"openbook delete: {result.problem}", file=sys.stderr)
         else:
             print(f"{result.id}: {result.outcome}" + (f", {result.passages} passages" if result.passages else ""))
-    return SOME_FAILED if any(result.problem for result in results) else 0
+    return status(sum(bool(result.problem) for result in results), len(results))

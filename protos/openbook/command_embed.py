@@ -9,9 +9,8 @@ import sys
 import numpy as np
 
 from openbook.client import Client
-from openbook.commands import FAILED, SOME_FAILED, InvalidFile, add_invariance_argument, add_server_arguments, read_rows, written_aside
+from openbook.commands import FAILED, InvalidFile, add_invariance_argument, add_server_arguments, read_rows, status, written_aside
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import TEXTS_A_MESSAGE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +60,7 @@ def _embed(client: Client, arguments: argparse.Namespace) -> int:
             for at, (name, _, _) in enumerate(rows):
                 if at not in failed:
                     stream.write(json.dumps({"id": name, "vector": [float(x) for x in vectors[at]]}) + "\n")
-    return SOME_FAILED if failed else 0
+    return status(len(failed), len(rows))
 
 
 def _vectors(
@@ -72,23 +71,16 @@ def _vectors(
     Raises:
         RequestRejected: all of them did.
     """
-
-    def embed(texts: list[str]) -> np.ndarray:
-        return client.embed(texts, truncate=arguments.truncate, batch_invariant=arguments.batch_invariant)
-
     vectors = np.zeros((len(rows), dim), np.float32)
     failed: dict[int, str] = {at: problem for at, (_, _, problem) in enumerate(rows) if problem}
     good = [at for at in range(len(rows)) if at not in failed]
-    for first in range(0, len(good), TEXTS_A_MESSAGE):
-        batch = good[first : first + TEXTS_A_MESSAGE]
-        try:
-            vectors[batch] = embed([rows[at][1] for at in batch])
-        except RequestRejected:  # a bad text among them: one by one, so that it fails alone
-            for at in batch:
-                try:
-                    vectors[at] = embed([rows[at][1]])[0]
-                except RequestRejected as error:
-                    failed[at] = str(error)
+    texts = [rows[at][1] for at in good]
+    found = client.embed_each(texts, truncate=arguments.truncate, batch_invariant=arguments.batch_invariant)
+    for at, vector in zip(good, found, strict=True):
+        if isinstance(vector, RequestRejected):
+            failed[at] = str(vector)
+        else:
+            vectors[at] = vector
     for at, problem in failed.items():
         print(f"openbook embed: text {rows[at][0]}: {problem}", file=sys.stderr)
     if len(failed) == len(rows):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from openbook.client import Client
-from openbook.commands import FAILED, add_filter_argument, add_server_arguments, spent
+from openbook.commands import FAILED, add_filter_argument, add_server_arguments, json_line, spent
 from openbook.errors import ClientError
 from openbook.messages import MODES, GenerateOptions
 from openbook.results import Ending
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         top_k=arguments.top_k,
         mode=arguments.mode,
-        filter=dict(arguments.filter) or None,
+        filter=arguments.filter or None,
     )
     try:
         with Client(arguments.server, timeout_seconds=arguments.timeout) as client:
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_ending(ending: Ending, shown: str, *, as_json: bool) -> None:
     """What is left to say of a text of which a terminal has `shown` by now."""
     if as_json:
-        print(json.dumps(ending.to_json(), ensure_ascii=False))
+        print(json_line(ending.to_json(), sys.stdout))
         return
     print("" if sys.stdout.isatty() else ending.text)
     if sys.stdout.isatty() and ending.text != shown:  # a generator's tokens have no capitals

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from openbook.client import Client
-from openbook.commands import FAILED, add_search_arguments, add_server_arguments, search_options
+from openbook.commands import FAILED, add_search_arguments, add_server_arguments, json_line, search_options
 from openbook.errors import ClientError, RequestRejected
 from openbook.messages import MODES
 from openbook.results import SearchResult
@@ -48,7 +47,7 @@ def _json(result: SearchResult) -> str:
     texts = [{"text": hit.text, "metadata": dict(hit.metadata)} for hit in result.hits]
     whole = result.to_json()
     whole["hits"] = [hit | text for hit, text in zip(whole["hits"], texts, strict=True)]
-    return json.dumps(whole, ensure_ascii=False)
+    return json_line(whole, sys.stdout)
 
 
 def render(result: SearchResult) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from openbook.errors import ClientError, RequestRejected
-from openbook.messages import FUSIONS, TEXTS_A_MESSAGE, SearchOptions
+from openbook.messages import FUSIONS, SearchOptions
+from openbook.parts import TEXTS_A_MESSAGE
 from openbook.results import Answer, Hit
 
 FAILED, SOME_FAILED = 1, 3
@@ -88,7 +91,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         mode=arguments.mode,
         fusion=arguments.fusion,
         ef=arguments.ef,
-        filter=dict(arguments.filter) or None,
+        filter=arguments.filter or None,
         min_score=arguments.min_score,
         diversity=arguments.diversity,
         batch_invariant=arguments.batch_invariant,
@@ -119,8 +122,8 @@ def condition(text: str) -> tuple[str, str]:
 
 
 def read_rows(name: str) -> Iterator[InputRow]:
-    """Rows of a JSON-lines file, `-` for standard input: `_id` or `id`; `text`, `question` or `claim`; and perhaps `evidence`, a text or
-    a list of them. Bad rows say why.
+    """Rows of a JSON-lines file, `-` for standard input: the first of `_id` and `id` that holds something, else the line's number; `text`,
+    `question` or `claim`; and perhaps `evidence`, a text or a list of them. Bad rows say why.
 
     Raises:
         InvalidFile: the file cannot be read.
@@ -141,8 +144,10 @@ def _row(number: int, line: bytes) -> InputRow:
         return InputRow(number, str(number), "", f"not JSON ({error})")
     if not isinstance(row, dict):
         return InputRow(number, str(number), "", "no JSON object")
-    # Half a surrogate pair cannot be written.
-    given = str(row.get("_id", row.get("id", number))).encode("utf-8", "backslashreplace").decode()
+    key, given = next(((key, row[key]) for key in ("_id", "id") if row.get(key) not in (None, "")), ("", number))
+    if isinstance(given, bool) or not (isinstance(given, str | int) or (isinstance(given, float) and math.isfinite(given))):
+        return InputRow(number, str(number), "", f"`{key}` is {reprlib.repr(given)}; give a string or a number, or none")
+    given = str(given).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be written
     text = next((row[name] for name in TEXT_KEYS if name in row), None)
     if not isinstance(text, str):
         return InputRow(number, given, "", "none of `text`, `question` and `claim` is a string")
@@ -188,12 +193,17 @@ def work_through(
                 if "error" in line:
                     failed += 1
                     print(f"openbook {command}: {file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.write(json_line(line, stream) + "\n")
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(f"{asked} {counted.partition(' ')[0]}, {asked / (shown - began):.1f} a second", file=sys.stderr)
     print(f"{asked - failed} of {asked} {counted} in {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return SOME_FAILED if failed else 0
+    return status(failed, asked)
+
+
+def status(failed: int, of: int) -> int:
+    """The exit status of a command some of whose texts, documents or ids failed."""
+    return (FAILED if failed == of else SOME_FAILED) if failed else 0
 
 
 def _lines(
@@ -234,6 +244,7 @@ def written_aside(name: str, mode: str = "w") -> Iterator[IO[Any]]:
         return
     path = Path(name)
     replaced = path.is_file() or not path.exists()
+    path = Path(os.path.realpath(path)) if replaced else path  # a link stays one: what it names is written
     aside = path.with_name(path.name + ".part") if replaced else path
     try:
         with aside.open(mode, encoding="utf-8" if mode == "w" else None) as stream:
@@ -249,6 +260,16 @@ def written_aside(name: str, mode: str = "w") -> Iterator[IO[Any]]:
                     print(f"what was done before is in {aside}", file=sys.stderr)
                 else:
                     aside.unlink()
+
+
+def json_line(value: object, stream: IO[str]) -> str:
+    """A line for a stream; in JSON's own escapes where its encoding lacks a character, so that none is lost."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return line
 
 
 def coloured() -> bool:

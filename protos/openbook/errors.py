@@ -13,6 +13,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+TOO_LARGE = "MESSAGE_TOO_LARGE"  # the reason of a refusal that blames how much a message holds, or its reply: half of it may be taken
 _TOO_LARGE = "larger than max"  # says gRPC itself, without details, of a message above its limit; of all else it is out of, something else
 _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 
@@ -29,6 +30,11 @@ class RequestRejected(ClientError):
         self.field = field  # e.g. "questions[3]" or "top_k"
         self.reason = reason  # stable, for programs
         self._message = message
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it blames one of several texts, or what belongs to it."""
+        return bool(_PLACE.match(self.field))
 
     def moved(self, places: int) -> RequestRejected:
         """As told of a list of which the message held a later part: `texts[3]` is `texts[35]` where 32 went before."""
@@ -79,7 +85,7 @@ def from_rpc(error: Any, address: str, timeout_seconds: float) -> tuple[ClientEr
         return ServerUnavailable(said), delay
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         if not reason and _TOO_LARGE in details:
-            return RequestRejected(details, field="request", reason="MESSAGE_TOO_LARGE"), None
+            return RequestRejected(details, field="request", reason=TOO_LARGE), None
         return ServerOverloaded(details), delay
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         said = f" ({details})" if reason else ""

@@ -1,21 +1,18 @@
-"""Texts and options to the protocol's messages, in parts of bounded size, and replies back to plain results."""
+"""Texts and options to the protocol's messages, of bounded size each; what cannot be sent is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import date, time
+from numbers import Integral, Number, Real
+from typing import Any, TypedDict, Unpack
 
-from openbook import results
 from openbook.errors import RequestRejected
-from openbook.results import AnswerResult, Classified, SearchResult, Written
+from openbook.parts import TEXTS_A_MESSAGE
+from openbook.results import Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import openbook_pb2 as pb
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MODES = {
     "hybrid": pb.SEARCH_MODE_HYBRID,
@@ -26,9 +23,7 @@ MODES = {
     "late_interaction": pb.SEARCH_MODE_LATE_INTERACTION,
 }
 FUSIONS = {"weighted": pb.FUSION_WEIGHTED, "reciprocal_rank": pb.FUSION_RECIPROCAL_RANK}
-TEXTS_A_MESSAGE = 32
-R = TypeVar("R")
-Conditions = Mapping[str, object] | pb.Filter
+Conditions = Mapping[str, object] | Sequence[tuple[str, object]] | pb.Filter  # of metadata; all pairs of key and value must hold
 
 
 class SearchOptions(TypedDict, total=False):
@@ -38,7 +33,7 @@ class SearchOptions(TypedDict, total=False):
     mode: str | None  # of MODES
     fusion: str | None  # of FUSIONS
     ef: int | None  # candidates of the dense index
-    filter: Conditions | None  # only documents whose metadata match: {key: value}, all of which must be equal, or a Filter message
+    filter: Conditions | None  # only documents whose metadata match: {key: value} or pairs, a list of values means one of them; or a Filter
     min_score: float | None  # only passages that score as much or more
     diversity: float | None  # 0 to 1: how much a passage loses for being like a better one
     batch_invariant: bool | None  # the same question gives the same bytes whatever shares its batch; slower where the models do not
@@ -94,7 +89,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
         (bool, "True or False", "batch_invariant read_all truncate explain"),
         (str, "a string", "mode fusion classifier label_key writer bundle name"),
         (Collection, "a list", "stop evidence"),
-        ((Mapping, pb.Filter), "a mapping of keys to values, or a Filter", "filter"),
+        ((Mapping, list, tuple, pb.Filter), "a mapping of keys to values, a list of such pairs, or a Filter", "filter"),
     )
     for name in names.split()
 }
@@ -107,7 +102,7 @@ def check_options(given: Mapping[str, Any]) -> None:
         if not isinstance(value, kind):
             raise RequestRejected(f"{value!r} is not {called}", field=name)
         if kind is str:
-            _check_sendable(value, name)
+            check_text(value, name)
         elif name == "seed" and not 0 <= value < 2**64:
             raise RequestRejected(f"{value} is not a number from 0 to 2^64 - 1", field=name)
         elif kind is Integral and name != "seed" and not -(2**31) <= value < 2**31:
@@ -116,65 +111,77 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 def embed_requests(texts: Sequence[str], *, truncate: bool, batch_invariant: bool) -> list[pb.EmbedRequest]:
     check_options({"truncate": truncate, "batch_invariant": batch_invariant})
-    return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in parts(texts, "texts")]
+    return [pb.EmbedRequest(texts=part, truncate=truncate, batch_invariant=batch_invariant) for part in _parts(texts, "texts")]
 
 
 def search_requests(questions: Sequence[str], **options: Unpack[RankedSearchOptions]) -> list[pb.SearchRequest]:
-    return [pb.SearchRequest(questions=part, **_given(options, RankedSearchOptions)) for part in parts(questions, "questions")]
+    return [pb.SearchRequest(questions=part, **_given(options, RankedSearchOptions)) for part in _parts(questions, "questions")]
 
 
 def answer_requests(questions: Sequence[str], **options: Unpack[AnswerOptions]) -> list[pb.AnswerRequest]:
-    return [pb.AnswerRequest(questions=part, **_given(options, AnswerOptions)) for part in parts(questions, "questions")]
+    return [pb.AnswerRequest(questions=part, **_given(options, AnswerOptions)) for part in _parts(questions, "questions")]
 
 
 def classify_requests(texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[pb.ClassifyRequest]:
     given = _given(options, ClassifyOptions)
     evidence = given.pop("evidence", None)
-    requests = [pb.ClassifyRequest(texts=part, **given) for part in parts(texts, "texts")]
+    requests = [pb.ClassifyRequest(texts=part, **given) for part in _parts(texts, "texts")]
     if evidence is not None and len(evidence) != len(texts):
         raise RequestRejected(f"{len(evidence)} entries for {len(texts)} texts; give one for each", field="evidence")
     for at, passages in enumerate(evidence or ()):
-        sendable = [passage for part in parts(passages, f"evidence[{at}]") for passage in part]
+        sendable = [passage for part in _parts(passages, f"evidence[{at}]") for passage in part]
         requests[at // TEXTS_A_MESSAGE].evidence.append(pb.Evidence(passages=sendable))
     return requests
 
 
 def generate_request(text: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     given = _given(options, GenerateOptions)
-    given["stop"] = [stop for part in parts(given.get("stop", []), "stop") for stop in part]
-    [[sendable]] = parts([text], "text")
+    given["stop"] = [stop for part in _parts(given.get("stop", []), "stop") for stop in part]
+    [[sendable]] = _parts([text], "text")
     return pb.GenerateRequest(text=sendable, **given)
 
 
 def delete_requests(ids: Sequence[str]) -> list[kb.DeleteRequest]:
-    return [kb.DeleteRequest(ids=part) for part in parts(ids, "ids")]
+    return [kb.DeleteRequest(ids=part) for part in _parts(ids, "ids")]
 
 
-def delete_results(request: kb.DeleteRequest, reply: kb.DeleteResponse) -> list[kb.WriteResult]:
-    return list(reply.results)
-
-
-def deleted(found: Sequence[kb.WriteResult]) -> list[Written]:
-    """Of several messages, each of which but the last names `TEXTS_A_MESSAGE`."""
-    return [results.written(result, at - at % TEXTS_A_MESSAGE) for at, result in enumerate(found)]
-
-
-def parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
+def _parts(texts: Sequence[str], field: str) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise RequestRejected(f"{field} is one string; give a list of strings", field=field)
     if not isinstance(texts, Collection):
         raise RequestRejected(f"{type(texts).__name__} is no list of strings", field=field)
     for at, text in enumerate(texts):
-        _check_sendable(text, f"{field}[{at}]")
+        check_text(text, f"{field}[{at}]")
     for at in range(0, len(texts), TEXTS_A_MESSAGE):
         yield list(texts[at : at + TEXTS_A_MESSAGE])
 
 
-def _check_sendable(text: str, field: str) -> None:
+def check_text(text: object, field: str) -> None:
+    """Raises RequestRejected where it is none, or cannot be sent."""
+    if not isinstance(text, str):
+        raise RequestRejected(f"{reprlib.repr(text)} is no text; give a string", field=field)
     try:
         text.encode()
-    except (UnicodeEncodeError, AttributeError) as error:
-        raise RequestRejected(f"{type(text).__name__} that cannot be sent as UTF-8 ({error})", field=field) from error
+    except UnicodeEncodeError as error:
+        raise RequestRejected(f"text that cannot be sent as UTF-8 ({error}); replace what is no character", field=field) from error
+
+
+def document_message(document: Document, field: str) -> kb.Document:
+    """Raises RequestRejected where a document cannot be sent; the field is within the one that names it."""
+    try:
+        return document.to_message()
+    except (TypeError, ValueError) as error:  # protobuf and dict, which name neither field nor value
+        for name in ("id", "text", "title", "source"):
+            if getattr(document, name) is not None:
+                check_text(getattr(document, name), f"{field}.{name}")
+        if not isinstance(document.metadata, Mapping):
+            raise RequestRejected(
+                f"{reprlib.repr(document.metadata)} is no mapping; give {{key: text}}", field=f"{field}.metadata"
+            ) from error
+        for key, value in document.metadata.items():
+            check_text(key, f"{field}.metadata")
+            check_text(value, f"{field}.metadata[{key!r}]")
+        raise RequestRejected(f"cannot be sent ({error})", field=field) from error
 
 
 def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[ClassifyOptions] | type[GenerateOptions]) -> dict[str, Any]:
@@ -187,105 +194,35 @@ def _given(options: Mapping[str, Any], kind: type[SearchOptions] | type[Classify
             if given[field] not in known:
                 raise RequestRejected(f"{given[field]!r} is none of {', '.join(known)}", field=field)
             given[field] = known[given[field]]
-    if isinstance(given.get("filter"), Mapping):
-        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_equals(*condition) for condition in given["filter"].items()]))
+    if "filter" in given and not isinstance(given["filter"], pb.Filter):
+        pairs = given["filter"].items() if isinstance(given["filter"], Mapping) else given["filter"]
+        given["filter"] = pb.Filter(all=pb.Filter.Filters(filters=[_condition(pair) for pair in pairs]))
     return given
 
 
-def _equals(key: str, value: object) -> pb.Filter:
-    for part in (key, str(value)):
-        _check_sendable(part, "filter")
-    return pb.Filter(equals=pb.Filter.Equals(key=key, value=str(value)))
+def _condition(pair: object) -> pb.Filter:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise RequestRejected(f"{reprlib.repr(pair)} is no pair of a key and a value", field="filter")
+    key, value = pair
+    check_text(key, "filter")
+    several = isinstance(value, list | tuple | set | frozenset)
+    texts = [text for one in (value if several else [value]) for text in _as_stored(key, one)]
+    if not texts:
+        raise RequestRejected(f"{key!r} is to be one of no values; name one, or leave the key out", field="filter")
+    if len(texts) > 1:
+        return pb.Filter(one_of=pb.Filter.OneOf(key=key, values=texts))
+    return pb.Filter(equals=pb.Filter.Equals(key=key, value=texts[0]))
 
 
-@contextmanager
-def placed(first: int) -> Iterator[None]:
-    """Within, a message is sent whose texts are those of a list from `first` on: what is refused is named by its place in the list."""
-    try:
-        yield
-    except RequestRejected as error:
-        raise error.moved(first) from error
-
-
-def moved(items: Iterable[R], first: int) -> list[R]:
-    """The results of such a message; what became of single texts is named likewise."""
-    return [item.moved(first) if isinstance(item, RequestRejected) else item for item in items]  # type: ignore[misc]
-
-
-def vectors(request: pb.EmbedRequest, reply: pb.EmbedResponse) -> list[NDArray[np.float32]]:
-    """The (texts, dim) vectors of one message.
-
-    Raises:
-        RequestRejected: a text has none.
-    """
-    import numpy as np  # here: it takes as long to import as all the rest of the client
-
-    for error in reply.errors:
-        raise _item_error(error)
-    return [np.frombuffer(reply.vectors, "<f4").reshape(-1, reply.dim)]
-
-
-def joined(found: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Of several messages."""
-    import numpy as np
-
-    return np.concatenate(found).astype(np.float32, copy=False) if found else np.empty((0, 0), np.float32)
-
-
-def _item_error(error: pb.ItemError) -> RequestRejected:
-    return RequestRejected(error.message, field=error.field, reason=error.reason)
-
-
-def search_results(request: pb.SearchRequest, reply: pb.SearchResponse) -> list[SearchResult | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or SearchResult(
-            question=question,
-            hits=tuple(map(results.hit, result.hits)),
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
-    ]
-
-
-def answer_results(request: pb.AnswerRequest, reply: pb.AnswerResponse) -> list[AnswerResult | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or AnswerResult(
-            question=question,
-            answers=tuple(map(results.answer, result.answers)),
-            hits=tuple(map(results.hit, result.hits)),
-            no_answer_probability=result.no_answer_probability,
-            passages_read=result.passages_read,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(request.questions, reply.results, strict=True))
-    ]
-
-
-def classify_results(request: pb.ClassifyRequest, reply: pb.ClassifyResponse) -> list[Classified | RequestRejected]:
-    bad = {error.index: _item_error(error) for error in reply.errors}
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or Classified(
-            text=text,
-            labels=tuple(map(results.label, result.labels)),
-            passages=result.passages,
-            neighbours=tuple(map(results.neighbour, result.neighbours)),
-            evidence=tuple(map(results.hit, result.evidence)),
-            classifier=reply.classifier,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (text, result) in enumerate(zip(request.texts, reply.results, strict=True))
-    ]
+def _as_stored(key: str, value: object) -> list[str]:
+    """The texts that a value may be in metadata, where all are texts."""
+    if isinstance(value, bool):
+        return [str(value).lower(), str(value)]  # as JSON and as Python write it; either may be stored
+    if isinstance(value, date | time):
+        return [value.isoformat()]
+    if not isinstance(value, str | Number):
+        what = f"{reprlib.repr(value)}, which no metadata are"
+        raise RequestRejected(f"{key!r} is to be {what}; give a text, a number, a date or a list of them, or a Filter", field="filter")
+    text = value if isinstance(value, str) else str(value)
+    check_text(text, "filter")
+    return [text]

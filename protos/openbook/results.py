@@ -177,7 +177,7 @@ class Document:
     text: str
     title: str = ""
     source: str = ""  # file, URL or row it came from; given back with every hit
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)  # what filters compare; numbers too are given as texts
 
     def to_message(self) -> kb.Document:
         return kb.Document(id=self.id, text=self.text, title=self.title, source=self.source, metadata=dict(self.metadata))

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "remove":
             action.add_argument("name", metavar="NAME", help="as `list` shows it")
         if name == "publish":
-            action.add_argument("name", nargs="?", default="", metavar="NAME", help="as `list` shows it")
+            action.add_argument("name", nargs="?", default="", metavar="NAME", help="as `list` shows it; needed without a server")
         action.add_argument(
             "--timeout", type=float, default=600.0, metavar="SECONDS", help="to wait for a server (default: 600); it goes on without us"
         )
@@ -135,10 +135,19 @@ def _of_knowledge_base(arguments: argparse.Namespace) -> int:
         for state in states:
             print(f"{state.name}  {state}")
         return 0
-    wanted = [state for state in states if (state.name == arguments.name if arguments.action == "publish" else state.previous)]
+    listed = f"see `openbook generations list {target}`"
+    if arguments.action == "publish":
+        wanted = [state.name for state in states if state.name == arguments.name]
+        known, given = ", ".join(state.name for state in states), f"{arguments.name!r} is none" if arguments.name else "not given; name one"
+        missing = InvalidRequest("NAME", f"{given} of {known}; {listed}")
+    else:
+        wanted = [state.name for state in states if state.previous]
+        missing = InvalidRequest(
+            "KB", f"{target} has none to go back to: none was live before this generation, or it was removed; {listed}"
+        )
     if not wanted:
-        raise InvalidRequest("NAME", f"none of {', '.join(state.name for state in states)}; see `openbook generations list {target}`")
-    return _publish(arguments.target, wanted[0].name)
+        raise missing
+    return _publish(arguments.target, wanted[0])
 
 
 def _publish(target: str, name: str) -> int:

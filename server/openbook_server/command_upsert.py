@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from openbook.commands import FAILED, SOME_FAILED, add_server_arguments
+from openbook.commands import FAILED, add_server_arguments, status
 
 if TYPE_CHECKING:
     from openbook.client import Document
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not outcomes:
         print("no document was found", flush=True)
         return FAILED
-    return SOME_FAILED if outcomes["failed"] or outcomes["unreadable"] else 0
+    return status(outcomes["failed"] + outcomes["unreadable"], outcomes.total())
 
 
 def _documents(sources: list[Source], outcomes: Counter[str]) -> Iterator[Document]:

@@ -1,7 +1,7 @@
 """Every failure a caller or an operator can meet, each with the gRPC status it becomes.
 
-A request is admitted (NotServing, ReadOnly, NoKnowledgeBase), parsed and validated (InvalidRequest, NotInBundle), queued (Overloaded,
-DeadlineExceeded), then inferred (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is
+A request is admitted (NotServing, ReadOnly, NoKnowledgeBase), parsed and validated (InvalidRequest, MessageTooLarge, NotInBundle), queued
+(Overloaded, DeadlineExceeded), then inferred (InferenceFailed). Before that, at start: a bundle is loaded (BundleInvalid), a device is
 opened (DeviceUnavailable), a knowledge base is opened (KnowledgeBaseLocked, KnowledgeBaseDamaged, KnowledgeBaseUnavailable,
 KnowledgeBaseRefused, FingerprintMismatch), sources are read (SourceInvalid), and a generation is built from stored passages
 (PassageTooLong) and published (GenerationNotReady), perhaps by another process (GenerationReplaced).
@@ -32,6 +32,12 @@ class InvalidRequest(OpenBookError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.description = message
+
+
+class MessageTooLarge(InvalidRequest):
+    """A message, or what would reply to it, holds more than the server allows; one with fewer texts may be served."""
+
+    reason = "MESSAGE_TOO_LARGE"
 
 
 class Overloaded(OpenBookError):

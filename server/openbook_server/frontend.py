@@ -21,7 +21,7 @@ from openbook.v1 import openbook_pb2 as pb
 
 from openbook_server.call import Call
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InferenceFailed, InvalidRequest, NoKnowledgeBase, NotServing, OpenBookError, Overloaded
+from openbook_server.errors import InferenceFailed, MessageTooLarge, NoKnowledgeBase, NotServing, OpenBookError, Overloaded
 from openbook_server.gate import Gate
 from openbook_server.generations_service import GenerationsService
 from openbook_server.listening import REQUESTS_A_ROW, max_wire_bytes
@@ -159,7 +159,7 @@ class Frontend:
         data, limit = reply.SerializeToString(), max_wire_bytes(self._config)
         if len(data) > limit:
             way_out = "ask for fewer texts, documents or passages a request, or set omit_text where there is one"
-            raise InvalidRequest("request", f"the reply has {len(data)} bytes, the limit is {limit}; {way_out}")
+            raise MessageTooLarge("request", f"the reply has {len(data)} bytes, the limit is {limit}; {way_out}")
         return data
 
     async def _reply(

@@ -15,7 +15,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest, ReadOnly
+from openbook_server.errors import InvalidRequest, MessageTooLarge, ReadOnly
 from openbook_server.ingest.limits import MAX_ID_BYTES, MAX_STORED_ID_BYTES, excess
 from openbook_server.ingest.writer import Writer
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
@@ -92,7 +92,7 @@ class KnowledgeService:
                 size += document.ByteSize() + _FRAME_BYTES
                 if size > limit:
                     problem = f"{len(reply.documents)} of these documents exceed the limit of {limit} bytes a reply"
-                    raise InvalidRequest("ids", f"{problem}; ask for fewer, or start the server with a larger --max-message-bytes")
+                    raise MessageTooLarge("ids", f"{problem}; ask for fewer, or start the server with a larger --max-message-bytes")
         return reply
 
     async def list(self, parsed: Parsed[kb.ListRequest], work: Work) -> kb.ListResponse:
@@ -143,7 +143,7 @@ class KnowledgeService:
         if not count:
             raise InvalidRequest(field, "none in the request; send at least one")
         if count > self._config.max_texts:
-            raise InvalidRequest(field, f"{count} exceed the limit of {self._config.max_texts} a request; send several requests")
+            raise MessageTooLarge(field, f"{count} exceed the limit of {self._config.max_texts} a request; send several requests")
 
     def _checked(self, name: str, document: kb.Document, *, bad_utf8: bool, known: Mapping[str, Document]) -> Document:
         if bad_utf8:

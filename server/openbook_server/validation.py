@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, MessageTooLarge
 from openbook_server.rows import Row
 from openbook_server.tokenization import TextEncoder
 
@@ -53,12 +53,13 @@ async def validate_texts(
         found: what is wrong with what belongs to a text, by position.
 
     Raises:
-        InvalidRequest: no texts, too many of them, or the only one is bad.
+        MessageTooLarge: too many texts.
+        InvalidRequest: no texts, or the only one is bad.
     """
     if not texts:
         raise InvalidRequest(field, "no texts in the request; send at least one")
     if len(texts) > config.max_texts:
-        raise InvalidRequest(field, f"{len(texts)} texts exceed the limit of {config.max_texts} a request; send several requests")
+        raise MessageTooLarge(field, f"{len(texts)} texts exceed the limit of {config.max_texts} a request; send several requests")
     errors = dict(found)
     for at, text in enumerate(texts):
         if at in found:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, MessageTooLarge
 
 Request = TypeVar("Request", bound=Message)
 _LENGTH_DELIMITED = 2
@@ -40,7 +40,7 @@ def parser(kind: type[Request], max_message_bytes: int) -> Callable[[bytes], Par
             return Parsed(
                 kind(),
                 frozenset(),
-                InvalidRequest("request", f"{len(data)} bytes exceed the limit of {max_message_bytes}; send fewer texts a message"),
+                MessageTooLarge("request", f"{len(data)} bytes exceed the limit of {max_message_bytes}; send fewer texts a message"),
             )
         try:
             return Parsed(kind.FromString(data), frozenset())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ from openbook import cli
 
 module = types.ModuleType("prints")
 module.add_arguments = lambda parser: None
-module.run = lambda arguments: print("done", flush={flush}) or 3
+module.run = lambda arguments: print({text!a}, flush={flush}) or 3
 sys.modules["prints"] = module
 cli.SUBCOMMANDS["ask"] = cli.Subcommand("prints", "", "")
 sys.exit(cli.main(["ask"]))
@@ -54,7 +55,7 @@ sys.exit(cli.main(["ask"]))
 
 def test_a_command_whose_standard_output_is_closed_does_its_work() -> None:
     for closed in (">&-", ">&- 2>&-"):
-        shell = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, PRINTS.format(flush=True)]
+        shell = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, PRINTS.format(text="done", flush=True)]
         done = subprocess.run(shell, stderr=subprocess.PIPE, text=True)
         assert (done.returncode, done.stderr) == (3, "")
 
@@ -63,8 +64,17 @@ def test_a_command_whose_standard_output_is_closed_does_its_work() -> None:
 @pytest.mark.parametrize("flush", [True, False])
 def test_standard_output_that_takes_no_more_is_named(flush: bool) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", PRINTS.format(flush=flush)], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS.format(text="done", flush=flush)], stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert (done.returncode, done.stderr) == (1, "openbook ask: standard output cannot be written: No space left on device\n")
+
+
+def test_what_the_encoding_of_standard_output_lacks_is_written_as_an_escape() -> None:
+    for encoding, expected in (("ascii", b"Stra\\xdfe \\u2192 \\U0001f30d\n"), ("latin-1", b"Stra\xdfe \\u2192 \\U0001f30d\n")):
+        command = [sys.executable, "-c", PRINTS.format(text="Straße → 🌍", flush=True)]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert (done.returncode, done.stdout, done.stderr) == (3, expected, b"")
 
 
 def test_an_interruption_before_anything_is_known_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ from grpc_status import rpc_status
 from openbook import cli, command_generate, messages
 from openbook.client import AsyncClient, Client
 from openbook.errors import ClientError, DeadlineExceeded, RequestRejected, ServerFailed, ServerOverloaded, ServerUnavailable
-from openbook.messages import TEXTS_A_MESSAGE
+from openbook.parts import TEXTS_A_MESSAGE
 from openbook.results import AnswerResult, Classified, Document, SearchResult, Written
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
@@ -42,11 +47,11 @@ def come_back(milliseconds: int) -> RetryInfo:
     return RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000))
 
 
-def too_large(size: int) -> Callable[[grpc.ServicerContext], None]:
+def too_large(field: str, what: str) -> Callable[[grpc.ServicerContext], None]:
     """As the server says it."""
-    violation = BadRequest.FieldViolation(field="request", description=f"{size} bytes exceed the limit")
-    details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
-    return failure(grpc.StatusCode.INVALID_ARGUMENT, f"request: {size} bytes exceed the limit", *details)
+    violation = BadRequest.FieldViolation(field=field, description=what)
+    details = ErrorInfo(reason="MESSAGE_TOO_LARGE"), BadRequest(field_violations=[violation])
+    return failure(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {what}", *details)
 
 
 class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.KnowledgeBaseServicer):
@@ -56,11 +61,29 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
         self.script: list[Callable[[grpc.ServicerContext], None]] = []
         self.requests: list[object] = []
         self.slow: set[str] = set()  # ids of documents that are never stored in time
+        self.max_texts = 256  # that a message may list
+        self.max_reply_texts = 256  # for which a reply is not too large
+        self.long: set[str] = set()  # texts whose reply alone is too large
+        self.refused = 0  # messages that listed too many
 
-    def _next(self, request: object, context: grpc.ServicerContext) -> None:
+    def _next(self, request: Any, context: grpc.ServicerContext) -> None:
+        self._check(request, context)
         self.requests.append(request)
         if self.script:
             self.script.pop(0)(context)
+
+    def _check(self, request: Any, context: grpc.ServicerContext) -> None:
+        field = next((name for name in ("texts", "questions", "ids", "documents") if name in request.DESCRIPTOR.fields_by_name), "")
+        listed = getattr(request, field, [])
+        self.refused += len(listed) > min(self.max_texts, self.max_reply_texts)
+        if len(listed) > self.max_texts:
+            too_large(field, f"{len(listed)} texts exceed the limit of {self.max_texts} a request")(context)
+        if field not in {"", "documents"} and (len(listed) > self.max_reply_texts or self.long & set(listed)):
+            too_large("request", "the reply has 9 bytes, the limit is 8; ask for less")(context)
+        if field in {"texts", "questions"} and list(listed) == [""]:
+            violation = BadRequest.FieldViolation(field=f"{field}[0]", description="empty")
+            details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
+            failure(grpc.StatusCode.INVALID_ARGUMENT, f"{field}[0]: empty", *details)(context)
 
     def Embed(self, request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:  # noqa: N802
         self._next(request, context)
@@ -127,7 +150,7 @@ class Scripted(openbook_pb2_grpc.OpenBookServicer, knowledge_base_pb2_grpc.Knowl
 
     def Upsert(self, request: kb.UpsertRequest, context: grpc.ServicerContext) -> kb.UpsertResponse:  # noqa: N802
         if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
-            too_large(size)(context)
+            too_large("request", f"{size} bytes exceed the limit")(context)
         self._next(request, context)
         if any(document.id in self.slow for document in request.documents):
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
@@ -314,12 +337,172 @@ async def test_an_id_that_is_refused_is_named_by_its_place_among_all_that_are_de
     assert {at: one.problem for at, one in enumerate(deleted) if one.problem} == {40: "ids[40]: empty"}
 
 
+BOTH = [False, True]
+METHODS = [("embed", "texts"), ("search", "questions"), ("answer", "questions"), ("classify", "texts"), ("delete", "ids")]
+
+
+def ask_for(address: str, method: str, texts: list[str], *, asynchronous: bool, **options: Any) -> list[Any]:
+    """What a client returns; it has a method for a list of texts."""
+
+    async def ask() -> list[Any]:
+        async with AsyncClient(address, timeout_seconds=5) as client:
+            return list(await getattr(client, method)(texts, **options))
+
+    if asynchronous:
+        return asyncio.run(ask())
+    with Client(address, timeout_seconds=5) as client:
+        return list(getattr(client, method)(texts, **options))
+
+
+def told(result: Any) -> str:
+    """The text that a result is of, as `Scripted` has it."""
+    if isinstance(result, np.ndarray):
+        return "x" * int(result[0])
+    return str(next(getattr(result, name) for name in ("question", "text", "id") if hasattr(result, name)))
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+@pytest.mark.parametrize(("method", "field"), METHODS)
+@pytest.mark.parametrize("limit", ["max_texts", "max_reply_texts"])
+def test_a_list_travels_in_messages_that_the_server_takes(
+    server: tuple[Scripted, str], method: str, field: str, limit: str, asynchronous: bool
+) -> None:
+    scripted, address = server
+    setattr(scripted, limit, 5)
+    texts = ["x" * length for length in range(1, 101)]
+    assert [told(result) for result in ask_for(address, method, texts, asynchronous=asynchronous)] == texts
+    sent = [list(getattr(request, field)) for request in scripted.requests]
+    assert {len(listed) for listed in sent} == {4}
+    assert sorted(text for listed in sent for text in listed) == texts
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_evidence_and_errors_keep_their_places_in_smaller_messages(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    scripted, address = server
+    scripted.max_texts = 5
+    claims = ["" if number == 35 else str(number) for number in range(70)]
+    results = ask_for(address, "classify", claims, asynchronous=asynchronous, evidence=[[f"of {claim}"] for claim in claims])
+    assert {at: str(result) for at, result in enumerate(results) if isinstance(result, RequestRejected)} == {35: "texts[35]: empty"}
+    sent: list[Any] = scripted.requests
+    assert all(list(one.passages) == [f"of {text}"] for request in sent for text, one in zip(request.texts, request.evidence, strict=True))
+
+
+def test_what_was_too_many_for_a_server_is_remembered(client: Client, scripted: Scripted) -> None:
+    scripted.max_texts = 8
+    texts = [str(number) for number in range(10_000)]
+    assert [told(result) for result in client.search(texts)] == texts
+    assert scripted.refused < 25  # of 1,250 messages; now and then more is tried
+    scripted.refused = 0
+    client.search(texts[:100])
+    client.search(texts[100:200])
+    assert scripted.refused <= 1
+
+
+def test_a_server_that_takes_more_again_is_sent_more(client: Client, scripted: Scripted) -> None:
+    scripted.max_texts = 1
+    client.search(["a"] * 40)
+    scripted.max_texts = 256
+    client.search(["a"] * 5_000)
+    assert len(scripted.requests[-2].questions) == TEXTS_A_MESSAGE  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_a_question_whose_reply_alone_is_too_large_takes_its_own_place(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    scripted, address = server
+    scripted.long = {"long"}
+    questions = [*map(str, range(50)), "long", *map(str, range(50, 70))]
+    results = ask_for(address, "answer", questions, asynchronous=asynchronous)
+    assert [told(result) for result in results if isinstance(result, AnswerResult)] == [one for one in questions if one != "long"]
+    refused = results[50]
+    assert isinstance(refused, RequestRejected)
+    assert (refused.field, refused.reason) == ("questions[50]", "MESSAGE_TOO_LARGE")
+    assert (
+        "too large for one message (request: the reply has 9 bytes, the limit is 8; ask for less); a server started with a larger"
+        in str(refused)
+    )
+    with pytest.raises(RequestRejected, match=r"^questions\[0\]: too large"):
+        ask_for(address, "answer", ["long"], asynchronous=asynchronous)
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_a_bad_text_that_is_alone_in_its_message_takes_its_own_place_too(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    results = ask_for(server[1], "answer", ["x"] * TEXTS_A_MESSAGE + [""], asynchronous=asynchronous)
+    assert [at for at, result in enumerate(results) if isinstance(result, RequestRejected)] == [TEXTS_A_MESSAGE]
+    assert str(results[-1]) == "questions[32]: empty"
+
+
+def test_what_a_smaller_message_would_be_refused_for_too_is_told_at_once(client: Client, scripted: Scripted) -> None:
+    violation = BadRequest.FieldViolation(field="questions", description="this bundle has no reader")
+    details = ErrorInfo(reason="INVALID_REQUEST"), BadRequest(field_violations=[violation])
+    scripted.script = [failure(grpc.StatusCode.INVALID_ARGUMENT, "questions: this bundle has no reader", *details)]
+    with pytest.raises(RequestRejected, match="^questions: this bundle has no reader$"):
+        client.answer(["a"] * 40)
+    assert len(scripted.requests) == 1
+
+
+@pytest.mark.parametrize("asynchronous", BOTH)
+def test_of_texts_that_are_embedded_one_by_one_bad_ones_take_their_own_places(server: tuple[Scripted, str], asynchronous: bool) -> None:
+    texts = ["xx"] * 35 + [""] + ["xx"] * 4
+    results = ask_for(server[1], "embed_each", texts, asynchronous=asynchronous)
+    assert {at: str(result) for at, result in enumerate(results) if isinstance(result, RequestRejected)} == {35: "texts[35]: empty"}
+    assert [told(result) for result in results if isinstance(result, np.ndarray)] == ["xx"] * 39
+
+
+@pytest.mark.parametrize("limit", ["max_texts", "max_reply_texts"])
+def test_commands_send_files_in_messages_that_the_server_takes(
+    server: tuple[Scripted, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
+) -> None:
+    setattr(server[0], limit, 5)
+    rows = [{"id": str(number), "text": "x" if number != 20 else "", "evidence": "e"} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for command in ("ask", "classify", "embed"):
+        out = tmp_path / f"{command}.jsonl"
+        assert cli.main([command, "--file", str(tmp_path / "rows.jsonl"), "--out", str(out), "--server", server[1]]) == 3
+        done = [row for row in map(json.loads, out.read_text().splitlines()) if "error" not in row]
+        assert [row["id"] for row in done] == [row["id"] for row in rows if row["text"]]
+        assert "empty" in capsys.readouterr().err
+    assert cli.main(["delete", *(row["id"] for row in rows), "--server", server[1]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 40
+
+
+def test_ids_and_documents_that_are_all_refused_end_a_command_as_one_that_did_nothing(server: tuple[Scripted, str], tmp_path: Path) -> None:
+    assert cli.main(["delete", "", "--server", server[1]]) == 1
+    assert cli.main(["delete", "", "a", "--server", server[1]]) == 3
+    for number, (rows, status) in enumerate(((["{"], 1), (["{", '{"id": "a", "text": "x"}'], 3))):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
+        assert cli.main(["upsert", str(tmp_path / f"{number}.jsonl"), "--server", server[1]]) == status
+
+
+def test_json_loses_nothing_where_standard_output_lacks_a_character(server: tuple[Scripted, str], tmp_path: Path) -> None:
+    text = "Straße → 🌍"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": text, "text": text}))
+    ways = [
+        *([command, text, "--json"] for command in ("ask", "search", "classify")),
+        *([command, "--file", str(tmp_path / "rows.jsonl")] for command in ("ask", "classify")),
+    ]
+    for way in ways:
+        command = [sys.executable, "-m", "openbook.cli", *way, "--server", server[1]]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0, done.stderr
+        assert text in json.loads(done.stdout.decode("ascii")).values()
+        plain = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        assert text.encode() in plain.stdout
+
+
+def test_a_server_that_takes_few_documents_a_message_gets_all_of_them(client: Client, scripted: Scripted) -> None:
+    scripted.max_texts = 5
+    documents = [Document(id=str(number), text="x") for number in range(100)]
+    assert [(one.id, one.outcome) for one in client.upsert(documents)] == [(one.id, "created") for one in documents]
+    assert scripted.refused == 3
+
+
 UNSENDABLE = [
     Document(id="cut", text="half a pair \ud800"),
     Document(id="large", text="x" * MAX_MESSAGE_BYTES),
     Document(id="larger", text="x" * 5_000_000),  # than gRPC takes
     Document(id="typed", text="x", metadata={"year": 1815}),  # type: ignore[dict-item]
     Document(id="\ud800", text="x"),
+    Document(id=7, text="x"),  # type: ignore[arg-type]
 ]
 
 
@@ -332,17 +515,17 @@ def check_that_one_failed(written: list[Written], document: Document, sent: list
     assert [one.id for one in written] == [one.id for one in among_good_ones(document)]
     failed = {at: one.problem for at, one in enumerate(written) if one.outcome == "failed"}
     assert failed.keys() == {1, 42}
-    assert failed[1].startswith("documents[1]: ")
+    assert failed[1].startswith("documents[1]")
     assert failed[42] == "documents[42]: empty"
     assert [one.id for request in sent for one in request.documents] == [one.id for one in written if one is not written[1]]
 
 
-@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id"])
+@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id", "number"])
 def test_a_document_that_cannot_be_sent_fails_alone_in_its_place(client: Client, scripted: Scripted, document: Document) -> None:
     check_that_one_failed(list(client.upsert(among_good_ones(document))), document, scripted.requests)
 
 
-@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id"])
+@pytest.mark.parametrize("document", UNSENDABLE, ids=["text", "large", "larger", "metadata", "id", "number"])
 async def test_a_document_that_cannot_be_sent_fails_alone_in_the_async_client_too(server: tuple[Scripted, str], document: Document) -> None:
     async with AsyncClient(server[1], timeout_seconds=5) as client:
         written = [one async for one in client.upsert(among_good_ones(document))]
@@ -353,6 +536,22 @@ def test_a_server_that_takes_small_messages_gets_documents_in_smaller_ones(clien
     documents = [Document(id=str(number), text="x" * 300) for number in range(7)]
     assert [(one.id, one.outcome) for one in client.upsert(documents)] == [(one.id, "created") for one in documents]
     assert [len(request.documents) for request in scripted.requests] == [3, 2, 2]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        (Document(id=7, text="x"), "documents[0].id: 7 is no text; give a string"),  # type: ignore[arg-type]
+        (Document(id="a", text="x", metadata={"a": 5}), "documents[0].metadata['a']: 5 is no text; give a string"),  # type: ignore[dict-item]
+        (Document(id="a", text="x", metadata={1: "x"}), r"documents[0].metadata: 1 is no text; give a string"),  # type: ignore[dict-item]
+        (Document(id="a", text="x", metadata=5), r"documents[0].metadata: 5 is no mapping; give {key: text}"),  # type: ignore[arg-type]
+        (Document(id="a", text="x", metadata={"k": "\ud800"}), r"documents[0].metadata['k']: text that cannot be sent as UTF-8"),
+        (Document(id="a", text="x", source=Path("f")), r"documents[0].source: PosixPath('f') is no text; give a string"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_of_a_document_cannot_be_sent_is_named_with_its_value(client: Client, document: Document, problem: str) -> None:
+    [written] = client.upsert([document])
+    assert written.problem.startswith(problem)
 
 
 SLOW = "not stored within 5 s; allow more time (--timeout, timeout_seconds)"
@@ -515,7 +714,16 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.search(["a"], top_k=2**40), "top_k"),
         (lambda client: client.search(["a"], top_k="5"), "^top_k: '5' is not a whole number"),
         (lambda client: client.search(["a"], rerank=2.0), "^rerank: 2.0 is not a whole number"),
-        (lambda client: client.search(["a"], filter=5), "^filter: 5 is not a mapping of keys to values, or a Filter"),
+        (lambda client: client.search(["a"], filter=5), "^filter: 5 is not a mapping of keys to values, a list of such pairs, or a Filter"),
+        (lambda client: client.search(["a"], filter="lang=en"), "^filter: 'lang=en' is not a mapping"),
+        (lambda client: client.search(["a"], filter=["ab"]), "^filter: 'ab' is no pair of a key and a value"),
+        (lambda client: client.search(["a"], filter={"lang": None}), "^filter: 'lang' is to be None, which no metadata are; give a text, "),
+        (lambda client: client.search(["a"], filter={"year": {"at_least": 5}}), "^filter: 'year' is to be .* or a Filter"),
+        (lambda client: client.search(["a"], filter={"year": [[5]]}), "^filter: 'year' is to be "),
+        (
+            lambda client: client.search(["a"], filter={"lang": []}),
+            "^filter: 'lang' is to be one of no values; name one, or leave the key out",
+        ),
         (lambda client: client.search(["a"], min_score="0.5"), "^min_score: '0.5' is not a number"),
         (lambda client: client.search(["a"], mode=["dense"]), "^mode: .* is not a string"),
         (lambda client: client.search(5), "^questions: int is no list of strings"),
@@ -527,10 +735,10 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
         (lambda client: client.publish_generation(3), "^name: 3 is not a string"),
         (lambda client: client.remove_generation(None), "^name: None is not a string"),
         (lambda client: client.search(["a"], mode="psychic"), "mode"),
-        (lambda client: client.search(["a"], filter={"\ud800": "x"}), r"^filter: str that cannot be sent as UTF-8"),
-        (lambda client: client.answer(["a"], filter={"kind": "\ud800"}), r"^filter: str that cannot be sent as UTF-8"),
-        (lambda client: client.search(["a"], filter={3: "x"}), r"^filter: int that cannot be sent"),
-        (lambda client: client.classify(["a"], label_key="\ud800"), "^label_key: str that cannot be sent as UTF-8"),
+        (lambda client: client.search(["a"], filter={"\ud800": "x"}), r"^filter: text that cannot be sent as UTF-8"),
+        (lambda client: client.answer(["a"], filter={"kind": "\ud800"}), r"^filter: text that cannot be sent as UTF-8"),
+        (lambda client: client.search(["a"], filter={3: "x"}), r"^filter: 3 is no text; give a string"),
+        (lambda client: client.classify(["a"], label_key="\ud800"), "^label_key: text that cannot be sent as UTF-8"),
         (lambda client: client.classify(["a"], max_labels=2**40), "max_labels"),
         (lambda client: list(client.generate("a", seed=-1)), "seed"),
         (lambda client: list(client.generate("a", stop="b")), "stop is one string"),
@@ -543,6 +751,37 @@ def test_no_server_is_told_quickly_with_the_way_out() -> None:
 def test_what_cannot_be_sent_is_refused_by_name(client: Client, call: Callable[[Client], object], field: str) -> None:
     with pytest.raises(RequestRejected, match=field):
         call(client)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "meant"),
+    [
+        ({"lang": "en", "year": 1815}, [("lang", ["en"]), ("year", ["1815"])]),
+        ([("lang", "en"), ("lang", "de")], [("lang", ["en"]), ("lang", ["de"])]),
+        ({"lang": ["en", "de"]}, [("lang", ["en", "de"])]),
+        ([["year", (1815, 1816.5)]], [("year", ["1815", "1816.5"])]),
+        ({"lang": {"en"}, "day": date(1815, 6, 18)}, [("lang", ["en"]), ("day", ["1815-06-18"])]),
+        ({"signed": True}, [("signed", ["true", "True"])]),  # as either may have been stored
+    ],
+)
+def test_a_filter_means_every_pair_and_one_of_a_list(
+    client: Client, scripted: Scripted, conditions: Any, meant: list[tuple[str, list[str]]]
+) -> None:
+    client.search(["a"], filter=conditions)
+    [request] = scripted.requests
+    assert isinstance(request, pb.SearchRequest)
+    parts = request.filter.all.filters
+    said = [getattr(part, str(part.WhichOneof("condition"))) for part in parts]
+    assert [(one.key, list(one.values) if isinstance(one, pb.Filter.OneOf) else [one.value]) for one in said] == meant
+
+
+def test_every_condition_of_the_command_line_must_hold(server: tuple[Scripted, str]) -> None:
+    for command in ("ask", "search", "classify", "generate"):
+        assert cli.main([command, "a", "--filter", "lang=en", "--filter", "lang=de", "--filter", "year=1815", "--server", server[1]]) == 0
+        sent = [(one.equals.key, one.equals.value) for one in server[0].requests[-1].filter.all.filters]  # type: ignore[attr-defined]
+        assert sent == [("lang", "en"), ("lang", "de"), ("year", "1815")]
+        assert cli.main([command, "a", "--server", server[1]]) == 0
+        assert not server[0].requests[-1].HasField("filter")  # type: ignore[attr-defined]
 
 
 def test_every_option_has_a_kind_and_numpy_s_numbers_are_numbers(client: Client, scripted: Scripted) -> None:
@@ -576,20 +815,22 @@ async def test_of_a_long_list_few_messages_are_in_flight_and_a_failure_calls_off
     """A message's time runs from when it is sent: hundreds at once would be late by their own queue."""
     flying, most, begun = 0, 0, 0
 
-    async def echo(number: int, **settings: float) -> int:
+    requests = [pb.EmbedRequest(texts=[str(number)] * 2) for number in range(200)]
+
+    async def echo(request: pb.EmbedRequest, **settings: float) -> str:
         nonlocal flying, most, begun
         flying, begun = flying + 1, begun + 1
         most = max(most, flying)
         await asyncio.sleep(0)
         flying -= 1
-        if number == 50:
+        if request.texts[0] == "50":
             raise RequestRejected("no", field="texts[1]")
-        return number
+        return request.texts[0]
 
     async with AsyncClient("127.0.0.1:9") as client:
-        assert await client._each(echo, range(40), lambda request, reply: [request, reply]) == [n for n in range(40) for _ in range(2)]
+        assert await client._each(echo, requests[:40], lambda part, reply: [reply] * len(part)) == [str(n) for n in range(40) for _ in "ab"]
         assert most == 8
         begun = 0
-        with pytest.raises(RequestRejected, match=r"^texts\[1601\]: no$"):
-            await client._each(echo, range(200), lambda request, reply: [reply])
+        with pytest.raises(RequestRejected, match=r"^texts\[101\]: no$"):
+            await client._each(echo, requests, lambda part, reply: [reply])
         assert begun < 100

@@ -288,7 +288,6 @@ async def test_a_bad_text_or_evidence_fails_alone(stub: Stub) -> None:
         ),
         (pb.ClassifyRequest(classifier="moods", texts=["red"]), "classifier", "this bundle has no 'moods'; name one of"),
         (pb.ClassifyRequest(classifier="topics"), "texts", "no texts in the request"),
-        (pb.ClassifyRequest(classifier="topics", texts=["red"] * 9), "texts", "9 texts exceed the limit of 8"),
         (pb.ClassifyRequest(classifier="topics", texts=["red"], max_labels=0), "max_labels", "0 is outside 1 to 1000"),
         (pb.ClassifyRequest(classifier="topics", texts=["red"], top_k=101), "top_k", "101 is outside 1 to 100"),
         (pb.ClassifyRequest(classifier="topics", texts=["red"], mode=pb.SEARCH_MODE_LEXICAL), "mode", "lexical finds no neighbours"),
@@ -304,6 +303,12 @@ async def test_a_wrong_request_is_refused_by_field_value_and_way_out(
     code, reason, named, said = await refusal(stub.Classify(request_))
     assert (code, reason, named) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", field)
     assert message in said
+
+
+async def test_too_many_texts_are_told_with_a_reason_of_their_own(stub: Stub) -> None:
+    code, reason, field, message = await refusal(stub.Classify(pb.ClassifyRequest(classifier="topics", texts=["red"] * 9)))
+    assert (code, reason, field) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", "texts")
+    assert "9 texts exceed the limit of 8" in message
 
 
 async def test_without_a_knowledge_base_texts_are_labelled_alone_and_claims_need_evidence(labelling_bundle: Path) -> None:

@@ -85,7 +85,7 @@ async def test_a_document_too_large_for_a_message_is_named_and_those_around_it_a
     async with running_server(tiny_bundle, tiny_place.target, CONFIG) as port, AsyncClient(f"127.0.0.1:{port}") as client:
         first, large, last = [written async for written in client.upsert(documents)]
     assert [(one.id, one.outcome) for one in (first, large, last)] == [("first", "created"), ("large", "failed"), ("last", "created")]
-    assert large.problem.startswith("documents[1]: too large to be sent (request: 90000")
+    assert large.problem.startswith("documents[1]: too large for one message (request: 90000")
 
 
 async def test_passages_keep_their_tokens_whoever_stored_them(tiny_bundle: Path, tiny_place: Place) -> None:

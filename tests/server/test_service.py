@@ -24,6 +24,8 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
+from openbook.client import AsyncClient
+from openbook.errors import RequestRejected
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
@@ -301,9 +303,7 @@ async def test_invalid_utf8_is_pinned_to_its_text(channel: grpc.aio.Channel) -> 
     [
         ("Embed", pb.EmbedRequest(), "texts"),
         ("Embed", pb.EmbedRequest(texts=[" "]), "texts[0]"),
-        ("Embed", pb.EmbedRequest(texts=["red"] * 9), "texts"),
         ("Embed", pb.EmbedRequest(texts=["red " * 400]), "texts[0]"),
-        ("Embed", pb.EmbedRequest(texts=["x" * 30_000]), "request"),
         ("Search", pb.SearchRequest(questions=["red"], top_k=0), "top_k"),
         ("Search", pb.SearchRequest(questions=["red"], top_k=-1), "top_k"),
         ("Search", pb.SearchRequest(questions=["red"], top_k=2_000_000_000), "top_k"),
@@ -320,6 +320,15 @@ async def test_invalid_utf8_is_pinned_to_its_text(channel: grpc.aio.Channel) -> 
 )
 async def test_a_bad_field_is_refused_by_name(stub: openbook_pb2_grpc.OpenBookAsyncStub, method: str, request_: object, field: str) -> None:
     assert await refusal(getattr(stub, method)(request_)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", [field])
+
+
+@pytest.mark.parametrize(("texts", "field"), [(["red"] * 9, "texts"), (["x" * 30_000], "request")])
+async def test_a_message_that_holds_too_much_has_a_reason_of_its_own(
+    stub: openbook_pb2_grpc.OpenBookAsyncStub, texts: list[str], field: str
+) -> None:
+    """By which clients know that fewer texts a message would do."""
+    refused = await refusal(stub.Embed(pb.EmbedRequest(texts=texts)))
+    assert refused == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", [field])
 
 
 async def test_options_of_a_search_reach_the_knowledge_base(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
@@ -557,10 +566,22 @@ async def test_a_reply_that_would_be_too_large_is_an_error_of_the_request_and_co
         with pytest.raises(grpc.aio.AioRpcError, match="the limit is 4096; ask for fewer") as raised:
             await stub.Search(request)
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert await refusal(stub.Search(request)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", ["request"])
+        assert await refusal(stub.Search(request)) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", ["request"])
         assert (await stub.Search(pb.SearchRequest(questions=["red"], top_k=3))).results
         page = await scrape(unused_tcp_port)
     assert 'openbook_requests_total{method="Search",status="INVALID_ARGUMENT"} 2.0' in page
+
+
+@pytest.mark.parametrize("limits", [{"max_texts": 5}, {"max_message_bytes": 1_024}])
+async def test_a_client_s_long_list_comes_through_a_server_with_small_limits(
+    tiny_bundle: Path, tiny_knowledge_base: Path, limits: dict[str, int]
+) -> None:
+    config = ServerConfig(port=0, device="cpu", drain_seconds=1.0, **limits)
+    questions = [f"what is {'red' if at % 2 else 'blue'} ?" if at != 40 else "" for at in range(70)]
+    async with running_server(tiny_bundle, tiny_knowledge_base, config) as port, AsyncClient(f"127.0.0.1:{port}") as client:
+        for found in (await client.search(questions, top_k=5), await client.answer(questions, top_k=5)):
+            assert [at for at, result in enumerate(found) if isinstance(result, RequestRejected)] == [40]
+            assert [result.question for result in found if not isinstance(result, RequestRejected)] == [*questions[:40], *questions[41:]]
 
 
 # Methods that everybody depends on, or that change something: never refused unread.

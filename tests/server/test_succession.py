@@ -478,7 +478,8 @@ def test_the_command_changes_a_knowledge_base_without_a_server(
     assert len(names) == 2
     for action, message in (
         (["remove", folder, names[1]], "is live"),
-        (["publish", folder, "9-x"], "none of"),
+        (["publish", folder, "9-x"], f"NAME: '9-x' is none of {names[0]}, {names[1]}; see"),
+        (["publish", folder], f"NAME: not given; name one of {names[0]}, {names[1]}; see"),
         (["build", "b", folder], "--new"),
     ):
         assert cli.main(["generations", *action]) == 1
@@ -494,7 +495,11 @@ def test_the_command_changes_a_knowledge_base_without_a_server(
         held.close()
     assert cli.main(["generations", "publish", folder, names[0]]) == 0
     assert cli.main(["generations", "remove", folder, names[1]]) == 0
+    capsys.readouterr()
     assert cli.main(["generations", "rollback", folder]) == 1
+    said = capsys.readouterr().err
+    assert "has none to go back to: none was live before this generation, or it was removed; see `openbook generations list" in said
+    assert "NAME" not in said
 
 
 async def test_a_server_follows_another_one_that_publishes_rolls_back_or_is_told_so_and_its_writes_are_refused_until_then(

@@ -50,16 +50,15 @@ class KnowledgeService:
                 errors[at] = error
         results = _failures([document.id for document in documents], errors)
         if good:
-            prepared = await writer.upsert(list(good.values()), work.deadline)
-            written = {document.id for document, _ in prepared.documents}
-            unchanged = await asyncio.to_thread(self._knowledge_base.documents, [id_ for id_ in good if id_ not in written])
-            passages = _counts(prepared.passages) | {id_: len(stored) for id_, stored in unchanged.items()}
+            done = await writer.upsert(list(good.values()), work.deadline)
+            unchanged = await asyncio.to_thread(self._knowledge_base.documents, [id_ for id_ in good if id_ not in done.passages])
+            passages = {**done.passages, **{id_: len(stored) for id_, stored in unchanged.items()}}
             for at, document in enumerate(documents):
                 if at not in errors:
-                    outcome = kb.OUTCOME_REPLACED if document.id in prepared.stored else kb.OUTCOME_CREATED
-                    results[at].outcome = outcome if document.id in written else kb.OUTCOME_UNCHANGED
+                    outcome = kb.OUTCOME_REPLACED if document.id in done.replaced else kb.OUTCOME_CREATED
+                    results[at].outcome = outcome if document.id in done.passages else kb.OUTCOME_UNCHANGED
                     results[at].passages = passages.get(document.id, 0)
-                    results[at].replaced_source = prepared.replaced_sources.get(document.id, "")
+                    results[at].replaced_source = done.replaced_sources.get(document.id, "")
         return kb.UpsertResponse(results=results, sequence=await self._sequence())
 
     async def delete(self, parsed: Parsed[kb.DeleteRequest], work: Work) -> kb.DeleteResponse:
@@ -207,13 +206,6 @@ def _failures(ids: Sequence[str], errors: Mapping[int, InvalidRequest]) -> list[
             pb.ItemError(index=at, code=error.status.value[0], reason=error.reason, field=error.field, message=error.description)
         )
     return results
-
-
-def _counts(passages: Sequence[Passage]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for passage in passages:
-        counts[passage.document_id] = counts.get(passage.document_id, 0) + 1
-    return counts
 
 
 def _stored(id_: str, passages: Sequence[Passage]) -> kb.StoredDocument:

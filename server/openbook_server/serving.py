@@ -86,8 +86,11 @@ async def running_server(
         frontend.shedding.crowded = engine.crowded
         # Only this machine may write, unless the operator says otherwise: there is no authentication.
         writable = not config.read_only and (config.writable or config.host in LOOPBACK)
-        with ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=give_way) as thread:
-            shared = Shared(config, loaded.device, engine, metrics, thread, writable)
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="splitter", initializer=give_way) as splitter,
+            ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=give_way) as thread,
+        ):
+            shared = Shared(config, loaded.device, engine, metrics, thread, splitter, writable)
             first = Pair(loaded.bundle, loaded.graphs, loaded.knowledge_base, shared)
             succession = _succession(first, shared, frontend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from openbook_server import serving
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
+from openbook_server.ingest import preparation
+from openbook_server.ingest.parts import Parts
 from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_base
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, TOKEN_WEIGHT
 from openbook_server.knowledge.store import FILE
@@ -29,6 +32,7 @@ from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_server.wire import Parsed
 from openbook_server.work import Work
+from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -285,10 +289,42 @@ async def test_concurrent_writes_of_one_document_leave_one_of_them_whole(
 ) -> None:
     writes = [stub.Upsert(kb.UpsertRequest(documents=[document("c", f"yak {number}. " * 9)])) for number in range(8)]
     replies = await asyncio.gather(*writes)
-    assert sum(reply.results[0].outcome == kb.OUTCOME_CREATED for reply in replies) >= 1
+    assert sorted(reply.results[0].outcome for reply in replies) == [kb.OUTCOME_CREATED, *[kb.OUTCOME_REPLACED] * 7]
     [stored] = (await stub.Get(kb.GetRequest(ids=["c"]))).documents
     assert len({passage.text[:5] for passage in stored.passages}) == 1
     assert set(await search(channel, "yak", pb.SEARCH_MODE_LEXICAL)) == {"c"}
+
+
+async def test_of_concurrent_writes_of_one_text_one_creates_it_and_the_others_change_nothing(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub,
+) -> None:
+    before = (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).sequence
+    replies = await asyncio.gather(*[stub.Upsert(kb.UpsertRequest(documents=[document("c", "one yak. " * 9)])) for _ in range(8)])
+    assert sorted(reply.results[0].outcome for reply in replies) == [kb.OUTCOME_CREATED, *[kb.OUTCOME_UNCHANGED] * 7]
+    assert len({reply.results[0].passages for reply in replies}) == 1
+    assert (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).sequence == before + 1
+
+
+async def test_a_large_document_holds_up_no_other_write_and_is_given_up_with_its_caller(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, split_up = threading.Event(), preparation.split
+
+    def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens: int, overlap: int) -> Parts[list[list[Passage]]]:
+        while documents[0].id == "endless":
+            begun.set()
+            yield
+        return (yield from split_up(documents, tokenizer, passage_tokens=passage_tokens, overlap=overlap))
+
+    monkeypatch.setattr(preparation, "split", split)
+    endless = stub.Upsert(kb.UpsertRequest(documents=[document("endless")]))
+    assert await asyncio.to_thread(begun.wait, 10)
+    [stored] = (await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))).results
+    [deleted] = (await stub.Delete(kb.DeleteRequest(ids=["n"]))).results
+    assert (stored.outcome, deleted.outcome) == (kb.OUTCOME_CREATED, kb.OUTCOME_DELETED)
+    endless.cancel()  # type: ignore[attr-defined]  # if its parts went on, the server would not stop
+    with pytest.raises(grpc.aio.AioRpcError, match="the deadline passed|Deadline Exceeded"):
+        await stub.Upsert(kb.UpsertRequest(documents=[document("endless")]), timeout=0.3)
 
 
 @pytest.mark.parametrize(

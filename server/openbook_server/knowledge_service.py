@@ -99,10 +99,10 @@ class KnowledgeService:
         size = bounded("page_size", request.page_size if request.HasField("page_size") else None, PAGE_SIZE, 1, MAX_PAGE_SIZE)
         if request.page_token and not (request.page_token.isascii() and request.page_token.isdigit() and len(request.page_token) < 19):
             raise InvalidRequest("page_token", "it is none that a page before gave; leave it empty for the first page")
-        rows = await asyncio.to_thread(self._knowledge_base.page, int(request.page_token or 0), size)
+        rows = await asyncio.to_thread(self._knowledge_base.page, int(request.page_token or 0), size + 1)  # one tells that more follow
         return kb.ListResponse(
-            documents=[kb.ListedDocument(id=id_, source=source, passages=passages) for _, id_, source, passages in rows],
-            next_page_token=str(rows[-1][0]) if len(rows) == size else "",
+            documents=[kb.ListedDocument(id=id_, source=source, passages=passages) for _, id_, source, passages in rows[:size]],
+            next_page_token=str(rows[size - 1][0]) if len(rows) > size else "",
         )
 
     async def describe(self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], work: Work) -> kb.DescribeKnowledgeBaseResponse:

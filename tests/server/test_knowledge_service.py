@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from conftest import Place
 
-CONFIG = ServerConfig(port=0, device="cpu", max_texts=9, drain_seconds=1.0)
+CONFIG = ServerConfig(port=0, device="cpu", max_texts=10, drain_seconds=1.0)
 
 
 @pytest.fixture
@@ -138,6 +138,7 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         document("long title", title="t" * 2_049),
         document(" "),
         kb.Document(id="nul in a key", text="red", metadata={"a\0b": "v"}),
+        kb.Document(id="no key", text="red", metadata={"": "v"}),
     ]
     reply = await stub.Upsert(kb.UpsertRequest(documents=documents))
     assert [(result.outcome, result.error.field) for result in reply.results] == [
@@ -150,6 +151,7 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         (kb.OUTCOME_UNSPECIFIED, "documents[6].title"),
         (kb.OUTCOME_UNSPECIFIED, "documents[7].id"),
         (kb.OUTCOME_UNSPECIFIED, "documents[8].metadata"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[9].metadata"),
     ]
     assert all(result.HasField("error") == (at > 0) for at, result in enumerate(reply.results))
 
@@ -220,14 +222,13 @@ async def test_get_and_list_give_back_what_was_written(stub: knowledge_base_pb2_
     assert len(stored.passages) > 1
     for passage in stored.passages:
         assert text[passage.document_start : passage.document_start + len(passage.text)] == passage.text
-    listed, token = [], ""
-    while True:
-        page = await stub.List(kb.ListRequest(page_size=2, page_token=token))
-        listed += [document.id for document in page.documents]
-        token = page.next_page_token
-        if not token:
-            break
-    assert listed == ["d0", "d1", "d2", "w"]
+    for size in (1, 2, 3, 4, 5):
+        pages, token = list[list[str]](), ""
+        while not pages or token:
+            page = await stub.List(kb.ListRequest(page_size=size, page_token=token))
+            pages.append([document.id for document in page.documents])
+            token = page.next_page_token
+        assert pages == [["d0", "d1", "d2", "w"][at : at + size] for at in range(0, 4, size)]
 
 
 class Documents:
@@ -331,7 +332,7 @@ async def test_a_large_document_holds_up_no_other_write_and_is_given_up_with_its
     ("method", "request_", "field"),
     [
         ("Upsert", kb.UpsertRequest(), "documents"),
-        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(10)]), "documents"),
+        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(11)]), "documents"),
         ("Delete", kb.DeleteRequest(), "ids"),
         ("Get", kb.GetRequest(ids=[""]), "ids[0]"),
         ("Get", kb.GetRequest(ids=["i" * 8_192, "i" * 8_193]), "ids[1]"),

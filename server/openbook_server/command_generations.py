@@ -115,7 +115,7 @@ def comparison_lines(comparison: kb.Comparison) -> list[str]:
 
 
 def _of_knowledge_base(arguments: argparse.Namespace) -> int:
-    from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged
+    from openbook_server.errors import GenerationNotReady, InvalidRequest, KnowledgeBaseDamaged
     from openbook_server.knowledge.opening import look, unsecret
 
     target = unsecret(arguments.target)
@@ -136,6 +136,8 @@ def _of_knowledge_base(arguments: argparse.Namespace) -> int:
             print(f"{state.name}  {state}")
         return 0
     wanted = [state for state in states if (state.name == arguments.name if arguments.action == "publish" else state.previous)]
+    if not wanted and arguments.action == "rollback":
+        raise GenerationNotReady(f"{target}: no generation was live before, or it was removed; publish one by its name")
     if not wanted:
         raise InvalidRequest("NAME", f"none of {', '.join(state.name for state in states)}; see `openbook generations list {target}`")
     return _publish(arguments.target, wanted[0].name)

@@ -200,9 +200,7 @@ class Backlog:
                 rows = max(1, min(1 + len(heap), self._most(lane, group), worth))
                 spared = 0.0 if group.graph in unknown else cost.predict(1, rows, length)
             if now + spared >= deadline:
-                job.failure = DeadlineExceeded(
-                    f"after {now - job.submitted:.3f} s in the queue {deadline - now:.3f} s are left, and a batch takes {spared:.3f} s"
-                )
+                job.failure = _too_late(now - job.submitted, deadline - now, spared)
                 dropped[id(job)] = job
                 continue
             if not batch:
@@ -248,6 +246,12 @@ def tell(jobs: Iterable[Job]) -> None:
     for loop, group in by_loop.items():
         if not loop.is_closed():
             loop.call_soon_threadsafe(_resolve, group)
+
+
+def _too_late(waited: float, left: float, spared: float) -> DeadlineExceeded:
+    if left <= 0:
+        return DeadlineExceeded(f"after {waited:.3f} s in the queue the deadline has passed, {-left:.3f} s ago; allow more time")
+    return DeadlineExceeded(f"after {waited:.3f} s in the queue {left:.3f} s are left, and a batch takes {spared:.3f} s; allow more time")
 
 
 def _resolve(jobs: list[Job]) -> None:

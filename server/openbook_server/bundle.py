@@ -176,6 +176,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
+        if folder.exists() and not folder.is_dir():
+            raise BundleInvalid(f"{folder} is no bundle, it is no folder; name the folder that `openbook export` wrote")
         if not folder.is_dir():
             raise BundleInvalid(f"bundle {folder} does not exist; `openbook export CHECKPOINT {folder}` writes it")
         if not file.is_file():

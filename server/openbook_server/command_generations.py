@@ -115,7 +115,7 @@ def comparison_lines(comparison: kb.Comparison) -> list[str]:
 
 
 def _of_knowledge_base(arguments: argparse.Namespace) -> int:
-    from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged
+    from openbook_server.errors import GenerationNotReady, InvalidRequest, KnowledgeBaseDamaged
     from openbook_server.knowledge.opening import look, unsecret
 
     target = unsecret(arguments.target)
@@ -135,18 +135,13 @@ def _of_knowledge_base(arguments: argparse.Namespace) -> int:
         for state in states:
             print(f"{state.name}  {state}")
         return 0
-    listed = f"see `openbook generations list {target}`"
-    if arguments.action == "publish":
-        wanted = [state.name for state in states if state.name == arguments.name]
-        known, given = ", ".join(state.name for state in states), f"{arguments.name!r} is none" if arguments.name else "not given; name one"
-        missing = InvalidRequest("NAME", f"{given} of {known}; {listed}")
-    else:
-        wanted = [state.name for state in states if state.previous]
-        missing = InvalidRequest(
-            "KB", f"{target} has none to go back to: none was live before this generation, or it was removed; {listed}"
-        )
+    publishes = arguments.action == "publish"
+    wanted = [state.name for state in states if (state.name == arguments.name if publishes else state.previous)]
+    if not wanted and not publishes:
+        raise GenerationNotReady(f"{target}: no generation was live before, or it was removed; publish one by its name")
     if not wanted:
-        raise missing
+        known, given = ", ".join(state.name for state in states), f"{arguments.name!r} is none" if arguments.name else "not given; name one"
+        raise InvalidRequest("NAME", f"{given} of {known}; see `openbook generations list {target}`")
     return _publish(arguments.target, wanted[0])
 
 

@@ -154,7 +154,7 @@ class FingerprintMismatch(OpenBookError):
 
 
 class GenerationNotReady(OpenBookError):
-    """A generation cannot be built, or not while another one is."""
+    """A generation cannot be built or published, not while another one is, or there is none to go back to."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "GENERATION_NOT_READY"

@@ -116,9 +116,9 @@ class GenerateService:
         max_tokens = bounded("max_tokens", request.max_tokens if request.HasField("max_tokens") else None, default, 1, left)
         top_p = request.top_p if request.HasField("top_p") else 1.0
         if not 0 <= request.temperature <= MAX_TEMPERATURE:  # NaN is refused too
-            raise InvalidRequest("temperature", f"{request.temperature:g} is outside 0 to {MAX_TEMPERATURE:g}")
+            raise InvalidRequest("temperature", f"{request.temperature} is outside 0 to {MAX_TEMPERATURE:g}")
         if not 0 < top_p <= 1:
-            raise InvalidRequest("top_p", f"{top_p:g} is not above 0 and up to 1")
+            raise InvalidRequest("top_p", f"{top_p} is not above 0 and up to 1")
         if len(request.stop) > MAX_STOPS or not all(request.stop):
             raise InvalidRequest("stop", f"{len(request.stop)} strings, at most {MAX_STOPS} are taken, and none that is empty")
         if (longest := max((len(stop.encode()) for stop in request.stop), default=0)) > MAX_STOP_BYTES:

@@ -43,6 +43,8 @@ class GenerationsService:
 
     async def remove(self, parsed: Parsed[kb.RemoveGenerationRequest], work: Work) -> kb.RemoveGenerationResponse:
         self._check_writable()
+        if not parsed.message.name:
+            raise InvalidRequest("name", "empty; name a generation, as ListGenerations does")
         await self._succession.remove(parsed.message.name)
         return kb.RemoveGenerationResponse()
 

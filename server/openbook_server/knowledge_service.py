@@ -50,16 +50,15 @@ class KnowledgeService:
                 errors[at] = error
         results = _failures([document.id for document in documents], errors)
         if good:
-            prepared = await writer.upsert(list(good.values()), work.deadline)
-            written = {document.id for document, _ in prepared.documents}
-            unchanged = await asyncio.to_thread(self._knowledge_base.documents, [id_ for id_ in good if id_ not in written])
-            passages = _counts(prepared.passages) | {id_: len(stored) for id_, stored in unchanged.items()}
+            done = await writer.upsert(list(good.values()), work.deadline)
+            unchanged = await asyncio.to_thread(self._knowledge_base.documents, [id_ for id_ in good if id_ not in done.passages])
+            passages = {**done.passages, **{id_: len(stored) for id_, stored in unchanged.items()}}
             for at, document in enumerate(documents):
                 if at not in errors:
-                    outcome = kb.OUTCOME_REPLACED if document.id in prepared.stored else kb.OUTCOME_CREATED
-                    results[at].outcome = outcome if document.id in written else kb.OUTCOME_UNCHANGED
+                    outcome = kb.OUTCOME_REPLACED if document.id in done.replaced else kb.OUTCOME_CREATED
+                    results[at].outcome = outcome if document.id in done.passages else kb.OUTCOME_UNCHANGED
                     results[at].passages = passages.get(document.id, 0)
-                    results[at].replaced_source = prepared.replaced_sources.get(document.id, "")
+                    results[at].replaced_source = done.replaced_sources.get(document.id, "")
         return kb.UpsertResponse(results=results, sequence=await self._sequence())
 
     async def delete(self, parsed: Parsed[kb.DeleteRequest], work: Work) -> kb.DeleteResponse:
@@ -100,10 +99,10 @@ class KnowledgeService:
         size = bounded("page_size", request.page_size if request.HasField("page_size") else None, PAGE_SIZE, 1, MAX_PAGE_SIZE)
         if request.page_token and not (request.page_token.isascii() and request.page_token.isdigit() and len(request.page_token) < 19):
             raise InvalidRequest("page_token", "it is none that a page before gave; leave it empty for the first page")
-        rows = await asyncio.to_thread(self._knowledge_base.page, int(request.page_token or 0), size)
+        rows = await asyncio.to_thread(self._knowledge_base.page, int(request.page_token or 0), size + 1)  # one tells that more follow
         return kb.ListResponse(
-            documents=[kb.ListedDocument(id=id_, source=source, passages=passages) for _, id_, source, passages in rows],
-            next_page_token=str(rows[-1][0]) if len(rows) == size else "",
+            documents=[kb.ListedDocument(id=id_, source=source, passages=passages) for _, id_, source, passages in rows[:size]],
+            next_page_token=str(rows[size - 1][0]) if len(rows) > size else "",
         )
 
     async def describe(self, parsed: Parsed[kb.DescribeKnowledgeBaseRequest], work: Work) -> kb.DescribeKnowledgeBaseResponse:
@@ -207,13 +206,6 @@ def _failures(ids: Sequence[str], errors: Mapping[int, InvalidRequest]) -> list[
             pb.ItemError(index=at, code=error.status.value[0], reason=error.reason, field=error.field, message=error.description)
         )
     return results
-
-
-def _counts(passages: Sequence[Passage]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for passage in passages:
-        counts[passage.document_id] = counts.get(passage.document_id, 0) + 1
-    return counts
 
 
 def _stored(id_: str, passages: Sequence[Passage]) -> kb.StoredDocument:

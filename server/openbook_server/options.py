@@ -41,7 +41,7 @@ def parse_options(request: pb.SearchRequest | pb.AnswerRequest, max_top_k: int) 
     if request.fusion not in FUSIONS:
         raise InvalidRequest("fusion", f"{request.fusion} is no Fusion; see openbook.proto")
     if not 0 <= request.diversity <= 1:  # NaN is refused too
-        raise InvalidRequest("diversity", f"{request.diversity:g} is outside 0 to 1")
+        raise InvalidRequest("diversity", f"{request.diversity} is outside 0 to 1")
     min_score = request.min_score if request.HasField("min_score") else None
     if min_score is not None and math.isnan(min_score):
         raise InvalidRequest("min_score", "NaN is no score")
@@ -88,11 +88,12 @@ def parse_filter(message: pb.Filter) -> Filter:
         kind = part.WhichOneof("condition")
         field = f"{field}.{kind}"
         if kind == "equals":
-            return filters.OneOf(_key(field, part.equals.key), (part.equals.value,))
+            return filters.OneOf(_key(field, part.equals.key), (_text(f"{field}.value", part.equals.value),))
         if kind == "one_of":
             if len(part.one_of.values) > MAX_VALUES:
                 raise InvalidRequest(f"{field}.values", f"{len(part.one_of.values)} exceed the limit of {MAX_VALUES}")
-            return filters.OneOf(_key(field, part.one_of.key), tuple(part.one_of.values))
+            values = tuple(_text(f"{field}.values[{at}]", value) for at, value in enumerate(part.one_of.values))
+            return filters.OneOf(_key(field, part.one_of.key), values)
         if kind == "range":
             bounds = part.range
             low = bounds.at_least if bounds.HasField("at_least") else -math.inf
@@ -114,4 +115,10 @@ def parse_filter(message: pb.Filter) -> Filter:
 def _key(field: str, key: str) -> str:
     if not key:
         raise InvalidRequest(f"{field}.key", "empty; name a key of the metadata")
-    return key
+    return _text(f"{field}.key", key)
+
+
+def _text(field: str, text: str) -> str:
+    if "\0" in text:  # as of documents: SQLite would compare what stands before it
+        raise InvalidRequest(field, "holds a NUL character; leave it out")
+    return text

@@ -53,6 +53,7 @@ class Shared:
     engine: Engine
     metrics: Metrics
     thread: ThreadPoolExecutor  # the one that writes to the knowledge base
+    splitter: ThreadPoolExecutor  # the one that splits what is to be written
     writable: bool
 
     async def in_writer(self, work: Callable[[], _T]) -> _T:
@@ -160,7 +161,7 @@ class Pair:
             if shared.writable:
                 splitting = choose_splitting(bundle, knowledge_base.facts(*FACTS))
                 writer_encoder = TextEncoder(self.tokenizer, bundle.tokenizer_digest)
-                writer = Writer(bundle, knowledge_base, writer_encoder, self.models, splitting, shared.thread)
+                writer = Writer(bundle, knowledge_base, writer_encoder, self.models, splitting, shared.thread, shared.splitter)
             knowledge = KnowledgeService(bundle, knowledge_base, writer, config)
         self.served = Served(service, classify, generate, knowledge)
 

@@ -18,7 +18,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import Bundle
 from openbook_server.comparison import Asked, best_answer
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest, NoKnowledgeBase
+from openbook_server.errors import NoKnowledgeBase, NotInBundle
 from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions
 from openbook_server.options import parse_options
 from openbook_server.pipeline import Pipeline, QuestionAnswered
@@ -31,6 +31,7 @@ from openbook_server.wire import Parsed
 from openbook_server.work import Work
 
 DEFAULT_ANSWERS = 3
+_NO_READER = "this bundle has no reader; `openbook export --reader` adds one"
 
 Request = TypeVar("Request", bound=Message)
 
@@ -87,7 +88,7 @@ class Service:
         options = self._options(request)
         rerank = bounded("rerank", request.rerank, 0, 0, self._config.max_top_k)
         if rerank and self._bundle.reader is None:
-            raise InvalidRequest("rerank", "this bundle has no reader; export one with `openbook export --reader`, or leave rerank out")
+            raise NotInBundle(f"{_NO_READER}, or leave rerank out")
         valid = await self._validate("questions", request.questions, parsed, self._max_question_tokens())
         work.tokenise_ms += work.lap()
         results = [pb.SearchResult() for _ in request.questions]
@@ -109,7 +110,7 @@ class Service:
         request = parsed.message
         work.batch_invariant = request.batch_invariant
         if self._bundle.reader is None:
-            raise InvalidRequest("questions", "this bundle has no reader; export one with `openbook export --reader`, or use Search")
+            raise NotInBundle(f"{_NO_READER}, or use Search")
         options = self._options(request)
         max_answers = bounded(
             "max_answers", request.max_answers if request.HasField("max_answers") else None, DEFAULT_ANSWERS, 1, self._config.max_answers

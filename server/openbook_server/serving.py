@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,11 @@ async def running_server(
         frontend.shedding.crowded = engine.crowded
         # Only this machine may write, unless the operator says otherwise: there is no authentication.
         writable = not config.read_only and (config.writable or config.host in LOOPBACK)
-        with ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=give_way) as thread:
-            shared = Shared(config, loaded.device, engine, metrics, thread, writable)
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="splitter", initializer=give_way) as splitter,
+            ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=give_way) as thread,
+        ):
+            shared = Shared(config, loaded.device, engine, metrics, thread, splitter, writable)
             first = Pair(loaded.bundle, loaded.graphs, loaded.knowledge_base, shared)
             succession = _succession(first, shared, frontend)
 
@@ -152,11 +155,20 @@ def stop_loading() -> None:
     os._exit(0)
 
 
+class _Reflection(aio_reflection.ReflectionServicer):  # type: ignore[misc]  # it has no types
+    """As grpcio's, which finds no method: protobuf's own pool looks for other symbols alone."""
+
+    def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
+        with suppress(KeyError):
+            fully_qualified_name = self._pool.FindMethodByName(fully_qualified_name).containing_service.full_name
+        return super()._file_containing_symbol(request, fully_qualified_name)
+
+
 def _reflection_handlers() -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
     """As v1alpha, which grpcio brings, and as v1, whose messages are the same on the wire; newer tools ask for that first."""
     names = (SERVICE, KNOWLEDGE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     method = grpc.stream_stream_rpc_method_handler(
-        aio_reflection.ReflectionServicer(service_names=names).ServerReflectionInfo,
+        _Reflection(service_names=names).ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )

@@ -86,7 +86,7 @@ class Succession:
         return await self._uncancelled(lambda: self._publish(name))
 
     async def roll_back(self) -> str:
-        """Publish the generation that was live before the live one. Raises as `publish`."""
+        """Publish the generation that was live before the live one. Raises as `publish`; GenerationNotReady where there was none."""
         return await self._uncancelled(self._roll_back)
 
     async def remove(self, name: str) -> None:
@@ -243,7 +243,9 @@ class Succession:
     async def _roll_back(self) -> str:
         previous = [state.name for state in await self.states() if state.previous]
         if not previous:
-            raise InvalidRequest("name", "no generation was live before this one, or it was removed")
+            raise GenerationNotReady(
+                f"no generation was live before {self._knowledge_base.generation}, or it was removed; publish one by its name"
+            )
         return await self._publish(previous[0])
 
     async def _remove(self, name: str) -> None:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from openbook_server.errors import InvalidRequest, MessageTooLarge
 
 Request = TypeVar("Request", bound=Message)
-_LENGTH_DELIMITED = 2
+_LENGTH_DELIMITED, _GROUP = 2, 3
 _DEEPEST = 100  # messages within messages, as protobuf has it
 _MOST_FIELDS = 100_000  # that are looked through, in about a fifth of a second
 _FIXED_BYTES = {1: 8, 5: 4}  # wire type -> bytes
@@ -70,47 +70,60 @@ def _empty_bad_strings(data: bytes, descriptor: Any, fields_left: Iterator[int],
     seen = dict.fromkeys(fields, 0)
     bad: list[tuple[str, int]] = []
     parts = []
-    for tag, number, start, payload, end in _fields(data):
-        if next(fields_left, None) is None:
-            raise ValueError("too many fields")
-        part, field = data[start:end], fields.get(number)
+    for tag, number, start, payload, end in _fields(data, fields_left, depth):
+        part = data[start:end]
+        field = fields.get(number) if tag[0] & 7 == _LENGTH_DELIMITED else None  # no text and no message is of another wire type
         if field is not None and field.type == FieldDescriptor.TYPE_STRING:
             try:
                 data[payload:end].decode()
             except UnicodeDecodeError:
                 bad.append((field.name, seen[number]))
                 part = tag + b"\0"
-        elif field is not None and field.type == FieldDescriptor.TYPE_MESSAGE and start + len(tag) < payload:
+        elif field is not None and field.type == FieldDescriptor.TYPE_MESSAGE:
             inner, found = _empty_bad_strings(data[payload:end], field.message_type, fields_left, depth + 1)
             if found:
                 bad.append((field.name, seen[number]))
                 part = tag + _encoded(len(inner)) + inner
-        if number in seen:
+        if field is not None:
             seen[number] += 1
         parts.append(part)
     return b"".join(parts), bad
 
 
-def _fields(data: bytes) -> Iterator[tuple[bytes, int, int, int, int]]:
+def _fields(data: bytes, fields_left: Iterator[int], depth: int) -> Iterator[tuple[bytes, int, int, int, int]]:
     """(tag bytes, field number, start, payload start, end) of each top-level field; ValueError where the bytes run out."""
     at = 0
     while at < len(data):
         start = at
         key, at = _varint(data, at)
-        tag, kind = data[start:at], key & 7
-        if kind == _LENGTH_DELIMITED:
-            size, at = _varint(data, at)
-        elif kind in _FIXED_BYTES:
-            size = _FIXED_BYTES[kind]
-        elif kind == 0:
-            _, after = _varint(data, at)
-            size = after - at
-        else:
-            raise ValueError("wire type not in use")
-        if at + size > len(data):
-            raise ValueError("truncated message")
-        yield tag, key >> 3, start, at, at + size
-        at += size
+        tag = data[start:at]
+        at, end = _payload(data, at, key, fields_left, depth)
+        yield tag, key >> 3, start, at, end
+        at = end
+
+
+def _payload(data: bytes, at: int, key: int, fields_left: Iterator[int], depth: int) -> tuple[int, int]:
+    """(start, end) of what follows the tag `key`; of a group, an outdated way to nest, up to behind its closing tag."""
+    if next(fields_left, None) is None:
+        raise ValueError("too many fields")
+    kind, end = key & 7, at
+    if kind == _LENGTH_DELIMITED:
+        size, at = _varint(data, at)
+        end = at + size
+    elif kind in _FIXED_BYTES:
+        end += _FIXED_BYTES[kind]
+    elif kind == 0:
+        _, end = _varint(data, at)
+    elif kind == _GROUP and depth < _DEEPEST:
+        inner, end = _varint(data, end)
+        while inner != key + 1:  # the same number, and the wire type that closes
+            _, end = _payload(data, end, inner, fields_left, depth + 1)
+            inner, end = _varint(data, end)
+    else:
+        raise ValueError("wire type not in use, or nested too deep")
+    if end > len(data):
+        raise ValueError("truncated message")
+    return at, end
 
 
 def _encoded(value: int) -> bytes:

@@ -68,7 +68,15 @@ async def test_a_row_that_leaves_too_little_time_fails_and_the_batch_is_filled_b
     batch = waiting.take(0.95)  # a quarter of 0.25 s is what a batch worth running takes
     assert batch.dropped == [late]
     assert isinstance(late.failure, DeadlineExceeded)
+    assert str(late.failure).startswith("after 0.950 s in the queue 0.050 s are left, and a batch takes 0.")
     assert [one for _, one in batch.rows] == [in_time] * 25
+
+
+async def test_a_row_whose_deadline_has_passed_is_told_so() -> None:
+    waiting, late = backlog(), job(1.0)
+    waiting.add(late, groups([16]))
+    waiting.take(1.25)
+    assert str(late.failure) == "after 1.250 s in the queue the deadline has passed, 0.250 s ago; allow more time"
 
 
 async def test_a_lone_row_is_run_with_hardly_more_left_than_it_takes() -> None:

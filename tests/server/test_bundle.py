@@ -76,6 +76,14 @@ def test_files_that_the_manifest_does_not_list_are_ignored(copy: Path) -> None:
     assert load_bundle(copy).name == "tiny"
 
 
+def test_a_file_is_not_said_to_be_absent(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("text")
+    with pytest.raises(BundleInvalid, match=rf"^{file} is no bundle, it is no folder; name the folder that `openbook export` wrote$"):
+        load_bundle(file)
+    with pytest.raises(BundleInvalid, match=rf"^bundle {tmp_path / 'none'} does not exist; `openbook export CHECKPOINT"):
+        load_bundle(tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [(MANIFEST, "is_file"), (MANIFEST, "read_text"), ("tokenizer.json", "is_file"), ("tokenizer.json", "open")],

@@ -174,6 +174,9 @@ def nested(depth: int) -> pb.Filter:
     [
         (pb.Filter(), "filter"),
         (pb.Filter(equals=pb.Filter.Equals(value="v")), "filter.equals.key"),
+        (pb.Filter(equals=pb.Filter.Equals(key="k", value="v\0w")), "filter.equals.value"),
+        (pb.Filter(one_of=pb.Filter.OneOf(key="k", values=["v", "\0"])), "filter.one_of.values[1]"),
+        (pb.Filter(range=pb.Filter.Range(key="k\0")), "filter.range.key"),
         (pb.Filter(range=pb.Filter.Range(key="k", at_least=float("nan"))), "filter.range"),
         (pb.Filter(any=pb.Filter.Filters(filters=[nested(1), pb.Filter()])), "filter.any[1]"),
         (nested(MAX_DEPTH + 1), "filter" + ".not" * MAX_DEPTH),

@@ -191,7 +191,7 @@ def test_an_id_is_the_first_of_the_two_that_holds_something(tmp_path: Path, ids:
     assert (document.id, document.metadata) == (expected, {})
 
 
-def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> None:
+def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"id": "long title", "title": "t" * 2_049, "text": "one"},
         {"id": "long metadata", "text": "two", "metadata": {"a": "b" * 16_384}},
@@ -199,8 +199,9 @@ def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> Non
         {"id": "i" * 513, "text": "y"},
         {"id": " ", "text": "zero"},
         {"id": "i" * 512, "title": "t" * 2_048, "text": "three", "metadata": {"a": "b" * 16_383}},
+        {"id": "nameless", "text": "four", "": "x", "metadata": {"": "y", "a": "b"}},
     ]
-    title, metadata, entries, id_, blank, good = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    title, metadata, entries, id_, blank, good, nameless = items(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     assert isinstance(title, Unreadable)
     assert (title.reason, title.where) == ("title: 2049 bytes exceed the limit of 2048; shorten it, or make it part of the text", "row 1")
     assert isinstance(metadata, Unreadable)
@@ -212,6 +213,9 @@ def test_what_would_stand_beside_every_passage_is_limited(tmp_path: Path) -> Non
     assert isinstance(blank, Unreadable)
     assert (blank.reason, blank.where) == ("id: empty, or nothing but white space; give it another one", "row 5")
     assert isinstance(good, Document)
+    assert isinstance(nameless, Document)
+    assert (nameless.text, nameless.metadata) == ("four", {"a": "b"})
+    assert f"{tmp_path / 'a.jsonl'}: values without a name are left out" in caplog.text
     [page] = items(write(tmp_path / "a.html", f"<title>a{'ü' * 2_000}</title><p>text"))
     assert isinstance(page, Document)  # its title is cut: a page is not lost for it
     assert page.title == "a" + "ü" * 1_023

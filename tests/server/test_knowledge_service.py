@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from openbook_server import serving
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
+from openbook_server.ingest import preparation
+from openbook_server.ingest.parts import Parts
 from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_base
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, TOKEN_WEIGHT
 from openbook_server.knowledge.store import FILE
@@ -29,11 +32,12 @@ from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_server.wire import Parsed
 from openbook_server.work import Work
+from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from conftest import Place
 
-CONFIG = ServerConfig(port=0, device="cpu", max_texts=9, drain_seconds=1.0)
+CONFIG = ServerConfig(port=0, device="cpu", max_texts=10, drain_seconds=1.0)
 
 
 @pytest.fixture
@@ -134,6 +138,7 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         document("long title", title="t" * 2_049),
         document(" "),
         kb.Document(id="nul in a key", text="red", metadata={"a\0b": "v"}),
+        kb.Document(id="no key", text="red", metadata={"": "v"}),
     ]
     reply = await stub.Upsert(kb.UpsertRequest(documents=documents))
     assert [(result.outcome, result.error.field) for result in reply.results] == [
@@ -146,6 +151,7 @@ async def test_bad_documents_fail_alone_each_by_its_field(stub: knowledge_base_p
         (kb.OUTCOME_UNSPECIFIED, "documents[6].title"),
         (kb.OUTCOME_UNSPECIFIED, "documents[7].id"),
         (kb.OUTCOME_UNSPECIFIED, "documents[8].metadata"),
+        (kb.OUTCOME_UNSPECIFIED, "documents[9].metadata"),
     ]
     assert all(result.HasField("error") == (at > 0) for at, result in enumerate(reply.results))
 
@@ -216,14 +222,13 @@ async def test_get_and_list_give_back_what_was_written(stub: knowledge_base_pb2_
     assert len(stored.passages) > 1
     for passage in stored.passages:
         assert text[passage.document_start : passage.document_start + len(passage.text)] == passage.text
-    listed, token = [], ""
-    while True:
-        page = await stub.List(kb.ListRequest(page_size=2, page_token=token))
-        listed += [document.id for document in page.documents]
-        token = page.next_page_token
-        if not token:
-            break
-    assert listed == ["d0", "d1", "d2", "w"]
+    for size in (1, 2, 3, 4, 5):
+        pages, token = list[list[str]](), ""
+        while not pages or token:
+            page = await stub.List(kb.ListRequest(page_size=size, page_token=token))
+            pages.append([document.id for document in page.documents])
+            token = page.next_page_token
+        assert pages == [["d0", "d1", "d2", "w"][at : at + size] for at in range(0, 4, size)]
 
 
 class Documents:
@@ -285,17 +290,49 @@ async def test_concurrent_writes_of_one_document_leave_one_of_them_whole(
 ) -> None:
     writes = [stub.Upsert(kb.UpsertRequest(documents=[document("c", f"yak {number}. " * 9)])) for number in range(8)]
     replies = await asyncio.gather(*writes)
-    assert sum(reply.results[0].outcome == kb.OUTCOME_CREATED for reply in replies) >= 1
+    assert sorted(reply.results[0].outcome for reply in replies) == [kb.OUTCOME_CREATED, *[kb.OUTCOME_REPLACED] * 7]
     [stored] = (await stub.Get(kb.GetRequest(ids=["c"]))).documents
     assert len({passage.text[:5] for passage in stored.passages}) == 1
     assert set(await search(channel, "yak", pb.SEARCH_MODE_LEXICAL)) == {"c"}
+
+
+async def test_of_concurrent_writes_of_one_text_one_creates_it_and_the_others_change_nothing(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub,
+) -> None:
+    before = (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).sequence
+    replies = await asyncio.gather(*[stub.Upsert(kb.UpsertRequest(documents=[document("c", "one yak. " * 9)])) for _ in range(8)])
+    assert sorted(reply.results[0].outcome for reply in replies) == [kb.OUTCOME_CREATED, *[kb.OUTCOME_UNCHANGED] * 7]
+    assert len({reply.results[0].passages for reply in replies}) == 1
+    assert (await stub.Describe(kb.DescribeKnowledgeBaseRequest())).sequence == before + 1
+
+
+async def test_a_large_document_holds_up_no_other_write_and_is_given_up_with_its_caller(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, split_up = threading.Event(), preparation.split
+
+    def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens: int, overlap: int) -> Parts[list[list[Passage]]]:
+        while documents[0].id == "endless":
+            begun.set()
+            yield
+        return (yield from split_up(documents, tokenizer, passage_tokens=passage_tokens, overlap=overlap))
+
+    monkeypatch.setattr(preparation, "split", split)
+    endless = stub.Upsert(kb.UpsertRequest(documents=[document("endless")]))
+    assert await asyncio.to_thread(begun.wait, 10)
+    [stored] = (await stub.Upsert(kb.UpsertRequest(documents=[document("n")]))).results
+    [deleted] = (await stub.Delete(kb.DeleteRequest(ids=["n"]))).results
+    assert (stored.outcome, deleted.outcome) == (kb.OUTCOME_CREATED, kb.OUTCOME_DELETED)
+    endless.cancel()  # type: ignore[attr-defined]  # if its parts went on, the server would not stop
+    with pytest.raises(grpc.aio.AioRpcError, match="the deadline passed|Deadline Exceeded"):
+        await stub.Upsert(kb.UpsertRequest(documents=[document("endless")]), timeout=0.3)
 
 
 @pytest.mark.parametrize(
     ("method", "request_", "field"),
     [
         ("Upsert", kb.UpsertRequest(), "documents"),
-        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(10)]), "documents"),
+        ("Upsert", kb.UpsertRequest(documents=[kb.Document(id=str(n), text="x") for n in range(11)]), "documents"),
         ("Delete", kb.DeleteRequest(), "ids"),
         ("Get", kb.GetRequest(ids=[""]), "ids[0]"),
         ("Get", kb.GetRequest(ids=["i" * 8_192, "i" * 8_193]), "ids[1]"),

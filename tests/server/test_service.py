@@ -331,6 +331,28 @@ async def test_a_message_that_holds_too_much_has_a_reason_of_its_own(
     assert refused == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", [field])
 
 
+async def test_what_is_hardly_out_of_range_is_told_as_it_was_sent(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=r"diversity: 1\.0000001 is outside 0 to 1"):
+        await stub.Search(pb.SearchRequest(questions=["red"], diversity=1.0000001))
+
+
+async def test_what_needs_a_reader_is_refused_as_not_in_the_bundle_where_there_is_none(
+    tiny_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / MANIFEST).read_text()) | {"reader": None}
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"id": bundle_id(manifest)}))
+    async with (
+        running_server(bundle, tiny_knowledge_base, CONFIG) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        assert (await stub.Search(pb.SearchRequest(questions=["red"]))).results[0].hits
+        missing = (grpc.StatusCode.FAILED_PRECONDITION, "NOT_IN_BUNDLE", list[str]())
+        assert await refusal(stub.Search(pb.SearchRequest(questions=["red"], rerank=2))) == missing
+        assert await refusal(stub.Answer(pb.AnswerRequest(questions=["red"]))) == missing
+
+
 async def test_options_of_a_search_reach_the_knowledge_base(stub: openbook_pb2_grpc.OpenBookAsyncStub) -> None:
     [weighted] = (await stub.Search(pb.SearchRequest(questions=["what is red ?"], top_k=3))).results
     ranks = pb.SearchRequest(questions=["what is red ?"], top_k=3, fusion=pb.FUSION_RECIPROCAL_RANK)
@@ -460,10 +482,17 @@ async def test_reflection_describes_the_protocol_to_a_stranger(channel: grpc.aio
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
-    for symbol, message in (("openbook.v1.OpenBook", b"AnswerRequest"), ("openbook.v1.KnowledgeBase", b"UpsertRequest")):
+    for symbol, message in (
+        ("openbook.v1.OpenBook", b"AnswerRequest"),
+        ("openbook.v1.KnowledgeBase", b"UpsertRequest"),
+        ("openbook.v1.OpenBook.Embed", b"EmbedRequest"),
+        ("openbook.v1.EmbedRequest", b"EmbedRequest"),
+    ):
         requests = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)])
         replies = [reply async for reply in ask(requests)]
         assert any(message in file for reply in replies for file in reply.file_descriptor_response.file_descriptor_proto)
+    requests = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol="openbook.v1.OpenBook.Absent")])
+    assert [reply.error_response.error_code async for reply in ask(requests)] == [grpc.StatusCode.NOT_FOUND.value[0]]
 
 
 async def test_a_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:

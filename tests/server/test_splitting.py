@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from openbook_server.ingest import splitting
-from openbook_server.ingest.splitting import sentences, split
-from openbook_server.knowledge import Document
+from openbook_server.ingest.parts import at_once
+from openbook_server.ingest.splitting import sentences
+from openbook_server.knowledge import Document, Passage
 from openbook_server.tokenization import load_tokenizer
 from tokenizers import Tokenizer
 
@@ -24,6 +26,10 @@ PIECES = [
     "\t",
     "A. B. c? ",
 ]
+
+
+def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens: int, overlap: int) -> list[list[Passage]]:
+    return at_once(splitting.split(documents, tokenizer, passage_tokens=passage_tokens, overlap=overlap))
 
 
 @pytest.fixture

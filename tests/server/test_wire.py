@@ -50,6 +50,26 @@ def test_what_is_no_item_of_a_list_is_never_emptied_for_that_changes_what_is_mea
     assert failure.field == "name"
 
 
+def group(field: int, inside: bytes) -> bytes:
+    """An outdated way to nest: between two tags, without a length."""
+    return bytes([field << 3 | 3]) + inside + bytes([field << 3 | 4])
+
+
+def test_a_group_that_nobody_knows_does_not_make_a_bad_text_the_fault_of_all() -> None:
+    unknown = group(15, group(14, b"\x0a\x02\xff\xfe") + b"\x08\x01" + group(1, b""))
+    parsed = parse_embed(b"\x0a\x04good" + unknown + b"\x0a\x03b\xffd" + group(1, b"\x08\xff\x01") + b"\x0a\x05later" + b"\x0a\x01\xff")
+    assert list(parsed.message.texts) == ["good", "", "later", ""]
+    assert parsed.not_utf8 == {("texts", 1), ("texts", 3)}
+
+
+def test_a_group_that_is_not_closed_or_too_deep_or_too_large_is_refused() -> None:
+    deep = b""
+    for _ in range(1_500):
+        deep = group(15, deep)
+    for bad in (deep, b"\x7b", b"\x7b\x74", b"\x7c", b"\x7b\x0a\x05x", group(15, b"\x08\x00" * 200_000)):
+        assert parser(pb.EmbedRequest, max_message_bytes=1_000_000)(b"\x0a\x01\xff" + bad).failure is not None
+
+
 def test_a_message_too_deep_or_of_too_many_fields_is_refused() -> None:
     nested = b""
     for _ in range(1_500):  # Filter.not, which protobuf follows a hundred deep

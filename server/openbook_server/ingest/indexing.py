@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from openbook_server.ingest.items import Unreadable
-from openbook_server.ingest.preparation import Prepared, Splitting, prepare
+from openbook_server.ingest.parts import at_once
+from openbook_server.ingest.preparation import Splitting, digested, passages_of, replaced_sources, unstored
 from openbook_server.ingest.sources import Source, displaced, read_source
 from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageVectors
 from openbook_server.states import joined
@@ -99,12 +100,13 @@ class Indexing:
 
     def _store(self, documents: Sequence[Document], report: Callable[[Progress], None], stopping: Callable[[], bool]) -> bool:
         """Whether the documents are stored; False where the run was stopped while they were embedded."""
-        prepared = prepare(documents, self._knowledge_base, self._encoder, self._splitting)
-        self.progress.unchanged += len(documents) - len(prepared.documents)
-        self._note_replaced(prepared)
-        passages = prepared.passages
-        if not prepared.documents:
+        stored = self._knowledge_base.digests([document.id for document in documents])
+        changed = unstored(digested(documents, self._splitting), stored)
+        self.progress.unchanged += len(documents) - len(changed)
+        if not changed:
             return True
+        self._note_replaced([document for document, _ in changed if document.id in stored])
+        passages = at_once(passages_of([document for document, _ in changed], self._encoder, self._splitting))
         parts = []
         for at in range(0, max(len(passages), 1), _EMBEDDED_AT_ONCE):  # one document may have a hundred thousand
             if at:
@@ -113,15 +115,14 @@ class Indexing:
                 return False
             parts.append(self._embed(passages[at : at + _EMBEDDED_AT_ONCE]))
             self.progress.embedded += len(parts[-1].whole)
-        self._knowledge_base.replace_documents(prepared.documents, passages, *joined(parts))
+        self._knowledge_base.replace_documents(changed, passages, *joined(parts))
         self.progress.passages += len(passages)
         return True
 
-    def _note_replaced(self, prepared: Prepared) -> None:
+    def _note_replaced(self, documents: Sequence[Document]) -> None:
         """Two runs over two folders cannot tell files of one name apart, as one run over both does."""
-        for document, _ in prepared.documents:
-            before = prepared.replaced_sources.get(document.id)
-            if before and (told := displaced(document.id, before)):
+        for id_, before in replaced_sources(documents, self._knowledge_base).items():
+            if before and (told := displaced(id_, before)):
                 if not self.progress.replaced_files:
                     log.warning("%s", told)
                 self.progress.replaced_files += 1

@@ -21,6 +21,8 @@ def excess(document: Document) -> tuple[str, str] | None:
     for field, text, limit in (("title", document.title, MAX_TITLE_BYTES), ("source", document.source, MAX_SOURCE_BYTES)):
         if (size := len(text.encode())) > limit:
             return field, f"{size} bytes exceed the limit of {limit}; shorten it, or make it part of the text"
+    if "" in document.metadata:
+        return "metadata", "a key is empty, so no filter can ask for it; name it, or leave it out"
     if (entries := len(document.metadata)) > MAX_METADATA:
         return "metadata", f"{entries} entries exceed the limit of {MAX_METADATA}; leave some out"
     size = sum(len(key.encode()) + len(value.encode()) for key, value in document.metadata.items())

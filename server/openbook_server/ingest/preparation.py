@@ -1,4 +1,4 @@
-"""Documents to what the knowledge base stores of them: digests, passages, and what need not be stored again.
+"""Documents to what the knowledge base stores of them: digests, passages with their tokens, and what need not be stored again.
 
 The same for `openbook index` and for writes over gRPC, so that either leaves alone what the other has stored.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from openbook_server.bundle import Bundle
 from openbook_server.errors import InvalidRequest, PassageTooLong
 from openbook_server.ingest.embed import TITLE_TOKENS
+from openbook_server.ingest.parts import Parts
 from openbook_server.ingest.splitting import split
 from openbook_server.knowledge import Document, KnowledgeBase, Passage
 from openbook_server.tokenization import TextEncoder
 
 PASSAGE_TOKENS = 200
 OVERLAP = 40
+_KEPT_AT_ONCE = 256  # passages whose tokens are made in one part
 FACTS = ("passage_tokens", "overlap")  # under which a knowledge base records how its documents were split
 
 
@@ -32,16 +34,6 @@ class Splitting:
     def facts(self) -> dict[str, str]:
         """As a knowledge base records it, so that later writes split alike."""
         return dict(zip(FACTS, (str(self.passage_tokens), str(self.overlap)), strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What is to be stored of some documents."""
-
-    documents: list[tuple[Document, str]]  # those that are new or changed, each with its digest
-    passages: list[Passage]  # all passages of all of them, in order, with their tokens
-    stored: frozenset[str]  # ids of those documents that are stored already, changed or not
-    replaced_sources: Mapping[str, str]  # by the id of a document that is changed, where what is stored came from another source
 
 
 def choose_splitting(
@@ -91,23 +83,34 @@ def check_stored_passages(bundle: Bundle, recorded: Mapping[str, str]) -> None:
         )
 
 
-def prepare(documents: Sequence[Document], knowledge_base: KnowledgeBase, encoder: TextEncoder, splitting: Splitting) -> Prepared:
-    """Split those documents whose content, or way of being split, differs from what is stored; their ids must differ."""
-    digests = {document.id: _digest(document, splitting) for document in documents}
-    stored = knowledge_base.digests(list(digests))
-    changed = [document for document in documents if stored.get(document.id) != digests[document.id]]
-    split_up = split(changed, encoder.tokenizer, passage_tokens=splitting.passage_tokens, overlap=splitting.overlap)
+def digested(documents: Iterable[Document], splitting: Splitting) -> list[tuple[Document, str]]:
+    """Documents, each with the digest of its content and of its way of being split."""
+    return [(document, _digest(document, splitting)) for document in documents]
+
+
+def unstored(documents: Sequence[tuple[Document, str]], stored: Mapping[str, str]) -> list[tuple[Document, str]]:
+    """Those that are new or changed, by the digests of what is stored."""
+    return [(document, digest) for document, digest in documents if stored.get(document.id) != digest]
+
+
+def passages_of(documents: Sequence[Document], encoder: TextEncoder, splitting: Splitting) -> Parts[list[Passage]]:
+    """All passages of all of them, in order, with their tokens."""
+    split_up = yield from split(documents, encoder.tokenizer, passage_tokens=splitting.passage_tokens, overlap=splitting.overlap)
     passages = [passage for passages in split_up for passage in passages]
-    replaced = knowledge_base.documents([document.id for document in changed if document.id in stored])
-    sources = {document.id: document.source for document in changed}
-    elsewhere = {id_: kept[0].source for id_, kept in replaced.items() if kept and kept[0].source != sources[id_]}
-    kept = encoder.kept([passage.text for passage in passages])
-    return Prepared(
-        documents=[(document, digests[document.id]) for document in changed],
-        passages=[replace(passage, tokens=tokens) for passage, tokens in zip(passages, kept, strict=True)],
-        stored=frozenset(stored),
-        replaced_sources=elsewhere,
-    )
+    for at in range(0, len(passages), _KEPT_AT_ONCE):
+        if at:
+            yield
+        part = passages[at : at + _KEPT_AT_ONCE]
+        kept = encoder.kept([passage.text for passage in part])
+        passages[at : at + _KEPT_AT_ONCE] = [replace(passage, tokens=tokens) for passage, tokens in zip(part, kept, strict=True)]
+    return passages
+
+
+def replaced_sources(documents: Sequence[Document], knowledge_base: KnowledgeBase) -> dict[str, str]:
+    """By the ids of those documents that would take the place of what came from another source, that source."""
+    kept = knowledge_base.documents([document.id for document in documents])
+    before = {document.id: kept[document.id][0].source if kept.get(document.id) else document.source for document in documents}
+    return {document.id: before[document.id] for document in documents if before[document.id] != document.source}
 
 
 def _digest(document: Document, splitting: Splitting) -> str:

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from openbook_server.ingest.parts import Parts
 from openbook_server.knowledge import Document, Passage
 from openbook_server.sentences import LONGEST_SENTENCE, sentences
 
-_PART_CHARACTERS = 500_000  # tokenised at a time
+_PART_CHARACTERS = 100_000  # tokenised at a time, in some tenths of a second
 _CHARACTERS_A_TOKEN = 20  # of a passage on average, at most: text has four or five, a word of megabytes is one [UNK], white space is none
 
 Unit = tuple[int, int, int]  # start, end in characters, and how many tokens
 
 
-def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens: int, overlap: int) -> list[list[Passage]]:
+def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens: int, overlap: int) -> Parts[list[list[Passage]]]:
     """The passages of each document, in order; a document without text has none.
 
     Args:
@@ -29,6 +30,7 @@ def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens
         passage_tokens: longest passage.
         overlap: neighbouring passages share whole sentences of up to this many tokens.
     """
+    measured = yield from _measured(documents, tokenizer, passage_tokens)
     return [
         [
             Passage(
@@ -42,11 +44,11 @@ def split(documents: Sequence[Document], tokenizer: Tokenizer, *, passage_tokens
             )
             for number, (start, end) in enumerate(_windows(units, passage_tokens, overlap))
         ]
-        for document, units in zip(documents, _measured(documents, tokenizer, passage_tokens), strict=True)
+        for document, units in zip(documents, measured, strict=True)
     ]
 
 
-def _measured(documents: Sequence[Document], tokenizer: Tokenizer, limit: int) -> list[list[Unit]]:
+def _measured(documents: Sequence[Document], tokenizer: Tokenizer, limit: int) -> Parts[list[list[Unit]]]:
     """The units of each document. Texts are tokenised in parts of whole sentences: the tokens of a huge one never exist at once."""
     units: list[list[Unit]] = [[] for _ in documents]
     waiting: list[tuple[int, list[tuple[int, int]]]] = []
@@ -69,6 +71,7 @@ def _measured(documents: Sequence[Document], tokenizer: Tokenizer, limit: int) -
                 waiting.append((at, part))
                 part = []
                 finish()
+                yield
         if part:
             waiting.append((at, part))
     finish()

@@ -169,7 +169,9 @@ def _plain(values: Mapping[Any, Any], source: str) -> dict[str, str]:
     """Those that can be written as one text that filters compare; of the others that is told."""
     plain = {}
     for key, value in values.items():
-        if isinstance(value, bool):
+        if key == "":
+            _tell_keyless(source)
+        elif isinstance(value, bool):
             plain[str(key)] = str(value).lower()  # as JSON writes it
         elif isinstance(value, str | int | float | Decimal):
             plain[str(key)] = str(value)
@@ -188,6 +190,11 @@ def _tell_left_out(source: str, column: str) -> None:
 @lru_cache(maxsize=1_024)
 def _tell_nameless(source: str, column: int) -> None:
     log.warning("%s: column %d has no name, and is left out", source, column)
+
+
+@lru_cache(maxsize=1_024)
+def _tell_keyless(source: str) -> None:
+    log.warning("%s: values without a name are left out", source)
 
 
 def _is_nothing(value: object) -> bool:

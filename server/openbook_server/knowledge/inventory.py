@@ -86,9 +86,9 @@ def remove_generation(folder: Path, store: Store, name: str) -> None:
     """
     known = {generation.name: generation for generation in store.generations.all()}
     if name not in known:
-        raise InvalidRequest("generation", f"{name!r} is none of {', '.join(known)}")
+        raise InvalidRequest("name", f"{name!r} is none of {', '.join(known)}")
     if known[name] == store.generations.live():
-        raise InvalidRequest("generation", f"{name} is live; publish another one first")
+        raise InvalidRequest("name", f"{name} is live; publish another one first")
     store.generations.remove(known[name])
     for file in _snapshots(folder, name):
         file.unlink(missing_ok=True)

@@ -133,7 +133,7 @@ def named_generation(connection: Connection, alias: str, name: str) -> Generatio
     """Raises InvalidRequest: there is none of that name."""
     known = {generation.name: generation for generation in all_generations(connection, alias)}
     if name not in known:
-        raise InvalidRequest("generation", f"{name!r} is none of {', '.join(known)}")
+        raise InvalidRequest("name", f"{name!r} is none of {', '.join(known)}")
     return known[name]
 
 
@@ -209,5 +209,5 @@ def remove_generation(connection: Connection, alias: str, name: str) -> None:
     """
     live, wanted = existing_generation(connection, alias), named_generation(connection, alias, name)
     if live.index == wanted.index:
-        raise InvalidRequest("generation", f"{name} is live; publish another one first")
+        raise InvalidRequest("name", f"{name} is live; publish another one first")
     move_names(connection, [*still_live(alias, live), {"remove_index": {"index": wanted.index}}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,16 @@ def test_steps_taken_again_count_once_in_metrics_and_in_tensorboard(tmp_path: Pa
 
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_perplexity_beyond_all_numbers_is_null_in_metrics_and_in_no_picture(tmp_path: Path) -> None:
+    record = Record(tmp_path, quiet(), first_step=1)
+    record.step({"step": 1, "epoch": 0, "loss": 800.0, "learning_rate": 1.0})
+    record.evaluation({"step": 1, "epoch": 0, "perplexity/held_out": math.inf, "score": -math.inf})
+    record.close()
+    evaluation = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
+    assert (evaluation["perplexity/held_out"], evaluation["score"]) == (None, None)
+    assert (tmp_path / "plots.png").is_file()
 
 
 def test_a_refused_run_leaves_everything_as_it_was_and_says_which_settings_differ(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ tokenizer trained on the passages, random weights, all of them trained.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from openbook_training.heads import RowEncoder
 from openbook_training.loop import Staged, length_grouped
 from openbook_training.masked_language_model import MaskedLanguageModel, build_masked_lm
 from openbook_training.masking import Text, log_frequencies, words_of
+from openbook_training.metrics import perplexity
 from openbook_training.objectives import masked_token_loss
 from openbook_training.pretrained import best_device
 from openbook_training.retrieval import load_passages
@@ -149,7 +149,7 @@ class MaskedLmTask(Staged):
             unigram -= float(self.unigram.to(self._device)[targets].sum())
             right, total = right + int((log_probabilities.argmax(1) == targets).sum()), total + len(targets)
         metrics = {"held_out_top1": 100 * right / total}
-        metrics |= {"perplexity/held_out": math.exp(surprise / total), "perplexity/word_frequencies": math.exp(unigram / total)}
+        metrics |= {"perplexity/held_out": perplexity(surprise / total), "perplexity/word_frequencies": perplexity(unigram / total)}
         return metrics | {"score": -metrics["perplexity/held_out"]}
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import RowEncoder
 from openbook_training.loop import Staged, length_grouped
@@ -58,7 +58,7 @@ class MaskedLmConfig:
         """What cannot work."""
         found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by"]
         found += [] if 0 < self.masked_share <= 1 else [f"masked_share: {self.masked_share} is not in (0, 1]"]
-        found += [*no_share(self, "frozen_share"), *too_low(self, max_tokens=3, lora_alpha=1)]
+        found += [*no_share(self, "frozen_share"), *too_low(self, max_tokens=3), *no_rank(self, least=0)]
         if self.scratch.layers and self.frozen_layers:
             found.append(f"frozen_layers: {self.frozen_layers} layers of random weights would rest; set 0 beside [scratch]")
         return found

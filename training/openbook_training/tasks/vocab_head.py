@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model
 from openbook_training.loop import length_grouped
@@ -54,7 +54,7 @@ class VocabHeadConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if 0 < self.masked_share <= 1 else [f"masked_share: {self.masked_share} is not in (0, 1]"]
-        return [*found, *no_share(self, "common_share"), *too_low(self, held_out=1, max_tokens=3, lora_rank=1, lora_alpha=1)]
+        return [*found, *no_share(self, "common_share"), *too_low(self, held_out=1, max_tokens=3), *no_rank(self)]
 
 
 class VocabHeadTask:

@@ -149,12 +149,14 @@ def test_one_row_in_another_encoding_or_with_an_endless_field_fails_alone(tmp_pa
 def test_a_row_with_half_a_character_fails_alone_however_deep_it_is(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     rows = [{"text": "alpha \ud800"}, {"text": "\U0001f600"}, {"text": "t", "answers": {"text": ["a", "\udfff"]}}]
-    file.write_text("\n".join(map(json.dumps, rows)))
+    deep = '{"text": "t", "x": ' + "[" * 900 + "]" * 900 + "}"
+    file.write_text("\n".join([*map(json.dumps, rows), deep, '{"\\ud800": "t"}']))
     texts, problems = build_rows(read_rows(str(file)), lambda row: column_text(row, "text"))
-    assert texts == ["\U0001f600"]
+    assert texts == ["\U0001f600", "t"]
     assert problems == [
         f"{file}: line 1: 'text' holds half a character (\\ud800, a lone surrogate)",
         f"{file}: line 3: 'answers' holds half a character (\\udfff, a lone surrogate)",
+        f"{file}: line 5: '\\ud800' holds half a character (\\ud800, a lone surrogate)",
     ]
 
 

@@ -50,7 +50,7 @@ class LoopConfig:
             *no_share(self, "average_decay", below_one=True),
             *([] if self.precision in {"bf16", "fp32"} else [f"precision: {self.precision!r} is neither 'bf16' nor 'fp32'"]),
             *too_low(self, weight_decay=0, checkpoint_minutes=0),
-            *too_high(self, seed=2**32 - 1, threads=_MOST_THREADS),  # what NumPy's generator takes
+            *too_high(self, seed=2**32 - 1, threads=_MOST_THREADS),  # of the seed, NumPy's limit
         ]
 
 

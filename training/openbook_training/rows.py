@@ -180,19 +180,24 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 def _no_text(values: Mapping[str, Any]) -> str:
     """Which of a row's values hold what is no text, and why; "" where none does."""
     for name, value in values.items():
-        if found := _half(value):
+        if found := _half([name, value]):
             foreign = "\udc80" <= found <= "\udcff"  # how a byte that is no UTF-8 comes through
             return f"{name!r} is not UTF-8" if foreign else f"{name!r} holds half a character ({ascii(found)[1:-1]}, a lone surrogate)"
     return ""
 
 
 def _half(value: Any) -> str:
-    """The first lone surrogate in a value, or in what it is made of; "" where there is none."""
-    if isinstance(value, str):
-        found = _SURROGATE.search(value)
-        return found[0] if found else ""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next(filter(None, map(_half, parts)), "")
+    """A lone surrogate in a value, or in what it is made of, however deep; "" where there is none."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str) and (found := _SURROGATE.search(part)):
+            return found[0]
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            parts += part
+    return ""
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from openbook_training.bootstrap import interval, paired_difference
 from openbook_training.errors import InvalidData
 from openbook_training.knn_lm import Datastore, Mixture, build_datastore, mixed, neighbours, tune
 from openbook_training.language_model import LanguageModel, embed_with, load_language_model, read, retrieve
+from openbook_training.metrics import perplexity
 from openbook_training.pretrained import best_device
 from openbook_training.progress import progress
 from openbook_training.squad import spread
@@ -22,7 +23,6 @@ from rich.console import Console
 from torch import Tensor
 
 TUNED_SHARE = 0.1  # of the memory, its end, where no text to tune on is given
-LARGEST_EXPONENT = 700.0  # whose exponential is a float
 TUNED_STRETCHES = 400  # at most: their neighbours are held at once
 
 Rows = Sequence[Sequence[int]]
@@ -137,8 +137,7 @@ def _compared(losses: Mapping[str, NDArray[np.float64]], mixtures: Mapping[str, 
     rows: dict[str, Any] = {}
     for name, values in losses.items():
         rows[name] = {"perplexity": _exponential(asdict(interval(values)))}
-        of_a_word = float(values.mean()) * tokens_a_word
-        rows[name]["word_perplexity"] = math.exp(of_a_word) if of_a_word < LARGEST_EXPONENT else None  # a text of few spaces, or none
+        rows[name]["word_perplexity"] = _finite(perplexity(float(values.mean()) * tokens_a_word))  # none of a text of few spaces
         rows[name] |= asdict(mixtures[name]) if name in mixtures else {}
         if name != "alone":
             change = asdict(paired_difference(values, losses["alone"]))
@@ -146,8 +145,12 @@ def _compared(losses: Mapping[str, NDArray[np.float64]], mixtures: Mapping[str, 
     return rows
 
 
-def _exponential(found: Mapping[str, float]) -> dict[str, float]:
-    return {name: math.exp(value) for name, value in found.items()}
+def _exponential(found: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite(perplexity(value)) for name, value in found.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def perplexity_table(report: Mapping[str, Any]) -> str:
@@ -157,13 +160,19 @@ def perplexity_table(report: Mapping[str, Any]) -> str:
         own, ratio = row["perplexity"], row.get("ratio")
         line = [
             name,
-            f"{own['mean']:.2f}",
-            f"{own['low']:.2f} to {own['high']:.2f}",
-            "–" if row["word_perplexity"] is None else f"{row['word_perplexity']:.1f}",
+            _cell(own["mean"], 2),
+            f"{_cell(own['low'], 2)} to {_cell(own['high'], 2)}",
+            _cell(row["word_perplexity"], 1),
         ]
         line += (
-            [f"{ratio['mean']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}", f"{100 * row['better']:.1f} %"] if ratio else [""] * 3
+            [_cell(ratio["mean"], 3), f"{_cell(ratio['low'], 3)} to {_cell(ratio['high'], 3)}", f"{100 * row['better']:.1f} %"]
+            if ratio
+            else [""] * 3
         )
         lines.append([*line, f"{row['share']:.2f}" if "share" in row else ""])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -56,7 +56,8 @@ def graph_scores(file: Path, precision: str, encoder: PairEncoder, questions: Se
     graph = Graph(file, build_device("cpu", precision))
     pairs = [pair for row, question in enumerate(questions) for pair in encoder.pairs(question.text, [question.context], row)]
     best: dict[int, tuple[float, str]] = {}
-    order = sorted(pairs, key=lambda pair: len(pair.ids))
+    # A passage of which the tokenizer makes nothing has no span, and is answered as `predict` answers it.
+    order = sorted((pair for pair in pairs if pair.offsets), key=lambda pair: len(pair.ids))
     for at in range(0, len(order), BATCH):
         rows = order[at : at + BATCH]
         outputs = graph.run(_batch(rows, encoder.pad))
@@ -66,7 +67,7 @@ def graph_scores(file: Path, precision: str, encoder: PairEncoder, questions: Se
             first, last = pair.offsets[int(start) - pair.first], pair.offsets[int(end) - pair.first]
             found = (score, questions[pair.question].context[first[0] : last[1]])
             best[pair.question] = max(best.get(pair.question, found), found)
-    return _scores([best[row][1] for row in range(len(questions))], questions)
+    return _scores([best.get(row, (0.0, ""))[1] for row in range(len(questions))], questions)
 
 
 def check_quality(

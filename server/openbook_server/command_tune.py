@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from openbook_server.tuning import Trial
 
 _OBJECTIVE_MISSED = 3
+_SECONDS = (0.1, 86_400.0)  # a request takes milliseconds: less measures none
+_OBJECTIVE_MS = (1e-6, 3_600_000.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     from openbook_server.runtime import choose_device, cores
     from openbook_server.tuning import SHARE, tune
 
-    if arguments.seconds <= 0 or (arguments.objective_ms is not None and arguments.objective_ms <= 0):
-        print("openbook tune: --seconds and --objective-ms must be above 0", file=sys.stderr)
-        return 2
+    given = {"--seconds": (arguments.seconds, _SECONDS), "--objective-ms": (arguments.objective_ms, _OBJECTIVE_MS)}
+    for flag, (value, (least, most)) in given.items():
+        if value is not None and not least <= value <= most:  # NaN is between no two numbers
+            print(f"openbook tune: {flag} {value:g} is not from {least:g} to {most:,.0f}", file=sys.stderr)
+            return 2
     try:
         bundle = load_bundle(arguments.bundle)
         check_target(arguments.out)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from openbook_export.command_evaluate import add_arguments, run
+from openbook_export.language_model_scores import _compared, perplexity_table
 from openbook_training.language_model import Prompts, ReadingConfig, new_model, new_tokenizer, save_language_model
 
 WORDS = "red blue green one two three city river king book".split()
@@ -99,3 +100,11 @@ def test_a_mistake_is_one_line_on_stderr(
     assert not output
     assert errors.startswith("openbook evaluate: ")
     assert message in errors
+
+
+def test_a_perplexity_beyond_all_numbers_is_null_and_blank() -> None:
+    losses = {"alone": np.array([1.0, 2.0]), "retrieval": np.array([800.0, 900.0])}
+    readings = _compared(losses, {}, 1.5)
+    assert json.loads(json.dumps(readings, allow_nan=False))["retrieval"]["perplexity"]["mean"] is None
+    assert readings["alone"]["perplexity"]["mean"] == pytest.approx(math.exp(1.5))
+    assert "– to –" in perplexity_table({"readings": readings}).splitlines()[-1]

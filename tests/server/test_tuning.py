@@ -68,6 +68,16 @@ def test_the_command_writes_a_profile_that_serve_reads(tiny_bundle: Path, tmp_pa
     assert "nothing kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "limits"),
+    [("--seconds", value, "0.1 to 86,400") for value in ("nan", "inf", "1e-9", "0", "-1")]
+    + [("--objective-ms", value, "1e-06 to 3,600,000") for value in ("nan", "inf", "0")],
+)
+def test_a_time_that_cannot_be_measured_is_refused(flag: str, value: str, limits: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "bundle", f"{flag}={value}"]) == 2
+    assert f"openbook tune: {flag} {value if value != '1e-9' else '1e-09'} is not from {limits}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", [".", "absent/profile.json"])
 def test_a_profile_that_cannot_be_written_is_refused_before_anything_is_measured(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: str

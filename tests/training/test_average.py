@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from openbook_training.average import average
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.errors import InvalidConfig, InvalidData
+from openbook_training.errors import InvalidConfig, InvalidData, NotWritten
 from openbook_training.reader import trained_reader
 from openbook_training.span_task import SpanConfig, SpanTask
 from torch import Tensor
@@ -65,8 +66,51 @@ def test_only_adapters_of_one_kind_are_averaged_and_nothing_is_overwritten(tiny_
     other = adapter(tiny_checkpoint, tmp_path / "2", 2, 2)
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "another"}))
-    with pytest.raises(InvalidData, match="different checkpoints"):
+    with pytest.raises(InvalidData, match="different kinds, checkpoints or layers"):
         average([one, other], tmp_path / "mean", rank=2)
     with pytest.raises(InvalidData, match="exists"):
         average([one, one], one, rank=2)
     assert not (tmp_path / "mean").exists()
+
+
+def test_what_is_neither_all_readers_nor_all_retrievers_of_a_checkpoint_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one = adapter(tiny_checkpoint, tmp_path / "1", 1, 2)
+    settings = json.loads((one / "reader.json").read_text())
+    for name, file, stated, message in (
+        ("classifier", "head.json", settings, "classifier holds no reader or retriever"),
+        ("retriever", "retriever.json", settings, "retriever and .* are adapters of different kinds"),
+        ("another", "reader.json", settings | {"base_digest": "0"}, "another and .* are adapters of different kinds, checkpoints"),
+    ):
+        other = shutil.copytree(one, tmp_path / name)
+        (other / "reader.json").unlink()
+        (other / file).write_text(json.dumps(stated))
+        with pytest.raises(InvalidData, match=message):
+            average([one, other], tmp_path / "mean", rank=2)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("adapter_config.json", "{"), ("adapter_config.json", "[]"), ("adapter_model.safetensors", "x")]
+)
+def test_a_damaged_file_of_an_adapter_is_named(tiny_checkpoint: Path, tmp_path: Path, file: str, content: str) -> None:
+    folder = adapter(tiny_checkpoint, tmp_path / "1", 1, 2)
+    (folder / file).write_text(content)
+    with pytest.raises(InvalidData, match=f"1/{file} cannot be read .*; copy the whole folder again"):
+        average([folder], tmp_path / "mean", rank=2)
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work_and_a_stop_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter(tiny_checkpoint, tmp_path / "1", 1, 2)
+    monkeypatch.setattr("openbook_training.average._mean", lambda *_: pytest.fail("it was computed"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotWritten, match="file/mean cannot be written"):
+        average([folder], tmp_path / "file" / "mean", rank=2)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openbook_training.average._mean", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        average([folder], tmp_path / "mean", rank=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "file"]

@@ -78,3 +78,21 @@ def test_lists_of_numbers_take_whole_ones_and_refuse_what_is_no_number(tmp_path:
     for wrong in ("[true]", "[]", '["1"]', "[nan]", "1.0"):
         with pytest.raises(InvalidConfig, match="matryoshka_weights: .* is not a list of numbers, at least one"):
             load_config(write(tmp_path, f'train = "t"\nmatryoshka_weights = {wrong}\n'), RetrieverConfig)
+
+
+def test_numbers_and_names_beyond_what_the_machine_takes_are_told_with_the_other_mistakes(tmp_path: Path) -> None:
+    loop = f"seed = 4294967296\nthreads = 99999999999\nlearning_rate = 1{'0' * 400}\n"
+    text = f'train = "a\\u0000b"\noutput = ""\nlora_rank = 100000000000\n[loop]\n{loop}'
+    with pytest.raises(InvalidConfig) as raised:
+        load_config(write(tmp_path, text), ReaderConfig)
+    for part in (
+        r"train: 'a\x00b' holds a NUL character",
+        "output: '' is the folder that the run begins in; name one of its own",
+        "lora_rank: 100000000000 is above 8192",
+        "loop.seed: 4294967296 is above 4294967295",
+        "loop.threads: 99999999999 is above 4096",
+        "is not a number",
+    ):
+        assert part in str(raised.value)
+    with pytest.raises(InvalidConfig, match="is not valid TOML"):
+        load_config(write(tmp_path, f"held_out = 1{'0' * 5000}\n"), ReaderConfig)

@@ -57,6 +57,22 @@ def loop_in(folder: Path, task: Slope, **settings: object) -> tuple[Loop[int], C
     return Loop(task, config, folder, console), console
 
 
+def test_no_epoch_is_prepared_that_no_step_is_left_for(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Asked(Slope):
+        def batches(self, epoch: int) -> list[list[int]]:
+            asked.append(epoch)
+            return super().batches(epoch)
+
+    loop_in(tmp_path, Asked(), epochs=10**9, max_steps=3)[0].run(resume=False)
+    assert asked == [0, 1, 2, 0, 1, 2]
+    asked.clear()
+    loop_in(tmp_path, Asked(), epochs=10**9, max_steps=4)[0].run(resume=True)
+    assert asked == [0, 1, 2, 3, 3]
+    assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_checkpoints_come_in_time_however_short_an_epoch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr("openbook_training.loop.time.monotonic", lambda: float(next(clock)))

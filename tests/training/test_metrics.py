@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from openbook_training.metrics import accuracy, expected_calibration_error, label_metrics, label_statistics, macro_f1
+from openbook_training.metrics import accuracy, expected_calibration_error, label_metrics, label_statistics, macro_f1, perplexity
 
 
 def test_macro_f1_is_the_mean_of_the_f1_of_every_label_that_occurs() -> None:
@@ -48,3 +50,9 @@ def test_a_statistic_of_some_rows_is_the_metric_of_those_rows_alone() -> None:
     probabilities, gold, rows = rng.dirichlet([0.4] * 4, 50), rng.integers(0, 4, 50), rng.integers(50, size=30)
     statistics = label_statistics(probabilities, gold)
     assert {name: statistic(rows) for name, statistic in statistics.items()} == label_metrics(probabilities[rows], gold[rows])
+
+
+def test_the_perplexity_of_a_diverged_model_is_infinite() -> None:
+    assert perplexity(2.0) == math.exp(2.0)
+    assert perplexity(710.0) == math.inf
+    assert math.isnan(perplexity(math.nan))

@@ -104,6 +104,14 @@ def test_a_prediction_is_text_of_the_passage_and_probabilities_do_not_exceed_one
     assert prediction.null <= 0
 
 
+def test_a_passage_of_which_the_tokenizer_makes_nothing_has_an_empty_answer(encoder: PairEncoder, tiny_checkpoint: Path) -> None:
+    model = build_reader(resolve_checkpoint(str(tiny_checkpoint)), lora_rank=4, lora_alpha=8).eval()
+    questions = [("Where?", ["\ufffd"]), ("Where?", ["\u200b", "In the library."])]
+    nothing, found = predict(model, encoder, questions, max_answer_tokens=4, device=torch.device("cpu"), autocast=nullcontext)
+    assert (nothing.text, nothing.null) == ("", 0.0)
+    assert found.text
+
+
 def test_held_out_questions_share_no_passage_with_training() -> None:
     questions = [Question(id=str(n), text="?", context=f"passage {n // 3}", answers=("passage",)) for n in range(60)]
     train, held = hold_out(questions, 9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from openbook_training.errors import InvalidData
 from openbook_training.labelled import Columns, Labelled, draw_shots, hold_out_by_label, load_labelled
-from openbook_training.rows import read_rows, report_left_out
+from openbook_training.rows import build_rows, column_text, read_rows, report_left_out
 from rich.console import Console
 
 COLUMNS = Columns(text="text", label="label")
@@ -142,11 +142,22 @@ def test_one_row_in_another_encoding_or_with_an_endless_field_fails_alone(tmp_pa
     assert [(row.place[-6:], row.text[:9]) for row in rows] == [("line 2", "one"), ("line 4", "y" * 9), ("line 6", "two cafés")]
     assert problems == [f"{file}: line 3: 'text' is not UTF-8", f"{file}: line 5: is not CSV (field larger than field limit (1000000))"]
     (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\ntwo")
-    assert [(row.values["text"], row.problem) for row in read_rows(str(tmp_path / "a.txt")) if not row.problem] == [
-        ("one", ""),
-        ("two", ""),
+    texts, problems = build_rows(read_rows(str(tmp_path / "a.txt")), lambda row: column_text(row, "text"))
+    assert (texts, problems) == (["one", "two"], [f"{tmp_path}/a.txt: line 2: 'text' is not UTF-8"])
+
+
+def test_a_row_with_half_a_character_fails_alone_however_deep_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"text": "alpha \ud800"}, {"text": "\U0001f600"}, {"text": "t", "answers": {"text": ["a", "\udfff"]}}]
+    deep = '{"text": "t", "x": ' + "[" * 900 + "]" * 900 + "}"
+    file.write_text("\n".join([*map(json.dumps, rows), deep, '{"\\ud800": "t"}']))
+    texts, problems = build_rows(read_rows(str(file)), lambda row: column_text(row, "text"))
+    assert texts == ["\U0001f600", "t"]
+    assert problems == [
+        f"{file}: line 1: 'text' holds half a character (\\ud800, a lone surrogate)",
+        f"{file}: line 3: 'answers' holds half a character (\\udfff, a lone surrogate)",
+        f"{file}: line 5: '\\ud800' holds half a character (\\ud800, a lone surrogate)",
     ]
-    assert [row.place[-6:] for row in read_rows(str(tmp_path / "a.txt")) if row.problem == "is not UTF-8"] == ["line 2"]
 
 
 def test_what_was_left_out_is_counted_and_the_first_ones_are_named() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -21,6 +25,7 @@ from openbook_training.pretrained import best_device
 from openbook_training.processes import process
 from openbook_training.record import Record, memory_mb, metric_lines, read_metrics
 from openbook_training.run import train
+from openbook_training.run_folder import held
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig
 from rich.console import Console
@@ -107,6 +112,16 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_a_perplexity_beyond_all_numbers_is_null_in_metrics_and_in_no_picture(tmp_path: Path) -> None:
+    record = Record(tmp_path, quiet(), first_step=1)
+    record.step({"step": 1, "epoch": 0, "loss": 800.0, "learning_rate": 1.0})
+    record.evaluation({"step": 1, "epoch": 0, "perplexity/held_out": math.inf, "score": -math.inf})
+    record.close()
+    evaluation = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
+    assert (evaluation["perplexity/held_out"], evaluation["score"]) == (None, None)
+    assert (tmp_path / "plots.png").is_file()
+
+
 def test_a_refused_run_leaves_everything_as_it_was_and_says_which_settings_differ(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = config_in(tmp_path, tiny_checkpoint)
     train(OBJECTIVES["reader"], config, resume=False, console=quiet())
@@ -117,6 +132,28 @@ def test_a_refused_run_leaves_everything_as_it_was_and_says_which_settings_diffe
     with pytest.raises(InvalidConfig, match="loop.seed was 42 and is 7; loop.batch_examples was 3 and is 1; held_out was 2 and is 3. Set"):
         train(OBJECTIVES["reader"], other, resume=True, console=quiet())
     assert everything(tmp_path) == before
+
+
+def test_a_folder_that_another_process_trains_in_is_refused_with_its_number_until_that_ends(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    held_by = "import sys; from pathlib import Path; from openbook_training.run_folder import held\n"
+    held_by += "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", held_by, config.output]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        before = everything(tmp_path)
+        for resume in (False, True):
+            with pytest.raises(InvalidConfig, match=rf"another process \(pid {other.pid}\) trains in .*run; stop it first, or choose"):
+                train(OBJECTIVES["reader"], config, resume=resume, console=quiet())
+        with pytest.raises(InvalidConfig, match=f"pid {other.pid}"), held(tmp_path / "run"):  # it began while this one read its data
+            pass
+        assert everything(tmp_path) == before
+        other.kill()
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    with held(tmp_path / "run"):  # the run that has ended holds it no more
+        assert (tmp_path / "run" / "lock").read_text() == f"{os.getpid()}\n"
 
 
 REFUSED = {

@@ -7,7 +7,7 @@ checkpoint and data.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import tomllib
 import types
 import typing
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openbook_training.errors import InvalidConfig
+
+_MOST_THREADS = 4096  # more than any machine's cores; a system refuses to start them long before
+_HIGHEST_RANK = 8192  # wider than the layers of any checkpoint that is trained here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +50,23 @@ class LoopConfig:
             *no_share(self, "average_decay", below_one=True),
             *([] if self.precision in {"bf16", "fp32"} else [f"precision: {self.precision!r} is neither 'bf16' nor 'fp32'"]),
             *too_low(self, weight_decay=0, checkpoint_minutes=0),
+            *too_high(self, seed=2**32 - 1, threads=_MOST_THREADS),  # of the seed, NumPy's limit
         ]
 
 
 def too_low(config: Any, **least: int) -> list[str]:
     """Of each setting named that is below its least value, what is wrong."""
     return [f"{name}: {value} is below {least[name]}" for name in least if (value := getattr(config, name)) < least[name]]
+
+
+def too_high(config: Any, **most: int) -> list[str]:
+    """Of each setting named that is above its highest value, what is wrong."""
+    return [f"{name}: {value} is above {most[name]}" for name in most if (value := getattr(config, name)) > most[name]]
+
+
+def no_rank(config: Any, *, least: int = 1) -> list[str]:
+    """What is wrong with the low-rank updates of a model; a rank above the width of its layers adds nothing but memory."""
+    return [*too_low(config, lora_rank=least, lora_alpha=1), *too_high(config, lora_rank=_HIGHEST_RANK, lora_alpha=2**31)]
 
 
 def not_positive(config: Any, *names: str) -> list[str]:
@@ -77,6 +91,8 @@ def check(config: Any) -> None:
 
 def _found(config: Any, prefix: str) -> list[str]:
     own = config.problems() if hasattr(config, "problems") else []
+    if getattr(config, "output", None) == "":
+        own = ["output: '' is the folder that the run begins in; name one of its own", *own]
     tables = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     nested = [problem for name, table in tables.items() if dataclasses.is_dataclass(table) for problem in _found(table, f"{prefix}{name}.")]
     return [*(prefix + problem for problem in own), *nested]
@@ -95,7 +111,7 @@ def load_config(path: str | Path, kind: type[Config], overrides: dict[str, Any] 
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidConfig(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or a number of more digits than Python reads
         raise InvalidConfig(f"configuration {str(path)!r} is not valid TOML: {error}") from error
     problems: list[str] = []
     config = _build(kind, {**table, **(overrides or {})}, "", problems)
@@ -133,7 +149,10 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     elif hint is float and _is(float, value):
         return float(value)
     elif _is(hint, value):
-        return value
+        if hint is not str or "\0" not in value:
+            return value
+        problems.append(f"{name}: {value!r} holds a NUL character, which no name of a file may")
+        return None
     problems.append(f"{name}: {value!r} is not {'a table' if dataclasses.is_dataclass(hint) else _describe(hint)}")
     return None
 
@@ -141,7 +160,7 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
 def _is(kind: Any, value: Any) -> bool:
     """Whether a value of the file is of a scalar kind; True is no number, and a whole number does for any."""
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind and not (kind is int and value < 0)
 
 

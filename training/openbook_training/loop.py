@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -121,8 +122,7 @@ class Loop(Generic[Example]):
             InvalidData: there is no batch to train on.
         """
         config = self._config
-        sizes = [len(self._task.batches(epoch)) for epoch in range(config.epochs)]
-        total = min(sum(sizes), config.max_steps or sum(sizes))
+        total = (bounds := self._bounds())[-1]
         if not total:
             raise InvalidData(f"no batch to train on in {config.epochs} epochs; give more training data")
         if resume and self._file.is_file():
@@ -138,18 +138,24 @@ class Loop(Generic[Example]):
             closing(Record(self._folder, self._console, first_step=self._step + 1, silent=silent)) as self._record,
             progress(self._console, "training", total, completed=self._step) as update,
         ):
-            for epoch, size in enumerate(sizes):
-                first = sum(sizes[:epoch])
-                end = min(first + size, total)
+            for epoch, (first, end) in enumerate(pairwise(bounds)):
                 if self._step > end:
                     continue
-                self._train_epoch(epoch, first, total, update)
+                if self._step < end:
+                    self._train_epoch(epoch, first, total, update)
                 due = (epoch + 1) % config.evaluate_every_epochs == 0 or end == total
                 if due and self._evaluated < end:  # a stop may have fallen between the last step and this
                     self._evaluate(epoch)
                     self._evaluated = end
                     self._checkpoint()
         return self._best
+
+    def _bounds(self) -> list[int]:
+        """0, and the step that each epoch ends with; of no more epochs than `max_steps` lets begin, for their batches are made to count."""
+        bounds = [0]
+        while len(bounds) <= self._config.epochs and not 0 < self._config.max_steps <= bounds[-1]:
+            bounds.append(bounds[-1] + len(self._task.batches(len(bounds) - 1)))
+        return [min(bound, self._config.max_steps or bound) for bound in bounds]
 
     def _train_epoch(self, epoch: int, first: int, total: int, update: Update) -> None:
         """The epoch's batches that are not behind us yet; `first` is the step that the epoch begins with."""

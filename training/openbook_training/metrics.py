@@ -1,7 +1,8 @@
-"""How good predicted label probabilities are: accuracy, macro-F1 and expected calibration error, all in percent."""
+"""How good predictions are: of labels accuracy, macro-F1 and expected calibration error, all in percent; of tokens their perplexity."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,14 @@ from numpy.typing import NDArray
 
 BINS = 15  # of equal width, as in Guo et al. 2017
 LOWER_IS_BETTER = frozenset({"calibration_error"})  # of what `label_statistics` names
+
+
+def perplexity(surprise: float) -> float:
+    """The exponential of a mean -log p; infinite where no float holds it, as a diverged model's may be."""
+    try:
+        return math.exp(surprise)
+    except OverflowError:
+        return math.inf
 
 
 def accuracy(predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> float:

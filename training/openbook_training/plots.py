@@ -65,10 +65,10 @@ def _loss(panel: Axes, steps: Sequence[dict[str, Any]]) -> None:
 
 
 def _metrics(panel: Axes, group: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    percent = all(0 <= row[name] <= 100 for row in rows for name in names if name in row)
+    percent = all(0 <= row[name] <= 100 for row in rows for name in names if row.get(name) is not None)
     _style(panel, group.replace("_", " "), _UNITS.get(group) or ("percent" if percent else "value"))
     for number, name in enumerate(names):
-        found = [row for row in rows if name in row]
+        found = [row for row in rows if row.get(name) is not None]
         panel.plot(
             [row["step"] for row in found],
             [row[name] for row in found],

@@ -166,7 +166,7 @@ def predict(
     device: torch.device,
     autocast: Any,
 ) -> list[Prediction]:
-    """Answer each (question, passages) with its most probable span."""
+    """Answer each (question, passages) with its most probable span; with "" where its tokenizer makes nothing of any passage."""
     pairs = [pair for row, (text, passages) in enumerate(questions) for pair in encoder.pairs(text, passages, row)]
     with autocast():
         start, end = forward(model, pairs, encoder, device)
@@ -182,7 +182,8 @@ def predict(
         chosen = max(mine, key=lambda i: float(best[i]))
         pair = pairs[chosen]
         first, extra = divmod(int(where[chosen]), max_answer_tokens)
-        a, b = pair.offsets[first - pair.first][0], pair.offsets[first - pair.first + extra][1]
+        inside = pair.offsets[first - pair.first :][: extra + 1] or [(0, 0)]
+        text = passages[pair.passage][inside[0][0] : inside[-1][1]]
         nothing = float(torch.logsumexp(null[mine], dim=0)) - total
-        predictions.append(Prediction(passages[pair.passage][a:b], float(best[chosen]) - total, nothing))
+        predictions.append(Prediction(text, float(best[chosen]) - total, nothing))
     return predictions

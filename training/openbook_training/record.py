@@ -3,11 +3,13 @@
 metrics.jsonl is the truth, one JSON object a line: of a step {"step", "epoch", "loss", "learning_rate", "examples_per_second",
 "memory_mb"} and what the task observed in it, of an evaluation {"step", "epoch"} and its metrics. Steps that a killed run had
 taken after its last checkpoint are taken again when it is resumed; the later line counts. A kill may leave half a line, which is none.
+What is infinite or no number is null: the perplexity of a diverged model.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -78,11 +80,16 @@ class Record:
         if self._writer is None:
             return
         with writing(self._folder / METRICS), (self._folder / METRICS).open("a") as stream:
-            stream.write(json.dumps(dict(row)) + "\n")
+            stream.write(json.dumps({name: _written(value) for name, value in row.items()}, allow_nan=False) + "\n")
         with writing(self._folder / TENSORBOARD):
             for name, value in row.items():
                 if name not in _PLACE:
                     self._writer.add_scalar(name if "/" in name else prefix + name, value, row["step"])
+
+
+def _written(value: float) -> float | None:
+    """JSON has no word for what is no number, or has none."""
+    return value if math.isfinite(value) else None
 
 
 def metric_lines(metrics: Mapping[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ from openbook_training.adapters import add_adapter, load_adapter, save_adapter, 
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.pretrained import load_backbone
 
-SETTINGS = "retriever.json"
+RETRIEVER_SETTINGS = "retriever.json"
 
 
 def build_retriever(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, folder: str = "") -> PeftModel:
@@ -28,7 +28,7 @@ def build_retriever(checkpoint: Checkpoint, *, lora_rank: int, lora_alpha: int, 
     """
     model = load_backbone(checkpoint, dropout=0.0)
     if folder:
-        stated_settings(Path(folder), SETTINGS, checkpoint)
+        stated_settings(Path(folder), RETRIEVER_SETTINGS, checkpoint)
         return load_adapter(model, folder)
     return add_adapter(model, model, rank=lora_rank, alpha=lora_alpha)
 
@@ -48,4 +48,4 @@ def save_retriever(model: PeftModel, folder: Path, checkpoint: Checkpoint, dims:
         "max_tokens": checkpoint.max_tokens,
         **({"queries_only": True} if queries_only else {}),
     }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / RETRIEVER_SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

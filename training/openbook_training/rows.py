@@ -9,7 +9,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ T = TypeVar("T")
 NAMED = 10  # bad rows that are named one by one; the rest are counted
 LONGEST = 1_000_000  # characters of a field of a .csv file; a quote that is never closed takes in the lines below up to it
 _DATASET = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?:.+")  # NAME:SPLIT or OWNER/NAME:SPLIT; all else is meant as a path
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB_SECONDS = 10.0
 
 
@@ -56,12 +57,13 @@ def read_rows(source: str) -> Iterator[Row]:
 def build_rows(rows: Iterable[Row], build: Callable[[Row], T]) -> tuple[list[T], list[str]]:
     """What `build` makes of each row, and of every row that is unreadable, or that it refuses, the place and the reason.
 
-    It refuses by raising ValueError, or one of the kinds that a row of an unexpected shape raises by itself.
+    A row with half a character is unreadable, wherever it is from: no tokenizer takes it, and no file. `build` refuses by raising
+    ValueError, or one of the kinds that a row of an unexpected shape raises by itself.
     """
     built: list[T] = []
     problems: list[str] = []
     for row in rows:
-        problem = row.problem
+        problem = row.problem or _no_text(row.values)
         try:
             if not problem:
                 built.append(build(row))
@@ -159,7 +161,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     # Bytes that are no UTF-8 come through as surrogates, so that one row in another encoding fails alone.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.DictReader(stream)
-        if any(_foreign(name) for name in reader.fieldnames or ()):
+        if _half(reader.fieldnames):
             raise csv.Error("its header is not UTF-8")
         while True:
             place = f"{path}: line {reader.reader.line_num + 1}"
@@ -171,13 +173,31 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 yield Row(place=place, problem=f"is not CSV ({error})")
                 continue
             extra = values.pop(None, None)  # DictReader keeps surplus fields under None
-            foreign = [name for name, text in values.items() if text and _foreign(text)]
-            problem = f"{foreign[0]!r} is not UTF-8" if foreign else f"{len(extra)} fields more than the header names" if extra else ""
+            problem = f"{len(extra)} fields more than the header names" if extra else ""
             yield Row(place=place, values=values, problem=problem)
 
 
-def _foreign(text: str) -> bool:
-    return any("\udc80" <= character <= "\udcff" for character in text)
+def _no_text(values: Mapping[str, Any]) -> str:
+    """Which of a row's values hold what is no text, and why; "" where none does."""
+    for name, value in values.items():
+        if found := _half([name, value]):
+            foreign = "\udc80" <= found <= "\udcff"  # how a byte that is no UTF-8 comes through
+            return f"{name!r} is not UTF-8" if foreign else f"{name!r} holds half a character ({ascii(found)[1:-1]}, a lone surrogate)"
+    return ""
+
+
+def _half(value: Any) -> str:
+    """A lone surrogate in a value, or in what it is made of, however deep; "" where there is none."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str) and (found := _SURROGATE.search(part)):
+            return found[0]
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            parts += part
+    return ""
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -198,8 +218,7 @@ def _text_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                problem = "is not UTF-8" if _foreign(line) else ""
-                yield Row(place=f"{path}: line {number}", values={"text": line.strip()}, problem=problem)
+                yield Row(place=f"{path}: line {number}", values={"text": line.strip()})
 
 
 def _stored_rows(source: str) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from openbook_training.config import check
 from openbook_training.loop import Loop
 from openbook_training.processes import process
-from openbook_training.run_folder import check_folder, identity, make_folder, write_config
+from openbook_training.run_folder import check_folder, held, identity, make_folder, write_config
 from openbook_training.tasks import Objective
 
 
@@ -42,9 +43,12 @@ def train(objective: Objective, config: Any, *, resume: bool, console: Console) 
     trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     console.print(f"{task.summary()}; {trained:,} trained weights")
 
-    def begin() -> None:
-        make_folder(folder)
-        if here.is_main_process:
-            write_config(folder, config)
+    with ExitStack() as during:
 
-    return Loop(task, config.loop, folder, console, stated=identity(config)).run(resume=resume, begin=begin)
+        def begin() -> None:
+            make_folder(folder)
+            if here.is_main_process:  # the first of several processes holds the folder for all
+                during.enter_context(held(folder))
+                write_config(folder, config)
+
+        return Loop(task, config.loop, folder, console, stated=identity(config)).run(resume=resume, begin=begin)

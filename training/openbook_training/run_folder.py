@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -15,14 +16,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 
 from openbook_training.errors import InvalidConfig, NotWritten, TrainingError
 
-CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", "lock"
 _RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 _MAY_CHANGE = {"output"} | {
     f"loop.{name}"
@@ -52,13 +53,17 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
     """Refuse a run before anything of it is written.
 
     Raises:
-        InvalidConfig: the folder is none, holds a run that was not to be resumed, or one of other settings.
+        InvalidConfig: the folder is none, another process trains in it, or it holds a run that was not to be resumed, or one of other
+            settings.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise InvalidConfig(f"output: {str(existing)!r} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):  # told now, not after hours of reading data
         raise InvalidConfig(f"output: {str(existing)!r} cannot be written to; name another folder")
+    if (folder / LOCK).is_file():
+        with (folder / LOCK).open() as handle:  # shared: the processes of one run may all look at once
+            _claim(folder, handle, fcntl.LOCK_SH)
     file = folder / CHECKPOINT
     if not file.is_file():
         return
@@ -95,6 +100,37 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidConfig(f"output: {str(folder)!r} cannot be made ({error.strerror}); name another folder") from error
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within, no other run begins in a folder. The kernel lets go of it when the process ends, however it does.
+
+    Raises:
+        InvalidConfig: another process trains in it.
+        NotWritten: the system refuses.
+    """
+    with writing(folder / LOCK):
+        handle = (folder / LOCK).open("a+")
+    with handle:
+        _claim(folder, handle, fcntl.LOCK_EX)
+        with writing(folder / LOCK):
+            handle.truncate(0)
+            handle.write(f"{os.getpid()}\n")
+            handle.flush()
+        yield
+
+
+def _claim(folder: Path, handle: IO[str], kind: int) -> None:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "unknown"
+        raise InvalidConfig(f"another process (pid {owner}) trains in {folder}; stop it first, or choose another output") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks keeps nobody out, and nobody's run from going
+            raise
 
 
 def publish(aside: Path, file: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained, save_adapter
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.loop import length_grouped
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.pretrained import best_device
@@ -48,7 +48,7 @@ class SpanConfig:
         found = []
         if self.max_tokens - self.max_question_tokens - 3 <= self.stride:
             found.append(f"max_tokens: {self.max_tokens} leaves no room for a window beside the question; lower stride, {self.stride}")
-        return [*found, *no_share(self, "no_answer_share"), *too_low(self, max_answer_tokens=1, lora_rank=1, lora_alpha=1)]
+        return [*found, *no_share(self, "no_answer_share"), *too_low(self, max_answer_tokens=1), *no_rank(self)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,11 +119,16 @@ def _question(row: Mapping[str, Any]) -> Question:
     if wrong or not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{(wrong or ['answers'])[0]} is no text")
     text, context = texts["question"].strip(), texts["context"]
-    if not text or not context:
+    if not (_visible(text) and _visible(context)):
         raise ValueError("empty question or context")
     title = texts["title"].replace("_", " ")  # SQuAD's are the names of Wikipedia's pages
     accepted = tuple(answer for answer in dict.fromkeys(answers) if answer.strip())
     return Question(id=str(row["id"]), text=text, context=context, answers=accepted, title=title)
+
+
+def _visible(text: str) -> bool:
+    """Whether there is more in it than white space and characters without a width, of which tokenizers make nothing."""
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def spread(questions: list[T], count: int) -> list[T]:

@@ -8,7 +8,6 @@ retrieval adds can be measured on identical stretches. The passages are of the t
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from openbook_training.language_model import (
     targets,
 )
 from openbook_training.loop import length_grouped
+from openbook_training.metrics import perplexity
 from openbook_training.negatives import embed_once
 from openbook_training.pretrained import best_device, fast_tokenizer
 from openbook_training.sequence_objectives import sequence_loss, target_log_probabilities
@@ -167,7 +167,7 @@ class CausalLmTask:
         rows = [self.prompts.row(example.stretch, example.passages) for example in examples]
         read_ = read(model, rows, self._config.stride_tokens, self._device, self._config.loop.precision)
         total = sum(float(log_probabilities.sum()) for _, _, log_probabilities, _ in read_)
-        return math.exp(-total / (len(rows) * self._config.stride_tokens))
+        return perplexity(-total / (len(rows) * self._config.stride_tokens))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_language_model(cast(LanguageModel, model), self.prompts, self._config, folder)

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share
 from openbook_training.errors import InvalidData
 from openbook_training.heads import HeadModel, LabelHead, RowEncoder, build_head_model
 from openbook_training.label_readings import Found, LabelReader, Probabilities
@@ -50,7 +50,7 @@ class LabelConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by; give a number of rows"]
-        return [*found, *no_share(self, "alone_share"), *too_low(self, lora_rank=1, lora_alpha=1)]
+        return [*found, *no_share(self, "alone_share"), *no_rank(self)]
 
 
 class LabelTask(ABC):

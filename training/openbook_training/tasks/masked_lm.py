@@ -7,7 +7,6 @@ tokenizer trained on the passages, random weights, all of them trained.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import RowEncoder
 from openbook_training.loop import Staged, length_grouped
 from openbook_training.masked_language_model import MaskedLanguageModel, build_masked_lm
 from openbook_training.masking import Text, log_frequencies, words_of
+from openbook_training.metrics import perplexity
 from openbook_training.objectives import masked_token_loss
 from openbook_training.pretrained import best_device
 from openbook_training.retrieval import load_passages
@@ -58,7 +58,7 @@ class MaskedLmConfig:
         """What cannot work."""
         found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by"]
         found += [] if 0 < self.masked_share <= 1 else [f"masked_share: {self.masked_share} is not in (0, 1]"]
-        found += [*no_share(self, "frozen_share"), *too_low(self, max_tokens=3, lora_alpha=1)]
+        found += [*no_share(self, "frozen_share"), *too_low(self, max_tokens=3), *no_rank(self, least=0)]
         if self.scratch.layers and self.frozen_layers:
             found.append(f"frozen_layers: {self.frozen_layers} layers of random weights would rest; set 0 beside [scratch]")
         return found
@@ -149,7 +149,7 @@ class MaskedLmTask(Staged):
             unigram -= float(self.unigram.to(self._device)[targets].sum())
             right, total = right + int((log_probabilities.argmax(1) == targets).sum()), total + len(targets)
         metrics = {"held_out_top1": 100 * right / total}
-        metrics |= {"perplexity/held_out": math.exp(surprise / total), "perplexity/word_frequencies": math.exp(unigram / total)}
+        metrics |= {"perplexity/held_out": perplexity(surprise / total), "perplexity/word_frequencies": perplexity(unigram / total)}
         return metrics | {"score": -metrics["perplexity/held_out"]}
 
     def save(self, model: nn.Module, folder: Path) -> None:

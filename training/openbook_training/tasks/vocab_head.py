@@ -9,7 +9,6 @@ the token at one [MASK] from the pooled output. A content word has a letter or d
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import length_chunks
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model
 from openbook_training.loop import length_grouped
 from openbook_training.masking import Text, Word, log_frequencies, words_of
+from openbook_training.metrics import perplexity
 from openbook_training.objectives import bag_of_words_loss
 from openbook_training.pretrained import best_device, load_backbone
 from openbook_training.rows import build_rows, column_text, read_rows, report_left_out
@@ -54,7 +54,7 @@ class VocabHeadConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if 0 < self.masked_share <= 1 else [f"masked_share: {self.masked_share} is not in (0, 1]"]
-        return [*found, *no_share(self, "common_share"), *too_low(self, held_out=1, max_tokens=3, lora_rank=1, lora_alpha=1)]
+        return [*found, *no_share(self, "common_share"), *too_low(self, held_out=1, max_tokens=3), *no_rank(self)]
 
 
 class VocabHeadTask:
@@ -146,8 +146,8 @@ class VocabHeadTask:
             unigram -= float(self.unigram.to(self._device)[tokens].sum())
             first, ten, total = first + int(ranked[:, 0].sum()), ten + int(ranked.sum()), total + len(tokens)
         return {
-            f"{name}_perplexity": math.exp(surprise / total),
-            f"{name}_unigram_perplexity": math.exp(unigram / total),
+            f"{name}_perplexity": perplexity(surprise / total),
+            f"{name}_unigram_perplexity": perplexity(unigram / total),
             f"{name}_top1": 100 * first / total,
             f"{name}_top10": 100 * ten / total,
         }

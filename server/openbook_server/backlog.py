@@ -224,6 +224,11 @@ class Expected:
         self._backlog = backlog
         self._rows: tuple[Group, int, float] | None = None  # as `Backlog.expect` was told
 
+    @property
+    def expects(self) -> bool:
+        """Whether `set` was called since `clear`."""
+        return self._rows is not None
+
     def set(self, group: Group, rows: int, deadline: float) -> None:
         """So many, in place of what was expected before."""
         self.clear()

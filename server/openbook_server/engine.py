@@ -148,8 +148,9 @@ class Engine:
                     raise
                 queued += job.started - job.submitted
         finally:
-            with self._wake:
-                later.clear()
+            if later.expects:  # hardly ever
+                with self._wake:
+                    later.clear()
         return Outcome(found, queued)
 
     def _enqueue(

@@ -372,7 +372,7 @@ def questions_file(tmp_path: Path) -> Path:
 def test_task_quality_is_measured_and_written_down(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
     file = questions_file(tmp_path)
     with file.open("a") as stream:  # a passage of which the tokenizer makes nothing
-        stream.write("\n" + json.dumps({"id": "nothing", "question": "who read ?", "context": "\ufffd", "answers": []}))
+        stream.write("\n" + json.dumps({"id": "nothing", "question": "who read ?", "context": "\ufffd", "answers": {"text": ["ada"]}}))
     bundle = export_bundle(options(tmp_path, tiny_checkpoint, reader=tiny_reader, quality=str(file), quality_questions=3), silent)
     quality = bundle.manifest["reader"]["measured"]["fp32"]["quality"]
     assert quality["questions"] == 3

@@ -120,7 +120,7 @@ async def test_a_call_that_is_refused_at_sight_never_reaches_its_handler(behind:
         [(path, left), (_, never)] = asked
         assert path == "/test.Methods/Wait"
         assert left is not None
-        assert 0 < left <= WAIT
+        assert 0 < left <= WAIT + 1  # the deadline comes over the wire as a time that is left, and is reckoned by another clock
         assert never is None
         assert all(0 <= lag < WAIT for lag in lags)
         assert not methods.entered.is_set()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
 from openbook import results
 from openbook.errors import RequestRejected
@@ -63,58 +63,60 @@ def stacked(found: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def search_results(part: Part, reply: pb.SearchResponse) -> list[SearchResult | RequestRejected]:
-    bad = _refused(part, reply)
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or SearchResult(
-            question=question,
-            hits=tuple(map(results.hit, result.hits)),
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
-        )
-        for at, (question, result) in enumerate(zip(part.request.questions, reply.results, strict=True))
-    ]
+    served = _served(reply)
+    return _each(part, reply, lambda question, result: SearchResult(question=question, hits=tuple(map(results.hit, result.hits)), **served))
 
 
 def answer_results(part: Part, reply: pb.AnswerResponse) -> list[AnswerResult | RequestRejected]:
-    bad = _refused(part, reply)
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or AnswerResult(
+    served = _served(reply)
+
+    def answered(question: str, result: pb.AnswerResult) -> AnswerResult:
+        return AnswerResult(
             question=question,
             answers=tuple(map(results.answer, result.answers)),
             hits=tuple(map(results.hit, result.hits)),
             no_answer_probability=result.no_answer_probability,
             passages_read=result.passages_read,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
+            **served,
         )
-        for at, (question, result) in enumerate(zip(part.request.questions, reply.results, strict=True))
-    ]
+
+    return _each(part, reply, answered)
 
 
 def classify_results(part: Part, reply: pb.ClassifyResponse) -> list[Classified | RequestRejected]:
-    bad = _refused(part, reply)
-    timings = results.timings_ms(reply.timings)
-    return [
-        bad.get(at)
-        or Classified(
+    served = _served(reply)
+
+    def classified(text: str, result: pb.ClassifyResult) -> Classified:
+        return Classified(
             text=text,
             labels=tuple(map(results.label, result.labels)),
             passages=result.passages,
             neighbours=tuple(map(results.neighbour, result.neighbours)),
             evidence=tuple(map(results.hit, result.evidence)),
             classifier=reply.classifier,
-            timings_ms=timings,
-            bundle_id=reply.provenance.bundle_id,
-            generation=reply.provenance.generation,
+            **served,
         )
-        for at, (text, result) in enumerate(zip(part.request.texts, reply.results, strict=True))
-    ]
+
+    return _each(part, reply, classified)
+
+
+class _Served(TypedDict):
+    """What a reply says of all its texts."""
+
+    timings_ms: dict[str, float]
+    bundle_id: str
+    generation: str
+
+
+def _served(reply: Any) -> _Served:
+    provenance = reply.provenance
+    return {"timings_ms": results.timings_ms(reply.timings), "bundle_id": provenance.bundle_id, "generation": provenance.generation}
+
+
+def _each(part: Part, reply: Any, made: Callable[[str, Any], R]) -> list[R | RequestRejected]:
+    """What is made of each text and its result, or why it has none."""
+    bad, texts = _refused(part, reply), getattr(part.request, part.field)
+    return [bad.get(at) or made(text, result) for at, (text, result) in enumerate(zip(texts, reply.results, strict=True))]
 
 
 def written_results(part: Part, reply: kb.UpsertResponse | kb.DeleteResponse) -> list[Written]:

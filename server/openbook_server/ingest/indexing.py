@@ -122,7 +122,7 @@ class Indexing:
     def _note_replaced(self, documents: Sequence[Document]) -> None:
         """Two runs over two folders cannot tell files of one name apart, as one run over both does."""
         for id_, before in replaced_sources(documents, self._knowledge_base).items():
-            if before and (told := displaced(id_, before)):
+            if told := displaced(id_, before):
                 if not self.progress.replaced_files:
                     log.warning("%s", told)
                 self.progress.replaced_files += 1

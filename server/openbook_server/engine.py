@@ -137,9 +137,10 @@ class Engine:
             NotServing: the engine is closed.
         """
         found, queued, later = list[Arrays](), 0.0, Expected(self._backlog)
+        groups = self._grouped(graph, (row.tokens for row in rows), alone)
         try:
             while len(found) < len(rows):
-                job = self._enqueue(graph, rows, len(found), later, deadline, lane, alone, begun)
+                job = self._enqueue(graph, rows, groups, len(found), later, deadline, lane, begun)
                 try:
                     found += await job.done
                 except asyncio.CancelledError:
@@ -157,11 +158,11 @@ class Engine:
         self,
         graph: str,
         rows: Sequence[Row],
+        groups: Sequence[Group],
         done: int,
         later: Expected,
         deadline: float,
         lane: Lane,
-        alone: bool,
         begun: bool,
     ) -> Job:
         """Those that are next when the first ones are done as a job in the queue; the others come `later`, and whoever is due after them
@@ -170,15 +171,14 @@ class Engine:
         with self._wake:
             self._open()
             part = rows[done : done + self._admission.most_at_once(graph, lane, now)]
-            left = len(rows) - done - len(part)
+            end = done + len(part)
             job = Job(graph, part, deadline, lane, loop.create_future(), now, [{}] * len(part), len(part))
-            groups = self._grouped(graph, (row.tokens for row in rows[done:]), alone)
-            self._admission.admit(groups, deadline, lane, now, room=0 if done else len(part), begun=begun or done > 0)
-            self._backlog.add(job, groups[: len(part)])
+            self._admission.admit(groups[done:], deadline, lane, now, room=0 if done else len(part), begun=begun or done > 0)
+            self._backlog.add(job, groups[done:end])
             if lane is Lane.FOREGROUND:
                 self._asked = now
-                if left or done:
-                    later.set(max(groups), left, deadline)
+                if len(rows) > len(part):
+                    later.set(max(groups), len(rows) - end, deadline)
             self._wake.notify()
         return job
 
@@ -311,7 +311,8 @@ class Engine:
 
     def _fail(self, jobs: Collection[Job], failure: Exception) -> None:
         with self._wake:
-            for job in jobs:
+            lost = [job for job in jobs if job.missing]  # whoever has all results is told of these, though what follows a batch fails
+            for job in lost:
                 job.failure = job.failure or failure
                 self._backlog.give_up(job)
-        tell(jobs)
+        tell(lost)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded
-from openbook_server.rows import Row
+from openbook_server.rows import Countable
 
 Arrays = Mapping[str, NDArray[np.generic]]
 K = TypeVar("K")
@@ -59,7 +59,7 @@ class Job:
     """The rows of one request at one graph; done when all of them are."""
 
     graph: str
-    rows: Sequence[Row]
+    rows: Sequence[Countable]
     deadline: float  # time.monotonic() seconds
     lane: Lane
     done: asyncio.Future[list[Arrays]]
@@ -109,12 +109,21 @@ class Backlog:
     def add(self, job: Job, groups: Sequence[Group]) -> None:
         """All rows of a job, with the group of each."""
         for number, group in enumerate(groups):
-            heapq.heappush(self._groups.setdefault(group, []), (job.lane, job.deadline, next(self._order), number, job))
-            self._waiting[group, job.lane] += 1
-        job.waiting = dict(enumerate(groups))
-        self.rows[job.lane] += len(groups)
+            self._enter(job, number, group)
+
+    def put_back(self, group: Group, rows: Iterable[tuple[int, Job]]) -> None:
+        """Rows of a batch that failed, whichever it was of: each is to run alone, if somebody wants it still."""
+        for number, job in rows:
+            if not job.is_over:
+                self._enter(job, number, group._replace(alone=True))
+
+    def _enter(self, job: Job, number: int, group: Group) -> None:
+        heapq.heappush(self._groups.setdefault(group, []), (job.lane, job.deadline, next(self._order), number, job))
+        job.waiting[number] = group
+        self.rows[job.lane] += 1
+        self._waiting[group, job.lane] += 1
         if job.lane is Lane.FOREGROUND:
-            self._due[_step(job.deadline)] += sum(group.length for group in groups)
+            self._due[_step(job.deadline)] += group.length
         self._waits.clear()
 
     def expect(self, group: Group, rows: int, deadline: float) -> None:

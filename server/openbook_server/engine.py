@@ -9,11 +9,11 @@ Promises
   is never run. A job whose predicted finish (see `costs`) misses its deadline is refused at once (`admission`).
 - One job fills at most half of the queue: of a larger one the others follow when these are done, if the deadline can still be met.
 - Background rows run in batches of an eighth of the budget and fill at most half of the queue, so that whoever waits for an
-  answer never waits long for them; while somebody waits whose next rows are yet to come (`attended`), a batch every 0.15 s. Of several
-  sessions, one is kept free of them as long as people ask.
-- Every awaiting caller hears of every failure; a row that breaks its batch fails alone.
+  answer never waits long for them, and keep out of the way in between (`background`).
+- Every awaiting caller hears of every failure; a row that breaks its batch fails alone, for all of it wait again, each to run alone.
 
-It knows nothing of texts, questions or gRPC: rows of token ids in, rows of arrays out.
+It knows nothing of texts, questions or gRPC: rows in that say how many tokens they are, rows of outputs out. Searches have one of their own
+(`searching`).
 """
 
 from __future__ import annotations
@@ -25,32 +25,31 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from openbook_server.admission import Admission
+from openbook_server.background import Background
 from openbook_server.backlog import Arrays, Backlog, Expected, Group, Job, Lane, tell
 from openbook_server.buckets import Buckets
 from openbook_server.costs import BatchCost
 from openbook_server.errors import InferenceFailed, NotServing
 from openbook_server.priority import give_way
-from openbook_server.rows import Row
+from openbook_server.rows import Countable
 
 log = logging.getLogger(__name__)
 
 
 class Runnable(Protocol):
-    """An onnxruntime graph, as far as the engine cares."""
+    """An onnxruntime graph, as far as the engine cares; its rows are of one kind, which only it looks into."""
 
     @property
     def buckets(self) -> Buckets: ...
 
-    def run_rows(self, rows: Sequence[Row], length: int) -> Arrays:
+    def run_rows(self, rows: Sequence[Any], length: int) -> Arrays:
         """One batch of rows of the same padded length; outputs by name, the first axis being the rows."""
 
 
 Expect = Callable[[str, int, int, float], None]  # of a graph, with the tokens of a row, how many rows, and when they are due
-PATIENCE = 0.15  # seconds between background batches while somebody waits for an answer
-ASKING = 1.0  # seconds since the last foreground job for which people are taken to ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,13 @@ class Engine:
         max_queued: int,
         sessions: int = 1,
         gives_way: bool = False,
+        name: str = "engine",
         observe: Callable[[str, int, int, float], None] = lambda graph, rows, tokens, seconds: None,
     ) -> None:
         """Args:
         sessions: batches that the device runs at once.
         gives_way: whether other threads go first, where batches are computed by the processor that they need.
+        name: of its threads.
         observe: told of every batch, for metrics: graph, rows, padded tokens, seconds; from several threads.
         """
         self._graphs: dict[str, Runnable] = {}
@@ -85,13 +86,12 @@ class Engine:
         self._admission = Admission(self._backlog, max_queued=max_queued, sessions=sessions)
         self._gives_way, self._observe = gives_way, observe
         self._idle = 0  # sessions that wait for work
-        self._attended, self._background_until = 0, 0.0
-        self._asked, self._background = 0.0, 0  # when a foreground job came last; background batches that run
+        self._background = Background(sessions)
         self._wake = threading.Condition()
         self._closed = False
         self.add(graphs)
         self._threads = [
-            threading.Thread(target=self._loop, args=(number,), name=f"engine-{number}", daemon=True) for number in range(sessions)
+            threading.Thread(target=self._loop, args=(number,), name=f"{name}-{number}", daemon=True) for number in range(sessions)
         ]
         for thread in self._threads:
             thread.start()
@@ -116,7 +116,7 @@ class Engine:
     async def submit(
         self,
         graph: str,
-        rows: Sequence[Row],
+        rows: Sequence[Countable],
         *,
         deadline: float,
         lane: Lane = Lane.FOREGROUND,
@@ -157,7 +157,7 @@ class Engine:
     def _enqueue(
         self,
         graph: str,
-        rows: Sequence[Row],
+        rows: Sequence[Countable],
         groups: Sequence[Group],
         done: int,
         later: Expected,
@@ -176,7 +176,7 @@ class Engine:
             self._admission.admit(groups[done:], deadline, lane, now, room=0 if done else len(part), begun=begun or done > 0)
             self._backlog.add(job, groups[done:end])
             if lane is Lane.FOREGROUND:
-                self._asked = now
+                self._background.asked = now
                 if len(rows) > len(part):
                     later.set(max(groups), len(rows) - end, deadline)
             self._wake.notify()
@@ -197,13 +197,13 @@ class Engine:
                 expected.set(group, rows, deadline)
 
         with self._wake:
-            self._attended += 1
+            self._background.attended += 1
         try:
             yield expect
         finally:
             with self._wake:
                 expected.clear()
-                self._attended -= 1
+                self._background.attended -= 1
                 self._wake.notify()
 
     def check(self, graph: str, lengths: Sequence[int], *, deadline: float, begun: bool = False) -> None:
@@ -257,8 +257,7 @@ class Engine:
                 batch = self._backlog.take(now, free=1 + self._idle, unknown=unknown)
                 self._admission.busy_until[number] = now + batch.seconds
                 if batch.lane is Lane.BACKGROUND:
-                    self._background_until = now + batch.seconds
-                    self._background += 1
+                    self._background.begin(now + batch.seconds)
                 if self.queued:
                     self._wake.notify()  # whoever is free as well; a wake-up for each row would be too many
             try:
@@ -270,16 +269,12 @@ class Engine:
                 self._fail({id(job): job for _, job in batch.rows}.values(), InferenceFailed(f"{batch.group.graph} failed: {error}"))
             with self._wake:
                 self._admission.busy_until[number] = 0.0
-                self._background -= batch.lane is Lane.BACKGROUND
+                if batch.lane is Lane.BACKGROUND:
+                    self._background.end(time.monotonic())
 
     def _pause(self) -> float:
         """Seconds that background work still keeps out of the way."""
-        if self._backlog.rows[Lane.FOREGROUND]:
-            return 0.0
-        until = self._background_until + PATIENCE if self._attended else 0.0
-        if self._background and self._background == len(self._threads) - 1:
-            until = max(until, self._asked + ASKING)
-        return max(0.0, until - time.monotonic())
+        return 0.0 if self._backlog.rows[Lane.FOREGROUND] else self._background.pause(time.monotonic())
 
     def _run(self, group: Group, batch: Sequence[tuple[int, Job]]) -> None:
         began, (graph, length, _) = time.monotonic(), group
@@ -288,8 +283,8 @@ class Engine:
             rows = [{name: values[at] for name, values in outputs.items()} for at in range(len(batch))]
         except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
             if len(batch) > 1:
-                for one in batch:
-                    self._run(group, [one])
+                with self._wake:
+                    self._backlog.put_back(group, batch)
                 return
             log.error("graph %s failed on a row of %d tokens: %s", graph, length, error)
             self._fail([batch[0][1]], InferenceFailed(f"{graph} failed: {error}"))
@@ -297,8 +292,6 @@ class Engine:
         seconds = time.monotonic() - began
         finished = []
         with self._wake:
-            if batch[0][1].lane is Lane.BACKGROUND:
-                self._background_until = began + seconds
             self._costs[graph].learn(len(batch), length, seconds)
             self._admission.ran[graph] = began + seconds
             for (number, job), result in zip(batch, rows, strict=True):

@@ -8,9 +8,7 @@ thousands of passages to read: what is done for them on the event loop is done i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,13 +21,13 @@ from openbook_server.knowledge import Hit, KnowledgeBase, SearchOptions, looks_c
 from openbook_server.models import Models
 from openbook_server.ranking import RankedAnswer, Reading, Settling, Span, end_of_letter, is_settled, passage_probabilities, rank_answers
 from openbook_server.rows import Row
+from openbook_server.searching import Searches
 from openbook_server.tokenization import Pair, TextEncoder
 from openbook_server.turns import in_turns
 from openbook_server.usual import Usual
 from openbook_server.work import Work
 
 READ_FIRST = (1, 3)  # passages of a question read before it is asked whether its answer is settled; the third time all are
-SEARCHED_AT_ONCE = 32  # questions, then others that wait have a turn, and who hung up is searched for no more; more at once save little
 FEW_PAIRS = 16  # are put together sooner than the queue is asked whether it would take them
 NO_SPAN = -1e8  # the reader's graph fills unused slots with -1e9
 
@@ -69,9 +67,8 @@ class Pipeline:
         """`observe(passages read)` is told of every question answered, for metrics."""
         self._observe = observe
         self._bundle, self._encoder, self._embedder, self._models = bundle, encoder, embedder, models
-        self._knowledge_base = knowledge_base
+        self._searches = None if knowledge_base is None else Searches(knowledge_base)
         self._passages_read, self._tokens_read = Usual(), Usual()  # of a question, and of a question beside a passage
-        self._searcher = ThreadPoolExecutor(knowledge_base.search_threads if knowledge_base else 1, thread_name_prefix="search")
 
     def check(self, texts: int, deadline: float) -> None:
         """Refuse texts that are not yet tokenised where the engine would refuse even the shortest; raises as `Models.check`."""
@@ -90,18 +87,15 @@ class Pipeline:
 
     async def search(self, questions: Sequence[str], rows: Sequence[Row], options: SearchOptions | None, work: Work) -> list[list[Hit]]:
         """Best passages for each question, best first; none where `options` is None."""
-        if options is None or self._knowledge_base is None:
+        if options is None or self._searches is None:
             return [[] for _ in questions]
         vectors, tokens = None, []
         if options.by_vectors:
+            self._searches.check(len(questions), options, deadline=work.deadline)
             graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
             embedded = await self._embed(rows, graph, work)
             vectors, tokens = embedded.vectors, embedded.tokens
-        search, loop, hits = self._knowledge_base.search, asyncio.get_running_loop(), list[list[Hit]]()
-        for at in range(0, len(questions), SEARCHED_AT_ONCE):
-            part = slice(at, at + SEARCHED_AT_ONCE)
-            some = vectors[part] if vectors is not None else None
-            hits += await loop.run_in_executor(self._searcher, search, questions[part], some, options, tokens[part])
+        hits = await self._searches.search(questions, vectors, options, tokens, deadline=work.deadline, begun=work.begun)
         work.search_ms += work.lap()
         return hits
 
@@ -212,7 +206,8 @@ class Pipeline:
         return [hits[at]._replace(answer_probability=probabilities[at]) for at in order] + hits[read:], order
 
     def close(self) -> None:
-        self._searcher.shutdown()
+        if self._searches is not None:
+            self._searches.close()
 
 
 def reading_of(pair: Pair, outputs: Arrays, passage: int, text: str) -> Reading:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Countable(Protocol):
+    """A row, as far as a queue cares."""
+
+    @property
+    def tokens(self) -> int:
+        """What it counts for in a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +28,6 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """What it counts for in a batch."""
         return len(self.ids)
 
 

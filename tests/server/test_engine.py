@@ -259,6 +259,24 @@ async def test_a_row_that_breaks_its_batch_fails_alone(engine: Engine, graph: Ga
     await first
 
 
+async def test_of_a_batch_that_broke_nothing_runs_that_nobody_waits_for_and_who_is_due_first_runs_first(
+    engine: Engine, graph: GatedGraph
+) -> None:
+    first = await start(engine, row(1))
+    await graph.wait_entered()
+    bad, gone, good = await start(engine, row(POISON)), await start(engine, row(2)), await start(engine, row(3))
+    graph.let(1)
+    await graph.wait_entered()
+    gone.cancel()
+    hurried = await start(engine, row(4, length=30), deadline=soon() - 30)
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    graph.let(100)
+    await asyncio.gather(first, bad, good, hurried, return_exceptions=True)
+    assert graph.batches == [[1], [POISON, 2, 3], [4], [POISON], [3]]
+    assert engine.queued == 0
+
+
 async def test_what_callers_gave_up_takes_no_room_and_keeps_nobody_waiting(engine: Engine, graph: GatedGraph) -> None:
     busy = await start(engine, row(1))
     await graph.wait_entered()
@@ -359,7 +377,7 @@ async def test_a_session_that_alone_is_free_takes_all_that_fits(pair: Engine, gr
 async def test_as_long_as_people_ask_one_session_is_kept_free_of_background_work(
     pair: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openbook_server.engine.ASKING", 1e6)
+    monkeypatch.setattr("openbook_server.background.ASKING", 1e6)
     asked = await start(pair, row(1))
     await graph.wait_entered()
     bulk = await start(pair, *(row(number, length=60) for number in (2, 3, 4)), lane=Lane.BACKGROUND)
@@ -369,7 +387,7 @@ async def test_as_long_as_people_ask_one_session_is_kept_free_of_background_work
     again = await start(pair, row(5))
     await graph.wait_entered()  # at once, though bulk was queued before
     assert [one[0] for one in graph.batches] == [1, 2, 5]
-    monkeypatch.setattr("openbook_server.engine.ASKING", 0.0)  # nobody asks any more
+    monkeypatch.setattr("openbook_server.background.ASKING", 0.0)  # nobody asks any more
     graph.let(100)
     await asyncio.gather(bulk, again)
     assert sorted(one[0] for one in graph.batches) == [1, 2, 3, 4, 5]
@@ -420,7 +438,7 @@ async def test_background_rows_wait_for_whoever_came_later_and_never_count_again
 async def test_background_rows_keep_out_of_the_way_of_whoever_needs_the_device_again(
     engine: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openbook_server.engine.PATIENCE", 3_600.0)
+    monkeypatch.setattr("openbook_server.background.PATIENCE", 3_600.0)
     graph.let(100)
     await engine.submit("embedder", [row(1)], deadline=soon(), lane=Lane.BACKGROUND)
     with engine.attended():
@@ -456,7 +474,7 @@ async def test_rows_that_are_yet_to_come_are_time_that_others_do_not_have(graph:
 async def test_background_rows_are_run_now_and_then_whoever_waits(
     engine: Engine, graph: GatedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openbook_server.engine.PATIENCE", 0.01)
+    monkeypatch.setattr("openbook_server.background.PATIENCE", 0.01)
     graph.let(100)
     with engine.attended():
         for first in range(3):
@@ -465,7 +483,7 @@ async def test_background_rows_are_run_now_and_then_whoever_waits(
 
 
 async def test_an_engine_that_is_closed_finishes_background_rows_at_once(graph: GatedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openbook_server.engine.PATIENCE", 3_600.0)
+    monkeypatch.setattr("openbook_server.background.PATIENCE", 3_600.0)
     engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
     graph.let(100)
     await engine.submit("embedder", [row(1)], deadline=soon(), lane=Lane.BACKGROUND)

@@ -82,7 +82,7 @@ def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
 @pytest.mark.parametrize("flat_limit", [1_000, 100])
 def test_a_question_s_scores_have_the_same_bits_alone_and_among_others(flat_limit: int, allowed: frozenset[int] | None) -> None:
     rows, questions = unit(300), unit(7, seed=1)
-    index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
+    index = VectorIndex(DIM, lambda labels: {label: rows[label] for label in labels}, flat_limit=flat_limit)
     index.add(range(300), rows)
     index.settle()
     together = index.search(questions, 9, allowed=allowed)

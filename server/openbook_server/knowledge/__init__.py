@@ -8,7 +8,7 @@ opening    which of them a user's word means
 """
 
 from openbook_server.knowledge.filters import Filter
-from openbook_server.knowledge.fusion import looks_closely, relevance
+from openbook_server.knowledge.fusion import depth, looks_closely, relevance
 from openbook_server.knowledge.interface import KnowledgeBase
 from openbook_server.knowledge.opening import open_knowledge_base
 from openbook_server.knowledge.records import Counts, Document, Hit, Passage, PassageVectors, SearchOptions
@@ -25,6 +25,7 @@ __all__ = [
     "PassageVectors",
     "SearchOptions",
     "Signs",
+    "depth",
     "edges",
     "looks_closely",
     "open_knowledge_base",

@@ -158,12 +158,12 @@ class VectorIndex:
         with self._precedence.search(), self._lock:
             graph = self._graph
             inside = sorted(allowed & graph.live) if graph is not None else []
-            shadows = graph is not None and graph.projection is not None
-            few = shadows and len(allowed) <= SCAN_LIMIT  # shadows would only choose which of them are compared
-            proposed = graph.among(queries, inside, k) if graph is not None and not few else [{} for _ in queries]
+            # Of many, shadows tell which to compare. Whole vectors are the store's: hnswlib keeps the interpreter while it copies its own.
+            chosen = graph is not None and graph.projection is not None and len(allowed) > SCAN_LIMIT
+            proposed = graph.among(queries, inside, k) if graph is not None and chosen else [{} for _ in queries]
             compared = {label: self._flat[label] for label in sorted(allowed & self._flat.keys())}
-        found = self._rescored(queries, proposed) if shadows else proposed
-        if few:
+        found = self._rescored(queries, proposed)
+        if not chosen:
             compared |= self._truth(inside)
         vectors = np.array(list(compared.values()), np.float32).reshape(len(compared), self.dim)
         _add_nearest(found, queries, np.fromiter(compared, np.int64, len(compared)), vectors, k)
@@ -198,7 +198,7 @@ class VectorIndex:
         """All rows that are live when it begins, some at a time; those deleted meanwhile are left out."""
         labels = sorted(self.labels)
         for at in range(0, len(labels), _ROWS_AT_ONCE):
-            found = self.vectors(labels[at : at + _ROWS_AT_ONCE])
+            found = self._truth(labels[at : at + _ROWS_AT_ONCE])  # not from hnswlib, see `_search_among`
             if found:
                 yield list(found), np.array(list(found.values()), np.float32)
 

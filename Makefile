@@ -21,7 +21,7 @@ serve: $(READY) $(DEMO)/knowledge-base  ## keep the demo's server up (PORT=50051
 	$(BIN)/openbook serve $(DEMO)/bundle $(DEMO)/knowledge-base --port $(PORT)
 
 test: $(READY)  ## the test suite, under ten minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 recipes: $(READY)  ## every tiny training recipe from start to end, on the data in ../shared/data; skipped without them
 	$(BIN)/python -m pytest -m slow --durations=0 tests/training/test_recipes.py

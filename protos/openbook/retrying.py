@@ -11,7 +11,7 @@ import time
 
 import grpc
 
-from openbook.errors import ServerOverloaded, ServerUnavailable, from_rpc
+from openbook.errors import ClientError, DeadlineExceeded, ServerOverloaded, ServerUnavailable, from_rpc
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0  # seconds between tries where the server names none
 _UNREACHABLE_TRIES = 3  # at a server that has never answered
@@ -29,6 +29,7 @@ class Attempts:
         self._address, self._timeout, self._answered, self._repeatable = address, timeout_seconds, answered, repeatable
         self._deadline = time.monotonic() + timeout_seconds
         self._failed = 0
+        self._refused: ClientError | None = None  # why the call before did not succeed
 
     @property
     def seconds_left(self) -> float:
@@ -47,6 +48,9 @@ class Attempts:
         delay = asked if asked is not None else min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._failed)
         delay *= random.uniform(1.0, 1.5)  # callers that were refused together shall not come back together
         again = again and (refused or (self._repeatable and isinstance(error, ServerUnavailable)))
+        if isinstance(error, DeadlineExceeded) and self._refused is not None:  # more time would not have helped
+            error = type(self._refused)(f"{self._refused}; tried again, and no answer came within the {self._timeout:g} s")
         if not again or not patience or delay >= self.seconds_left:
             raise error from failure
+        self._refused = error
         return delay

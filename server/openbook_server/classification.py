@@ -11,7 +11,6 @@ embedder that found them in training. Texts come in validated; gRPC is not known
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -24,6 +23,7 @@ from openbook_server.bundle import Bundle
 from openbook_server.knowledge import Hit, SearchOptions, filters
 from openbook_server.models import Models
 from openbook_server.pipeline import Pipeline
+from openbook_server.priority import computed
 from openbook_server.rows import Row
 from openbook_server.tokenization import Pair, TextEncoder
 from openbook_server.turns import in_turns
@@ -96,9 +96,7 @@ class Classification:
         ]  # one may have been written anew
         labels = [[numbers[hit.passage.metadata[label_key]] for hit in hits] for hits in found]
         graph = self._neighbour_graphs[name]
-        classified = await asyncio.to_thread(
-            lambda: [_beside(graph, *one, options.top_k) for one in zip(alone, found, labels, strict=True)]
-        )
+        classified = await computed(lambda: [_beside(graph, *one, options.top_k) for one in zip(alone, found, labels, strict=True)])
         work.rank_ms += work.lap()
         return classified
 

@@ -6,8 +6,12 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 # Tried in turn at ten times the capacity (bf16, docs/speed.md): with 5 refusals came after 5 to 360 ms, with 10 after 3 to 5 (p50).
 # More was not tried.
@@ -29,3 +33,12 @@ def give_way() -> None:
 def put_loop_first() -> None:
     """Have whatever leaves the running event loop's thread give way to it, `asyncio.to_thread` and the threads of sessions loaded there."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="beside", initializer=give_way))
+
+
+# Not the default executor's threads: all of those may be waiting for a knowledge base that does not answer.
+_COMPUTING = ThreadPoolExecutor(thread_name_prefix="computing", initializer=give_way)
+
+
+async def computed(work: Callable[[], _T]) -> _T:
+    """What takes the processor for a while and nothing else, computed beside the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(_COMPUTING, work)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
 
 from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest, MessageTooLarge
+from openbook_server.priority import computed
 from openbook_server.rows import Row
 from openbook_server.tokenization import TextEncoder
 
@@ -96,7 +97,7 @@ async def _tokenised(texts: Sequence[str], encoder: TextEncoder) -> list[Row]:
     for number, text in enumerate(texts, 1):
         part.append(text)
         if number == len(texts) or sum(map(len, part)) > _AT_ONCE:
-            rows += await asyncio.to_thread(encoder.texts, part)
+            rows += await computed(partial(encoder.texts, part))
             part = []
     return rows
 

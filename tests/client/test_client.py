@@ -281,6 +281,18 @@ def test_a_text_comes_in_pieces_and_is_asked_for_again_only_before_the_first(cli
     assert len(scripted.requests) == asked + 1
 
 
+def test_a_last_try_that_runs_out_of_time_does_not_hide_why_those_before_failed(client: Client, scripted: Scripted) -> None:
+    away = failure(
+        grpc.StatusCode.UNAVAILABLE, "Elasticsearch cannot be reached", ErrorInfo(reason="KNOWLEDGE_BASE_UNAVAILABLE"), come_back(1)
+    )
+    scripted.script = [away, failure(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")]
+    with pytest.raises(ServerUnavailable, match=r"^Elasticsearch cannot be reached; tried again, and no answer came within the \d+ s$"):
+        client.search(["q"])
+    scripted.script = [failure(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")]
+    with pytest.raises(DeadlineExceeded, match="allow more time"):
+        client.search(["q"])
+
+
 @pytest.mark.parametrize("on_a_terminal", [False, True])
 def test_the_command_line_shows_what_a_generator_wrote_as_the_passage_has_it(
     server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool

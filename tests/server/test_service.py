@@ -372,6 +372,24 @@ async def test_a_deadline_that_cannot_be_met_is_refused_by_the_server(tiny_bundl
     assert refused == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", [])
 
 
+async def test_a_knowledge_base_that_does_not_answer_holds_up_nothing_that_needs_none_of_it(
+    tiny_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(EmbeddedKnowledgeBase, "page", lambda self, after, size: gate.wait(60) and [])
+    config = ServerConfig(port=0, device="cpu")
+    async with running_server(tiny_bundle, tiny_knowledge_base, config) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        listing = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+        hanging = [asyncio.ensure_future(listing.List(kb.ListRequest())) for _ in range(100)]
+        stub: openbook_pb2_grpc.OpenBookAsyncStub = openbook_pb2_grpc.OpenBookStub(channel)
+        try:
+            reply = await stub.Embed(pb.EmbedRequest(texts=["red city in the " * 8] * 200, truncate=True), timeout=30)
+        finally:
+            gate.set()
+        await asyncio.gather(*hanging)
+    assert len(reply.tokens) == 200
+
+
 async def test_a_long_request_is_refused_before_it_is_tokenised(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenised = []
     texts = TextEncoder.texts

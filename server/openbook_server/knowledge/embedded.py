@@ -158,13 +158,13 @@ class EmbeddedKnowledgeBase:
             if added:
                 self._home.add(self._generation.table, added, vectors)
                 self._words.add(added, [passage.searched_text for passage in passages])
-        self._home.settle()
+        self._home.settle(self._store)
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         with self._home.replacing():  # a search must not find one whose windows are gone already: it would look at none of the others'
             removed = self._store.delete(ids)
             self._home.forget(removed)
-        self._home.settle()
+        self._home.settle(self._store)
         return len(removed)
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
@@ -276,7 +276,7 @@ class EmbeddedKnowledgeBase:
         places = self._store.generations.fill(self._generation, numbers, vectors, windows)
         if places:
             self._home.add(self._generation.table, [numbers[at] for at in places], vectors[places])
-            self._home.settle()
+            self._home.settle(self._store)
             self._saved = -1
         self._filled = max(numbers)
 

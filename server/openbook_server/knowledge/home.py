@@ -135,10 +135,10 @@ class Home:
 
         self._tell(add)
 
-    def settle(self) -> None:
+    def settle(self, store: Store) -> None:
         """After changes, when all have heard of them: it may take long."""
         if self._words is not None:
-            self._words.settle()
+            self._words.settle(store.texts)
         self._tell(lambda index, _: index.settle())
 
     def _tell(self, change: Change) -> None:

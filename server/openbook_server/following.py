@@ -25,9 +25,10 @@ from openbook_server.errors import (
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.knowledge import KnowledgeBase, PassageVectors
 from openbook_server.knowledge.opening import place_of
-from openbook_server.pair import Pair, Shared, load_graphs, to_the_end
+from openbook_server.pair import Pair, Shared, load_graphs
 from openbook_server.rows import Row
 from openbook_server.states import PASSAGES, joined, vectors_of
+from openbook_server.unbroken import to_the_end
 
 log = logging.getLogger(__name__)
 

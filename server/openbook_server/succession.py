@@ -29,8 +29,9 @@ from openbook_server.ingest.preparation import FACTS, check_stored_passages
 from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import recorded_bundle
 from openbook_server.knowledge.records import GenerationState
-from openbook_server.pair import Pair, Shared, to_the_end
+from openbook_server.pair import Pair, Shared
 from openbook_server.served import Served
+from openbook_server.unbroken import to_the_end, uncancelled
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Succession:
         task = asyncio.ensure_future(change())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        return await uncancelled(task)
 
     async def _build(self, folder: Path, graph_dims: int | None) -> str:
         bundle = await asyncio.to_thread(load_bundle, folder)

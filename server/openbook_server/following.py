@@ -160,7 +160,12 @@ class Following:
             self.complete.set()
         assert self.comparison is not None  # noqa: S101
         with self._live.compared(self.comparison):
-            await asyncio.gather(self._keep_up(), self.comparison.run())
+            comparing = asyncio.ensure_future(self.comparison.run())
+            try:
+                await self._keep_up()
+            finally:
+                comparing.cancel()
+                await asyncio.gather(comparing, return_exceptions=True)
 
     async def _keep_up(self) -> None:
         while True:

@@ -65,7 +65,7 @@ def tantivy(folder: Path, passages: Sequence[str]) -> Search:
     for at in range(0, len(passages), CHUNK):
         part = passages[at : at + CHUNK]
         index.add(range(at, at + len(part)), part)
-        index.settle()
+        index.settle(stored)
     index.flush(stored)
     return lambda question: list(index.search(question, DEPTH))
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from openbook_server.backlog import Backlog, Group, Lane
+from openbook_server.costs import BatchCost
 from openbook_server.errors import DeadlineExceeded, Overloaded
 
 _CAUTION = 2.0  # waits turn out longer at times, and a result that comes too late took the place of one in time
@@ -23,8 +24,8 @@ _TRIED = 32  # rows of one job of which it is not known what they cost
 class Admission:
     """To one engine's queue."""
 
-    def __init__(self, backlog: Backlog, *, max_queued: int, sessions: int) -> None:
-        self._backlog, self._max_queued = backlog, max_queued
+    def __init__(self, backlog: Backlog, costs: dict[str, BatchCost], *, max_queued: int, sessions: int) -> None:
+        self._backlog, self._costs, self._max_queued = backlog, costs, max_queued
         self.busy_until = [0.0] * sessions  # when the batch of each session ends, as far as is known
         self.ran: dict[str, float] = {}  # when each graph last did
 
@@ -80,6 +81,17 @@ class Admission:
     def is_known(self, graph: str, now: float) -> bool:
         """Whether what a graph costs was learned lately."""
         return now - self.ran.get(graph, 0.0) < _KNOWN
+
+    def learn(self, graph: str, rows: int, length: int, began: float, seconds: float) -> None:
+        """A batch of a graph, which may have been removed meanwhile, took so long."""
+        if graph in self._costs:
+            self._costs[graph].learn(rows, length, seconds)
+            self.ran[graph] = began + seconds
+
+    def forget(self, graph: str) -> None:
+        """It was removed."""
+        del self._costs[graph]
+        self.ran.pop(graph, None)
 
     def _limit(self, lane: Lane) -> int:
         return self._max_queued // 2 if lane is Lane.BACKGROUND else self._max_queued

@@ -132,6 +132,11 @@ class Backlog:
         _take_off(self._due, _step(deadline) + 1, -rows * group.length)  # not for the job that they follow, which is due when they are
         self._waits.clear()
 
+    def jobs(self, graph: str) -> list[Job]:
+        """Those that wait for rows of a graph."""
+        waiting = [job for group, heap in self._groups.items() if group.graph == graph for *_, number, job in heap if number in job.waiting]
+        return list(dict.fromkeys(waiting))
+
     def give_up(self, job: Job) -> None:
         """Nobody wants the rows of a job that still wait: from now on they take no room and keep nobody waiting."""
         groups = set(job.waiting.values())

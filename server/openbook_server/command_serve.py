@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: openbook serve bundle/ kb/ --port 50051 --metrics-port 9090\n"
         "Every flag but --profile can also be set in the environment: OPENBOOK_PORT, OPENBOOK_DEVICE, ...\n"
         "A flag wins over it, and it over the profile, of which nothing applies on another device than it was measured on.\n"
-        "exit status: 0 after a drain or such a stop, 1 when the server cannot start, 2 for wrong usage"
+        "exit status: 0 after a drain or a stop while it loads, 130 (SIGINT) or 143 (SIGTERM) after a second signal, 1 when the server "
+        "cannot start, 2 for wrong usage"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument(

@@ -8,6 +8,7 @@ forgotten: only the figures stay.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from openbook_server.pipeline import Pipeline, QuestionAnswered
 from openbook_server.ranking import normalise
 from openbook_server.tokenization import TextEncoder
 from openbook_server.work import Work
+
+log = logging.getLogger(__name__)
 
 _WAITING = 32  # questions; the oldest are dropped first
 _WINDOW = 1_000  # latest comparisons that the figures are of
@@ -78,6 +81,8 @@ class Comparison:
                     await self._compare(self._waiting.popleft())
                 except OpenBookError:  # the device has no time for it; the next question is as good
                     continue
+                except Exception:  # a defect of ours, which must not end what is being built
+                    log.exception("a question was not compared")
 
     async def _compare(self, asked: Asked) -> None:
         bundle, pipeline = self._bundle, self._pipeline

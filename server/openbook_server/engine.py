@@ -83,7 +83,7 @@ class Engine:
         self._graphs: dict[str, Runnable] = {}
         self._costs: dict[str, BatchCost] = {}
         self._backlog = Backlog(self._costs, max_batch_tokens=max_batch_tokens)
-        self._admission = Admission(self._backlog, max_queued=max_queued, sessions=sessions)
+        self._admission = Admission(self._backlog, self._costs, max_queued=max_queued, sessions=sessions)
         self._gives_way, self._observe = gives_way, observe
         self._idle = 0  # sessions that wait for work
         self._background = Background(sessions)
@@ -103,10 +103,12 @@ class Engine:
             self._costs.update({name: BatchCost() for name in graphs})
 
     def remove(self, names: Iterable[str]) -> None:
-        """Let go of graphs whose callers are gone; of those that hung up, rows may still be queued: they fail unheard."""
+        """Let go of graphs whose callers are gone, and of what is known of them; rows that are still queued fail unheard."""
         with self._wake:
             for name in names:
+                self._fail(self._backlog.jobs(name), InferenceFailed(f"{name} was removed"))
                 del self._graphs[name]
+                self._admission.forget(name)
 
     @property
     def queued(self) -> int:
@@ -282,18 +284,17 @@ class Engine:
             outputs = self._graphs[graph].run_rows([job.rows[number] for number, job in batch], length)
             rows = [{name: values[at] for name, values in outputs.items()} for at in range(len(batch))]
         except Exception as error:  # onnxruntime raises plain Exceptions; every caller must hear of it
-            if len(batch) > 1:
-                with self._wake:
+            with self._wake:
+                if len(batch) > 1 and graph in self._graphs:  # it may have been removed meanwhile
                     self._backlog.put_back(group, batch)
-                return
+                    return
             log.error("graph %s failed on a row of %d tokens: %s", graph, length, error)
-            self._fail([batch[0][1]], InferenceFailed(f"{graph} failed: {error}"))
+            self._fail({id(job): job for _, job in batch}.values(), InferenceFailed(f"{graph} failed: {error}"))
             return
         seconds = time.monotonic() - began
         finished = []
         with self._wake:
-            self._costs[graph].learn(len(batch), length, seconds)
-            self._admission.ran[graph] = began + seconds
+            self._admission.learn(graph, len(batch), length, began, seconds)
             for (number, job), result in zip(batch, rows, strict=True):
                 job.results[number] = result
                 job.missing -= 1

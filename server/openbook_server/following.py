@@ -25,9 +25,10 @@ from openbook_server.errors import (
 from openbook_server.ingest.embed import PassageEncoder
 from openbook_server.knowledge import KnowledgeBase, PassageVectors
 from openbook_server.knowledge.opening import place_of
-from openbook_server.pair import Pair, Shared, load_graphs, to_the_end
+from openbook_server.pair import Pair, Shared, load_graphs
 from openbook_server.rows import Row
 from openbook_server.states import PASSAGES, joined, vectors_of
+from openbook_server.unbroken import to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,12 @@ class Following:
             self.complete.set()
         assert self.comparison is not None  # noqa: S101
         with self._live.compared(self.comparison):
-            await asyncio.gather(self._keep_up(), self.comparison.run())
+            comparing = asyncio.ensure_future(self.comparison.run())
+            try:
+                await self._keep_up()
+            finally:
+                comparing.cancel()
+                await asyncio.gather(comparing, return_exceptions=True)
 
     async def _keep_up(self) -> None:
         while True:

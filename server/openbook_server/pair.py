@@ -7,7 +7,7 @@ questions go first, and the thread that writes to their knowledge base.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +40,7 @@ from openbook_server.service import Service
 from openbook_server.states import PASSAGES, PassageGraph, QuestionGraph
 from openbook_server.text_writer import TextWriter
 from openbook_server.tokenization import TextEncoder, load_tokenizer
+from openbook_server.unbroken import to_the_end
 
 _T = TypeVar("_T")
 
@@ -59,16 +60,6 @@ class Shared:
     async def in_writer(self, work: Callable[[], _T]) -> _T:
         """Do something in the thread that writes."""
         return await to_the_end(asyncio.get_running_loop().run_in_executor(self.thread, work))
-
-
-async def to_the_end(work: Awaitable[_T]) -> _T:
-    """What cannot be stopped half-way is waited for, even by whom is told to stop."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.gather(task, return_exceptions=True)
-        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +123,20 @@ class Pair:
         dims = bundle.embedder.token_dims
         views: dict[str, Runnable] = {PASSAGES: PassageGraph(graphs["embedder"], dims), QUESTIONS: QuestionGraph(graphs["embedder"], dims)}
         runnable: dict[str, Runnable] = {name: graphs[name] for name in read} | views | writing
-        self.models = Models(shared.engine, runnable, invariant=loaded.invariant, lane=lane)
         self.tokenizer = load_tokenizer(bundle.tokenizer_path)
         self.encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
-        config = self._config = shared.config
-        self._metrics = shared.metrics
-        self.embedder = Embedder(self.models, cache_bytes=config.cache_mb << 20, observe=self._observe_cache)
-        self.pipeline = Pipeline(bundle, self.encoder, self.embedder, self.models, knowledge_base, observe=self._observe_reading)
+        self._config, self._metrics = shared.config, shared.metrics
+        self.models = Models(shared.engine, runnable, invariant=loaded.invariant, lane=lane)
+        try:
+            self.embedder = Embedder(self.models, cache_bytes=shared.config.cache_mb << 20, observe=self._observe_cache)
+            self.pipeline = Pipeline(bundle, self.encoder, self.embedder, self.models, knowledge_base, observe=self._observe_reading)
+            self.served = self._services(loaded.invariant, voting, decoders, shared)
+        except BaseException:
+            self.models.close()
+            raise
+
+    def _services(self, invariant: Collection[str], voting: Mapping[str, Graph], decoders: Mapping[str, Decoder], shared: Shared) -> Served:
+        bundle, knowledge_base, config = self.bundle, self.knowledge_base, shared.config
         classification = Classification(bundle, self.encoder, self.pipeline, self.models, voting)
         classify = ClassifyService(bundle, knowledge_base, config=config, encoder=self.encoder, classification=classification)
         generate = GenerateService(
@@ -151,7 +149,7 @@ class Pair:
             device=shared.device,
             encoder=self.encoder,
             pipeline=self.pipeline,
-            invariant=loaded.invariant,
+            invariant=invariant,
             classifiers=classify.describe(),
             writers=generate.describe(),
         )
@@ -163,9 +161,9 @@ class Pair:
                 writer_encoder = TextEncoder(self.tokenizer, bundle.tokenizer_digest)
                 writer = Writer(bundle, knowledge_base, writer_encoder, self.models, splitting, shared.thread, shared.splitter)
             knowledge = KnowledgeService(bundle, knowledge_base, writer, config)
-        self.served = Served(service, classify, generate, knowledge)
+        return Served(service, classify, generate, knowledge)
 
-    def _writers(self, decoders: dict[str, Decoder]) -> dict[str, TextWriter]:
+    def _writers(self, decoders: Mapping[str, Decoder]) -> dict[str, TextWriter]:
         infos = self.bundle.writers
         return {
             name: TextWriter(infos[name], load_tokenizer(self.bundle.folder / infos[name].tokenizer), decoder, self.models)

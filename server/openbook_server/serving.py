@@ -32,6 +32,7 @@ from openbook_server.engine import Engine
 from openbook_server.errors import InvalidRequest, OpenBookError
 from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend
 from openbook_server.generations_service import GenerationsService
+from openbook_server.hosting import once_told
 from openbook_server.knowledge import KnowledgeBase, open_knowledge_base
 from openbook_server.knowledge.opening import bundle_to_serve, place_of
 from openbook_server.listening import Listen, listen_on_port
@@ -132,17 +133,12 @@ async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, c
     """Serve until SIGTERM or SIGINT, then drain; a second signal, or one before it serves, stops at once."""
     put_loop_first()
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop_loading)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop_loading)
     async with running_server(bundle, knowledge_base, config):
-        for number in signals:
-            loop.add_signal_handler(number, stop.set)
+        once_told(stop.set)
         await stop.wait()
         log.info("draining for up to %.0f s; a second signal stops at once", config.drain_seconds)
-        for number in signals:
-            loop.remove_signal_handler(number)
     log.info("stopped")
 
 

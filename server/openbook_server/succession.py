@@ -29,8 +29,9 @@ from openbook_server.ingest.preparation import FACTS, check_stored_passages
 from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import recorded_bundle
 from openbook_server.knowledge.records import GenerationState
-from openbook_server.pair import Pair, Shared, to_the_end
+from openbook_server.pair import Pair, Shared
 from openbook_server.served import Served
+from openbook_server.unbroken import to_the_end, uncancelled
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Succession:
         self.following: Following | None = None
         self._change = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
-        self._retiring: dict[str, asyncio.Task[None]] = {}
+        self._retiring: dict[asyncio.Task[None], str] = {}  # the generation that each is about
         self._watching: asyncio.Future[None] | None = None
 
     async def states(self) -> list[GenerationState]:
@@ -119,10 +120,11 @@ class Succession:
                 if problem:
                     log.info("%s answers with generation %s, which is live", self._knowledge_base.name, self._knowledge_base.generation)
                 problem = ""
-            except (OpenBookError, OSError) as error:
-                if str(error) != problem:
-                    log.warning("cannot tell or follow the live generation: %s", error)
-                problem = str(error)
+            except Exception as error:  # whatever it is, the next look may succeed
+                if repr(error) != problem:
+                    defect = not isinstance(error, (OpenBookError, OSError))
+                    log.warning("cannot tell or follow the live generation: %s", error, exc_info=defect)
+                problem = repr(error)
 
     async def _reopen(self, state: GenerationState) -> Following:
         """Begin to bring a generation that there is up to date, with the bundle that goes with it, in place of what is being built."""
@@ -136,7 +138,7 @@ class Succession:
         tasks = [*self._changes, *([self._watching] if self._watching is not None else [])]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._retiring.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, *self._retiring, return_exceptions=True)
         await self._stop_following()
 
     async def _uncancelled(self, change: Callable[[], Awaitable[_T]]) -> _T:
@@ -144,7 +146,7 @@ class Succession:
         task = asyncio.ensure_future(change())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        return await uncancelled(task)
 
     async def _build(self, folder: Path, graph_dims: int | None) -> str:
         bundle = await asyncio.to_thread(load_bundle, folder)
@@ -253,8 +255,8 @@ class Succession:
         async with self._change:
             if self.following is not None and self.following.name == name:
                 await self._stop_following()
-            if name in self._retiring:
-                await self._retiring[name]
+            if retiring := [task for task, its_name in self._retiring.items() if its_name == name]:  # once each time that it was live
+                await asyncio.wait(retiring)
             await self._shared.in_writer(lambda: self._knowledge_base.remove_generation(name))
 
     def _begin(self, bundle: Bundle, *, graph_dims: int | None, name: str | None = None) -> Following:
@@ -287,9 +289,9 @@ class Succession:
 
     def _retire(self, old: Pair) -> None:
         assert old.knowledge_base is not None  # noqa: S101
-        name = old.knowledge_base.generation
-        task = self._retiring[name] = asyncio.ensure_future(self._close(old))
-        task.add_done_callback(lambda _: self._retiring.pop(name, None))
+        task = asyncio.ensure_future(self._close(old))
+        self._retiring[task] = old.knowledge_base.generation
+        task.add_done_callback(self._retiring.pop)
 
     async def _close(self, old: Pair) -> None:
         """Once its requests are done: save its index for the way back, and let go of it."""

@@ -17,7 +17,7 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server.bundle import load_bundle
 from openbook_server.comparison import Asked, Comparison, overlap
 from openbook_server.config import ServerConfig
-from openbook_server.knowledge import SearchOptions
+from openbook_server.knowledge import Hit, SearchOptions
 from openbook_server.pipeline import Pipeline, QuestionAnswered
 from openbook_server.serving import running_server
 from openbook_server.tokenization import TextEncoder, load_tokenizer
@@ -111,6 +111,31 @@ async def test_the_other_pair_reads_as_much_as_the_caller_asked_for(tiny_bundle:
             await asyncio.sleep(0)
     running.cancel()
     assert settled == [False, True]
+
+
+async def test_a_question_that_fails_unexpectedly_is_logged_and_the_next_one_compared(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes: list[Exception | list[list[Hit]]] = [RuntimeError("a defect"), [[]]]
+
+    class Broken:
+        async def search(self, *arguments: object) -> list[list[Hit]]:
+            outcome = outcomes.pop(0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+    bundle = load_bundle(tiny_bundle)
+    encoder = TextEncoder(load_tokenizer(bundle.tokenizer_path), bundle.tokenizer_digest)
+    comparison = Comparison(bundle, encoder, cast(Pipeline, Broken()), share=1.0)
+    for _ in range(2):
+        comparison.offer(Asked("what is red ?", SearchOptions(top_k=2), (), None, read=False))
+    running = asyncio.create_task(comparison.run())
+    async with asyncio.timeout(WAIT):
+        while comparison.overlap is None and not running.done():
+            await asyncio.sleep(0)
+    assert running.cancel()
+    assert caplog.messages == ["a question was not compared"]
 
 
 async def test_without_a_share_nothing_is_compared(tiny_bundle: Path, tuned_bundle: Path, tiny_knowledge_base: Path) -> None:

@@ -325,6 +325,29 @@ async def test_a_session_outlives_an_observer_that_fails_and_a_graph_that_gives_
     assert "its batch was lost" in caplog.text
 
 
+async def test_nothing_is_kept_of_graphs_that_are_removed_and_their_rows_fail(
+    engine: Engine, graph: GatedGraph, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.add({"old": graph})
+    for name in ("old", "embedder"):
+        ran = asyncio.create_task(engine.submit(name, [row(1)], deadline=soon()))
+        graph.let(1)
+        await ran
+    running = asyncio.create_task(engine.submit("old", [row(2)], deadline=soon()))
+    await asyncio.gather(*[graph.wait_entered() for _ in range(3)])
+    queued = asyncio.create_task(engine.submit("old", [row(3), row(4, 40)], deadline=soon()))
+    other = await start(engine, row(5))
+    engine.remove(["old"])
+    with pytest.raises(InferenceFailed, match="old was removed"):
+        await queued
+    assert engine.queued == 1
+    graph.let(2)
+    await asyncio.gather(running, other)
+    assert graph.batches == [[1], [1], [2], [5]]
+    assert engine._costs.keys() == engine._admission.ran.keys() == {"embedder"}
+    assert caplog.messages == []
+
+
 async def test_closing_finishes_what_is_queued_and_refuses_what_comes_later(graph: GatedGraph) -> None:
     engine = Engine({"embedder": graph}, max_batch_tokens=64, max_queued=20)
     first = await start(engine, row(1))

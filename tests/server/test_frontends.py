@@ -253,6 +253,21 @@ async def test_sigterm_drains_and_leaves_nothing_behind(served: Served, writers:
     assert folders(short) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_stops_at_once_and_leaves_nothing_behind(
+    served: Served, writers: list[Writer], short: Path, number: signal.Signals
+) -> None:
+    pids = served.processes()
+    served.process.send_signal(number)
+    assert served.process.stderr is not None
+    assert "draining" in await asyncio.to_thread(served.process.stderr.readline)
+    served.process.send_signal(number)  # while the streams of the writers are open
+    assert await asyncio.to_thread(served.process.wait, WAIT) == 128 + number
+    assert await asyncio.to_thread(served.process.stderr.read) == ""
+    await until(lambda: all(map(gone, pids)))
+    assert folders(short) == []
+
+
 def test_a_start_that_fails_says_so_once_as_one_process_does(
     tiny_bundle: Path, tiny_knowledge_base: Path, tmp_path: Path, short: Path, unused_tcp_port: int
 ) -> None:

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from openbook_server.knowledge import Document, Passage, PassageVectors, SearchO
 from openbook_server.knowledge.building import build_generation
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.generations import Generation, Generations
+from openbook_server.knowledge.home import Home, Resident
 from openbook_server.knowledge.inventory import describe_generations, remove_generation
 from openbook_server.knowledge.records import BundlePlace
 from openbook_server.knowledge.store import FILE, Store
@@ -145,6 +146,26 @@ def test_a_generation_is_described_as_it_was_at_one_moment_whatever_is_written_a
     [state] = knowledge_base.generation_states()
     assert (state.passages, state.lacking, state.snapshot_bytes) == (60, 0, snapshot.stat().st_size)
     assert knowledge_base.counts().passages == 61
+    knowledge_base.close()
+
+
+def test_a_generation_that_is_removed_while_all_are_described_is_described_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    knowledge_base = opened(folder, OLD)
+    following = opened(folder, NEW, new_generation=True, beside=knowledge_base)
+    build(following, NEW)
+    following.close()
+    remover = threading.Thread(target=knowledge_base.remove_generation, args=(following.generation,))
+    really_measure = Generations.bytes_a_passage
+
+    def measure(self: Generations, generation: Generation) -> float:
+        if not remover.ident:
+            remover.start()
+            remover.join()
+        return really_measure(self, generation)
+
+    monkeypatch.setattr(Generations, "bytes_a_passage", measure)
+    assert [(state.name, state.passages) for state in knowledge_base.generation_states()][1:] == [(following.generation, 60)]
+    assert len(knowledge_base.generation_states()) == 1
     knowledge_base.close()
 
 
@@ -509,3 +530,55 @@ def test_a_single_passage_that_is_too_long_for_another_tokenizer_is_refused_by_n
     assert len(PassageEncoder(tokenizer, 20)([passage])[0].ids) == 20
     with pytest.raises(PassageTooLong, match=r"x#7.*32 tokens"):
         PassageEncoder(tokenizer, 20, whole=True)([passage])
+
+
+class Noticed:
+    """A lock that tells when somebody waits for it."""
+
+    def __init__(self, waited_for: threading.Event) -> None:
+        self._lock, self._waited_for = threading.Lock(), waited_for
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._waited_for.set()
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+class Interrupted(list[Resident]):
+    """When it was gone through, something else is done."""
+
+    def __init__(self, residents: Iterable[Resident], then: Callable[[], None]) -> None:
+        super().__init__(residents)
+        self._then = then
+
+    def __iter__(self) -> Iterator[Resident]:
+        yield from super().__iter__()
+        self._then()
+
+
+def test_an_index_that_opens_while_another_closes_hears_of_changes(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    _, leaves = home.enter(), home.enter()
+    went_on, entered = threading.Event(), list[Resident]()
+
+    def enter() -> None:
+        entered.append(home.enter())
+        went_on.set()
+
+    entering = threading.Thread(target=enter)
+
+    def begin() -> None:
+        if not entering.ident:
+            entering.start()
+            assert went_on.wait(30)
+
+    home._coming_and_going = Noticed(went_on)  # type: ignore[assignment]
+    home._residents = Interrupted(home._residents, begin)  # type: ignore[assignment]
+    home.leave(leaves)
+    entering.join()
+    assert entered[0] in home._residents
+    assert leaves not in home._residents
+    home.close()

@@ -25,7 +25,7 @@ from openbook_server.knowledge.filters import Filter, OneOf
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
 from openbook_server.knowledge.inventory import look
 from openbook_server.knowledge.lexical import question_words
-from openbook_server.knowledge.store import FILE, FORMAT
+from openbook_server.knowledge.store import FILE, FORMAT, Store
 from openbook_server.knowledge.vectors import VectorIndex
 
 if TYPE_CHECKING:
@@ -552,6 +552,25 @@ def test_another_embedder_is_refused_with_both_names_and_the_way_out(place: Plac
     with pytest.raises(FingerprintMismatch, match=r"ffffffffffff.*eeeeeeeeeeee.*openbook index"):
         place.open(fingerprint="e" * 64)
     place.open().close()  # and the refusal left nothing locked
+
+
+def test_a_generation_that_is_refused_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tmp_path / "kb").close()
+    really_open, really_close, left = Store.__init__, Store.close, set[int]()
+
+    def open_(self: Store, *arguments: Any, **options: Any) -> None:
+        really_open(self, *arguments, **options)
+        left.add(id(self))
+
+    def close(self: Store) -> None:
+        really_close(self)
+        left.remove(id(self))
+
+    monkeypatch.setattr(Store, "__init__", open_)
+    monkeypatch.setattr(Store, "close", close)
+    with pytest.raises(FingerprintMismatch):
+        EmbeddedKnowledgeBase(tmp_path / "kb", fingerprint="e" * 64, dim=DIM)
+    assert not left
 
 
 def test_a_knowledge_base_that_is_not_there_is_not_made_by_asking_for_it(place: Place) -> None:

@@ -112,6 +112,39 @@ def test_an_engine_that_is_told_to_stop_while_it_loads_stops_at_once(tmp_path: P
             check_that_it_stops(process, signal.SIGTERM)
 
 
+# Saves its index for ever when it is told to stop, and says so.
+SAVING = """
+import sys, threading
+from openbook import cli
+from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+
+def save(_):
+    print("saving", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+EmbeddedKnowledgeBase.snapshot = save
+sys.exit(cli.main(["serve", *sys.argv[1:], "--port", "0", "--device", "cpu", "--threads", "1", "--drain-seconds", "0"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once_whatever_the_server_is_at(
+    tiny_bundle: Path, tiny_knowledge_base: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-c", SAVING, str(tiny_bundle), str(tiny_knowledge_base)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if " serving " in line or line == "saving\n":
+                    process.send_signal(number)
+                if line == "saving\n":
+                    break
+            assert process.wait(60) == 128 + number
+        finally:
+            process.kill()
+
+
 def check_that_it_stops(process: subprocess.Popen[str], number: signal.Signals) -> None:
     try:
         assert process.stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import random
 import re
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
@@ -25,13 +27,16 @@ from openbook.client import Client, Document
 from openbook.v1 import knowledge_base_pb2 as kb
 from openbook.v1 import knowledge_base_pb2_grpc, openbook_pb2_grpc
 from openbook.v1 import openbook_pb2 as pb
-from openbook_server import serving, succession
+from openbook_server import following, pair, serving, succession
 from openbook_server.bundle import load_bundle
+from openbook_server.comparison import Comparison
 from openbook_server.config import ServerConfig
-from openbook_server.errors import BundleInvalid
+from openbook_server.engine import Engine
+from openbook_server.errors import BundleInvalid, GenerationNotReady, KnowledgeBaseDamaged, KnowledgeBaseUnavailable
 from openbook_server.following import Following
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.home import Home
+from openbook_server.pair import Pair
 from openbook_server.serving import running_server
 
 if TYPE_CHECKING:
@@ -309,6 +314,171 @@ async def test_a_removal_that_waits_for_a_publication_does_not_wait_for_itself(
     await caller.knowledge.RemoveGeneration(kb.RemoveGenerationRequest(name=old.name), timeout=WAIT)
     assert await caller.generations() == [(LIVE, 3, 0)]
     await publishing
+
+
+class Retiring:
+    """The part of a pair that counts once another one took its place."""
+
+    def __init__(self, generation: str) -> None:
+        self.knowledge_base, self.served, self.done = SimpleNamespace(generation=generation), self, asyncio.Event()
+
+    async def finished(self) -> None:
+        await self.done.wait()
+
+    async def close(self) -> None:
+        pass
+
+
+async def settled() -> None:
+    """All that can go on without time or threads has gone on."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> succession.Succession:
+    """Of pairs that only pretend."""
+
+    async def in_writer(work: Callable[[], None]) -> None:
+        work()
+
+    async def nothing(self: succession.Succession) -> None:
+        pass
+
+    monkeypatch.setattr(succession.Succession, "_follow", nothing)
+    shared: Any = SimpleNamespace(writable=False, in_writer=in_writer)
+    knowledge_base: Any = SimpleNamespace(name="kb", generation="live", removed=[])
+    knowledge_base.remove_generation = knowledge_base.removed.append
+    unused: Any = None
+    return succession.Succession(unused, knowledge_base, shared, unused)
+
+
+async def test_a_generation_that_was_live_twice_is_removed_when_no_request_of_either_time_runs(alone: succession.Succession) -> None:
+    first, second, other = pairs = [Retiring("old"), Retiring("old"), Retiring("other")]
+    for old in pairs:
+        alone._retire(cast(Pair, old))
+    removed = cast(Any, alone._knowledge_base).removed
+    second.done.set()  # whose requests are done before those of the first
+    removing = asyncio.create_task(alone.remove("old"))
+    await settled()
+    assert removed == []
+    first.done.set()
+    await removing
+    assert removed == ["old"]
+    closing = asyncio.create_task(alone.close())
+    await settled()
+    assert not closing.done()
+    other.done.set()
+    await closing
+
+
+async def test_a_server_that_stops_while_a_removal_waits_closes_what_is_being_retired(alone: succession.Succession) -> None:
+    old = Retiring("old")
+    alone._retire(cast(Pair, old))
+    removing = asyncio.create_task(alone.remove("old"))
+    await settled()
+    closing = asyncio.create_task(alone.close())
+    await settled()
+    assert removing.cancelled()
+    assert not closing.done()
+    old.done.set()
+    await closing
+
+
+async def test_following_others_outlives_a_defect(
+    alone: succession.Succession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks, looked = 0, asyncio.Event()
+
+    async def look(self: succession.Succession) -> None:
+        nonlocal looks
+        looks += 1
+        if looks < 4:
+            raise KeyError("a defect")
+        looked.set()
+
+    monkeypatch.setattr(succession, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(succession.Succession, "_follow", look)
+    await alone.follow()
+    await asyncio.wait_for(looked.wait(), WAIT)
+    await alone.close()
+    [told] = [record for record in caplog.records if "cannot tell or follow" in record.message]
+    assert told.exc_info is not None  # where the defect is
+
+
+async def test_a_refused_change_whose_caller_hung_up_is_not_logged(alone: succession.Succession, caplog: pytest.LogCaptureFixture) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    begun, let = asyncio.Event(), asyncio.Event()
+
+    async def refused() -> None:
+        begun.set()
+        await let.wait()
+        raise GenerationNotReady("another generation is being built")
+
+    change = asyncio.create_task(alone._uncancelled(refused))
+    await begun.wait()
+    change.cancel()
+    await settled()
+    let.set()
+    await settled()
+    del change
+    gc.collect()
+    assert (complaints, caplog.messages) == ([], [])
+
+
+async def test_a_generation_that_fails_while_it_keeps_up_is_compared_no_longer(
+    caller: Caller, tuned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended, fails = asyncio.Event(), asyncio.Event(), False
+    really_fill, really_run = Following.fill, Comparison.run
+
+    async def fill(self: Following, *, enough: int = 0) -> None:
+        if fails:
+            raise KnowledgeBaseDamaged("the disk is full")
+        await really_fill(self, enough=enough)
+
+    async def run(self: Comparison) -> None:
+        begun.set()
+        try:
+            await really_run(self)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(following, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(Following, "fill", fill)
+    monkeypatch.setattr(Comparison, "run", run)
+    await caller.build(tuned_bundle)
+    await asyncio.wait_for(begun.wait(), WAIT)
+    fails = True
+    await asyncio.wait_for(ended.wait(), WAIT)
+    reply = await caller.knowledge.ListGenerations(kb.ListGenerationsRequest())
+    assert reply.generations[1].problem == "the disk is full"
+
+
+async def test_a_pair_that_does_not_open_leaves_no_graph_in_the_engine(
+    caller: Caller, tuned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added, removed = list[str](), list[str]()
+    really_add, really_remove = Engine.add, Engine.remove
+
+    def add(self: Engine, graphs: dict[str, Any]) -> None:
+        added.extend(graphs)
+        really_add(self, graphs)
+
+    def remove(self: Engine, names: Iterable[str]) -> None:
+        removed.extend(names)
+        really_remove(self, names)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KnowledgeBaseUnavailable("it does not answer")
+
+    monkeypatch.setattr(Engine, "add", add)
+    monkeypatch.setattr(Engine, "remove", remove)
+    monkeypatch.setattr(pair, "choose_splitting", fail)
+    assert "it does not answer" in (await refusal(caller.build(tuned_bundle)))[2]
+    assert added
+    assert removed == added
 
 
 async def test_a_look_at_what_is_lacking_ends_before_its_generation_is_closed(

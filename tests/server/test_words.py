@@ -42,7 +42,7 @@ class Stored:
         self.rows |= rows
         self.last = max(self.last, *rows)
         index.add(list(rows), list(rows.values()))
-        index.settle()
+        index.settle(self.texts)
 
     def delete(self, index: WordIndex, rows: Sequence[int]) -> None:
         for row in rows:
@@ -256,6 +256,28 @@ def test_rows_stay_searchable_where_the_disk_takes_nothing(
     assert index.saved_rows == 35
     assert index.search("w1 w2", 100) == pytest.approx(bm25(store.rows, "w1 w2"), rel=1e-5)
     assert store.open().search("w1 w2", 100) == pytest.approx(bm25(store.rows, "w1 w2"), rel=1e-5)
+
+
+def test_rows_that_could_not_be_saved_leave_memory_once_the_disk_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Stored(tmp_path, passages(20))
+    index, attempts = store.open(), 0
+
+    def full(*_: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_words, "publish", full)
+        for row in range(100, 125):
+            store.add(index, {row: "w1 w2"})
+    assert attempts == 2  # with 10 rows and with 20: every attempt writes all there is
+    assert index.saved_rows == 20
+    store.add(index, dict.fromkeys(range(125, 130), "w1 w2"))
+    assert index.saved_rows == 50
+    store.add(index, dict.fromkeys(range(130, 140), "w1 w2"))
+    assert index.saved_rows == 60
+    assert index.search("w1 w2", 100) == pytest.approx(bm25(store.rows, "w1 w2"), rel=1e-5)
 
 
 def test_a_search_beside_writes_misses_no_row_that_was_there_before(tmp_path: Path) -> None:

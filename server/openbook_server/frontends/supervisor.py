@@ -28,6 +28,7 @@ from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.frontends.port import reserved_port
 from openbook_server.frontends.relay import BACKLOG
+from openbook_server.hosting import once_told
 from openbook_server.listening import log_serving
 
 log = logging.getLogger(__name__)
@@ -79,16 +80,12 @@ class Supervisor:
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. Returns the exit status."""
-        loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self.stop)
+        once_told(self.stop)  # the others end with this process, see `child`
         engine, *front_ends = tasks = [asyncio.create_task(self._keep(place)) for place in (self._engine, *self._front_ends)]
         for task in tasks:
             task.add_done_callback(lambda _: self._stop.set())
         try:
             await self._stop.wait()
-            for number in signals:
-                loop.remove_signal_handler(number)
             for place in (self._engine, *self._front_ends):
                 place.signal(signal.SIGTERM)
             await self._ended({engine: self._engine}, self._config.drain_seconds + _SAVING)

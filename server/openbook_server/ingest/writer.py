@@ -4,7 +4,8 @@
 
 Storing is done by one thread, so writes of one document happen in the order in which they finish; questions go ahead of
 them everywhere: in the engine's queue, and in the index. A large document keeps nobody waiting but itself: parts of others are
-split between its own, and none is begun once its caller hung up.
+split between its own, and none is begun once its caller hung up. Callers wait for their turn at the thread that stores, and nothing is
+stored or kept of one that gives up before it has come; after that the write happens whole.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from openbook_server.knowledge import Document, KnowledgeBase, Passage, PassageV
 from openbook_server.models import Models
 from openbook_server.states import PASSAGES, joined, vectors_of
 from openbook_server.tokenization import TextEncoder
+from openbook_server.unbroken import to_the_end
 
 ROWS_AT_ONCE = 256  # passages in the engine's queue for one write
 
@@ -59,6 +61,7 @@ class Writer:
         self._encode = PassageEncoder(encoder.tokenizer, bundle.embedder.max_tokens)
         self._dim = bundle.embedder.dim
         self._thread, self._splitter = thread, splitter
+        self._turn = asyncio.Lock()  # of those that wait for the thread
 
     async def upsert(self, documents: Sequence[Document], deadline: float) -> Upserted:
         """Store documents whose ids differ.
@@ -83,8 +86,7 @@ class Writer:
             outcome = await self._models.submit(PASSAGES, rows, deadline=deadline, lane=Lane.BACKGROUND)
             parts.append(vectors_of(outcome.rows, self._dim))
         vectors = joined(parts)
-        # From here on a caller that hangs up changes nothing: the write happens whole.
-        return await asyncio.shield(self._run(lambda: self._store(changed, passages, vectors), self._thread))
+        return await self._write(lambda: self._store(changed, passages, vectors))
 
     def _changed(self, documents: Sequence[Document]) -> list[tuple[Document, str]]:
         stored = self._knowledge_base.digests([document.id for document in documents])
@@ -114,11 +116,16 @@ class Writer:
             self._knowledge_base.delete_documents(list(stored))
             return stored
 
-        return await asyncio.shield(self._run(remove, self._thread))
+        return await self._write(remove)
 
     async def snapshot(self) -> None:
         """Save the index; see `KnowledgeBase.snapshot`."""
-        await asyncio.shield(self._run(self._knowledge_base.snapshot, self._thread))
+        await self._write(self._knowledge_base.snapshot)
+
+    async def _write(self, work: Callable[[], _T]) -> _T:
+        """One at a time, for what is in the thread's queue cannot be taken back."""
+        async with self._turn:
+            return await to_the_end(self._run(work, self._thread))
 
     async def _run(self, work: Callable[[], _T], thread: ThreadPoolExecutor) -> _T:
         return await asyncio.get_running_loop().run_in_executor(thread, work)

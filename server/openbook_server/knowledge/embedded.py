@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,8 +78,10 @@ class EmbeddedKnowledgeBase:
         self._watch: RecallWatch | None = None
         self._filled = 0  # number up to which nothing is lacking
         self._resident = self._home.enter()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._home.leave, self._resident)
             self._store = Store(folder, create=create, checked=beside is not None)
+            undo.callback(self._store.close)
             self._generation = choose_generation(
                 folder,
                 self._store,
@@ -93,9 +95,7 @@ class EmbeddedKnowledgeBase:
             self._words = self._home.words(self._store)
             self._index = self._open_index(flat_limit)
             self._resident.open(self._index, self._generation.table)
-        except BaseException:
-            self._home.leave(self._resident)
-            raise
+            undo.pop_all()
 
     def _open_index(self, flat_limit: int) -> VectorIndex:
         live = self._store.generations.numbers(self._generation)
@@ -158,13 +158,13 @@ class EmbeddedKnowledgeBase:
             if added:
                 self._home.add(self._generation.table, added, vectors)
                 self._words.add(added, [passage.searched_text for passage in passages])
-        self._home.settle()
+        self._home.settle(self._store)
 
     def delete_documents(self, ids: Sequence[str]) -> int:
         with self._home.replacing():  # a search must not find one whose windows are gone already: it would look at none of the others'
             removed = self._store.delete(ids)
             self._home.forget(removed)
-        self._home.settle()
+        self._home.settle(self._store)
         return len(removed)
 
     def documents(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
@@ -276,7 +276,7 @@ class EmbeddedKnowledgeBase:
         places = self._store.generations.fill(self._generation, numbers, vectors, windows)
         if places:
             self._home.add(self._generation.table, [numbers[at] for at in places], vectors[places])
-            self._home.settle()
+            self._home.settle(self._store)
             self._saved = -1
         self._filled = max(numbers)
 

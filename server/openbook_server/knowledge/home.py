@@ -72,7 +72,8 @@ class Home:
         self._handle, self._folder = _lock(folder), folder
         self._words: WordIndex | None = None
         self.precedence = Precedence()
-        self._residents: list[Resident] = []
+        self._residents: tuple[Resident, ...] = ()  # another one each time that one comes or goes: who goes through it sees all of one
+        self._coming_and_going = threading.Lock()
         self._replacing = threading.Lock()
         self._replaced = 0  # how often it was held
 
@@ -86,13 +87,15 @@ class Home:
     def enter(self) -> Resident:
         """From now on it hears of changes."""
         resident = Resident()
-        self._residents.append(resident)
+        with self._coming_and_going:
+            self._residents = *self._residents, resident
         return resident
 
     def leave(self, resident: Resident) -> None:
-        self._residents = [other for other in self._residents if other is not resident]
-        if not self._residents:
-            self.close()
+        with self._coming_and_going:
+            self._residents = tuple(other for other in self._residents if other is not resident)
+            if not self._residents:
+                self.close()
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -132,10 +135,10 @@ class Home:
 
         self._tell(add)
 
-    def settle(self) -> None:
+    def settle(self, store: Store) -> None:
         """After changes, when all have heard of them: it may take long."""
         if self._words is not None:
-            self._words.settle()
+            self._words.settle(store.texts)
         self._tell(lambda index, _: index.settle())
 
     def _tell(self, change: Change) -> None:

@@ -59,7 +59,7 @@ def describe_generations(folder: Path, store: Store) -> list[GenerationState]:
     """All of them, by number."""
     with store.standstill():
         live, previous, passages = store.generations.live(), store.generations.previous(), store.counts().passages
-        filled = {generation: store.generations.count(generation) for generation in store.generations.all()}
+        filled = [(found, store.generations.count(found), store.generations.bytes_a_passage(found)) for found in store.generations.all()]
     return [
         GenerationState(
             name=generation.name,
@@ -71,10 +71,10 @@ def describe_generations(folder: Path, store: Store) -> list[GenerationState]:
             bundle=generation.bundle,
             passages=count,
             lacking=passages - count,
-            vector_bytes=round(count * store.generations.bytes_a_passage(generation)),
+            vector_bytes=round(count * bytes_a_passage),
             snapshot_bytes=sum(map(_bytes, _snapshots(folder, generation.name))),
         )
-        for generation, count in filled.items()
+        for generation, count, bytes_a_passage in filled
     ]
 
 

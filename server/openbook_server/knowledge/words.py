@@ -47,11 +47,12 @@ class WordIndex:
         self._saved = saved_words.load(self._folder, last)
         self._gone = set(self._saved.rows - live) if self._saved else set[int]()
         self._torn = False  # what is on the disk is no longer what `_saved` is
+        self._full = buffer_limit  # rows of the buffer with which it is saved
         missing = sorted(live - self._saved.rows if self._saved else live)
         for at in range(0, len(missing), _ROWS_AT_ONCE):
             found = texts(missing[at : at + _ROWS_AT_ONCE])
             self.add(list(found), list(found.values()))
-            self.settle()
+            self.settle(texts)
 
     @property
     def saved_rows(self) -> int:
@@ -66,14 +67,19 @@ class WordIndex:
                 self._buffer.add(row, found)
                 self._fresh[row] = text
 
-    def settle(self) -> None:
-        """After rows were added: move a full buffer into tantivy. Searches go on meanwhile."""
+    def settle(self, texts: Texts) -> None:
+        """After rows were added: move a full buffer into tantivy. Searches go on meanwhile. `texts` as `flush` takes them."""
         with self._writing:
-            if len(self._buffer) >= self._buffer_limit and not self._torn:
-                try:
+            if len(self._buffer) < self._full:
+                return
+            try:
+                if self._torn:
+                    self._rebuild(texts)
+                else:
                     self._move()
-                except KnowledgeBaseDamaged as error:  # the rows stay searchable, in memory
-                    log.warning("%s; it is tried again with the next snapshot", error)
+            except KnowledgeBaseDamaged as error:  # the rows stay searchable, in memory
+                self._full = len(self._buffer) + self._buffer_limit
+                log.warning("%s; it is tried again with the next snapshot, or %d passages", error, self._buffer_limit)
 
     def delete(self, rows: Iterable[int]) -> None:
         """Take rows out of every later search; unknown ones are ignored."""
@@ -136,3 +142,4 @@ class WordIndex:
         self._torn = False
         with self._lock:
             self._saved, self._gone, self._buffer, self._fresh = saved, gone, WordBuffer(), {}
+        self._full = self._buffer_limit

@@ -117,6 +117,8 @@ async def running_server(
                 yield listener.port
             finally:
                 frontend.served, frontend.refusal = None, "the server is shutting down"
+                if succession is not None:
+                    succession.drain()
                 await listener.stop(config.drain_seconds)
                 if succession is not None:
                     await succession.close()

@@ -539,7 +539,10 @@ def test_front_ends_share_a_port_of_an_ipv6_address() -> None:
         assert config.port
 
 
-async def test_a_metrics_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:
+async def test_a_metrics_port_in_use_is_refused_with_the_way_out_before_anything_is_loaded(
+    address: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openbook_server.serving._load", lambda *_: pytest.fail("it was loaded"))
     taken = ServerConfig(port=0, device="cpu", metrics_port=int(address.rpartition(":")[2]))
     with pytest.raises(InvalidRequest, match="choose another --metrics-port"):
         async with running_server(tiny_bundle, None, taken):

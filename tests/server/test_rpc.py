@@ -244,7 +244,7 @@ async def test_stopping_cuts_off_after_the_grace_and_says_why(
     assert not server[0].calls
 
 
-async def test_a_call_that_is_cut_off_before_its_handler_began_is_told_why(service: Echo, channel: grpc.aio.Channel) -> None:
+async def test_a_call_that_is_cut_off_before_its_handler_began_is_told_why(service: Echo) -> None:
     ended: list[tuple[grpc.StatusCode, str]] = []
 
     class Ended(Call):

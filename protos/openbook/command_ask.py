@@ -13,6 +13,7 @@ from openbook.commands import (
     add_server_arguments,
     json_line,
     marked,
+    named,
     search_options,
     spent,
     work_through,
@@ -36,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 all answered; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed; 130 stopped"
     )
     parser.add_argument("question", nargs="?", help="the question")
-    parser.add_argument("--file", metavar="QUESTIONS.jsonl", help="a file of questions; - is standard input")
-    parser.add_argument("--out", metavar="ANSWERS.jsonl", default="-", help="where answers to a file go (default: standard output)")
+    parser.add_argument("--file", type=named, metavar="QUESTIONS.jsonl", help="a file of questions; - is standard input")
+    parser.add_argument(
+        "--out", type=named, metavar="ANSWERS.jsonl", default="-", help="where answers to a file go (default: standard output)"
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     add_search_arguments(parser, "found for each question, and read until its answer is settled", MODES)
     parser.add_argument("--max-answers", type=int, metavar="N", help="answers for each question, 1 to 20 (default: 3)")

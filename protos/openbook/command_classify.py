@@ -14,6 +14,7 @@ from openbook.commands import (
     add_invariance_argument,
     add_server_arguments,
     json_line,
+    named,
     spent,
     work_through,
 )
@@ -39,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 all labelled; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed; 130 stopped"
     )
     parser.add_argument("text", nargs="?", help="the text, or the claim")
-    parser.add_argument("--file", metavar="TEXTS.jsonl", help="a file of texts; - is standard input")
-    parser.add_argument("--out", metavar="LABELS.jsonl", default="-", help="where labels of a file go (default: standard output)")
+    parser.add_argument("--file", type=named, metavar="TEXTS.jsonl", help="a file of texts; - is standard input")
+    parser.add_argument(
+        "--out", type=named, metavar="LABELS.jsonl", default="-", help="where labels of a file go (default: standard output)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--classifier", metavar="NAME", help="which one (default: the only one of the bundle)")
     parser.add_argument("--evidence", metavar="TEXT", action="append", help="passage that a claim is read beside; may be repeated")

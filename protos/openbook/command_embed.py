@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from openbook.client import Client
-from openbook.commands import FAILED, InvalidFile, add_invariance_argument, add_server_arguments, read_rows, status, written_aside
+from openbook.commands import FAILED, InvalidFile, add_invariance_argument, add_server_arguments, named, read_rows, status, written_aside
 from openbook.errors import ClientError, RequestRejected
 
 
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("texts", nargs="*", help="the texts")
     parser.add_argument(
-        "--file", metavar="TEXTS.jsonl", help="a file with a JSON object a line: `_id` or `id`, and `text`; - is standard input"
+        "--file", type=named, metavar="TEXTS.jsonl", help="a file with a JSON object a line: `_id` or `id`, and `text`; - is standard input"
     )
-    parser.add_argument("--out", metavar="FILE", default="-", help="where the vectors go (default: standard output)")
+    parser.add_argument("--out", type=named, metavar="FILE", default="-", help="where the vectors go (default: standard output)")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model instead of refusing them")
     add_invariance_argument(parser)
     add_server_arguments(parser)

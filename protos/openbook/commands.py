@@ -98,6 +98,19 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     )
 
 
+def named(text: str) -> str:
+    """What an argument of the command line names. An empty one, of a variable that is not set, would mean the folder that one is in, or
+    nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty; is a variable of the shell not set?")
+    return text
+
+
+def folder(text: str) -> Path:
+    """A folder that an argument of the command line names."""
+    return Path(named(text))
+
+
 def seconds(text: str) -> float:
     """A time of the command line."""
     try:
@@ -203,7 +216,9 @@ def work_through(
 
 def status(failed: int, of: int) -> int:
     """The exit status of a command some of whose texts, documents or ids failed."""
-    return (FAILED if failed == of else SOME_FAILED) if failed else 0
+    if failed == of:  # none at all, too: nothing was done
+        return FAILED
+    return SOME_FAILED if failed else 0
 
 
 def _lines(

@@ -6,6 +6,7 @@ Handlers are `grpc.RpcMethodHandler`s of coroutines and asynchronous generators,
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from openbook_server.errors import Overloaded
+from openbook_server.errors import NotServing, Overloaded
 from openbook_server.status import grpc_status
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,12 @@ def seconds_left(deadline: float) -> float | None:
 def too_many(limit: int) -> grpc.Status:
     """For the calls beyond a limit; to be made once, for making it takes longer than all else about them."""
     return grpc_status(Overloaded(f"{limit} calls are being served; try again in {_COME_BACK:g} s", _COME_BACK))
+
+
+@functools.cache
+def cut_off() -> grpc.Status:
+    """For the calls that a server which stops does not wait for any longer."""
+    return grpc_status(NotServing("the server is shutting down; try again, or another server", _COME_BACK))
 
 
 class _Ended(Exception):
@@ -101,7 +108,25 @@ class Call(ABC):
         """Run the handler in a task: with the request's bytes, or with the iterator over requests."""
         self._calls.add(self)
         self.task = asyncio.get_running_loop().create_task(self._run(request))
-        self.task.add_done_callback(lambda task: self._calls.discard(self))  # also of one that never began
+        self.task.add_done_callback(self._served)
+
+    def stop(self) -> None:
+        """The server waits for it no longer."""
+        if self.task is not None:
+            self.task.cancel()
+        else:  # its message has not come
+            self._calls.discard(self)
+            self._cut_off()
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._calls.discard(self)
+        if task.cancelled():  # before it began
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        """Nothing is sent where the caller hung up."""
+        status = cut_off()
+        self.end(status.code, status.details, status.trailing_metadata or ())
 
     async def _run(self, request: bytes | AsyncIterator[Any]) -> None:
         handler = self.handler
@@ -122,7 +147,7 @@ class Call(ABC):
         except _Ended:
             pass
         except asyncio.CancelledError:
-            self.end(grpc.StatusCode.CANCELLED, "the server is shutting down")  # unless the caller hung up
+            self._cut_off()
         except Exception as error:  # a defect of ours: logged whole, reported without internals
             log.exception("%s failed", self.path)
             self.end(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openbook.commands import FAILED
+from openbook.commands import FAILED, folder, named
 
 if TYPE_CHECKING:
     from openbook.client import Client
@@ -41,17 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=meaning, description=meaning)
         if name == "build":
-            action.add_argument("bundle", type=Path, metavar="BUNDLE", help="its folder, on the server's machine")
+            action.add_argument("bundle", type=folder, metavar="BUNDLE", help="its folder, on the server's machine")
             action.add_argument("--graph-dims", type=int, metavar="N", help="as of `openbook index` (default: as the live generation's)")
-            action.add_argument("target", metavar="HOST:PORT", help="a server; without one: openbook index BUNDLE KB --new-generation")
+            action.add_argument(
+                "target", type=named, metavar="HOST:PORT", help="a server; without one: openbook index BUNDLE KB --new-generation"
+            )
         else:
             action.add_argument(
-                "target", metavar="KB|HOST:PORT", help="a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS"
+                "target",
+                type=named,
+                metavar="KB|HOST:PORT",
+                help="a server; or a folder that no process has open, or elasticsearch://HOST:PORT/ALIAS",
             )
         if name == "remove":
-            action.add_argument("name", metavar="NAME", help="as `list` shows it")
+            action.add_argument("name", type=named, metavar="NAME", help="as `list` shows it")
         if name == "publish":
-            action.add_argument("name", nargs="?", default="", metavar="NAME", help="as `list` shows it; needed without a server")
+            action.add_argument("name", nargs="?", type=named, metavar="NAME", help="as `list` shows it; needed without a server")
         action.add_argument(
             "--timeout", type=float, default=600.0, metavar="SECONDS", help="to wait for a server (default: 600); it goes on without us"
         )
@@ -85,7 +90,7 @@ def _of_server(client: Client, arguments: argparse.Namespace) -> int:
         client.remove_generation(arguments.name)
         print(f"{arguments.name} is removed")
     else:
-        name = client.publish_generation(arguments.name) if arguments.action == "publish" else client.roll_back_generation()
+        name = client.publish_generation(arguments.name or "") if arguments.action == "publish" else client.roll_back_generation()
         print(f"{name} is live")
     return 0
 

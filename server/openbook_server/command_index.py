@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from openbook.commands import folder, named
 
 if TYPE_CHECKING:
     from openbook_server.ingest.indexing import Indexing
@@ -39,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 all stored; 1 nothing could be done; 2 wrong usage; 3 some items were unreadable (named in the log), the\n"
         "rest is stored; 130 stopped by Ctrl-C, what was reported is stored"
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
-    parser.add_argument("knowledge_base", metavar="KB", help="folder of the knowledge base, or elasticsearch://HOST:PORT/ALIAS")
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help="folder written by `openbook export`")
+    parser.add_argument("knowledge_base", type=named, metavar="KB", help="folder of the knowledge base, or elasticsearch://HOST:PORT/ALIAS")
+    parser.add_argument("sources", nargs="*", type=named, metavar="SOURCE", help="file, folder, hf:NAME or python-docs:")
     parser.add_argument("--passage-tokens", type=int, metavar="N", help="longest passage (default: as before, at first 200)")
     parser.add_argument("--overlap", type=int, metavar="N", help="tokens neighbours may share (default: as before, at first 40)")
     parser.add_argument(

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from openbook.commands import named
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Say what a bundle, a knowledge base or a server is; a bundle's digests are checked."
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0; 1 when it is none or damaged"
     )
     parser.add_argument(
-        "target", metavar="BUNDLE|KB|HOST:PORT", help="a folder, elasticsearch://HOST:PORT/ALIAS, or the address of a server"
+        "target", type=named, metavar="BUNDLE|KB|HOST:PORT", help="a folder, elasticsearch://HOST:PORT/ALIAS, or the address of a server"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openbook.commands import folder, named
+
 if TYPE_CHECKING:
     from openbook_server.config import ServerConfig
+    from openbook_server.errors import OpenBookError
 
 _FLAGS = {
     "host": "address to listen on; 0.0.0.0 opens the server to the network",
@@ -62,28 +65,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 after a drain or a stop while it loads, 130 (SIGINT) or 143 (SIGTERM) after a second signal, 1 when the server "
         "cannot start, 2 for wrong usage"
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument(
-        "knowledge_base", nargs="?", metavar="KB", help="folder written by `openbook index`, or elasticsearch://HOST:PORT/ALIAS"
+        "knowledge_base", nargs="?", type=named, metavar="KB", help="folder written by `openbook index`, or elasticsearch://HOST:PORT/ALIAS"
     )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="settings that `openbook tune` found good on this machine")
     defaults = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
     for name, meaning in _FLAGS.items():
         kind = type(defaults[name])
         if kind is bool:
-            parser.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=meaning)
+            parser.add_argument(_flag(name), action="store_true", default=None, help=meaning)
             continue
         shown = f" (default: {defaults[name]})" if defaults[name] != "" else ""
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(), help=meaning + shown)
+        parser.add_argument(_flag(name), type=kind, metavar=kind.__name__.upper(), help=meaning + shown)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from openbook_server.errors import OpenBookError
+    from openbook_server.errors import InvalidRequest, OpenBookError
     from openbook_server.hosting import set_up_process
 
     set_up_process()
     try:
         config = _config(arguments)
+    except OpenBookError as error:
+        return _failed(error, 2 if isinstance(error, InvalidRequest) else 1)
+    try:
         if config.frontends:
             from openbook_server.frontends.supervisor import supervise
 
@@ -92,22 +98,32 @@ def run(arguments: argparse.Namespace) -> int:
 
         asyncio.run(serve_until_stopped(arguments.bundle, arguments.knowledge_base, config))
     except OpenBookError as error:
-        print(f"openbook serve: {error}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
     return 0
+
+
+def _failed(error: OpenBookError, status: int) -> int:
+    print(f"openbook serve: {error}", file=sys.stderr)
+    return status
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _config(arguments: argparse.Namespace) -> ServerConfig:
     """Flag before environment before profile before default.
 
     Raises:
-        InvalidRequest: a value is outside its range, an environment variable is not of its type, or the profile is none.
+        InvalidRequest: a value is outside its range, an environment variable is not of its type, or the profile is none; it names
+            where the value came from.
         BundleInvalid: what the profile was measured with cannot be compared with the bundle, which is none.
     """
     from openbook_server.config import ServerConfig
     from openbook_server.errors import InvalidRequest
 
     values: dict[str, Any] = {}
+    sources: dict[str, str] = {}  # of values that no flag gave, by the flags that errors name
     for name in _FLAGS:
         variable = "OPENBOOK_" + name.upper()
         given = getattr(arguments, name)
@@ -117,11 +133,17 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
                 given = _SWITCH[os.environ[variable].lower()] if kind is bool else kind(os.environ[variable])
             except (ValueError, KeyError) as error:
                 raise InvalidRequest(variable, f"{os.environ[variable]!r} is {_WANTED[kind]}") from error
+            sources[_flag(name)] = variable
         if given is not None:
             values[name] = given
     if arguments.profile:
-        values = _of_profile(arguments.profile, arguments.bundle, values.get("device")) | values
-    return ServerConfig(**values)
+        profile = _of_profile(arguments.profile, arguments.bundle, values.get("device"))
+        sources |= {_flag(name): f"{arguments.profile}, {name}" for name in profile.keys() - values.keys()}
+        values = profile | values
+    try:
+        return ServerConfig(**values)
+    except InvalidRequest as error:
+        raise InvalidRequest(sources.get(error.field, error.field), error.description) from error
 
 
 def _of_profile(file: Path, bundle: Path, device: str | None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openbook.commands import folder
+
 if TYPE_CHECKING:
     from openbook_server.tuning import Trial
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0; 1 when the bundle or the device does not open, or the file cannot be written; 2 for wrong usage;\n"
         "3 when no settings meet the objective (the quickest are written)"
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by `openbook export`")
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help="folder written by `openbook export`")
     parser.add_argument("--objective-ms", type=float, metavar="P95", help="latency that 95 of 100 requests must keep (default: none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, openvino or cuda (default: %(default)s)")
     parser.add_argument("--precision", default="", help="fp32, bf16, fp16 or int8; by default the device's lossless one")

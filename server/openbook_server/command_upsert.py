@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from openbook.commands import FAILED, add_server_arguments, status
+from openbook.commands import FAILED, add_server_arguments, named, status
 
 if TYPE_CHECKING:
     from openbook.client import Document
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 all stored; 1 nothing could be done; 2 wrong usage; 3 some documents failed or were unreadable (they are\n"
         "named); 130 stopped by Ctrl-C, what was counted is stored and the same command goes on"
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to send")
+    parser.add_argument("sources", nargs="+", type=named, metavar="SOURCE", help="what to send")
     add_server_arguments(parser)
 
 

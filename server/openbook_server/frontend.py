@@ -26,6 +26,7 @@ from openbook_server.gate import Gate
 from openbook_server.generations_service import GenerationsService
 from openbook_server.listening import REQUESTS_A_ROW, max_wire_bytes
 from openbook_server.metrics import Metrics
+from openbook_server.outages import Outages
 from openbook_server.served import Served
 from openbook_server.shedding import Shedding
 from openbook_server.status import grpc_status
@@ -58,7 +59,7 @@ class Frontend:
         self.refusal = "the server is starting"  # told to callers while nothing is served
         problem = "more calls come in than can be read; try again in 1 s, or another server"
         self._unread = grpc_status(Overloaded(problem, retry_after_seconds=1.0))
-        self.shedding = Shedding()
+        self.shedding, self._outages = Shedding(), Outages()
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -201,8 +202,10 @@ class Frontend:
                 with served.request() if counted else nullcontext():
                     yield served, work
             status = grpc.StatusCode.OK
+            self._outages.worked(name, time.monotonic())
         except OpenBookError as error:
             status = error.status
+            self._outages.failed(name, error, time.monotonic())
             if isinstance(error, Overloaded) and name in WAITING:
                 self.shedding.count(time.monotonic())
             await context.abort_with_status(grpc_status(error))

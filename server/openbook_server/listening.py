@@ -45,7 +45,7 @@ class Listener(Protocol):
         """Tell the world that requests are answered now: the bundle's name, and what else is worth a line in the log."""
 
     async def stop(self, grace: float) -> None:
-        """Tell the world, and take no more calls; those that run get `grace` seconds, then they are cancelled."""
+        """Tell the world, and take no more calls; those that run get `grace` seconds, then they are cut off."""
 
 
 Listen = Callable[[Handlers, ServerConfig], Awaitable[Listener]]

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from openbook_server.models import model_of
+from openbook_server.scraping import ScrapeServer
 
 if TYPE_CHECKING:
     from openbook_server.comparison import Comparison
@@ -125,12 +126,15 @@ class Metrics:
         for result, count in (("hit", hits), ("joined", joined), ("miss", misses)):
             self._cache.labels(result).inc(count)
 
-    def serve(self, engine: Engine, embedder: Callable[[], Embedder], host: str, port: int) -> None:
-        """Answer scrapes on http://host:port/metrics from a thread of its own.
+    def observe_engine(self, engine: Engine, embedder: Callable[[], Embedder]) -> None:
+        """Report what waits and what is kept whenever a scrape asks."""
+        self._queued.set_function(lambda: engine.queued)
+        self._cached.set_function(lambda: embedder().cached_bytes)
+
+    def serve(self, host: str, port: int) -> None:
+        """Answer scrapes on http://host:port/metrics for as long as the process lives.
 
         Raises:
             OSError: the port is taken.
         """
-        self._queued.set_function(lambda: engine.queued)
-        self._cached.set_function(lambda: embedder().cached_bytes)
-        start_http_server(port, addr=host, registry=self.registry)
+        ScrapeServer(self.registry, host, port).start()

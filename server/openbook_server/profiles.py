@@ -51,8 +51,12 @@ def write_profile(file: Path, settings: Mapping[str, str | int], measured: Mappi
         OSError: the file cannot be written.
     """
     aside = _aside(file)
-    aside.write_text(json.dumps({"format": FORMAT, "settings": dict(settings), "measured": dict(measured)}, indent=2) + "\n")
-    os.replace(aside, file)
+    try:
+        aside.write_text(json.dumps({"format": FORMAT, "settings": dict(settings), "measured": dict(measured)}, indent=2) + "\n")
+        os.replace(aside, file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _aside(file: Path) -> Path:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 EXPECTED = 16  # calls that the core may hand over before it is asked for more
 TURN = 64  # events taken before whatever else the loop has to do gets its turn
 _LAST_WORD = 0.1  # seconds in which those who watch health hear that the server stops
+_LATE = 1.0  # seconds in which those whose calls are cut off hear why
 _FLAGS = 0
 
 Otherwise = Callable[["CoreCall", set[Any]], None]
@@ -52,7 +53,8 @@ class RpcServer:
         Args:
             options: channel arguments of gRPC, by name.
             max_calls: at once; further ones are told to come back.
-            otherwise: takes the calls of methods that no handler has, and the set that each must be in while it lasts.
+            otherwise: takes the calls of methods that no handler has, and the set that each must be in while it lasts, with a `stop` as
+                `Call` has.
         """
         self._methods, self._max_calls, self._otherwise = Methods(handlers), max_calls, otherwise
         self._too_many = too_many(max_calls)
@@ -91,7 +93,7 @@ class RpcServer:
         self._thread.start()
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls; those that run get `grace` seconds, then they are cancelled; those of health and reflection before."""
+        """Take no more calls; those that run get `grace` seconds, then they are cut off; those of health and reflection before."""
         if self._stopping:
             return
         self._stopping = True
@@ -103,6 +105,10 @@ class RpcServer:
                 call.task.cancel()
         done, _ = await asyncio.wait([stopped], timeout=max(0.0, grace - _LAST_WORD))
         if not done:
+            for call in list(self.calls):
+                call.stop()
+            done, _ = await asyncio.wait([stopped], timeout=_LATE)
+        if not done:  # some callers read nothing
             self._core.cancel_all_calls()
             await stopped
         await asyncio.gather(*(call.task for call in self.calls if isinstance(call, Call) and call.task), return_exceptions=True)

@@ -77,8 +77,10 @@ def require_onnxruntime() -> ModuleType:
         )
     try:
         return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise DeviceUnavailable(f"{installed[0]} does not load ({error}); reinstall it") from error
+    except (ImportError, MemoryError) as error:
+        lacks_memory = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+        way_out = "give this process more memory (ulimit -v, or its container's limit)" if lacks_memory else "reinstall it"
+        raise DeviceUnavailable(f"{installed[0]} does not load ({error}); {way_out}") from error
 
 
 def choose_device(name: str = "auto", precision: str | None = None, threads: int = 0, sessions: int = 1) -> Device:

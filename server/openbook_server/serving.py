@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from openbook_server.bundle import Bundle, load_bundle
 from openbook_server.config import ServerConfig
-from openbook_server.embedder import Embedder
 from openbook_server.engine import Engine
 from openbook_server.errors import InvalidRequest, OpenBookError
 from openbook_server.frontend import KNOWLEDGE_SERVICE, SERVICE, Frontend
@@ -75,6 +74,8 @@ async def running_server(
     listener.report(metrics)
     listener.refuse(frontend.unread)
     try:
+        if config.metrics_port:
+            _serve_metrics(metrics, config)
         loaded = await asyncio.to_thread(_load, bundle_folder, knowledge_base, config)
         engine = Engine(
             {},
@@ -104,8 +105,7 @@ async def running_server(
                     metrics.observe_knowledge(lambda: live().knowledge_base)
                 if succession is not None:
                     metrics.observe_comparison(lambda: succession.following.comparison if succession.following is not None else None)
-                if config.metrics_port:
-                    _serve_metrics(metrics, engine, lambda: live().embedder, config)
+                metrics.observe_engine(engine, lambda: live().embedder)
                 frontend.served = first.served
                 if succession is not None:
                     await succession.resume()
@@ -118,6 +118,8 @@ async def running_server(
                 yield listener.port
             finally:
                 frontend.served, frontend.refusal = None, "the server is shutting down"
+                if succession is not None:
+                    succession.drain()
                 await listener.stop(config.drain_seconds)
                 if succession is not None:
                     await succession.close()
@@ -138,7 +140,7 @@ async def serve_until_stopped(bundle: Path, knowledge_base: str | Path | None, c
     async with running_server(bundle, knowledge_base, config):
         once_told(stop.set)
         await stop.wait()
-        log.info("draining for up to %.0f s; a second signal stops at once", config.drain_seconds)
+        log.info("draining for up to %g s; a second signal stops at once", config.drain_seconds)
     log.info("stopped")
 
 
@@ -176,9 +178,9 @@ def _load(bundle_folder: Path, target: str | Path | None, config: ServerConfig) 
     """Open, verify and warm everything; blocking, so that health answers meanwhile."""
     device = choose_device(config.device, config.precision or None, config.threads, config.sessions)
     bundle = load_bundle(bundle_folder)
-    bundle = bundle_to_serve(target, bundle) if target else bundle
+    bundle = bundle_to_serve(target, bundle) if target is not None else bundle
     with ThreadPoolExecutor(1, thread_name_prefix="open") as beside:  # each takes about as long as the other
-        opening = beside.submit(open_knowledge_base, target, bundle) if target else None
+        opening = beside.submit(open_knowledge_base, target, bundle) if target is not None else None
         try:
             graphs = load_graphs(bundle, device)
             knowledge_base = opening.result() if opening else None
@@ -199,9 +201,9 @@ def _succession(first: Pair, shared: Shared, frontend: Frontend) -> Succession |
     return succession
 
 
-def _serve_metrics(metrics: Metrics, engine: Engine, embedder: Callable[[], Embedder], config: ServerConfig) -> None:
+def _serve_metrics(metrics: Metrics, config: ServerConfig) -> None:
     try:
-        metrics.serve(engine, embedder, config.host, config.metrics_port)
+        metrics.serve(config.host, config.metrics_port)
     except OSError as error:
         problem = f"cannot listen on {config.address(config.metrics_port)} ({error.strerror}); choose another --metrics-port"
         raise InvalidRequest("--metrics-port", problem) from error

@@ -55,6 +55,7 @@ class Succession:
         self._shared, self._front = shared, front
         self.following: Following | None = None
         self._change = asyncio.Lock()
+        self._draining = asyncio.Event()
         self._changes: set[asyncio.Task[Any]] = set()
         self._retiring: dict[asyncio.Task[None], str] = {}  # the generation that each is about
         self._watching: asyncio.Future[None] | None = None
@@ -133,6 +134,10 @@ class Succession:
         await self._stop_following()
         return self._begin(bundle, name=state.name, graph_dims=state.graph_dims)
 
+    def drain(self) -> None:
+        """Nothing is published from now on: whoever waits for a generation to be built is refused."""
+        self._draining.set()
+
     async def close(self) -> None:
         """Stop building; what was built stays. Pairs that are being retired are closed to the end: they hold the folder's lock too."""
         tasks = [*self._changes, *([self._watching] if self._watching is not None else [])]
@@ -184,7 +189,7 @@ class Succession:
                 return
             following = await self._begun(name)
         while True:
-            await following.complete.wait()
+            await self._built(following)
             async with self._change:
                 if name == self._knowledge_base.generation:  # another caller waited, too
                     return
@@ -197,6 +202,16 @@ class Succession:
                     await self._swap(following, change)
                     return
                 following = now  # it was begun again
+
+    async def _built(self, following: Following) -> None:
+        """Wait until it lacks nothing, or there is a problem; raises NotServing where the server drains before."""
+        waiting = [asyncio.ensure_future(event.wait()) for event in (following.complete, self._draining)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        self._check_serving()
 
     async def _make_live(self, following: Following) -> None:
         knowledge_base = following.opened_knowledge_base

@@ -85,6 +85,23 @@ def test_an_interruption_before_anything_is_known_leaves_no_traceback(monkeypatc
     assert cli.main(["info", "nowhere"]) == 130
 
 
+EMPTY = (
+    ("serve", "nowhere", ""),
+    ("serve", ""),
+    ("index", "nowhere", "", "x"),
+    ("index", "nowhere", "kb", ""),
+    ("upsert", ""),
+    ("info", ""),
+    ("tune", ""),
+    ("generations", "list", ""),
+    ("generations", "remove", "kb", ""),
+    ("generations", "publish", "kb", ""),
+    ("ask", "--file", ""),
+    ("classify", "--file", ""),
+    ("embed", "--file", ""),
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -119,12 +136,13 @@ def test_an_interruption_before_anything_is_known_leaves_no_traceback(monkeypatc
         (("info", "."), 1, "neither a bundle nor a knowledge base"),
         (("info", NOWHERE), 1, "openbook serve BUNDLE KB`, or name another's HOST:PORT\n"),
         (("serve", "nowhere"), 1, "openbook export"),
-        (("serve", "nowhere", "--port", "70000"), 1, "0 to 65535"),
+        (("serve", "nowhere", "--port", "70000"), 2, "0 to 65535"),
         (("serve", "nowhere", "--port", "x"), 2, "--port"),
-        (("serve", "nowhere", "--frontends", "-1"), 1, "0 to 256"),
-        (("serve", "nowhere", "--frontends", "257"), 1, "0 to 256"),
+        (("serve", "nowhere", "--frontends", "-1"), 2, "0 to 256"),
+        (("serve", "nowhere", "--frontends", "257"), 2, "0 to 256"),
         (("serve", "nowhere", "--frontends", "x"), 2, "--frontends"),
         (("index", "nowhere", "kb", "nothing.txt"), 1, "does not exist"),
+        *((given, 2, "empty; is a variable of the shell not set?") for given in EMPTY),
         (("train", "reader", "none.toml"), 1, "cannot be read"),
         (("train", "juggler", "none.toml"), 2, "juggler"),
     ],
@@ -248,7 +266,7 @@ def test_a_defect_is_one_line_and_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[
 def test_an_environment_variable_of_the_wrong_type_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBOOK_MAX_QUEUED", "many")
     status, _, err = run(capsys, "serve", "nowhere")
-    assert (status, "OPENBOOK_MAX_QUEUED" in err) == (1, True)
+    assert (status, "OPENBOOK_MAX_QUEUED" in err) == (2, True)
 
 
 def test_the_client_imports_nothing_of_the_server_or_the_training() -> None:

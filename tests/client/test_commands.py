@@ -83,8 +83,8 @@ def test_what_no_row_is_to_blame_for_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_a_file_of_which_every_row_failed_is_told_by_the_exit_status(tmp_path: Path) -> None:
-    """1, as where nothing could be done; 3 where some rows were."""
-    for rows, status in ((["{", "{"], 1), (["{", '{"text": "who"}'], 3), (['{"text": "who"}'], 0), ([], 0)):
+    """1, as where nothing was there to be done; 3 where some rows were."""
+    for rows, status in ((["{", "{"], 1), (["{", '{"text": "who"}'], 3), (['{"text": "who"}'], 0), ([], 1)):
         (tmp_path / "in.jsonl").write_text("\n".join(rows))
         assert work(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answers) == status
         assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(rows)

@@ -151,8 +151,9 @@ class FrontEnd:
     """One in this process."""
 
     def __init__(self, path: Path, options: list[tuple[str, int]], max_calls: int, max_message_bytes: int) -> None:
+        self.stopping = asyncio.Event()
         self.answering: list[bool] = []  # whether the engine answered, at each change
-        self.link = Link(path, self._told, max_message_bytes=max_message_bytes)
+        self.link = Link(path, self._told, self.stopping, max_message_bytes=max_message_bytes)
         self.server = RpcServer([], options=options, max_calls=max_calls, otherwise=self.link.forward)
         self.port = self.server.listen("127.0.0.1:0")
         self.changed = asyncio.Event()

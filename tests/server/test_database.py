@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -129,6 +131,22 @@ def test_a_full_disk_is_named_as_one_and_read_from(tmp_path: Path) -> None:
     with pytest.raises(KnowledgeBaseDamaged, match=r"a\.sqlite: the disk is full; nothing of this write is stored; make room"):
         database.record({"one": "x" * 100_000})
     with ThreadPoolExecutor() as threads:
+        assert threads.submit(database.meta, "one").result() == "1"
+    database.close()
+
+
+def test_a_process_with_too_many_files_open_is_told_so_and_reads_again_when_it_has_fewer(tmp_path: Path) -> None:
+    database = held(tmp_path / "a.sqlite")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ThreadPoolExecutor(1) as threads:
+        free = os.dup(0)  # the lowest there is
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(KnowledgeBaseUnavailable, match=r"a\.sqlite: too many files are open .* \(ulimit -n\)"):
+                threads.submit(database.meta, "one").result()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert threads.submit(database.meta, "one").result() == "1"
     database.close()
 

@@ -189,6 +189,7 @@ for create in (True, False):
         (parent / "kb").chmod(0o755)
         assert len(said) == 2
         assert all("cannot be written" in line and str(parent / "kb") in line for line in said)
+        assert all("a server that takes no writes needs it, too" in line for line in said)
         for file in (parent / "kb").iterdir():
             file.chmod(0o644)
         opened(parent / "kb").close()

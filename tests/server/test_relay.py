@@ -224,7 +224,7 @@ async def test_an_engine_that_stops_waits_for_nobody_who_reflects(behind: Behind
             await call
 
 
-async def test_an_engine_that_stops_cancels_after_the_grace_and_says_why(behind: Behind) -> None:
+async def test_an_engine_that_stops_cuts_off_after_the_grace_and_says_why(behind: Behind) -> None:
     methods = Methods()
     async with (
         behind.engine([methods.handler()]) as relay,
@@ -234,8 +234,29 @@ async def test_an_engine_that_stops_cancels_after_the_grace_and_says_why(behind:
         call = channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT)
         await methods.entered.wait()
         await relay.stop(0.01)
-        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
-            await call
+        assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, "NOT_SERVING", 1.0)
+
+
+async def test_a_front_end_that_stops_does_not_say_that_the_engine_is_started_again(behind: Behind) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async with (
+        behind.engine([Methods().handler()]) as relay,
+        behind.front_end([]) as front_end,
+        channel_to(front_end.port) as channel,
+    ):
+        silent = channel.stream_unary("/test.Methods/Wait")(never(), timeout=WAIT)  # the engine knows nothing of it
+        async with asyncio.timeout(WAIT):
+            while not front_end.server.calls:
+                await asyncio.sleep(0.01)
+        front_end.stopping.set()
+        await relay.stop(WAIT)
+        for call in (silent, channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT)):
+            with pytest.raises(grpc.aio.AioRpcError, match="the server is shutting down") as raised:
+                await call
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_stream_that_nobody_reads_is_not_written_on(behind: Behind) -> None:
@@ -283,6 +304,40 @@ async def test_what_the_engine_has_not_read_is_bounded(behind: Behind, monkeypat
         monkeypatch.setattr(Connection, "waiting_bytes", property(lambda connection: 11))
         refused = await refusal(channel.unary_unary("/test.Methods/Wait")(b"x", timeout=WAIT))
         assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", 1.0)
+
+
+async def test_what_the_engine_has_not_read_is_bounded_for_calls_that_had_begun_before(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods, waiting = Methods(), 0
+    monkeypatch.setattr(link, "MAX_WAITING_BYTES", 10)
+    monkeypatch.setattr(Connection, "waiting_bytes", property(lambda connection: waiting))
+
+    async def come(messages: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:
+        while True:
+            yield await messages.get()
+
+    async with behind.engine([methods.handler()]) as relay, behind.front_end([]) as front_end, channel_to(front_end.port) as channel:
+        messages: asyncio.Queue[bytes] = asyncio.Queue()
+        first = channel.stream_unary("/test.Methods/Wait")(come(messages), timeout=WAIT)  # its only message is yet to come
+        async with asyncio.timeout(WAIT):
+            while not front_end.server.calls:
+                await asyncio.sleep(0.01)
+        waiting = 11
+        messages.put_nowait(b"x")
+        assert await refusal(first) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", 1.0)
+        assert not methods.entered.is_set()
+        waiting = 0
+        messages = asyncio.Queue()
+        later = channel.stream_unary("/test.Methods/Count")(come(messages), timeout=WAIT)
+        messages.put_nowait(b"x")
+        await asyncio.wait_for(methods.entered.wait(), WAIT)
+        waiting = 11
+        messages.put_nowait(b"x")
+        assert await refusal(later) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", 1.0)
+        async with asyncio.timeout(WAIT):
+            while relay.calls or relay.refused < 2:  # the engine is told that nobody waits for it
+                await asyncio.sleep(0.01)
 
 
 async def test_a_reply_beyond_the_limit_fails_alone(behind: Behind) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,8 +15,8 @@ import pytest
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from openbook.errors import ServerOverloaded, from_rpc
-from openbook_server.call import Call
+from openbook.errors import ServerOverloaded, ServerUnavailable, from_rpc
+from openbook_server.call import Call, Metadata
 from openbook_server.config import ServerConfig
 from openbook_server.listening import Port
 from openbook_server.rpc import RpcServer
@@ -219,16 +220,50 @@ async def test_stopping_lets_calls_finish_within_the_grace(service: Echo, server
     assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-async def test_stopping_cancels_after_the_grace(service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel) -> None:
-    call = channel.unary_unary("/test.Echo/Echo")(b"hang")
+async def test_stopping_cuts_off_after_the_grace_and_says_why(
+    service: Echo, server: tuple[RpcServer, int], channel: grpc.aio.Channel
+) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    hanging = channel.unary_unary("/test.Echo/Echo")(b"hang", timeout=300)
     await service.entered.wait()
-    began = time.monotonic()
-    await server[0].stop(0.1)
-    assert time.monotonic() - began < 20
+    silent = channel.stream_unary("/test.Echo/Echo")(never(), timeout=300)  # its message has not come
+    async with asyncio.timeout(30):
+        while len(server[0].calls) < 2:
+            await asyncio.sleep(0.01)
+    await asyncio.wait_for(server[0].stop(0.1), 30)
     await asyncio.wait_for(service.cancelled.wait(), 30)
-    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
-        await call
+    for call in (hanging, silent):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+        told, delay = from_rpc(raised.value, "here", 300)
+        assert isinstance(told, ServerUnavailable)
+        assert (str(told), delay) == ("the server is shutting down; try again, or another server", 1.0)
     assert not server[0].calls
+
+
+async def test_a_call_that_is_cut_off_before_its_handler_began_is_told_why(service: Echo) -> None:
+    ended: list[tuple[grpc.StatusCode, str]] = []
+
+    class Ended(Call):
+        async def write(self, reply: bytes) -> None: ...
+
+        def requests(self) -> AsyncIterator[bytes]:
+            raise AssertionError
+
+        def end(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = (), reply: bytes | None = None) -> None:
+            ended.append((code, details))
+
+    details = SimpleNamespace(method="/test.Echo/Echo")
+    call = Ended("/test.Echo/Echo", service.handler().service(details), 1e13, set())  # type: ignore[arg-type]
+    call.serve(b"hang")
+    call.stop()
+    assert call.task is not None
+    await asyncio.wait([call.task])
+    assert not service.entered.is_set()
+    assert ended == [(grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try again, or another server")]
 
 
 async def test_stopping_waits_for_nobody_who_watches_health(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,27 @@ def test_auto_takes_the_fastest_device_that_works_here(
 
 
 @pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (ImportError("std::bad_alloc"), "give this process more memory"),
+        (MemoryError("no room"), "give this process more memory"),
+        (ImportError("libfoo.so: cannot open shared object file"), "reinstall it"),
+    ],
+)
+def test_an_onnxruntime_that_does_not_load_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, way_out: str
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(runtime.importlib, "import_module", fail)
+    with pytest.raises(DeviceUnavailable) as raised:
+        require_onnxruntime()
+    assert str(error) in str(raised.value)
+    assert str(raised.value).partition("; ")[2].startswith(way_out)
+
+
+@pytest.mark.parametrize(
     ("providers", "name", "precision", "message"),
     [
         ((), "cuda", None, r"no CUDAExecutionProvider here; .*pip install '\.\[server-gpu\]'"),

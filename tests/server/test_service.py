@@ -33,10 +33,11 @@ from openbook_server import pipeline, service, turns
 from openbook_server.backlog import Backlog, Group
 from openbook_server.bundle import bundle_id
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest, Overloaded
+from openbook_server.errors import InvalidRequest, KnowledgeBaseDamaged, Overloaded
 from openbook_server.frontend import Frontend
 from openbook_server.frontends.port import reserved_port
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
+from openbook_server.knowledge_service import KnowledgeService
 from openbook_server.listening import LIVENESS, REQUESTS_A_ROW, listen_on_port
 from openbook_server.manifest import MANIFEST
 from openbook_server.metrics import Metrics
@@ -557,7 +558,10 @@ def test_front_ends_share_a_port_of_an_ipv6_address() -> None:
         assert config.port
 
 
-async def test_a_metrics_port_in_use_is_refused_with_the_way_out(address: str, tiny_bundle: Path) -> None:
+async def test_a_metrics_port_in_use_is_refused_with_the_way_out_before_anything_is_loaded(
+    address: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openbook_server.serving._load", lambda *_: pytest.fail("it was loaded"))
     taken = ServerConfig(port=0, device="cpu", metrics_port=int(address.rpartition(":")[2]))
     with pytest.raises(InvalidRequest, match="choose another --metrics-port"):
         async with running_server(tiny_bundle, None, taken):
@@ -598,6 +602,20 @@ async def test_metrics_count_requests_by_method_and_status(tiny_bundle: Path, un
     assert [page.partition(name)[2].partition("\n")[0] for name in lookups.values()] == ["1.0", "1.0", "3.0"]
     assert float(page.partition("\nopenbook_cache_bytes ")[2].partition("\n")[0]) > 0
     assert "red" not in page.replace("registered", "")
+
+
+async def test_a_knowledge_base_that_fails_is_in_the_log_once(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(*_: object) -> None:
+        raise KnowledgeBaseDamaged("kb: the disk is full")
+
+    monkeypatch.setattr(KnowledgeService, "upsert", fail)
+    knowledge: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub = knowledge_base_pb2_grpc.KnowledgeBaseStub(channel)
+    for _ in range(3):
+        told = await refusal(knowledge.Upsert(kb.UpsertRequest(documents=[kb.Document(id="a", text="secret")])))
+        assert told == (grpc.StatusCode.FAILED_PRECONDITION, "KNOWLEDGE_BASE_DAMAGED", [])
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["Upsert fails: kb: the disk is full"]
 
 
 async def test_a_reply_that_would_be_too_large_is_an_error_of_the_request_and_counts_as_one(

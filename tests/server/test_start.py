@@ -105,7 +105,7 @@ def test_an_engine_that_is_told_to_stop_while_it_loads_stops_at_once(tmp_path: P
         pipe = subprocess.PIPE
         with subprocess.Popen([sys.executable, "-c", ENGINE], stdin=pipe, stdout=pipe, stderr=pipe, text=True, pass_fds=[fd]) as process:
             config = dataclasses.asdict(ServerConfig(port=1))
-            orders = {"config": config, "folder": str(tmp_path), "bundle": "b", "knowledge_base": None, "listening": fd, "restarts": {}}
+            orders = {"config": config, "bundle": "b", "knowledge_base": None, "listening": fd, "socket": "engine", "restarts": {}}
             assert process.stdin is not None
             process.stdin.write(json.dumps(orders) + "\n")
             process.stdin.flush()

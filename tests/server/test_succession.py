@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import itertools
 import random
@@ -289,6 +290,33 @@ async def test_a_build_that_is_waited_for_holds_up_no_other_change_and_its_remov
     again = await caller.build(tuned_bundle)
     assert await asyncio.gather(*(caller.publish(again) for _ in range(3))) == [again] * 3
     assert [state for state, *_ in await caller.generations()] == [KEPT, LIVE]
+
+
+async def test_a_publication_that_waits_for_a_build_is_refused_as_soon_as_the_server_drains(
+    tiny_bundle: Path, tiny_place: Place, tuned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never, waiting = asyncio.Event(), asyncio.Event()
+    really_begun = succession.Succession._begun
+
+    async def stuck(following: Following, *, enough: int = 0) -> None:
+        await never.wait()
+
+    async def begun(self: succession.Succession, name: str) -> Following:
+        following = await really_begun(self, name)
+        waiting.set()
+        return following
+
+    monkeypatch.setattr(Following, "fill", stuck)
+    monkeypatch.setattr(succession.Succession, "_begun", begun)
+    server = running_server(tiny_bundle, tiny_place.target, dataclasses.replace(CONFIG, drain_seconds=10 * WAIT))
+    port = await server.__aenter__()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        caller = Caller(channel)
+        await caller.build(tuned_bundle)
+        publishing = asyncio.ensure_future(refusal(caller.publish()))
+        await asyncio.wait_for(waiting.wait(), WAIT)
+        await asyncio.wait_for(server.__aexit__(None, None, None), WAIT)
+        assert (await publishing)[:2] == (grpc.StatusCode.UNAVAILABLE, "NOT_SERVING")
 
 
 async def test_a_removal_that_waits_for_a_publication_does_not_wait_for_itself(

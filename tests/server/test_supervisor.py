@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from openbook_server.rpc import RpcServer
 WAIT = 60.0  # seconds until a test gives up
 
 # Appends its name and process to a log, then does what the file of its name says; "serve" until its input ends or SIGTERM comes, which
-# "stay" does not hear.
+# "stay" does not hear. "open" only opens its port, and fails.
 PROCESS = """
 import json, os, signal, sys
 from pathlib import Path
@@ -37,6 +38,9 @@ if what in ("serve", "stay"):
         with open(folder / "log", "a") as log:
             print("told", line, end="", file=log)
     os._exit(9)
+if what == "open":
+    print(json.dumps({"serving": False}), flush=True)
+    os._exit(6)
 sys.exit(int(what))
 """
 
@@ -87,9 +91,10 @@ async def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
 def start(pretended: Pretended) -> supervisor.Supervisor:
     listening = socket.socket(socket.AF_UNIX)
     config = ServerConfig(frontends=2, drain_seconds=1.0)
-    server = supervisor.Supervisor(pretended.folder / "bundle", None, config, pretended.folder, listening)
+    at = os.open(pretended.folder, os.O_PATH)
+    server = supervisor.Supervisor(pretended.folder / "bundle", None, config, listening, at)
     pretended.running = asyncio.create_task(server.run())
-    pretended.running.add_done_callback(lambda _: listening.close())
+    pretended.running.add_done_callback(lambda _: (listening.close(), os.close(at)))
     return server
 
 
@@ -139,6 +144,37 @@ async def test_a_front_end_that_does_not_come_back_is_waited_for(pretended: Pret
     count = len(pretended.pids("frontend"))
     await pretended.until(lambda: len(pretended.pids("frontend")) > count)
     assert await stopped(pretended, server) == 0
+
+
+async def test_front_ends_of_which_none_comes_back_are_given_up(pretended: Pretended, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    pretended.have("serve", "serve")
+    start(pretended)
+    await pretended.until(lambda: "serving tiny" in caplog.text)
+    pretended.have("serve", "open")
+    for pid in pretended.pids("frontend"):
+        os.kill(pid, 9)
+    assert pretended.running is not None
+    assert await asyncio.wait_for(pretended.running, WAIT) == 6
+    assert f"could not be started {supervisor.FAILURES} times in a row" in caplog.text
+
+
+async def test_a_socket_is_reached_by_those_who_hold_its_place_and_has_no_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as connecting:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        with supervisor._bound(listening) as at:
+            assert list(folder.iterdir()) == []
+            listening.listen()
+            connecting.connect(f"/proc/self/fd/{at}")
+    with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_UNIX) as listening:
+        patch.setattr(tempfile, "tempdir", str(folder / ("x" * 100)))
+        (folder / ("x" * 100)).mkdir()
+        with (
+            pytest.raises(InvalidRequest, match="TMPDIR: no socket can be made in a folder there .* shorter path"),
+            supervisor._bound(listening),
+        ):
+            pass
 
 
 async def test_an_engine_that_does_not_come_back_is_given_up(pretended: Pretended, caplog: pytest.LogCaptureFixture) -> None:

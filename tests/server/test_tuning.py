@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,21 @@ def test_a_profile_that_cannot_be_written_is_refused_before_anything_is_measured
     assert not list(tmp_path.iterdir())
 
 
+def test_a_profile_that_the_disk_does_not_take_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "profile.json"
+    write_profile(file, {"threads": 3}, {})
+
+    def full(aside: Path, text: str) -> int:
+        aside.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_profile(file, {"threads": 4}, {})
+    assert list(tmp_path.iterdir()) == [file]
+    assert read_profile(file).settings == {"threads": 3}
+
+
 def configure(*arguments: str, bundle: Path = Path("bundle")) -> ServerConfig:
     parser = argparse.ArgumentParser()
     command_serve.add_arguments(parser)
@@ -120,6 +136,21 @@ def test_a_variable_of_another_kind_is_refused_with_what_is_wanted(
     monkeypatch.setenv(variable, value)
     with pytest.raises(InvalidRequest, match=f"{variable}: {problem}"):
         configure()
+
+
+def test_a_value_outside_its_range_is_refused_by_the_place_that_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "profile.json"
+    write_profile(file, {"threads": -5}, {})
+    with pytest.raises(InvalidRequest, match="profile.json, threads: -5 is outside 0 to 1024"):
+        configure("--profile", str(file))
+    monkeypatch.setenv("OPENBOOK_PORT", "70000")
+    with pytest.raises(InvalidRequest, match="OPENBOOK_PORT: 70000 is outside 0 to 65535"):
+        configure()
+    monkeypatch.setenv("OPENBOOK_THREADS", "-6")
+    with pytest.raises(InvalidRequest, match="OPENBOOK_THREADS: -6 is"):
+        configure("--profile", str(file), "--port", "1")
+    with pytest.raises(InvalidRequest, match="--threads: -7 is"):
+        configure("--profile", str(file), "--port", "1", "--threads", "-7")
 
 
 def test_a_switch_is_set_by_any_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:

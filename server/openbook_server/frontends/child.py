@@ -11,7 +11,6 @@ import asyncio
 import io
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -32,14 +31,10 @@ class Orders:
     """What a process is to do."""
 
     config: ServerConfig  # with the port that was reserved
-    folder: Path  # the supervisor's; holds the socket between front ends and engine
     bundle: Path
     knowledge_base: str | None
     listening: int  # file descriptor on which front ends reach the engine
-
-    @property
-    def socket(self) -> Path:
-        return self.folder / "engine"
+    socket: Path  # by which they do
 
 
 class Supervised:
@@ -54,8 +49,13 @@ class Supervised:
         if not first:
             os._exit(DEFECT)
         given: dict[str, Any] = json.loads(first)
-        folder, bundle = Path(given["folder"]), Path(given["bundle"])
-        self.orders = Orders(ServerConfig(**given["config"]), folder, bundle, given["knowledge_base"], given["listening"])
+        self.orders = Orders(
+            config=ServerConfig(**given["config"]),
+            bundle=Path(given["bundle"]),
+            knowledge_base=given["knowledge_base"],
+            listening=given["listening"],
+            socket=Path(given["socket"]),
+        )
         self.restarts: dict[str, int] = given["restarts"]  # of each kind of process, as the supervisor said last
         threading.Thread(target=self._watch, name="supervisor", daemon=True).start()
 
@@ -66,7 +66,6 @@ class Supervised:
     def _watch(self) -> None:
         for line in self._told:
             self.restarts = json.loads(line)
-        shutil.rmtree(self.orders.folder, ignore_errors=True)
         os._exit(DEFECT)
 
 

@@ -34,7 +34,7 @@ class _FrontEnds:
 
     async def serving(self, name: str, state: str) -> None:
         self._relay.tell(ready=True)
-        self._supervised.say(name=name, state=state)
+        self._supervised.say(serving=True, name=name, state=state)
 
     async def stop(self, grace: float) -> None:
         self._relay.tell(ready=False)

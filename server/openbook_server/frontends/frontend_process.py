@@ -18,7 +18,7 @@ async def main(supervised: Supervised) -> None:
         await port.set_readiness(ready=ready)
         supervised.say(serving=ready)
 
-    link = Link(orders.socket, told, max_message_bytes=max_wire_bytes(orders.config))
+    link = Link(orders.socket, told, stop, max_message_bytes=max_wire_bytes(orders.config))
     port = Port((), orders.config, shared=True, otherwise=link.forward)
     await port.start()
     supervised.say(serving=False)

@@ -1,7 +1,7 @@
 """A front end's side: forwards the calls of its port to the engine, message by message, and ends them when the engine is gone.
 
 Bounded: a call has at most `WINDOW` messages under way in each direction, and when the engine has not read `MAX_WAITING_BYTES`
-of what was sent, further calls are refused until it has.
+of what was sent, further calls and messages are refused until it has.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
+
+from openbook_server.call import cut_off
 from openbook_server.errors import NotServing, OpenBookError, Overloaded
 from openbook_server.frontends.records import WINDOW, Connection, Ending, Kind, Opening
 from openbook_server.rpc import CoreCall
@@ -27,12 +30,13 @@ _NUMBERS = 1 << 32
 class Link:
     """The connection to the engine, whichever process that is at the moment."""
 
-    def __init__(self, path: Path, told: Callable[[bool], Awaitable[None]], *, max_message_bytes: int) -> None:
+    def __init__(self, path: Path, told: Callable[[bool], Awaitable[None]], stopping: asyncio.Event, *, max_message_bytes: int) -> None:
         """Args:
         path: of the Unix socket that engines answer on.
         told: is told whether the engine answers requests, whenever that changes.
+        stopping: set when the server drains, and no engine will follow.
         """
-        self._path, self._told, self._max_message_bytes = path, told, max_message_bytes
+        self._path, self._told, self._stopping, self._max_message_bytes = path, told, stopping, max_message_bytes
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
         self._ready = self._answering = False
@@ -64,20 +68,34 @@ class Link:
     def forward(self, wire: CoreCall, calls: set[Any]) -> None:
         """Have the engine serve a call; `calls` holds it as long as it lasts. What `RpcServer` calls with what it has no handler for."""
         if self.connection is None:
-            self._refuse(wire, NotServing("the engine is being started; try again in 1 s", _RETRY_SECONDS))
-        elif (waiting := self.connection.waiting_bytes) > MAX_WAITING_BYTES:
-            problem = f"the engine has not read {waiting} bytes of earlier calls, more than {MAX_WAITING_BYTES}; try again in 1 s"
-            self._refuse(wire, Overloaded(problem, _RETRY_SECONDS))
+            self._refuse(wire, self._no_engine("the engine is being started; try again in 1 s"))
+        elif (overload := self.overload()) is not None:
+            self._refuse(wire, overload)
         else:
             number = next(self._numbers) % _NUMBERS
             while number in self.calls:
                 number = next(self._numbers) % _NUMBERS
             _ForwardedCall(self, self.connection, wire, number, calls).begin()
 
-    def _refuse(self, wire: CoreCall, error: OpenBookError) -> None:
-        _end(wire, _ending(error))
+    def overload(self) -> Ending | None:
+        """What calls and their messages get while the engine does not keep up; None while it does."""
+        waiting = self.connection.waiting_bytes if self.connection is not None else 0
+        if waiting <= MAX_WAITING_BYTES:
+            return None
+        problem = f"the engine has not read {waiting} bytes of earlier calls, more than {MAX_WAITING_BYTES}; try again in 1 s"
+        return _ending(Overloaded(problem, _RETRY_SECONDS))
+
+    def count_refused(self) -> None:
+        """A call got its status from here."""
         self._refused += 1
         self._count()
+
+    def _refuse(self, wire: CoreCall, ending: Ending) -> None:
+        _end(wire, ending)
+        self.count_refused()
+
+    def _no_engine(self, problem: str) -> Ending:
+        return _as_ending(cut_off()) if self._stopping.is_set() else _ending(NotServing(problem, _RETRY_SECONDS))
 
     def _count(self) -> None:
         if self.connection is not None:
@@ -102,7 +120,7 @@ class Link:
         self.connection = None
         self._set(ready=False)
         problem = "the engine ended before it answered, and is being started again; try again in 1 s (a write may have been done or not)"
-        lost = _ending(NotServing(problem, _RETRY_SECONDS))
+        lost = self._no_engine(problem)
         self._refused += len(self.calls)
         for call in list(self.calls.values()):
             call.finish(lost)
@@ -155,6 +173,16 @@ class _ForwardedCall:
         self._ending = ending
         self._send()
 
+    def stop(self) -> None:
+        """As `Call.stop`."""
+        self._give_up(_as_ending(cut_off()))
+
+    def _give_up(self, ending: Ending) -> None:
+        """The last word on it is not the engine's, which need not go on."""
+        if self._begun and self._number in self._link.calls:
+            self._engine.send(Kind.CANCEL, self._number)
+        self.finish(ending)
+
     def _receive(self) -> None:
         if self._room and not self._receiving and not self._over:
             self._receiving = True
@@ -173,6 +201,10 @@ class _ForwardedCall:
         """Tell the engine what came in a turn of the event loop: of most calls, all that will ever come."""
         untold, self._untold = self._untold, []
         if self._wire.ended or self._number not in self._link.calls:
+            return
+        if any(untold) and (overload := self._link.overload()) is not None:
+            self._link.count_refused()
+            self._give_up(overload)
             return
         if not self._begun:
             self._begun = True
@@ -216,7 +248,10 @@ class _ForwardedCall:
 
 def _ending(error: OpenBookError) -> Ending:
     """Of a call that the engine does not see, or will not answer."""
-    status = grpc_status(error)
+    return _as_ending(grpc_status(error))
+
+
+def _as_ending(status: grpc.Status) -> Ending:
     return Ending(status.code.value[0], status.details, status.trailing_metadata or ())
 
 

@@ -57,14 +57,14 @@ class Relay:
             front_end.send(Kind.READINESS, 0, bytes([ready]))
 
     async def stop(self, grace: float) -> None:
-        """Calls that run get `grace` seconds, those of reflection none, then they are cancelled; all replies leave."""
+        """Calls that run get `grace` seconds, those of reflection none, then they are cut off; all replies leave."""
         if self._server is None:
             return
         running = [call.task for call in self.calls if call.task is not None and call.is_waited_for]
         if running:
             await asyncio.wait(running, timeout=grace)
         for call in list(self.calls):
-            call.task.cancel()
+            call.stop()
         await asyncio.gather(*(call.task for call in self.calls), return_exceptions=True)
         self._server.close()
         self._server = None

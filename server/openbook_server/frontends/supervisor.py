@@ -2,7 +2,8 @@
 
 Until all of them have answered once, the end of one is the end of the server, with its exit status: what is wrong with a bundle is
 told once. Later a process that ends is started again, at once or, if it does not live long, after ever longer. An engine that fails to
-start `FAILURES` times in a row is given up, and the server with it, so that whoever runs it hears of it.
+start `FAILURES` times in a row is given up, and the server with it, so that whoever runs it hears of it; so is a front end, unless
+another one serves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -59,18 +59,19 @@ class _Place:
 class Supervisor:
     """Of one server."""
 
-    def __init__(self, bundle: Path, knowledge_base: str | None, config: ServerConfig, folder: Path, listening: socket.socket) -> None:
+    def __init__(self, bundle: Path, knowledge_base: str | None, config: ServerConfig, listening: socket.socket, at: int) -> None:
         """Args:
         config: with the port that was reserved.
         listening: front ends connect to it, and the engine of the moment accepts them.
+        at: descriptor of its file, by which they do.
         """
-        self._config, self._listening = config, listening
+        self._config, self._listening, self._at = config, listening, at
         self._orders = {
             "config": dataclasses.asdict(config),
-            "folder": str(folder),
             "bundle": str(bundle),
             "knowledge_base": knowledge_base,
             "listening": listening.fileno(),
+            "socket": f"/proc/self/fd/{at}",
         }
         self._engine = _Place("the engine", "engine_process")
         self._front_ends = [_Place(f"front end {number + 1}", "frontend_process") for number in range(config.frontends)]
@@ -86,7 +87,7 @@ class Supervisor:
             task.add_done_callback(lambda _: self._stop.set())
         try:
             await self._stop.wait()
-            for place in (self._engine, *self._front_ends):
+            for place in (*self._front_ends, self._engine):  # in this order: they must know why the engine ends
                 place.signal(signal.SIGTERM)
             await self._ended({engine: self._engine}, self._config.drain_seconds + _SAVING)
             await self._ended(dict(zip(front_ends, self._front_ends, strict=True)), self._config.drain_seconds + _LATE)
@@ -99,7 +100,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Have `run` drain and return."""
-        log.info("draining for up to %.0f s; a second signal stops at once", self._config.drain_seconds)
+        log.info("draining for up to %g s; a second signal stops at once", self._config.drain_seconds)
         self._stop.set()
 
     async def _ended(self, places: dict[asyncio.Task[None], _Place], seconds: float) -> None:
@@ -115,21 +116,21 @@ class Supervisor:
         failures = hasty = 0
         while not self._stop.is_set():
             try:
-                served_at, status = await self._live(place)
+                worked, seconds, status = await self._live(place)
                 how = f"exit status {status}" if status >= 0 else f"signal {-status}"
             except OSError as error:  # the system has no room for another process, say
-                served_at, status, how = 0.0, 0, str(error)
+                worked, seconds, status, how = False, 0.0, 0, str(error)
             if self._stop.is_set():
                 return
-            failures = 0 if served_at else failures + 1
-            if not self._ever_served or (place is self._engine and failures == FAILURES):
+            failures = 0 if worked else failures + 1
+            if not self._ever_served or (failures >= FAILURES and self._is_needed(place)):
                 if self._ever_served:
                     log.error("%s could not be started %d times in a row (%s); giving up", place.name, failures, how)
                 elif status <= 0:  # it has not said why itself
                     log.error("%s ended before the server was ready (%s)", place.name, how)
                 self._status = max(status, 1)
                 return
-            hasty = 0 if served_at and time.monotonic() - served_at > STEADY_SECONDS else hasty + 1
+            hasty = 0 if seconds > STEADY_SECONDS else hasty + 1
             pause = min(SHORTEST_PAUSE * 2 ** (hasty - 1), LONGEST_PAUSE) if hasty else 0.0
             log.error("%s ended (%s); it is started again%s", place.name, how, f" in {pause:.1f} s" if pause else "")
             with suppress(TimeoutError):
@@ -138,8 +139,13 @@ class Supervisor:
             if place is not self._engine:  # which is told when it starts
                 await self._say(self._engine, self._restarts())
 
-    async def _live(self, place: _Place) -> tuple[float, int]:
-        """Start a process and hear what it says until it ends; returns when it first said something, 0 = never, and its exit status."""
+    def _is_needed(self, place: _Place) -> bool:
+        """Whether nobody is served without it."""
+        return place is self._engine or not any(other.said.get("serving") for other in self._front_ends)
+
+    async def _live(self, place: _Place) -> tuple[bool, float, int]:
+        """Start a process and hear what it says until it ends; returns whether it came to something, the seconds since it first said
+        anything, and its exit status. A front end without an engine opens its port and cannot serve."""
         place.said = {}
         self._announced = self._announced and place is not self._engine
         place.process = await asyncio.create_subprocess_exec(
@@ -147,20 +153,21 @@ class Supervisor:
             *("-m", f"{_PACKAGE}.{place.module}"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            pass_fds=[self._listening.fileno()] if place is self._engine else [],
+            pass_fds=[self._listening.fileno() if place is self._engine else self._at],
             process_group=0,  # Ctrl-C is for the supervisor alone
         )
         await self._say(place, {**self._orders, "restarts": self._restarts()})
         if self._stop.is_set():  # while it was being started
             place.signal(signal.SIGTERM)
         assert place.process.stdout is not None  # noqa: S101
-        served_at = 0.0
+        worked, spoke = False, 0.0
         async for line in place.process.stdout:
             place.said = json.loads(line)
-            served_at = served_at or time.monotonic()
+            worked, spoke = worked or place.said["serving"], spoke or time.monotonic()
             self._announce()
         place.said = {}
-        return served_at, await place.process.wait()
+        seconds = time.monotonic() - spoke if spoke else 0.0
+        return worked or seconds > STEADY_SECONDS, seconds, await place.process.wait()
 
     def _announce(self) -> None:
         if self._announced or not self._engine.said or not all(place.said.get("serving") for place in self._front_ends):
@@ -191,21 +198,25 @@ async def supervise(bundle: Path, knowledge_base: str | None, config: ServerConf
         raise InvalidRequest("--frontends", f"{config.frontends}: front ends share a port as only Linux does; leave it at 0")
     with ExitStack() as stack:
         config = stack.enter_context(reserved_port(config))
-        folder = stack.enter_context(_private_folder())
         listening = stack.enter_context(socket.socket(socket.AF_UNIX))
-        try:
-            listening.bind(str(folder / "engine"))
-        except OSError as error:
-            raise InvalidRequest("TMPDIR", f"no socket can be made in {folder} ({error}); name a folder with a shorter path") from error
+        at = stack.enter_context(_bound(listening))
         listening.listen(BACKLOG)
-        return await Supervisor(bundle, knowledge_base, config, folder, listening).run()
+        return await Supervisor(bundle, knowledge_base, config, listening, at).run()
 
 
 @contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Nobody else may look into it."""
-    folder = Path(tempfile.mkdtemp(prefix=f"openbook-{os.getpid()}-"))
+def _bound(listening: socket.socket) -> Iterator[int]:
+    """Give a socket a place where nobody else can connect to it; yields a descriptor of that place, by which `/proc/self/fd` does. The file
+    itself is gone by then: whoever tidies up a folder of temporary files would take it away from a server that runs for weeks.
+    """
     try:
-        yield folder
+        with tempfile.TemporaryDirectory(prefix="openbook-") as folder:  # that nobody else may look into
+            listening.bind(f"{folder}/engine")
+            at = os.open(f"{folder}/engine", os.O_PATH)
+    except OSError as error:
+        problem = f"no socket can be made in a folder there ({error}); name one that can be written, with a shorter path"
+        raise InvalidRequest("TMPDIR", problem) from error
+    try:
+        yield at
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(at)

@@ -6,6 +6,8 @@ Every write is one transaction, fsynced before it returns (WAL, synchronous=FULL
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
@@ -194,11 +196,23 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _may_open() -> bool:
+    """Whether there is a descriptor left; SQLite does not tell."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
 def _explained(path: Path, error: sqlite3.DatabaseError) -> OpenBookError:
     """What an error of SQLite's means to whoever meets it."""
     kind = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT").split("_")[1]  # SQLITE_BUSY_SNAPSHOT is a BUSY
     if kind in ("BUSY", "LOCKED"):
         return KnowledgeBaseUnavailable(f"{path}: another process has it locked, perhaps for a backup ({error}); try again")
+    if kind == "CANTOPEN" and not _may_open():
+        way_out = "raise the limit (ulimit -n), and look at who keeps connections open"
+        return KnowledgeBaseUnavailable(f"{path}: too many files are open in this process or machine; {way_out} ({error})")
     if kind in _WAYS_OUT:
         return KnowledgeBaseDamaged(f"{path}: {_WAYS_OUT[kind]} ({error})")
     if isinstance(error, sqlite3.OperationalError):

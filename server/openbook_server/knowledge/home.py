@@ -159,7 +159,7 @@ def _lock(folder: Path) -> IO[str]:
             raise
     except OSError as error:
         problem = f"{folder} cannot be written: {error.strerror}; check that this user may write it and that the disk has room"
-        raise KnowledgeBaseDamaged(problem) from error
+        raise KnowledgeBaseDamaged(f"{problem} (a server that takes no writes needs it, too)") from error
     return handle
 
 

@@ -119,10 +119,20 @@ class Succession:
                 if problem:
                     log.info("%s answers with generation %s, which is live", self._knowledge_base.name, self._knowledge_base.generation)
                 problem = ""
+                await self._sweep()
             except (OpenBookError, OSError) as error:
                 if str(error) != problem:
                     log.warning("cannot tell or follow the live generation: %s", error)
                 problem = str(error)
+
+    async def _sweep(self) -> None:
+        """In a server that nobody writes to, too: what a stopped write left behind is in the way of every search near it."""
+        try:
+            if self._shared.writable:
+                with self.live.served.request():  # it stays open meanwhile
+                    await self._shared.in_writer(self._knowledge_base.sweep)
+        except (OpenBookError, OSError) as error:
+            log.warning("%s", error)
 
     async def _reopen(self, state: GenerationState) -> Following:
         """Begin to bring a generation that there is up to date, with the bundle that goes with it, in place of what is being built."""

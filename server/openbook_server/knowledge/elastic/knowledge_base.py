@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,10 +182,16 @@ class ElasticsearchKnowledgeBase:
     def optimise(self) -> None:
         """Nothing: Elasticsearch merges by itself."""
 
+    def sweep(self) -> None:
+        self._sweep(self._documents.sweep_if_due)
+
     def snapshot(self) -> None:
         """Remove what stopped writes left behind; Elasticsearch keeps its indexes itself."""
+        self._sweep(self._documents.sweep)
+
+    def _sweep(self, sweep: Callable[[], int]) -> None:
         try:
-            swept = self._documents.sweep()
+            swept = sweep()
         except GenerationReplaced:  # whoever makes it the live one again does
             return
         if swept:

@@ -8,7 +8,8 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -74,7 +75,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failed(status: int, kind: str, reason: str = "") -> Answer:
-    cause = {"type": kind, "reason": reason}
+    cause = {"type": kind, "reason": reason, "index": "kb-1"}
     return status, {"error": {"root_cause": [cause], **cause}, "status": status}
 
 
@@ -125,7 +126,7 @@ def test_what_may_heal_is_tried_again_and_then_named(scripted: Scripted) -> None
     asked(scripted).check_version()
     assert len(scripted.requests) == 3
     scripted.answers = [failed(503, "master_not_discovered_exception", "no master")] * 1_000
-    with pytest.raises(KnowledgeBaseUnavailable, match="no master"):
+    with pytest.raises(KnowledgeBaseUnavailable, match="master_not_discovered"):
         asked(scripted).check_version()
 
 
@@ -160,6 +161,13 @@ def test_an_answer_from_some_of_the_shards_is_none(scripted: Scripted) -> None:
         (failed(400, "media_type_header_exception"), "older than Elasticsearch 9"),
         ((200, {"version": {"number": "8.19.0"}}), "is Elasticsearch 8.19.0"),
         (failed(403, "cluster_block_exception", "index [kb] blocked by: [FORBIDDEN/8/index write (api)];"), "read-only"),
+        (failed(403, "cluster_block_exception", "index [kb] blocked by: [FORBIDDEN/7/index read (api)];"), "index.blocks.read"),
+        (failed(403, "cluster_block_exception", "index [kb] blocked by: [FORBIDDEN/9/index metadata (api)];"), "index.blocks.metadata"),
+        (failed(400, "index_closed_exception", "closed"), "POST kb-1/_open"),
+        (
+            failed(400, "validation_exception", "this action would add [2] shards, but this cluster currently has [11]/[9] maximum normal"),
+            "has 11 shards and copies, and its setting cluster.max_shards_per_node allows 9",
+        ),
     ],
 )
 def test_what_an_operator_must_mend_is_named_at_once(scripted: Scripted, answer: Answer, message: str) -> None:
@@ -168,6 +176,24 @@ def test_what_an_operator_must_mend_is_named_at_once(scripted: Scripted, answer:
         asked(scripted).check_version()
     assert message in str(raised.value)
     assert scripted.host in str(raised.value)
+
+
+def test_nothing_of_an_entry_stands_in_an_error_or_a_traceback(scripted: Scripted) -> None:
+    reason = 'primary shard is not active, request: [BulkShardRequest [[kb][0]] containing [index {[kb][x], source[{"text":"s3cret"}]}]]'
+    refused = {"status": 503, "error": {"type": "unavailable_shards_exception", "reason": reason}}
+    requests: list[tuple[Answer, Callable[[], object]]] = [
+        (failed(503, "unavailable_shards_exception", reason), lambda: asked(scripted).check_version()),
+        ((200, {"responses": [refused]}), lambda: asked(scripted).call(lambda client: client.msearch(searches=[{}, {}]))),
+        (
+            (200, {"errors": True, "items": [{"index": refused}]}),
+            lambda: asked(scripted).bulk("kb", [({"index": {"_id": "a"}}, {})], will_open=lambda: False),
+        ),
+    ]
+    for answer, request in requests:
+        scripted.answers = [answer] * 1_000
+        with pytest.raises(KnowledgeBaseUnavailable, match="unavailable_shards_exception") as raised:
+            request()
+        assert "s3cret" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_server_that_is_not_there_is_named_and_the_next_host_is_asked(scripted: Scripted) -> None:

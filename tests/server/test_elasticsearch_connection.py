@@ -11,15 +11,18 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from openbook import cli
 from openbook_server.errors import InvalidRequest, KnowledgeBaseRefused, KnowledgeBaseUnavailable, OpenBookError
 from openbook_server.knowledge.elastic import connection
 from openbook_server.knowledge.elastic.address import API_KEY, parse_address
 from openbook_server.knowledge.elastic.connection import Connection
 from openbook_server.knowledge.elastic.schema import sortable
-from openbook_server.knowledge.opening import describe_address
+from openbook_server.knowledge.opening import describe_address, open_knowledge_base
 
 Answer = tuple[int, Any]
 INFO: Answer = (200, {"version": {"number": "9.5.3"}, "tagline": "You Know, for Search"})
@@ -106,6 +109,11 @@ def test_an_address_says_all_that_there_is_to_say() -> None:
         ("elasticsearch://h/a?ca=/no/such", "ca=/no/such is no file"),
         (f"elasticsearch://h/a?ca={__file__}", "is for elasticsearchs://"),
         ("opensearch://h/a", "opensearch:// is no scheme"),
+        ("elasticsearch:/h/a", "after elasticsearch: two slashes are missing"),
+        ("elasticsearch://h/a-previous", "'a-previous' is a name that generations of another knowledge base get"),
+        ("elasticsearch://h/a-kept", "'a-kept' is a name that"),
+        ("elasticsearch://h/a-1-0123456789ab", "'a-1-0123456789ab' is a name that"),
+        ("elasticsearch://h/a-1-0123456789ab-here", "'a-1-0123456789ab-here' is a name that"),
     ],
 )
 def test_an_address_that_is_none_is_refused_with_what_is_wrong_and_its_form(target: str, problem: str) -> None:
@@ -114,11 +122,38 @@ def test_an_address_that_is_none_is_refused_with_what_is_wrong_and_its_form(targ
     assert problem in str(raised.value)
 
 
-@pytest.mark.parametrize("target", ["elasticsearch://u:se/cret@h/a", "elasticsearch://u:se?cret@h/a", "elasticsearch://u:se#cret@h/UP"])
+PASSWORD_IN_A_WRONG_PLACE = [
+    "elasticsearch://u:se/cret@h/a",
+    "elasticsearch://u:se?cret@h/a",
+    "elasticsearch://u:se#cret@h/UP",
+    "elasticsearch:/u:secret@h/a",
+    "elasticsearchs:u:secret@h/a",
+    "Elasticsearch:/u:secret@http://h/a",
+]
+
+
+@pytest.mark.parametrize("target", PASSWORD_IN_A_WRONG_PLACE)
 def test_a_password_is_not_quoted_even_where_it_makes_the_address_wrong(target: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
         parse_address(target)
     assert "cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("slashes", ["/", "", "//"])
+@pytest.mark.parametrize("command", [["info"], ["generations", "list"], ["generations", "remove"]])
+def test_an_address_that_is_mistyped_is_no_folder_and_no_server(
+    slashes: str, command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = f"elasticsearch:{slashes}u:secret@h:9200/UPPER"
+    assert cli.main([*command, target, *(["1-0a1b2c3d4e5f"] if command[-1] == "remove" else [])]) == 1
+    printed = capsys.readouterr()
+    assert "an address is elasticsearch" in printed.err
+    assert "secret" not in printed.out + printed.err
+    bundle: Any = SimpleNamespace(embedder=SimpleNamespace(fingerprint="f", dim=8), id="b", folder=tmp_path)
+    with pytest.raises(InvalidRequest):
+        open_knowledge_base(target, bundle, create=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_may_heal_is_tried_again_and_then_named(scripted: Scripted) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from openbook_server.errors import InvalidRequest, KnowledgeBaseRefused, Knowled
 from openbook_server.knowledge.elastic import connection
 from openbook_server.knowledge.elastic.address import API_KEY, parse_address
 from openbook_server.knowledge.elastic.connection import Connection
-from openbook_server.knowledge.elastic.schema import sortable
+from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
+from openbook_server.knowledge.elastic.schema import ADDED, sortable
 from openbook_server.knowledge.opening import describe_address, open_knowledge_base
 
 Answer = tuple[int, Any]
@@ -34,20 +36,24 @@ class Scripted:
     def __init__(self) -> None:
         self.answers: list[Answer] = []
         self.requests: list[tuple[str, dict[str, str], str]] = []  # path, headers, body
+        self.answering = threading.Event()  # else it hangs
+        self.answering.set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0))).decode()
                 outer.requests.append((self.path, dict(self.headers), body))
+                outer.answering.wait()
                 status, answer = outer.answers.pop(0)
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/vnd.elasticsearch+json;compatible-with=9")
                 self.send_header("x-elastic-product", "Elasticsearch")
                 self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                with suppress(OSError):  # who asked may be gone
+                    self.end_headers()
+                    self.wfile.write(data)
 
             do_POST = do_PUT = do_GET  # noqa: N815
 
@@ -65,6 +71,7 @@ def scripted() -> Iterator[Scripted]:
     thread = threading.Thread(target=scripted.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield scripted
+    scripted.answering.set()
     scripted.server.shutdown()
     thread.join()
     scripted.server.server_close()
@@ -255,6 +262,30 @@ def test_a_server_that_hangs_holds_up_no_question_and_no_write_where_there_is_an
         for _ in range(2):
             assert connected.bulk("kb", [({"index": {"_id": "a"}}, {})], will_open=lambda: False) == [{"status": 201}]
     assert len(scripted.requests) == 6
+
+
+def test_neither_a_look_at_what_is_live_nor_the_end_of_a_server_waits_for_a_cluster_that_hangs(scripted: Scripted) -> None:
+    mappings = {"_meta": {"openbook": {"format": "1", "fingerprint": "f", "generation": "1-0123456789ab"}}, "properties": {**ADDED}}
+    layout = {"number_of_shards": "1", "number_of_replicas": "0"}
+    index = (200, {"kb-1-0123456789ab": {"aliases": {"kb": {}}, "mappings": mappings, "settings": {"index": layout}}})
+    scripted.answers = [INFO, index, (200, {"status": "green"})]
+    knowledge_base = ElasticsearchKnowledgeBase(f"elasticsearch://{scripted.host}/kb?timeout=600", fingerprint="f", dim=8)
+    scripted.answering.clear()
+    scripted.answers = [index] * 1_000
+    refused: list[KnowledgeBaseUnavailable] = []
+
+    def end() -> None:
+        for work in (lambda: knowledge_base.live_generation, knowledge_base.snapshot):
+            try:
+                work()
+            except KnowledgeBaseUnavailable as error:
+                refused.append(error)
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(timeout=60)  # of the 600 that a request may take
+    assert len(refused) == 2
+    knowledge_base.close()
 
 
 def test_user_or_key_go_to_the_server_and_nowhere_else(

@@ -487,7 +487,7 @@ def test_indexes_that_hold_different_documents_are_told_apart_whatever_their_num
         settings = schema.settings(shards=1, replicas=0, active_copies="1")
         client.indices.create(index=f"{alias}-{name}", mappings=schema.mappings(DIM, {}), settings=settings)
         for number in documents:
-            entry = {"kind": "document", "live": True, "number": number, "passages": 1, "mark": schema.mark(number)}
+            entry = {"kind": "document", "live": True, "number": number, "first": 1, "passages": 1, "mark": schema.mark(number)}
             client.index(index=f"{alias}-{name}", routing="x", document=entry)
         client.indices.refresh(index=f"{alias}-{name}")
     own = Connection(parse_address(f"elasticsearch://{elasticsearch_host}/{alias}"))

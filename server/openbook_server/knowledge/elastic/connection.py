@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import elastic_transport
@@ -60,7 +61,14 @@ class Connection:
             **login,
         )
         # What a node that hangs is given of a question before another one is asked.
-        self._first = self._client.options(request_timeout=min(address.timeout, PATIENCE / 2)) if len(address.hosts) > 1 else self._client
+        self._hasty = self._client.options(request_timeout=min(address.timeout, PATIENCE / 2))
+        self._first = self._hasty if len(address.hosts) > 1 else self._client
+
+    def hasty(self) -> Connection:
+        """This one, for what every cluster that is well answers at once: it waits no longer for one that hangs."""
+        hasty = copy(self)
+        hasty._client = hasty._first = self._hasty
+        return hasty
 
     def check_version(self) -> None:
         """Raises KnowledgeBaseRefused where no Elasticsearch 9 or newer answers, and as `call` does where nothing answers."""

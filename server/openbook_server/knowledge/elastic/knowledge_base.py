@@ -115,7 +115,7 @@ class ElasticsearchKnowledgeBase:
 
     @property
     def live_generation(self) -> str:
-        return existing_generation(self._connection, self._address.alias).name
+        return existing_generation(self._connection.hasty(), self._address.alias).name  # it is looked at all the time
 
     @property
     def sequence(self) -> int:
@@ -187,6 +187,9 @@ class ElasticsearchKnowledgeBase:
 
     def snapshot(self) -> None:
         """Remove what stopped writes left behind; Elasticsearch keeps its indexes itself."""
+        named_generation(
+            self._connection.hasty(), self._address.alias, self.generation
+        )  # a server that stops waits for no cluster that hangs
         self._sweep(self._documents.sweep)
 
     def _sweep(self, sweep: Callable[[], int]) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from openbook.commands import FAILED, folder, named
 
+from openbook_server.targets import is_address
+
 if TYPE_CHECKING:
     from openbook.client import Client
     from openbook.v1 import knowledge_base_pb2 as kb
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
-        if Path(arguments.target).exists() or ":" not in arguments.target or "://" in arguments.target:
+        if Path(arguments.target).exists() or ":" not in arguments.target or is_address(arguments.target):
             return _of_knowledge_base(arguments)
         with Client(arguments.target, timeout_seconds=arguments.timeout) as client:
             return _of_server(client, arguments)

@@ -10,6 +10,8 @@ from typing import Any
 
 from openbook.commands import named
 
+from openbook_server.targets import is_address
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Say what a bundle, a knowledge base or a server is; a bundle's digests are checked."
@@ -48,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _facts(target: str) -> dict[str, Any]:
     folder = Path(target)
-    if "://" in target:
+    if is_address(target):
         from openbook_server.knowledge.opening import describe_address
 
         return describe_address(target)

@@ -30,6 +30,7 @@ from openbook_server.knowledge import KnowledgeBase
 from openbook_server.knowledge.opening import recorded_bundle
 from openbook_server.knowledge.records import GenerationState
 from openbook_server.pair import Pair, Shared
+from openbook_server.retiring import Retiring
 from openbook_server.served import Served
 from openbook_server.unbroken import to_the_end, uncancelled
 
@@ -57,7 +58,7 @@ class Succession:
         self._change = asyncio.Lock()
         self._draining = asyncio.Event()
         self._changes: set[asyncio.Task[Any]] = set()
-        self._retiring: dict[asyncio.Task[None], str] = {}  # the generation that each is about
+        self._retiring = Retiring(shared)
         self._watching: asyncio.Future[None] | None = None
 
     async def states(self) -> list[GenerationState]:
@@ -121,11 +122,21 @@ class Succession:
                 if problem:
                     log.info("%s answers with generation %s, which is live", self._knowledge_base.name, self._knowledge_base.generation)
                 problem = ""
+                await self._sweep()
             except Exception as error:  # whatever it is, the next look may succeed
                 if repr(error) != problem:
                     defect = not isinstance(error, (OpenBookError, OSError))
                     log.warning("cannot tell or follow the live generation: %s", error, exc_info=defect)
                 problem = repr(error)
+
+    async def _sweep(self) -> None:
+        """In a server that nobody writes to, too: what a stopped write left behind is in the way of every search near it."""
+        try:
+            if self._shared.writable:
+                with self.live.served.request():  # it stays open meanwhile
+                    await self._shared.in_writer(self._knowledge_base.sweep)
+        except (OpenBookError, OSError) as error:
+            log.warning("%s", error)
 
     async def _reopen(self, state: GenerationState) -> Following:
         """Begin to bring a generation that there is up to date, with the bundle that goes with it, in place of what is being built."""
@@ -143,7 +154,8 @@ class Succession:
         tasks = [*self._changes, *([self._watching] if self._watching is not None else [])]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._retiring, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._retiring.all_closed()
         await self._stop_following()
 
     async def _uncancelled(self, change: Callable[[], Awaitable[_T]]) -> _T:
@@ -270,8 +282,7 @@ class Succession:
         async with self._change:
             if self.following is not None and self.following.name == name:
                 await self._stop_following()
-            if retiring := [task for task, its_name in self._retiring.items() if its_name == name]:  # once each time that it was live
-                await asyncio.wait(retiring)
+            await self._retiring.closed(name)
             await self._shared.in_writer(lambda: self._knowledge_base.remove_generation(name))
 
     def _begin(self, bundle: Bundle, *, graph_dims: int | None, name: str | None = None) -> Following:
@@ -300,21 +311,4 @@ class Succession:
             self._front.served = pair.served
             old, self.live, self._knowledge_base, self.following = self.live, pair, knowledge_base, None
         log.info("generation %s is live; writes waited for %.3f s", knowledge_base.generation, time.monotonic() - began)
-        self._retire(old)
-
-    def _retire(self, old: Pair) -> None:
-        assert old.knowledge_base is not None  # noqa: S101
-        task = asyncio.ensure_future(self._close(old))
-        self._retiring[task] = old.knowledge_base.generation
-        task.add_done_callback(self._retiring.pop)
-
-    async def _close(self, old: Pair) -> None:
-        """Once its requests are done: save its index for the way back, and let go of it."""
-        assert old.knowledge_base is not None  # noqa: S101
-        await old.served.finished()
-        try:
-            if self._shared.writable:
-                await self._shared.in_writer(old.knowledge_base.snapshot)
-        except (OpenBookError, OSError) as error:
-            log.warning("%s", error)
-        await to_the_end(old.close())
+        self._retiring.add(old)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseRefused, KnowledgeBaseUnavailable
 from openbook_server.knowledge import Document, Passage, SearchOptions
-from openbook_server.knowledge.elastic import connection, documents, schema
+from openbook_server.knowledge.elastic import candidates, connection, documents, doubt, schema
 from openbook_server.knowledge.elastic.connection import Connection
 from openbook_server.knowledge.elastic.inventory import describe
 from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
@@ -142,6 +142,141 @@ def test_a_deletion_that_dies_at_any_point_has_happened_or_not(
     assert entries(client, alias, "passage") == 5
 
 
+MODES = ("hybrid", "dense", "late_interaction", "lexical", "random")
+QUESTION = unit(1, seed=99)
+
+
+def write_near(knowledge_base: ElasticsearchKnowledgeBase, word: str, passages: int, *ids: str) -> None:
+    """As `write`; every passage is nearer to `QUESTION` than any other one can be."""
+    rows = [Passage(id=f"{id_}#{n}", document_id=id_, text=f"{word} p{n}", start=n) for id_ in ids for n in range(passages)]
+    vectors = QUESTION + 0.001 * unit(len(rows), seed=6)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    knowledge_base.replace_documents([(Document(id=id_, text=""), word) for id_ in ids], rows, vectors)
+
+
+def stopped_before_the_commit(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str, passages: int, *ids: str
+) -> None:
+    """A write near `QUESTION` that died when all its passages were there."""
+    with pytest.MonkeyPatch.context() as dying:
+        stop_before(dying, 3)
+        with pytest.raises(Stopped):
+            write_near(knowledge_base, "new", passages, *ids)
+    client.indices.refresh(index=alias)
+
+
+def found(knowledge_base: ElasticsearchKnowledgeBase, mode: Any, top_k: int) -> list[str]:
+    """The documents of a search's hits."""
+    [hits] = knowledge_base.search(["new"], QUESTION, SearchOptions(top_k=top_k, mode=mode))
+    return [hit.passage.document_id for hit in hits]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("documents", "passages"), [(1, 400), (400, 1)])
+def test_what_a_stopped_write_left_near_a_question_keeps_no_hit_from_it(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str, mode: str, documents: int, passages: int
+) -> None:
+    others = [f"o{number}" for number in range(30)]
+    write(knowledge_base, "new", 1, *others)
+    stopped_before_the_commit(knowledge_base, client, alias, passages, *(f"s{number}" for number in range(documents)))
+    for top_k in (1, 5):
+        assert len(found(knowledge_base, mode, top_k)) == top_k
+    assert sorted(found(knowledge_base, mode, 50)) == sorted(others)
+
+
+def test_passages_that_no_record_lists_keep_no_hit_from_a_question(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    write(knowledge_base, "new", 1, "o")
+    stopped_before_the_commit(knowledge_base, client, alias, 400, "s")
+    key = schema.document_key("s")
+    client.delete(index=alias, id=key, routing=key, refresh=True)
+    for mode in MODES:
+        assert found(knowledge_base, mode, 1) == ["o"]
+
+
+def test_a_document_whose_replacement_was_stopped_is_found_as_it_was(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    write(knowledge_base, "new", 300, "a")
+    stopped_before_the_commit(knowledge_base, client, alias, 300, "a")
+    for mode in MODES:
+        assert found(knowledge_base, mode, 20) == ["a"] * 20
+
+
+def test_a_document_that_is_replaced_while_it_is_searched_for_is_found_old_or_new(
+    knowledge_base: ElasticsearchKnowledgeBase, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(knowledge_base, "old", 1, "a")
+    other = opened(target)
+    other.snapshot()  # so that its write begins with no sweep
+    intended, looked, written = threading.Event(), threading.Event(), threading.Event()
+    real_bulk, made = Connection.bulk, 0
+
+    def bulk(self: Connection, *arguments: Any, **options: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 4:  # the passages are written, the commit is next
+            self.refresh(other._generation.index)
+            intended.set()
+            assert looked.wait(60)
+        return real_bulk(self, *arguments, **options)
+
+    def look(*arguments: Any) -> Any:
+        known = real_look(*arguments)
+        looked.set()
+        assert written.wait(60)
+        return known
+
+    real_look = candidates.look
+    monkeypatch.setattr(Connection, "bulk", bulk)
+    monkeypatch.setattr(candidates, "look", look)
+    writing = threading.Thread(target=lambda: (write_near(other, "new", 40, "a"), written.set()))
+    writing.start()
+    assert intended.wait(60)
+    assert found(knowledge_base, "dense", 1) == ["a"]
+    writing.join()
+    other.close()
+
+
+def test_a_search_that_is_outrun_by_writes_says_so_instead_of_finding_less(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(knowledge_base, "new", 1, "o")
+    stopped_before_the_commit(knowledge_base, client, alias, 1, "s")
+    monkeypatch.setattr(candidates, "_ROUNDS", 1)
+    with pytest.raises(KnowledgeBaseUnavailable, match="try again later"):
+        found(knowledge_base, "dense", 1)
+    monkeypatch.undo()
+    write(knowledge_base, "new", 300, *(f"o{number}" for number in range(3)))
+    stopped_before_the_commit(knowledge_base, client, alias, 1, *(f"o{number}" for number in range(3)))
+    monkeypatch.setattr(doubt, "_SPANS", 2)
+    assert len(found(knowledge_base, "dense", 50)) == 50
+    monkeypatch.setattr(doubt, "_NUMBERS", 200)
+    with pytest.raises(KnowledgeBaseUnavailable, match="too many passages"):
+        found(knowledge_base, "dense", 50)
+
+
+def test_entries_that_were_put_into_the_index_by_hand_are_no_documents_and_no_hits(
+    knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    write(knowledge_base, "new", 1, "a")
+    key = schema.document_key("a")
+    passage = {"kind": "passage", "text": "new by hand", "vector": QUESTION[0].tolist()}
+    for id_, routing in (("foo", "foo"), ("foo.bar", "foo"), ("abc.5", "abc"), ("a", key), (f"{key}.900", "elsewhere"), (f"{key}.0", key)):
+        client.index(index=alias, id=id_, routing=routing, document=passage)
+    client.index(
+        index=alias, id="ddd", routing="ddd", document={"kind": "document", "live": True, "unsettled": True, "number": 500, "passages": 1}
+    )
+    client.indices.refresh(index=alias)
+    for mode in MODES:
+        assert found(knowledge_base, mode, 5) == ["a"]
+    assert [id_ for _, id_, _, _ in knowledge_base.page(0, 10)] == ["a"]
+    assert knowledge_base.counts().documents == 1
+    knowledge_base.snapshot()
+    write(knowledge_base, "new", 1, "a")
+
+
 def test_writers_of_one_document_leave_it_whole_and_nothing_else(
     target: str, knowledge_base: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
 ) -> None:
@@ -175,6 +310,7 @@ def test_a_slow_writer_that_was_taken_for_dead_begins_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = opened(target)
+    knowledge_base.snapshot()  # so that its write begins with no sweep
     real, made = Connection.bulk, 0
 
     def bulk(self: Connection, *arguments: Any, **options: Any) -> Any:

@@ -6,6 +6,8 @@ What they promise like every other's is in test_building.py and test_succession.
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -485,7 +487,7 @@ def test_indexes_that_hold_different_documents_are_told_apart_whatever_their_num
         settings = schema.settings(shards=1, replicas=0, active_copies="1")
         client.indices.create(index=f"{alias}-{name}", mappings=schema.mappings(DIM, {}), settings=settings)
         for number in documents:
-            entry = {"kind": "document", "live": True, "number": number, "passages": 1, "mark": schema.mark(number)}
+            entry = {"kind": "document", "live": True, "number": number, "first": 1, "passages": 1, "mark": schema.mark(number)}
             client.index(index=f"{alias}-{name}", routing="x", document=entry)
         client.indices.refresh(index=f"{alias}-{name}")
     own = Connection(parse_address(f"elasticsearch://{elasticsearch_host}/{alias}"))
@@ -536,3 +538,58 @@ def test_a_new_generation_lies_on_the_nodes_as_the_live_one_does_unless_the_addr
         assert found == (shards, "0", "all")
         following.close()
     assert [state.state for state in live.generation_states()] == ["live", "new", "new"]
+
+
+def test_a_name_that_publishing_would_take_from_somebody_else_refuses_it(
+    target: str, live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    second = beside(live, SECOND)
+    assert build_generation(second, embed(SECOND))
+    for others in ({"index": f"{alias}-others", "aliases": {f"{alias}-kept": {}}}, {"index": f"{alias}-previous"}):
+        client.indices.create(**others)  # type: ignore[arg-type]
+        with pytest.raises(KnowledgeBaseDamaged, match=f"means {others['index']}, which is none of its generations"):
+            publish_generation(second, embed(SECOND))
+        client.indices.delete(index=str(others["index"]))
+    write(live, FIRST, "new", "d1")
+    publish_generation(second, embed(SECOND))
+    assert stored(second, SECOND) == OLD | {"d1": "new"}
+    second.close()
+
+
+def test_a_neighbour_of_a_newer_format_is_none_of_its_affair(
+    target: str, live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    facts = {"format": str(schema.FORMAT + 1), "generation": "1-0123456789ab"}
+    client.indices.create(index=f"{alias}-archive-1-0123456789ab", mappings={"_meta": {"openbook": facts}})
+    assert [state.name for state in live.generation_states()] == [live.generation]
+
+
+def test_names_that_an_operator_removed_are_told_with_the_request_that_brings_them_back(
+    target: str, live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    second = beside(live, SECOND)
+    assert build_generation(second, embed(SECOND))
+    publish_generation(second, embed(SECOND))
+    index = f"{alias}-{second.generation}"
+
+    def told(refused: KnowledgeBaseDamaged) -> None:
+        """Follow it."""
+        [request] = re.findall(r"POST _aliases (\{.*\}\]\})", str(refused))
+        client.indices.update_aliases(**json.loads(request))
+
+    client.indices.delete_alias(index=index, name=f"{index}-here")
+    with pytest.raises(KnowledgeBaseDamaged, match=f"{index}-here") as raised:
+        write(second, SECOND, "new", "d1")
+    told(raised.value)
+    write(second, SECOND, "new", "d1")
+    client.indices.delete_alias(index=index, name=f"{index}-here")
+    client.indices.delete_alias(index=index, name=alias)
+    for _ in range(2):
+        with pytest.raises(KnowledgeBaseDamaged, match=f"but the index {index}") as raised:
+            opened(target, SECOND)
+        told(raised.value)
+        write(opened(target, SECOND), SECOND, "again", "d2")
+        client.indices.delete_alias(index=index, name=alias)  # and the other name stays
+    told(raised.value)
+    assert stored(opened(target, SECOND), SECOND) == OLD | {"d1": "new", "d2": "again"}
+    second.close()

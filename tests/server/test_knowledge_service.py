@@ -7,10 +7,11 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
@@ -21,9 +22,10 @@ from openbook.v1 import openbook_pb2 as pb
 from openbook_server import serving
 from openbook_server.bundle import load_bundle
 from openbook_server.config import ServerConfig
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, KnowledgeBaseUnavailable
 from openbook_server.ingest import preparation
 from openbook_server.ingest.parts import Parts
+from openbook_server.knowledge import Document as StoredDocument
 from openbook_server.knowledge import Passage, SearchOptions, open_knowledge_base
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT, TOKEN_WEIGHT
 from openbook_server.knowledge.store import FILE
@@ -211,6 +213,35 @@ async def test_a_deleted_document_is_never_found_again(
     assert await search(channel, "yak", pb.SEARCH_MODE_LEXICAL) == []
     assert "gone" not in await search(channel, "yak", pb.SEARCH_MODE_DENSE)
     assert len((await stub.Get(kb.GetRequest(ids=["gone"]))).documents) == 0
+
+
+async def test_deleting_a_document_whose_write_was_stopped_removes_what_that_left(
+    stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub, tiny_bundle: Path, tiny_place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tiny_place.in_elasticsearch:
+        pytest.skip("a write to a folder is one transaction")
+    from openbook_server.knowledge.elastic.schema import document_key
+
+    embedder = load_bundle(tiny_bundle).embedder
+    other: Any = tiny_place.open(fingerprint=embedder.fingerprint, dim=embedder.dim)
+    other.snapshot()  # so that its write begins with no sweep
+    real, left = other._entrance.bulk, iter(range(3))
+
+    def bulk(actions: Any) -> Any:
+        if next(left, None) is None:
+            raise KnowledgeBaseUnavailable("stopped before the commit")
+        return real(actions)
+
+    monkeypatch.setattr(other._entrance, "bulk", bulk)
+    vectors = np.eye(1, embedder.dim, dtype=np.float32)
+    with pytest.raises(KnowledgeBaseUnavailable):
+        other.replace_documents([(StoredDocument(id="s", text=""), "")], [Passage(id="s#0", document_id="s", text="yak", start=0)], vectors)
+    key = document_key("s")
+    assert key in other._documents.stored([key])
+    reply = await stub.Delete(kb.DeleteRequest(ids=["s"]))
+    assert [result.outcome for result in reply.results] == [kb.OUTCOME_ABSENT]
+    assert other._documents.stored([key]) == {}
+    other.close()
 
 
 async def test_get_and_list_give_back_what_was_written(stub: knowledge_base_pb2_grpc.KnowledgeBaseAsyncStub) -> None:

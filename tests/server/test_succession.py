@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -734,6 +735,34 @@ async def test_a_server_follows_another_one_that_publishes_rolls_back_or_is_told
         assert name == (await second.answers()).provenance.generation
         await second.upsert(x="a yak")
         assert (await second.generations())[0] == (LIVE, 6, 0)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_a_server_that_takes_writes_sweeps_now_and_then_though_nobody_writes(
+    tiny_bundle: Path, tiny_knowledge_base: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    monkeypatch.setattr(succession, "_LOOK_AGAIN", 0.001)
+    looks, swept = asyncio.Semaphore(0), 0
+    loop, really_live = asyncio.get_running_loop(), EmbeddedKnowledgeBase.live_generation.fget
+    assert really_live is not None
+
+    def live_generation(self: EmbeddedKnowledgeBase) -> str:
+        loop.call_soon_threadsafe(looks.release)
+        return really_live(self)
+
+    def sweep(self: EmbeddedKnowledgeBase) -> None:
+        nonlocal swept
+        swept += 1
+        raise KnowledgeBaseUnavailable("not now")  # which costs nothing but a line in the log
+
+    monkeypatch.setattr(EmbeddedKnowledgeBase, "live_generation", property(live_generation))
+    monkeypatch.setattr(EmbeddedKnowledgeBase, "sweep", sweep)
+    async with Running(tiny_bundle, str(tiny_knowledge_base), replace(CONFIG, read_only=read_only)) as caller, asyncio.timeout(WAIT):
+        before = swept
+        for _ in range(20):
+            await looks.acquire()
+        assert (swept > before) is not read_only
+        await caller.answers()
 
 
 async def test_a_server_that_does_not_find_the_bundle_of_what_another_one_published_goes_on_and_says_so(

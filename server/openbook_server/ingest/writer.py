@@ -113,7 +113,7 @@ class Writer:
         def remove() -> dict[str, int]:
             stored = {id_: len(passages) for id_, passages in self._knowledge_base.documents(ids).items()}
             stored = dict.fromkeys(self._knowledge_base.digests(ids), 0) | stored
-            self._knowledge_base.delete_documents(list(stored))
+            self._knowledge_base.delete_documents(ids)  # also of what is not stored: a write that was stopped may have left something
             return stored
 
         return await self._write(remove)

@@ -227,12 +227,11 @@ class EmbeddedKnowledgeBase:
         found = []
         for at, (question, dense) in enumerate(zip(questions, nearest, strict=True)):
             words = self._words.search(question, wanted, allowed) if options.by_words else {}
-            drawn = draw(question, rows, wanted) if rows else {}
             if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
                 dense = dense | self._index.compare(vectors[at], [number for number in words if number not in dense])
             asked = None if vectors is None else vectors[at], tokens[at] if tokens else None
             near = partial(self._store.generations.nearness, self._generation, *asked)
-            found.append(rank(question, Candidates(dense, words, load, self._index.vectors, near, drawn), options))
+            found.append(rank(question, Candidates(dense, words, load, self._index.vectors, near, draw(question, rows, wanted)), options))
         return found
 
     def watch(self, *, share: float, target: float) -> None:
@@ -251,6 +250,9 @@ class EmbeddedKnowledgeBase:
         self._index.flush()
         self._optimise(self._index)
 
+    def sweep(self) -> None:
+        """Nothing: a write that was stopped left nothing behind."""
+
     def snapshot(self) -> None:
         """Save graph and words, so that the next start need not build them; nothing to do while there are few rows."""
         sequence = self._store.sequence()  # before the graph is looked at: a row too many is no harm, one too few would be
@@ -265,16 +267,14 @@ class EmbeddedKnowledgeBase:
 
     def lacking(self, limit: int) -> Gap | None:
         last = self._store.last_number()
-        numbers = self._store.generations.lacking(self._generation, after=self._filled, limit=limit)
-        if not numbers:
+        if not (numbers := self._store.generations.lacking(self._generation, after=self._filled, limit=limit)):
             self._filled = max(self._filled, last)  # it is asked again and again, and need not look through all passages each time
         passages = dict(sorted(self._store.passages(numbers).items()))
         return Gap(list(passages.values()), partial(self._fill, list(passages))) if passages else None
 
     def _fill(self, numbers: Sequence[int], vectors: Vectors, windows: Sequence[bytes]) -> None:
         check_vectors(vectors, len(numbers), self._generation.dim)
-        places = self._store.generations.fill(self._generation, numbers, vectors, windows)
-        if places:
+        if places := self._store.generations.fill(self._generation, numbers, vectors, windows):
             self._home.add(self._generation.table, [numbers[at] for at in places], vectors[places])
             self._home.settle(self._store)
             self._saved = -1

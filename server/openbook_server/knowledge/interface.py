@@ -125,6 +125,9 @@ class KnowledgeBase(Protocol):
     def optimise(self) -> None:
         """After much was written: make searches as fast as they can be."""
 
+    def sweep(self) -> None:
+        """Remove what writes that were stopped left behind, where there can be such a thing; does nothing while that was done lately."""
+
     def snapshot(self) -> None:
         """Leave things as the next start likes them best; nothing that was stored depends on it.
 

@@ -13,6 +13,7 @@ from openbook_server.knowledge import inventory
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.interface import KnowledgeBase
 from openbook_server.knowledge.records import BundlePlace, GenerationState
+from openbook_server.targets import is_address
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def open_knowledge_base(
         As `EmbeddedKnowledgeBase` and `ElasticsearchKnowledgeBase` do.
     """
     fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
-    if "://" not in str(target):
+    if not is_address(target):
         return EmbeddedKnowledgeBase(
             Path(target),
             fingerprint=fingerprint,
@@ -78,7 +79,7 @@ def look(target: str | Path) -> AbstractContextManager[Closed | None]:
     Raises:
         KnowledgeBaseDamaged and others: what is there is no knowledge base, or cannot be reached.
     """
-    if "://" not in str(target):
+    if not is_address(target):
         return inventory.look(Path(target))
     _require_client()
     from openbook_server.knowledge.elastic import inventory as elastic_inventory
@@ -153,7 +154,7 @@ def open_generation(target: str | Path, name: str) -> tuple[KnowledgeBase, Bundl
         raise InvalidRequest("NAME", f"{name!r} is none of {', '.join(known)}")
     bundle = recorded_bundle(name, known[name], f"openbook index BUNDLE {unsecret(target)} --new-generation")
     fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
-    if "://" not in str(target):
+    if not is_address(target):
         return EmbeddedKnowledgeBase(Path(target), fingerprint=fingerprint, dim=dim, name=name), bundle
     from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
 
@@ -162,7 +163,7 @@ def open_generation(target: str | Path, name: str) -> tuple[KnowledgeBase, Bundl
 
 def unsecret(target: str | Path) -> str:
     """What a user named, fit for a message: an address without user, password and options."""
-    if "://" not in str(target):
+    if not is_address(target):
         return str(target)
     from openbook_server.knowledge.elastic.address import parse_address
 

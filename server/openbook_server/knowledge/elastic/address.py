@@ -14,6 +14,7 @@ API_KEY = "OPENBOOK_ELASTICSEARCH_API_KEY"  # environment variable
 PORT = 9_200
 _FORM = "elasticsearch[s]://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/ALIAS[?shards=1&replicas=1&active_copies=1&timeout=30&ca=FILE]"
 _ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]{0,149}")
+_OWN = re.compile(r".*-(previous|kept|\d+-[0-9a-f]{12}(-.*)?)")  # names that generations of other aliases get, see `generations`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +46,12 @@ def parse_address(target: str) -> Address:
     Raises:
         InvalidRequest: it is none; the message holds no password.
     """
-    scheme, _, rest = target.partition("://")
+    scheme, _, rest = target.partition(":")
     if scheme not in SCHEMES:
         raise _wrong(f"{scheme}:// is no scheme that is known here")
-    location, _, query = rest.partition("?")
+    if not rest.startswith("//"):  # what follows may hold a password
+        raise _wrong(f"after {scheme}: two slashes are missing")
+    location, _, query = rest.removeprefix("//").partition("?")
     authority, _, alias = location.partition("/")
     credentials, _, hosts = authority.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -57,6 +60,8 @@ def parse_address(target: str) -> Address:
         raise _wrong("a password's / ? # @ and : must be written as %2F %3F %23 %40 and %3A")
     if not _ALIAS.fullmatch(alias):
         raise _wrong(f"{alias!r} is no name of an alias: lower-case letters, digits and ._- are allowed, at most 150")
+    if _OWN.fullmatch(alias):
+        raise _wrong(f"{alias!r} is a name that generations of another knowledge base get; choose another one")
     limits = {"shards": (1, 1_024), "replicas": (0, 16), "active_copies": (1, 17), "timeout": (1, 600)}
     unknown = sorted(options.keys() - limits.keys() - {"ca"})
     if unknown:

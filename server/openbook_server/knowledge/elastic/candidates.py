@@ -2,7 +2,8 @@
 
 A passage that a search finds may belong to no document any more, or not yet: a write is under way, or was stopped. Whether
 it is live says its document's record, read from the same copies of the shards and not newer than the last refresh, for a
-record and its passages become visible together. What is not live is left out, and the question is asked again without it.
+record and its passages become visible together. Whoever meets one that is not live asks again for live passages alone (`doubt`),
+until none is met and what is live did not change meanwhile; entries that were put into the index by hand count as not live.
 """
 
 from __future__ import annotations
@@ -10,30 +11,30 @@ from __future__ import annotations
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openbook_server.errors import InvalidRequest
+from openbook_server.errors import InvalidRequest, KnowledgeBaseUnavailable
 from openbook_server.knowledge import lexical
 from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Connection
-from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, parse_passage, parse_record, parse_windows
+from openbook_server.knowledge.elastic.doubt import Doubt, live_query, look
+from openbook_server.knowledge.elastic.entries import PASSAGE_FIELDS, Key, parse_passage, parse_passage_key, parse_record, parse_windows
 from openbook_server.knowledge.fusion import Candidates, depth, looks_closely, rank
 from openbook_server.knowledge.graph import EF
 from openbook_server.knowledge.records import Hit, Passage, SearchOptions
 from openbook_server.knowledge.windows import Signs, Tokens, nearness
 
 MOST = 10_000  # candidates of one search: Elasticsearch's own limit
-_ROUNDS = 5  # of asking again without what is not live
+_ROUNDS = 20  # of asking again; two are enough unless documents near the question are written one after the other
 _ASKED_AT_ONCE = 32  # questions in one request
 _RANKED_AT_ONCE = 8  # questions whose passages are loaded side by side
 _APART = re.compile(r"[\s\-\u2010-\u2015/]+")  # what no analyser keeps in a word
 
-Key = tuple[int, str]  # a passage's number, and its document's key
 Query = dict[str, Any]
 Vector = NDArray[np.float32]
 
@@ -53,63 +54,76 @@ class Searcher:
             raise ValueError(f"mode {options.mode!r} needs the questions' vectors")
         if depth(options) > MOST:
             raise InvalidRequest("top_k", f"{options.top_k} needs more candidates than the {MOST} that Elasticsearch gives; ask for fewer")
-        hits: list[list[Hit]] = [[] for _ in questions]
-        gone: list[set[Key]] = [set() for _ in questions]
-        left = list(range(len(questions)))
-        for _ in range(_ROUNDS):
-            again = []
-            for at in range(0, len(left), _ASKED_AT_ONCE):
-                part = left[at : at + _ASKED_AT_ONCE]
-                known = [len(gone[question]) for question in part]
-                proposed = self._propose(
-                    [questions[i] for i in part],
-                    vectors[part] if vectors is not None else None,
-                    [tokens[i] if tokens else None for i in part],
-                    [gone[i] for i in part],
-                    options,
-                )
-
-                def ranked(question: int, candidates: Candidates[Key]) -> list[Hit]:
-                    return rank(questions[question], candidates, options)
-
-                for question, row in zip(part, self._pool.map(ranked, part, proposed), strict=True):
-                    hits[question] = row
-                again += [question for question, before in zip(part, known, strict=True) if len(gone[question]) > before]
-            left = again
-            if not left:
-                break
+        hits: list[list[Hit]] = []
+        for part in (slice(at, at + _ASKED_AT_ONCE) for at in range(0, len(questions), _ASKED_AT_ONCE)):
+            hits += self._search(questions[part], vectors[part] if vectors is not None else None, options, tokens[part])
         return hits
+
+    def _search(self, questions: Sequence[str], vectors: Vector | None, options: SearchOptions, tokens: Tokens) -> list[list[Hit]]:
+        hits: list[list[Hit]] = [[] for _ in questions]
+        left = list(range(len(questions)))
+        doubt: Doubt = {}
+        for _ in range(_ROUNDS):
+            met: list[set[str]] = [set() for _ in left]  # documents of which something was found that is not live
+            proposed = self._propose(
+                [questions[i] for i in left],
+                vectors[left] if vectors is not None else None,
+                [tokens[i] if tokens else None for i in left],
+                met,
+                options,
+                doubt,
+            )
+
+            def ranked(question: int, candidates: Candidates[Key]) -> list[Hit]:
+                return rank(questions[question], candidates, options)
+
+            for question, row in zip(left, self._pool.map(ranked, left, proposed), strict=True):
+                hits[question] = row
+            if not doubt and not any(met):
+                return hits
+            now = look(self._connection, self._index, self._preference, {*doubt}.union(*met))
+            changed = any(now[key] != live for key, live in doubt.items())  # so what was left out may be live by now
+            left = [question for question, keys in zip(left, met, strict=True) if keys or changed]
+            if not left:
+                return hits
+            doubt = now
+        raise KnowledgeBaseUnavailable(
+            f"{self._connection.name}: documents near the question were written {_ROUNDS} times while it was searched for; try again later"
+        )
 
     def _propose(
         self,
         questions: Sequence[str],
         vectors: Vector | None,
         tokens: Tokens,
-        gone: Sequence[set[Key]],
+        met: Sequence[set[str]],
         options: SearchOptions,
+        doubt: Doubt,
     ) -> list[Candidates[Key]]:
         dense: list[dict[Key, float]] = [{} for _ in questions]
         words: list[dict[Key, float]] = [{} for _ in questions]
         drawn: list[dict[Key, float]] = [{} for _ in questions]
-        searches: list[tuple[dict[Key, float], Query]] = []
+        searches: list[tuple[dict[Key, float], set[str], Query]] = []
+        allowed = [] if options.condition is None else [schema.condition_query(options.condition)]
+        if doubt:
+            allowed.append(live_query(doubt, self._connection.name))
         for at, question in enumerate(questions):
-            allowed = _allowed(options, gone[at])
             if options.by_vectors and vectors is not None:
-                searches.append((dense[at], _nearest(vectors[at], depth(options), options.ef, allowed)))
+                searches.append((dense[at], met[at], _nearest(vectors[at], depth(options), options.ef, allowed)))
             if options.by_words and (worded := _worded(question, depth(options), allowed)):
-                searches.append((words[at], worded))
+                searches.append((words[at], met[at], worded))
             if options.mode == "random":
-                searches.append((drawn[at], _drawn(question, depth(options), allowed)))
+                searches.append((drawn[at], met[at], _drawn(question, depth(options), allowed)))
         self._run(searches)
         if options.mode == "hybrid" and vectors is not None:  # what only the words found gets its exact cosine
             missing = [[key for key in row if key not in dense[at]] for at, row in enumerate(words)]
-            self._run([(dense[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
+            self._run([(dense[at], met[at], _exact(vectors[at], keys)) for at, keys in enumerate(missing) if keys])
         return [
             self._candidates(
                 dense[at],
                 words[at],
                 drawn[at],
-                gone[at],
+                met[at],
                 vectors[at] if looks_closely(options) and vectors is not None else None,
                 tokens[at],
             )
@@ -121,7 +135,7 @@ class Searcher:
         dense: dict[Key, float],
         words: dict[Key, float],
         drawn: dict[Key, float],
-        gone: set[Key],
+        met: set[str],
         vector: Vector | None,
         tokens: Signs | None,
     ) -> Candidates[Key]:
@@ -130,31 +144,35 @@ class Searcher:
         return Candidates(
             dense,
             words,
-            lambda keys: self._passages(keys, gone, windows if vector is not None else None),
+            lambda keys: self._passages(keys, met, windows if vector is not None else None),
             self._vectors,
             lambda keys: nearness(vector, tokens, keys, windows),
             drawn,
         )
 
-    def _run(self, searches: Sequence[tuple[dict[Key, float], Query]]) -> None:
-        """Make searches in one request; each adds what it finds, with its score, to the mapping before it."""
+    def _run(self, searches: Sequence[tuple[dict[Key, float], set[str], Query]]) -> None:
+        """Make searches in one request; each adds the passages that it finds, with their scores, to the mapping before it, and what
+        routed other entries to the set."""
         if not searches:
             return
         header: Query = {"preference": self._preference, "allow_partial_search_results": False}
         lines: list[Query] = [
             line
-            for _, query in searches
+            for _, _, query in searches
             # word statistics of all shards together, so that a score does not depend on where a passage lies
             for line in (header if "knn" in query else header | {"search_type": "dfs_query_then_fetch"}, {"_source": False, **query})
         ]
         body = self._connection.call(lambda client: client.msearch(index=self._index, searches=lines))
-        for (found, query), reply in zip(searches, body["responses"], strict=True):
+        for (found, met, query), reply in zip(searches, body["responses"], strict=True):
             for hit in reply["hits"]["hits"]:
-                document, _, number = hit["_id"].rpartition(".")
-                found[int(number), document] = schema.inner_product(hit["_score"]) if "knn" in query else max(hit["_score"], 0.0)
+                key = parse_passage_key(hit)
+                if key is None:
+                    met.add(hit["_routing"])
+                else:
+                    found[key] = schema.inner_product(hit["_score"]) if "knn" in query else max(hit["_score"], 0.0)
 
-    def _passages(self, keys: Sequence[Key], gone: set[Key], windows: dict[Key, bytes] | None) -> Mapping[Key, Passage]:
-        """Those that are live; their windows are added to `windows`, where they are wanted, and the others to `gone`."""
+    def _passages(self, keys: Sequence[Key], met: set[str], windows: dict[Key, bytes] | None) -> Mapping[Key, Passage]:
+        """Those that are live; their windows are added to `windows`, where they are wanted, and the others' documents to `met`."""
         if not keys:
             return {}
         documents = list(dict.fromkeys(document for _, document in keys))
@@ -173,7 +191,7 @@ class Searcher:
                 if windows is not None:
                     windows[key] = parse_windows(entry)
             else:
-                gone.add(key)
+                met.add(key[1])
         return found
 
     def _vectors(self, keys: Sequence[Key]) -> Mapping[Key, Vector]:
@@ -191,25 +209,11 @@ class Searcher:
                 allow_partial_search_results=False,
             )
         )
-        return dict(_parsed_vectors(body["hits"]["hits"]))
+        hits = [(parse_passage_key(hit), hit["fields"]["vector"]) for hit in body["hits"]["hits"]]
+        return {key: np.array(vector, np.float32) for key, vector in hits if key is not None}
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-def _parsed_vectors(hits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Key, Vector]]:
-    for hit in hits:
-        document, _, number = hit["_id"].rpartition(".")
-        yield (int(number), document), np.array(hit["fields"]["vector"], np.float32)
-
-
-def _allowed(options: SearchOptions, gone: set[Key]) -> list[Query]:
-    """Filters that every candidate passes."""
-    filters = [] if options.condition is None else [schema.condition_query(options.condition)]
-    if gone:
-        ids = [schema.passage_key(document, number) for number, document in gone]
-        filters.append({"bool": {"must_not": [{"ids": {"values": ids}}]}})
-    return filters
 
 
 def _nearest(vector: Vector, count: int, ef: int | None, allowed: list[Query]) -> Query:

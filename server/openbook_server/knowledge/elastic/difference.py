@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.connection import Connection
 
 LISTED = 1_000  # documents of a range that are listed rather than divided again
@@ -66,7 +67,7 @@ def _within(connection: Connection, one: str, other: str, low: int, high: int) -
 
 def _query(low: int, high: int | None, aggregations: dict[str, Any]) -> dict[str, Any]:
     numbers = {"gte": low} | ({} if high is None else {"lt": high})
-    stored = [{"term": {"kind": "document"}}, {"term": {"live": True}}, {"range": {"number": numbers}}]
+    stored = [*schema.STORED, {"range": {"number": numbers}}]
     return {"query": {"bool": {"filter": stored}}, "size": 0, "aggregations": aggregations}
 
 

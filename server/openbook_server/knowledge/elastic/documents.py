@@ -48,13 +48,13 @@ from openbook_server.knowledge.elastic.state import State
 from openbook_server.knowledge.records import Counts, Document, Passage
 
 SWEEP_AFTER = 600.0  # seconds after which a write that is not complete is taken for one that was stopped
+_SWEEP_EVERY = 60.0  # seconds
 _TRIES = 20  # of a write whose documents others write at the same time
 _AT_ONCE = 1_000  # entries read by one request
 
 _T = TypeVar("_T")
 Vectors = NDArray[np.float32]
 Part = tuple[Sequence[Passage], Vectors, Sequence[bytes]]  # of a document: passages, their vectors, and their windows
-_STORED: list[dict[str, Any]] = [{"term": {"kind": "document"}}, {"term": {"live": True}}]
 
 
 class Documents:
@@ -70,7 +70,7 @@ class Documents:
         self, documents: Sequence[tuple[Document, str]], passages: Sequence[Passage], vectors: Vectors, windows: Sequence[bytes]
     ) -> None:
         """Store documents and all their passages in place of what they had; durable and searchable when this returns."""
-        self._sweep_if_due()
+        self.sweep_if_due()
         rows: dict[str, list[int]] = {document.id: [] for document, _ in documents}
         for row, passage in enumerate(passages):
             rows[passage.document_id].append(row)
@@ -159,7 +159,7 @@ class Documents:
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove documents; returns how many passages went with them."""
-        self._sweep_if_due()
+        self.sweep_if_due()
         left = {schema.document_key(id_) for id_ in ids}
         removed: dict[str, int] = {}
         self._state.take_numbers(0)
@@ -184,17 +184,16 @@ class Documents:
         self._settle(marked)
         return {*marked}
 
-    def _sweep_if_due(self) -> None:
-        if time.monotonic() - self._swept > SWEEP_AFTER:
-            self.sweep()
+    def sweep_if_due(self) -> int:
+        """`sweep`, unless that was done lately."""
+        return self.sweep() if time.monotonic() - self._swept > _SWEEP_EVERY else 0
 
     def sweep(self) -> int:
         """Remove what stopped writes left behind; returns how many documents had such leftovers."""
         self._swept = time.monotonic()
-        query = {"bool": {"filter": [{"term": {"kind": "document"}}, {"term": {"unsettled": True}}]}}
         total = 0
         while True:
-            hits = self._search(query=query, size=_AT_ONCE, source=False)["hits"]["hits"]
+            hits = self._search(query=schema.UNSETTLED, size=_AT_ONCE, source=False)["hits"]["hits"]
             until = time.time() - SWEEP_AFTER
             records = self.stored(hit["_id"] for hit in hits).values()
             stopped = [record for record in records if not record.settled and all(part.since < until for part in record.stale)]
@@ -276,12 +275,12 @@ class Documents:
     def numbered(self, low: int, high: int | None, size: int) -> list[Record]:
         """The first `size` documents, by number, whose numbers are from `low` to `high - 1`; only what the last refresh made visible."""
         numbers = {"gte": low} | ({} if high is None else {"lt": high})
-        query = {"bool": {"filter": [*_STORED, {"range": {"number": numbers}}]}}
+        query = {"bool": {"filter": [*schema.STORED, {"range": {"number": numbers}}]}}
         body = self._search(query=query, size=size, sort=[{"number": "asc"}], seq_no_primary_term=True)
         return [parse_record(hit) for hit in body["hits"]["hits"]]
 
     def counts(self) -> Counts:
-        query = {"bool": {"filter": _STORED}}
+        query = {"bool": {"filter": schema.STORED}}
         body = self._search(query=query, size=0, track_total_hits=True, aggregations={"passages": {"sum": {"field": "passages"}}})
         return Counts(documents=body["hits"]["total"]["value"], passages=int(body["aggregations"]["passages"]["value"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from openbook_server.knowledge.elastic.connection import Action
 from openbook_server.knowledge.records import Passage
 
 PASSAGE_FIELDS = ["number", "id", "start", "title", "text", "tokens"]  # that `parse_passage` needs
+LIVE_FIELDS = ["live", "first", "passages"]  # that `parse_live` needs
+_PASSAGE_KEY = re.compile(r"([0-9a-f]{32})\.([1-9][0-9]*)")
+
+Key = tuple[int, str]  # a passage's number, and its document's key
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,18 @@ def parse_record(entry: Mapping[str, Any]) -> Record:
         stale=tuple(Range(*part) for part in row["stale"]),
         seen=(entry["_seq_no"], entry["_primary_term"]),
     )
+
+
+def parse_live(entry: Mapping[str, Any]) -> Range | None:
+    """The live passages that a record names; None where there are none, or there is no record."""
+    row = entry.get("_source", {})
+    return Range(row["first"], row["passages"]) if row.get("live") and "first" in row and row.get("passages") else None
+
+
+def parse_passage_key(entry: Mapping[str, Any]) -> Key | None:
+    """Of an entry that a search found; None where it is no passage that this package wrote."""
+    name = _PASSAGE_KEY.fullmatch(entry["_id"])
+    return (int(name[2]), name[1]) if name is not None and name[1] == entry["_routing"] else None
 
 
 def parse_windows(entry: Mapping[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ one embedder's questions never meet another one's passages.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,9 @@ def find_generation(connection: Connection, alias: str) -> Generation | None:
     """
     meant = _get(connection, alias)  # names and settings as they were at one moment, for others may move them
     if not meant:
+        left = all_generations(connection, alias)
+        if left and not any(alias in generation.aliases for generation in left):  # else it was made at this moment
+            raise _nameless(connection, alias, left)
         return None
     if alias in meant:
         raise KnowledgeBaseDamaged(f"{connection.name}: {alias} is an index, not the alias of a knowledge base; choose another name")
@@ -110,6 +114,23 @@ def find_generation(connection: Connection, alias: str) -> Generation | None:
             f"{connection.name} means the index {next(iter(meant))}, which is no knowledge base of openbook's; choose another name"
         )
     return found[0]
+
+
+def _nameless(connection: Connection, alias: str, left: Sequence[Generation]) -> KnowledgeBaseDamaged:
+    """`left`, by number, are there, and no alias."""
+    live = max(
+        left, key=lambda each: (each.writing in each.aliases, each.filling not in each.aliases, kept_name(alias) not in each.aliases)
+    )
+    return KnowledgeBaseDamaged(
+        f"{connection.name}: there is no alias of that name, but the index {live.index}; {bring_back(live, alias, live.writing)} makes it "
+        "the live one again; or delete it and all its like to begin anew"
+    )
+
+
+def bring_back(generation: Generation, *names: str) -> str:
+    """The request by which an operator gives names back to an index."""
+    actions = [{"add": {"index": generation.index, "alias": name}} for name in names]
+    return f"POST _aliases {json.dumps({'actions': actions})}"
 
 
 def existing_generation(connection: Connection, alias: str) -> Generation:
@@ -125,8 +146,19 @@ def existing_generation(connection: Connection, alias: str) -> Generation:
 def all_generations(connection: Connection, alias: str) -> list[Generation]:
     """Every generation of an alias, by number."""
     name = re.compile(re.escape(alias) + r"-\d+-[0-9a-f]{12}")
-    found = [generation for generation in _parse(_get(connection, f"{alias}-*")) if name.fullmatch(generation.index)]
+    found = _parse({index: entry for index, entry in _get(connection, f"{alias}-*").items() if name.fullmatch(index)})
     return sorted(found, key=lambda generation: generation.number)
+
+
+def check_names_are_own(connection: Connection, alias: str) -> None:
+    """Raises KnowledgeBaseDamaged: a name that publishing gives to generations means something else."""
+    own = {generation.index for generation in all_generations(connection, alias)}
+    for name in (previous_name(alias), kept_name(alias)):
+        if others := sorted({*_get(connection, name)} - own):
+            raise KnowledgeBaseDamaged(
+                f"{connection.name}: {name}, a name that publishing gives to the generation before, means {others[0]}, which is none of "
+                "its generations; remove that alias or index, or give it another name"
+            )
 
 
 def named_generation(connection: Connection, alias: str, name: str) -> Generation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,7 @@ class ElasticsearchKnowledgeBase:
 
     @property
     def live_generation(self) -> str:
-        return existing_generation(self._connection, self._address.alias).name
+        return existing_generation(self._connection.hasty(), self._address.alias).name  # it is looked at all the time
 
     @property
     def sequence(self) -> int:
@@ -182,10 +182,19 @@ class ElasticsearchKnowledgeBase:
     def optimise(self) -> None:
         """Nothing: Elasticsearch merges by itself."""
 
+    def sweep(self) -> None:
+        self._sweep(self._documents.sweep_if_due)
+
     def snapshot(self) -> None:
         """Remove what stopped writes left behind; Elasticsearch keeps its indexes itself."""
+        named_generation(
+            self._connection.hasty(), self._address.alias, self.generation
+        )  # a server that stops waits for no cluster that hangs
+        self._sweep(self._documents.sweep)
+
+    def _sweep(self, sweep: Callable[[], int]) -> None:
         try:
-            swept = self._documents.sweep()
+            swept = sweep()
         except GenerationReplaced:  # whoever makes it the live one again does
             return
         if swept:

@@ -22,13 +22,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from openbook_server.errors import GenerationNotReady, GenerationReplaced
+from openbook_server.errors import GenerationNotReady, GenerationReplaced, KnowledgeBaseDamaged
 from openbook_server.knowledge.elastic.connection import WRITING_PATIENCE, Action, Connection
 from openbook_server.knowledge.elastic.generations import (
     Alias,
     Generation,
     all_generations,
+    bring_back,
     change_facts,
+    check_names_are_own,
     existing_generation,
     find_generation,
     kept_name,
@@ -63,6 +65,7 @@ def hold(connection: Connection, alias: str, following: Generation) -> Held:
     Raises:
         GenerationNotReady: another index became live just now, `following` takes no copies any more, or writes under way did not end.
     """
+    check_names_are_own(connection, alias)
     live = not_held(connection, alias)
     held = Held(live, f"{time.time_ns() // 1_000_000}-{uuid.uuid4().hex[:8]}")
     actions = [*renamed(live, live.writing, held.name), *renamed(following, following.filling, following.holding + held.by)]
@@ -182,8 +185,13 @@ class Entrance:
                 f"answers; it goes with bundle {place.id[:12] or 'unknown'}, last seen in {place.folder or 'no known folder'}. "
                 "A server follows by itself where that bundle is there; else start it with the bundle"
             )
+        if now.held is None and now.writing not in now.aliases:
+            raise KnowledgeBaseDamaged(
+                f"{self._connection.name}: the index {now.index} has lost the name {now.writing}, by which writes go in; "
+                f"{bring_back(now, now.writing)} gives it back"
+            )
         if now.held is None:
-            return now.writing in now.aliases and not now.closed  # it was open again before we looked; else an operator closed it
+            return not now.closed  # it was open again before we looked; else an operator closed it
         _release_if_expired(self._connection, self._alias, now)
         return True
 

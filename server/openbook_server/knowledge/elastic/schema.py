@@ -80,6 +80,11 @@ def mappings(dim: int, facts: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+_RECORD: list[dict[str, Any]] = [{"term": {"kind": "document"}}, {"exists": {"field": "first"}}]  # and not what was put in by hand
+STORED = [*_RECORD, {"term": {"live": True}}]  # filters: the records of documents that are stored
+UNSETTLED = {"bool": {"filter": [*_RECORD, {"term": {"unsettled": True}}]}}  # query: those whose writes are under way, or were stopped
+
+
 def document_key(id_: str) -> str:
     """Names a document in the index, whatever its id is made of."""
     return hashlib.sha256(id_.encode()).hexdigest()[:32]

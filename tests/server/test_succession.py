@@ -385,7 +385,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> succession.Succession:
 async def test_a_generation_that_was_live_twice_is_removed_when_no_request_of_either_time_runs(alone: succession.Succession) -> None:
     first, second, other = pairs = [Retiring("old"), Retiring("old"), Retiring("other")]
     for old in pairs:
-        alone._retire(cast(Pair, old))
+        alone._retiring.add(cast(Pair, old))
     removed = cast(Any, alone._knowledge_base).removed
     second.done.set()  # whose requests are done before those of the first
     removing = asyncio.create_task(alone.remove("old"))
@@ -403,7 +403,7 @@ async def test_a_generation_that_was_live_twice_is_removed_when_no_request_of_ei
 
 async def test_a_server_that_stops_while_a_removal_waits_closes_what_is_being_retired(alone: succession.Succession) -> None:
     old = Retiring("old")
-    alone._retire(cast(Pair, old))
+    alone._retiring.add(cast(Pair, old))
     removing = asyncio.create_task(alone.remove("old"))
     await settled()
     closing = asyncio.create_task(alone.close())

@@ -5,20 +5,17 @@ MiniLM, BGE, E5, GTE and the other encoders with the architecture ("model_type")
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from openbook_training.adapters import read_adapter
 from openbook_training.checkpoint import Checkpoint, folder_digest, positions
 from openbook_training.pair_template import own_separators, set_pair_template
-from openbook_training.pretrained import knows_segments, read_in_one_segment, without_pooler
-from peft import PeftModel
+from openbook_training.pretrained import knows_segments, load_weights, read_in_one_segment, stored_tokenizer, without_pooler
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
@@ -27,7 +24,6 @@ from transformers import AutoModel, AutoModelForQuestionAnswering
 from openbook_export.errors import CheckpointUnsupported
 
 KINDS = ("bert", "camembert", "distilbert", "mpnet", "roberta", "xlm-roberta")  # whose graphs are fused and verified
-_UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers and peft raise on a damaged file
 _READER_DEFAULTS = {"max_tokens": 384, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
 
 
@@ -73,22 +69,11 @@ def load_tokenizer(checkpoint: Checkpoint, separators: int = 1) -> tuple[Tokeniz
     """The checkpoint's tokenizer without padding and truncation, its pairs in the one form, and the id of [SEP].
 
     Raises:
-        CheckpointNotFound: a text is not [CLS] A [SEP] to it.
-        CheckpointUnsupported: it does not load.
+        CheckpointNotFound: it does not load, or a text is not [CLS] A [SEP] to it.
     """
-    tokenizer = _own_tokenizer(checkpoint)
+    tokenizer = stored_tokenizer(checkpoint)
     set_pair_template(tokenizer, checkpoint.name, separators=separators)
     return tokenizer, tokenizer.encode("a").ids[-1]
-
-
-def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r}: tokenizer.json does not load ({error})") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> EmbedderModel:
@@ -98,7 +83,7 @@ def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> Embedde
         CheckpointUnsupported: it is none of `KINDS`, its weights do not load, or the adapter is damaged or another checkpoint's.
     """
     _require_known(checkpoint)
-    base = _load(AutoModel, checkpoint, **without_pooler(checkpoint))
+    base = load_weights(AutoModel, checkpoint, **without_pooler(checkpoint)).eval()
     if folder is None:
         return EmbedderModel(model=base, max_tokens=checkpoint.max_tokens)
     settings = _adapter_settings(checkpoint, folder, _RETRIEVER)
@@ -146,16 +131,19 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
     stored, separators = Checkpoint(name=f"--reader {folder}", folder=folder, pooling="", max_tokens=0), 1
     if (folder / "adapter_config.json").is_file():
         _adapter_settings(checkpoint, folder, _READER)
-        base = _load(AutoModelForQuestionAnswering, checkpoint)
+        base = load_weights(AutoModelForQuestionAnswering, checkpoint, new=["qa_outputs"])
         if settings.get("one_segment"):
             read_in_one_segment(base)
         model = _merged(base, folder, _READER)
     elif (folder / "config.json").is_file():
         _require_known(stored)
-        tokenizer = _own_tokenizer(stored)
-        if tokenizer.get_vocab() != _own_tokenizer(checkpoint).get_vocab():
-            raise CheckpointUnsupported(f"--reader {folder}: its vocabulary is not {checkpoint.name!r}'s; a bundle has one tokenizer")
-        model = _load(AutoModelForQuestionAnswering, stored)
+        tokenizer = stored_tokenizer(stored)
+        if other := _differing(tokenizer, stored_tokenizer(checkpoint)):
+            raise CheckpointUnsupported(
+                f"--reader {folder}: the {other} of its tokenizer is not {checkpoint.name!r}'s; a bundle has one tokenizer, so take a "
+                "reader that was trained on this checkpoint or its like"
+            )
+        model = load_weights(AutoModelForQuestionAnswering, stored).eval()
         separators = own_separators(tokenizer, stored.name, segments=knows_segments(model.config))
     else:
         raise CheckpointUnsupported(f"--reader {folder}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
@@ -181,6 +169,20 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
             f"{reader.max_question_tokens} and {special} special tokens; reader.json states these limits"
         )
     return reader
+
+
+def _differing(one: Tokenizer, other: Tokenizer) -> str:
+    """What makes other tokens of a text in one than in the other; "" where nothing does.
+
+    Special tokens count by their ids alone: how white space around them is read differs from one version of transformers to the next.
+    """
+    if one.get_vocab() != other.get_vocab():
+        return "vocabulary"
+    stated, wanted = json.loads(one.to_str()), json.loads(other.to_str())
+    for parts in (stated, wanted):
+        parts["added_tokens"] = [token for token in parts["added_tokens"] if not token["special"]]
+    names = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer", "model": "model", "added_tokens": "list of added tokens"}
+    return next((name for key, name in names.items() if stated[key] != wanted[key]), "")
 
 
 def _settling(stated: Any) -> dict[str, float] | None:
@@ -213,24 +215,10 @@ def _adapter_settings(checkpoint: Checkpoint, folder: Path, kind: _Adapter) -> d
 
 def _merged(base: Any, folder: Path, kind: _Adapter) -> Any:
     try:
-        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
-    except (*_UNLOADABLE, KeyError, TypeError) as error:
-        raise CheckpointUnsupported(f"{kind.flag} {folder}: the adapter does not load ({_first_line(error)})") from error
-
-
-def _load(kind: Any, checkpoint: Checkpoint, **settings: Any) -> Any:
-    try:
-        with _without_head_notice():
-            model = kind.from_pretrained(
-                checkpoint.folder, attn_implementation="eager", dtype=torch.float32, use_safetensors=True, **settings
-            )
-    except _UNLOADABLE as error:
-        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r} does not load ({_first_line(error)})") from error
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        return read_adapter(base, str(folder)).merge_and_unload().eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # what a damaged file leads to
+        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        raise CheckpointUnsupported(f"{kind.flag} {folder}: the adapter does not load ({reason})") from error
 
 
 def _require_known(checkpoint: Checkpoint) -> None:
@@ -249,18 +237,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointUnsupported(f"{file} holds no JSON object")
     return content
-
-
-@contextlib.contextmanager
-def _without_head_notice() -> Iterator[None]:
-    """Silence one notice: that a backbone's head is new or unused. The adapter brings the head, the embedder needs none."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("Some weights of", "You should probably TRAIN"))
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.generator import AnswerEncoder, GeneratorSettings, build_generator, load_generator, save_generator
 from openbook_training.language_model import Prompts, ReadingConfig, load_language_model, new_model, new_tokenizer, save_language_model
+from safetensors.torch import load_file, save_file
 
 TEXT = "the king of the red city read one book by the blue river"
 
@@ -240,3 +242,14 @@ def test_what_cannot_be_exported_is_refused_with_a_reason(tiny_checkpoint: Path,
     AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path)
     with pytest.raises(CheckpointUnsupported, match=r"its architecture is 'gpt_neo'; export verifies GPT-2"):
         load_writer("language_model", tmp_path)
+
+
+def test_a_writer_without_some_of_its_weights_is_refused(generator: Path, language_model: Path, tmp_path: Path) -> None:
+    for name, folder in (("generator", generator), ("language_model", language_model)):
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        weights = load_file(copy / "model.safetensors")
+        lacking = next(key for key in weights if ".0." in key and (name == "language_model" or "decoder" in key))
+        del weights[lacking]
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointNotFound, match=rf"lacks {re.escape(lacking)}, weights of a"):
+            load_writer(name, copy)

@@ -13,6 +13,7 @@ from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.heads import RowEncoder
 from openbook_training.reader import PairEncoder, build_reader, forward
 from openbook_training.retriever import build_retriever
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 SENTENCE = "sentence_transformers.models."
@@ -113,3 +114,13 @@ def test_the_pooling_is_the_one_that_the_modules_name(tiny_checkpoint: Path, tmp
     (folder / "modules.json").write_text(json.dumps([{"type": SENTENCE + kind, "path": path} for kind, path in paths.items()]))
     found = resolve_checkpoint(str(folder))
     assert (found.folder, found.pooling, found.max_tokens) == (folder / "0_Transformer", "cls", 128)
+
+
+def test_nothing_is_trained_on_weights_that_are_made_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "renamed"))
+    weights = {f"model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = resolve_checkpoint(str(folder))
+    for build in (build_reader, build_retriever):
+        with pytest.raises(CheckpointNotFound, match=r"lacks \S*embeddings\.\S+, .* more, weights of a Bert"):
+            build(checkpoint, lora_rank=2, lora_alpha=2)

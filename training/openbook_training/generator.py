@@ -151,12 +151,13 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
             if adapter:
                 raise CheckpointNotFound(f"initial_adapter {adapter!r}: {checkpoint.name!r} has a decoder of its own; leave it out")
             points = PointerGenerator.__name__ in (config.architectures or [])
-            whole = load_model(PointerGenerator if points else AutoModelForSeq2SeqLM, checkpoint, dropout=dropout)
+            whole = load_model(PointerGenerator if points else AutoModelForSeq2SeqLM, checkpoint, dropout=dropout, new=["pooler"])
             encoder.start = int(whole.config.decoder_start_token_id)  # BART begins with the token that ends a text
             whole.generation_config.forced_bos_token_id = None  # what follows is learned from answers alone
             return FusionInDecoder(whole)
         reader = _reading_backbone(checkpoint, adapter, dropout) if adapter else load_backbone(checkpoint, dropout=dropout)
-        writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, is_decoder=True, add_cross_attention=True)
+        new = ["crossattention", "cls", "lm_head"]
+        writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, new=new, is_decoder=True, add_cross_attention=True)
         for layer in writer.base_model.encoder.layer:
             layer.crossattention.load_state_dict(layer.attention.state_dict())
         network: Any = PointerGenerator(encoder=reader, decoder=writer)

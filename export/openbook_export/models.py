@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from openbook_training.adapters import read_adapter
-from openbook_training.checkpoint import Checkpoint, folder_digest, positions
+from openbook_training.checkpoint import Checkpoint, folder_digest, positions, stored_tokenizer
 from openbook_training.pair_template import own_separators, set_pair_template
-from openbook_training.pretrained import knows_segments, load_weights, read_in_one_segment, stored_tokenizer, without_pooler
+from openbook_training.pretrained import knows_segments, load_weights, read_in_one_segment, without_pooler
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
@@ -71,7 +71,7 @@ def load_tokenizer(checkpoint: Checkpoint, separators: int = 1) -> tuple[Tokeniz
     Raises:
         CheckpointNotFound: it does not load, or a text is not [CLS] A [SEP] to it.
     """
-    tokenizer = stored_tokenizer(checkpoint)
+    tokenizer = stored_tokenizer(checkpoint.folder, checkpoint.name)
     set_pair_template(tokenizer, checkpoint.name, separators=separators)
     return tokenizer, tokenizer.encode("a").ids[-1]
 
@@ -137,8 +137,8 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
         model = _merged(base, folder, _READER)
     elif (folder / "config.json").is_file():
         _require_known(stored)
-        tokenizer = stored_tokenizer(stored)
-        if other := _differing(tokenizer, stored_tokenizer(checkpoint)):
+        tokenizer = stored_tokenizer(folder, stored.name)
+        if other := _differing(tokenizer, stored_tokenizer(checkpoint.folder, checkpoint.name)):
             raise CheckpointUnsupported(
                 f"--reader {folder}: the {other} of its tokenizer is not {checkpoint.name!r}'s; a bundle has one tokenizer, so take a "
                 "reader that was trained on this checkpoint or its like"

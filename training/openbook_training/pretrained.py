@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from openbook_training.checkpoint import Checkpoint, positions
+from openbook_training.checkpoint import Checkpoint, positions, stored_tokenizer
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.processes import process
 
@@ -32,21 +31,6 @@ def fast_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointNotFound(f"checkpoint {checkpoint.name!r} has no fast tokenizer (tokenizer.json)")
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    return tokenizer
-
-
-def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """What is in tokenizer.json, without padding and truncation.
-
-    Raises:
-        CheckpointNotFound: it does not load.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointNotFound(f"checkpoint {checkpoint.name!r}: tokenizer.json does not load ({error})") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return tokenizer
 
 
@@ -86,7 +70,7 @@ def load_weights(kind: Any, checkpoint: Checkpoint, *, new: Collection[str] = ()
         logging.set_verbosity(verbosity)
     _require_all(model, set(found["missing_keys"]), set(new), checkpoint.name)
     rows = model.get_input_embeddings().num_embeddings
-    largest = max(stored_tokenizer(checkpoint).get_vocab().values(), default=0)
+    largest = max(stored_tokenizer(checkpoint.folder, checkpoint.name).get_vocab().values(), default=0)
     if largest >= rows:
         raise CheckpointNotFound(
             f"checkpoint {checkpoint.name!r}: its tokenizer has ids up to {largest}, its model embeddings for ids below {rows}; copy the "

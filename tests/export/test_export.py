@@ -385,6 +385,39 @@ def test_a_reader_that_was_trained_on_other_tokens_is_refused(
         load_reader(checkpoint, whole)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "unknown"}, r"its weights do not load .KeyError: 'unknown'"),
+        ({"vocab_size": "many"}, r"its weights do not load .TypeError"),
+        ({"is_decoder": True}, r"config\.json states is_decoder true"),
+        ({"position_embedding_type": "relative_key"}, r"config\.json states position_embedding_type 'relative_key'"),
+    ],
+)
+def test_a_configuration_that_makes_another_model_or_none_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((CheckpointUnsupported, CheckpointNotFound), match=message):
+        load_embedder(resolve_checkpoint(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden_size": 33, "num_attention_heads": 3}, r"has 33 dimensions; .* take one whose hidden_size is even"),
+        ({"max_position_embeddings": 15}, r"has positions for 15 tokens .*; export traces texts of 16"),
+    ],
+)
+def test_a_shape_that_cannot_be_traced_is_refused(tiny_checkpoint: Path, tmp_path: Path, shape: dict[str, int], message: str) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    BertModel(BertConfig.from_pretrained(copy, **shape)).save_pretrained(copy)
+    with pytest.raises(CheckpointUnsupported, match=message):
+        load_embedder(resolve_checkpoint(str(copy)))
+
+
 def test_pairs_are_marked_where_the_tokenizer_itself_does_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text().replace('"type_id": 1', '"type_id": 0'))

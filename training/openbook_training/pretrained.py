@@ -16,6 +16,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, Pr
 from transformers.utils import logging
 
 from openbook_training.checkpoint import Checkpoint, positions, stored_tokenizer
+from openbook_training.config import Config, config_of
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.processes import process
 
@@ -173,6 +174,22 @@ def best_device() -> torch.device:
     """A GPU where there is one, this process's own where there are several; the CPU under `accelerate launch --cpu`."""
     device: torch.device = process().device
     return device
+
+
+def stated_config(kind: type[Config], file: Path, command: str) -> Config:
+    """The settings that `save_whole` wrote.
+
+    Raises:
+        CheckpointNotFound: there is no such file, or it holds no JSON object; `command` writes one.
+        InvalidConfig: a value is of another kind, or cannot work.
+    """
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointNotFound(f"{file} cannot be read ({error}); `{command}` leaves one in <output>/best") from error
+    return config_of(kind, table, str(file))
 
 
 def save_whole(network: Any, tokenizer: Any, settings: Any, kind: type[Any], file: Path) -> None:

@@ -24,6 +24,8 @@ from openbook_export.abstention import Scores, abstention_scores
 from openbook_export.models import load_embedder, load_reader
 from openbook_export.quality import pair_encoder, pytorch_predictions
 
+BASELINE = "--baseline"
+
 
 def measure_retrievers(checkpoint: Checkpoint, adapters: Sequence[Path | None], data: RetrievalSet, console: Console) -> dict[str, Any]:
     """Recall, MRR, nDCG and answer hits of exact search over the corpus, whole texts embedded as the server embeds them.
@@ -39,7 +41,7 @@ def measure_retrievers(checkpoint: Checkpoint, adapters: Sequence[Path | None], 
     Raises:
         CheckpointUnsupported: see `load_embedder`; nothing has been measured yet.
     """
-    embedders = [load_embedder(checkpoint, adapter) for adapter in adapters]
+    embedders = [load_embedder(checkpoint, adapter, flag) for adapter, flag in zip(adapters, ("--embedder", BASELINE), strict=False)]
     encoder, device = TextEncoder(checkpoint), best_device()
     texts = [encoder.passage_text(passage.title, passage.text) for passage in data.passages]
     texts += [question.text for question in data.questions]
@@ -89,7 +91,7 @@ def measure_readers(checkpoint: Checkpoint, folders: Sequence[Path], questions: 
     Raises:
         CheckpointUnsupported: see `load_reader`; nothing has been measured yet.
     """
-    readers = [load_reader(checkpoint, folder) for folder in folders]
+    readers = [load_reader(checkpoint, folder, flag) for folder, flag in zip(folders, ("--reader", BASELINE), strict=False)]
     device = best_device()
     measured: list[Scores] = []
     for folder, reader in zip(folders, readers, strict=True):

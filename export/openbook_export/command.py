@@ -94,6 +94,17 @@ def run(arguments: argparse.Namespace) -> int:
     if len(heads) < len(arguments.heads):
         print("openbook export: two --task have the same name; each needs its own", file=sys.stderr)
         return 2
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _export(arguments, heads)
+    except KeyboardInterrupt:  # while modules load, too
+        print("openbook export: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _export(arguments: argparse.Namespace, heads: dict[str, Path]) -> int:
     from openbook_server.errors import OpenBookError
     from openbook_training.errors import TrainingError
 
@@ -106,20 +117,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr, flush=True)
 
     values = {name: getattr(arguments, name) for name in ExportOptions.__dataclass_fields__} | {"heads": heads}
-    previous = signal.signal(signal.SIGTERM, _stop)
     try:
         bundle = export_bundle(ExportOptions(**values), report)
-    except KeyboardInterrupt:
-        print("openbook export: interrupted; nothing was written", file=sys.stderr)
-        return 130
     except (ExportError, TrainingError, OpenBookError) as error:
         print(f"openbook export: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"openbook export: {error.filename or arguments.bundle}: {error.strerror or error}; nothing was written", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     sizes = ", ".join(f"{name} {listed['bytes'] / 1e6:.1f} MB" for name, listed in sorted(bundle.manifest["files"].items()))
     print(f"bundle {bundle.id[:12]} ({bundle.name}) in {arguments.bundle}: {sizes}")
     return 0

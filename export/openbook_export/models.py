@@ -5,20 +5,17 @@ MiniLM, BGE, E5, GTE and the other encoders with the architecture ("model_type")
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from openbook_training.checkpoint import Checkpoint, folder_digest, positions
+from openbook_training.adapters import read_adapter
+from openbook_training.checkpoint import Checkpoint, folder_digest, positions, stored_tokenizer
 from openbook_training.pair_template import own_separators, set_pair_template
-from openbook_training.pretrained import knows_segments, read_in_one_segment, without_pooler
-from peft import PeftModel
+from openbook_training.pretrained import knows_segments, load_weights, read_in_one_segment, without_pooler
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
@@ -27,21 +24,20 @@ from transformers import AutoModel, AutoModelForQuestionAnswering
 from openbook_export.errors import CheckpointUnsupported
 
 KINDS = ("bert", "camembert", "distilbert", "mpnet", "roberta", "xlm-roberta")  # whose graphs are fused and verified
-_UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers and peft raise on a damaged file
+TRACED_TOKENS = 16  # of the texts that optimum makes up to trace a graph with
 _READER_DEFAULTS = {"max_tokens": 384, "max_answer_tokens": 30, "prior_weight": 0.0, "null_bias": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """A kind of adapter: how its user names it, what is written beside its weights, and by which command."""
+    """A kind of adapter: what is written beside its weights, and by which command."""
 
-    flag: str
     settings: str
     command: str
 
 
-_READER = _Adapter("--reader", "reader.json", "openbook train reader")
-_RETRIEVER = _Adapter("--embedder", "retriever.json", "openbook train retriever")
+_READER = _Adapter("reader.json", "openbook train reader")
+_RETRIEVER = _Adapter("retriever.json", "openbook train retriever")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,92 +69,103 @@ def load_tokenizer(checkpoint: Checkpoint, separators: int = 1) -> tuple[Tokeniz
     """The checkpoint's tokenizer without padding and truncation, its pairs in the one form, and the id of [SEP].
 
     Raises:
-        CheckpointNotFound: a text is not [CLS] A [SEP] to it.
-        CheckpointUnsupported: it does not load.
+        CheckpointNotFound: it does not load, or a text is not [CLS] A [SEP] to it.
     """
-    tokenizer = _own_tokenizer(checkpoint)
+    tokenizer = stored_tokenizer(checkpoint.folder, checkpoint.name)
     set_pair_template(tokenizer, checkpoint.name, separators=separators)
     return tokenizer, tokenizer.encode("a").ids[-1]
 
 
-def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r}: tokenizer.json does not load ({error})") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def load_embedder(checkpoint: Checkpoint, folder: Path | None = None) -> EmbedderModel:
+def load_embedder(checkpoint: Checkpoint, folder: Path | None = None, flag: str = "--embedder") -> EmbedderModel:
     """The transformer without a head, ready to export, with the adapter in `folder` that `openbook train retriever` wrote.
+
+    Args:
+        flag: that names the folder on the command line, for the messages.
 
     Raises:
         CheckpointUnsupported: it is none of `KINDS`, its weights do not load, or the adapter is damaged or another checkpoint's.
     """
     _require_known(checkpoint)
-    base = _load(AutoModel, checkpoint, **without_pooler(checkpoint))
+    base = load_weights(AutoModel, checkpoint, **without_pooler(checkpoint)).eval()
+    if base.config.hidden_size % 2:
+        raise CheckpointUnsupported(
+            f"checkpoint {checkpoint.name!r} has {base.config.hidden_size} dimensions; a bundle's embedder halves them, so take one whose "
+            "hidden_size is even"
+        )
+    longest_text(base)
     if folder is None:
         return EmbedderModel(model=base, max_tokens=checkpoint.max_tokens)
-    settings = _adapter_settings(checkpoint, folder, _RETRIEVER)
+    given = f"{flag} {folder}"
+    settings = _adapter_settings(checkpoint, folder, _RETRIEVER, given)
     if settings.get("queries_only"):
         raise CheckpointUnsupported(
-            f"--embedder {folder} was trained for questions alone, against passages of another embedder's vectors, and a bundle has one "
+            f"{given} was trained for questions alone, against passages of another embedder's vectors, and a bundle has one "
             'embedder for both; train with refresh = "full", "rerank" or "none"'
         )
     try:
         max_tokens, dims = int(settings["max_tokens"]), tuple(int(dim) for dim in settings["dims"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointUnsupported(f"--embedder {folder}: retriever.json states no max_tokens or no dims ({error})") from error
+        raise CheckpointUnsupported(f"{given}: retriever.json states no max_tokens or no dims ({error})") from error
     longest, hidden = longest_text(base), int(base.config.hidden_size)
     if not 3 <= max_tokens <= longest or not all(1 <= dim <= hidden for dim in dims):
         raise CheckpointUnsupported(
-            f"--embedder {folder}: retriever.json states max_tokens {max_tokens} and dims {list(dims)}; the checkpoint has "
+            f"{given}: retriever.json states max_tokens {max_tokens} and dims {list(dims)}; the checkpoint has "
             f"{longest} positions and {hidden} dimensions"
         )
-    return EmbedderModel(model=_merged(base, folder, _RETRIEVER), max_tokens=max_tokens, digest=folder_digest(folder), dims=dims)
+    return EmbedderModel(model=_merged(base, folder, given), max_tokens=max_tokens, digest=folder_digest(folder), dims=dims)
 
 
 def longest_text(model: Any) -> int:
     """Tokens that a transformer has positions for.
 
     Raises:
-        CheckpointUnsupported: it counts none, and so is none of `KINDS`.
+        CheckpointUnsupported: it counts none, and so is none of `KINDS`, or fewer than are traced.
     """
     longest = positions(model.config.to_dict())
     if longest is None:
         raise CheckpointUnsupported(
             f"a checkpoint of model_type {model.config.model_type!r} counts no positions; take one of {', '.join(KINDS)}"
         )
+    if longest < TRACED_TOKENS:
+        raise CheckpointUnsupported(
+            f"a checkpoint has positions for {longest} tokens (see its max_position_embeddings); export traces texts of {TRACED_TOKENS}: "
+            "take one with as many or more"
+        )
     return longest
 
 
-def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
+def load_reader(checkpoint: Checkpoint, folder: Path, flag: str = "--reader") -> ReaderModel:
     """The reader in `folder`: an adapter to `checkpoint` written by `openbook train reader`, or a whole question-answering checkpoint.
+
+    Args:
+        flag: as `load_embedder`.
 
     Raises:
         CheckpointUnsupported: the folder holds neither, or what it holds does not belong to `checkpoint`.
     """
+    given = f"{flag} {folder}"
     if not folder.is_dir():
-        raise CheckpointUnsupported(f"--reader {folder}: no such folder; `openbook train reader` leaves one in <output>/best")
-    settings = _READER_DEFAULTS | _read_json(folder / "reader.json")
-    stored, separators = Checkpoint(name=f"--reader {folder}", folder=folder, pooling="", max_tokens=0), 1
+        raise CheckpointUnsupported(f"{given}: no such folder; `openbook train reader` leaves one in <output>/best")
+    settings = _READER_DEFAULTS | read_json(folder / "reader.json")
+    stored, separators = Checkpoint(name=given, folder=folder, pooling="", max_tokens=0), 1
     if (folder / "adapter_config.json").is_file():
-        _adapter_settings(checkpoint, folder, _READER)
-        base = _load(AutoModelForQuestionAnswering, checkpoint)
+        _adapter_settings(checkpoint, folder, _READER, given)
+        base = load_weights(AutoModelForQuestionAnswering, checkpoint, new=["qa_outputs"])
         if settings.get("one_segment"):
             read_in_one_segment(base)
-        model = _merged(base, folder, _READER)
+        model = _merged(base, folder, given)
     elif (folder / "config.json").is_file():
         _require_known(stored)
-        tokenizer = _own_tokenizer(stored)
-        if tokenizer.get_vocab() != _own_tokenizer(checkpoint).get_vocab():
-            raise CheckpointUnsupported(f"--reader {folder}: its vocabulary is not {checkpoint.name!r}'s; a bundle has one tokenizer")
-        model = _load(AutoModelForQuestionAnswering, stored)
+        tokenizer = stored_tokenizer(folder, stored.name)
+        if other := _differing(tokenizer, stored_tokenizer(checkpoint.folder, checkpoint.name)):
+            raise CheckpointUnsupported(
+                f"{given}: the {other} of its tokenizer is not {checkpoint.name!r}'s; a bundle has one tokenizer, so take a "
+                "reader that was trained on this checkpoint or its like"
+            )
+        model = load_weights(AutoModelForQuestionAnswering, stored).eval()
         separators = own_separators(tokenizer, stored.name, segments=knows_segments(model.config))
     else:
-        raise CheckpointUnsupported(f"--reader {folder}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
+        raise CheckpointUnsupported(f"{given}: neither adapter_config.json (an adapter) nor config.json (a checkpoint) in it")
     try:
         max_tokens = min(int(settings["max_tokens"]), longest_text(model))
         reader = ReaderModel(
@@ -173,14 +180,28 @@ def load_reader(checkpoint: Checkpoint, folder: Path) -> ReaderModel:
             settling=_settling(settings.get("settling")),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointUnsupported(f"--reader {folder}: reader.json holds a value that is no number ({error})") from error
+        raise CheckpointUnsupported(f"{given}: reader.json holds a value that is no number ({error})") from error
     special = 2 + separators
     if min(reader.max_question_tokens, reader.max_answer_tokens) < 1 or reader.max_tokens <= reader.max_question_tokens + special:
         raise CheckpointUnsupported(
-            f"--reader {folder}: {reader.max_tokens} tokens in all leave no room for a passage beside a question of "
+            f"{given}: {reader.max_tokens} tokens in all leave no room for a passage beside a question of "
             f"{reader.max_question_tokens} and {special} special tokens; reader.json states these limits"
         )
     return reader
+
+
+def _differing(one: Tokenizer, other: Tokenizer) -> str:
+    """What makes other tokens of a text in one than in the other; "" where nothing does.
+
+    Special tokens count by their ids alone: how white space around them is read differs from one version of transformers to the next.
+    """
+    if one.get_vocab() != other.get_vocab():
+        return "vocabulary"
+    stated, wanted = json.loads(one.to_str()), json.loads(other.to_str())
+    for parts in (stated, wanted):
+        parts["added_tokens"] = [token for token in parts["added_tokens"] if not token["special"]]
+    names = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer", "model": "model", "added_tokens": "list of added tokens"}
+    return next((name for key, name in names.items() if stated[key] != wanted[key]), "")
 
 
 def _settling(stated: Any) -> dict[str, float] | None:
@@ -193,74 +214,57 @@ def _settling(stated: Any) -> dict[str, float] | None:
     return {"unread_weight": weight}
 
 
-def _adapter_settings(checkpoint: Checkpoint, folder: Path, kind: _Adapter) -> dict[str, Any]:
+def _adapter_settings(checkpoint: Checkpoint, folder: Path, kind: _Adapter, given: str) -> dict[str, Any]:
     """What the training wrote beside an adapter's weights, once it is certain that the adapter is whole and is `checkpoint`'s."""
     if not folder.is_dir():
-        raise CheckpointUnsupported(f"{kind.flag} {folder}: no such folder; `{kind.command}` leaves one in <output>/best")
+        raise CheckpointUnsupported(f"{given}: no such folder; `{kind.command}` leaves one in <output>/best")
     missing = [name for name in ("adapter_config.json", kind.settings, "adapter_model.safetensors") if not (folder / name).is_file()]
-    settings = _read_json(folder / kind.settings)
+    settings = read_json(folder / kind.settings)
     actual, wanted = checkpoint.digest(), settings.get("base_digest")
     if missing or wanted is None:
         lacks = ", ".join(missing) or f"{kind.settings} with a base_digest"
-        raise CheckpointUnsupported(f"{kind.flag} {folder} lacks {lacks}; copy the whole folder that `{kind.command}` wrote")
+        raise CheckpointUnsupported(f"{given} lacks {lacks}; copy the whole folder that `{kind.command}` wrote")
     if wanted != actual:
         raise CheckpointUnsupported(
-            f"{kind.flag} {folder} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint "
+            f"{given} was trained on {settings.get('base_checkpoint')!r} with digest {wanted}, but the checkpoint "
             f"{checkpoint.name!r} has {actual}; export the checkpoint it was trained on, or train again"
         )
     return settings
 
 
-def _merged(base: Any, folder: Path, kind: _Adapter) -> Any:
+def _merged(base: Any, folder: Path, given: str) -> Any:
     try:
-        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
-    except (*_UNLOADABLE, KeyError, TypeError) as error:
-        raise CheckpointUnsupported(f"{kind.flag} {folder}: the adapter does not load ({_first_line(error)})") from error
-
-
-def _load(kind: Any, checkpoint: Checkpoint, **settings: Any) -> Any:
-    try:
-        with _without_head_notice():
-            model = kind.from_pretrained(
-                checkpoint.folder, attn_implementation="eager", dtype=torch.float32, use_safetensors=True, **settings
-            )
-    except _UNLOADABLE as error:
-        raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r} does not load ({_first_line(error)})") from error
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        return read_adapter(base, str(folder)).merge_and_unload().eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # what a damaged file leads to
+        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        raise CheckpointUnsupported(f"{given}: the adapter does not load ({reason})") from error
 
 
 def _require_known(checkpoint: Checkpoint) -> None:
-    kind = _read_json(checkpoint.folder / "config.json").get("model_type")
+    config = read_json(checkpoint.folder / "config.json")
+    kind, places = config.get("model_type"), config.get("position_embedding_type") or "absolute"
     if kind not in KINDS:
         raise CheckpointUnsupported(
             f"checkpoint {checkpoint.name!r} is of model_type {kind!r}; export fuses and verifies {', '.join(KINDS)}"
         )
+    if config.get("is_decoder") or places != "absolute":
+        stated = "is_decoder true" if config.get("is_decoder") else f"position_embedding_type {places!r}"
+        raise CheckpointUnsupported(
+            f"checkpoint {checkpoint.name!r}: config.json states {stated}; export verifies encoders that read both ways, with "
+            "absolute positions"
+        )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no file.
+
+    Raises:
+        CheckpointUnsupported: it is damaged, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointUnsupported(f"{file} is unreadable ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointUnsupported(f"{file} holds no JSON object")
     return content
-
-
-@contextlib.contextmanager
-def _without_head_notice() -> Iterator[None]:
-    """Silence one notice: that a backbone's head is new or unused. The adapter brings the head, the embedder needs none."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("Some weights of", "You should probably TRAIN"))
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,10 +27,14 @@ def staged(destination: Path, *, is_ours: Callable[[Path], bool], force: bool) -
     Raises:
         OutputExists: something stands at `destination` that must not be replaced.
     """
+    _clear(destination)
     _require_free(destination, is_ours, force)
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    lock = os.open(aside, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody else gets one, and nothing is cleared
+            fcntl.flock(lock, fcntl.LOCK_EX)
         new = aside / "new"
         new.mkdir()
         yield new
@@ -44,6 +51,30 @@ def staged(destination: Path, *, is_ours: Callable[[Path], bool], force: bool) -
         if old.exists() and not destination.exists():  # stopped between the two renames
             old.rename(destination)
         shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
+
+
+def _clear(destination: Path) -> None:
+    """Remove what processes left that were killed on the way to `destination`, and give back the folder that one had moved aside."""
+    name = re.compile(re.escape(f".{destination.name}-") + "[a-z0-9_]{8}")  # as tempfile makes them
+    for aside in list(destination.parent.iterdir()) if destination.parent.is_dir() else ():
+        if name.fullmatch(aside.name) and aside.is_dir() and not aside.is_symlink():
+            with contextlib.suppress(OSError):  # its process lives, or ended just now, or there are no locks here
+                _clear_one(aside, destination)
+
+
+def _clear_one(aside: Path, destination: Path) -> None:
+    held = {entry.name for entry in aside.iterdir()}
+    if not held or not held <= {"new", "old"}:  # a process locks its folder before it puts anything into it
+        return
+    lock = os.open(aside, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock ends with its process
+        if "old" in held and not destination.exists():
+            (aside / "old").rename(destination)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _require_free(destination: Path, is_ours: Callable[[Path], bool], force: bool) -> None:

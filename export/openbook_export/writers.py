@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from openbook_export.decoders import CrossGraph, StepGraph, TextGraph, WritingGraph, write_graph
 from openbook_export.errors import CheckpointUnsupported, ExportFailed
+from openbook_export.models import read_json
 from openbook_export.optimise import fuse_writer, fused_nodes, limit_padding, to_float16
 from openbook_export.samples import PASSAGES, QUESTIONS
 
@@ -127,9 +128,9 @@ def _generator(folder: Path) -> Writer:
     pairs = encoder.inputs([(QUESTIONS[0], [PASSAGES[0], PASSAGES[2]])], CPU)
     source = {"input_ids": pairs.ids[:, :48], "attention_mask": pairs.mask[:, :48]}
     config = network.config.encoder if kind == "encoder-decoder" else network.config
-    heads = int(config.num_attention_heads), int(config.hidden_size)
+    reading, writing = (int(getattr(config, f"{half}_attention_heads", config.num_attention_heads)) for half in ("encoder", "decoder"))
     with torch.inference_mode():
-        cross = CrossGraph(network, heads[0]).eval()
+        cross = CrossGraph(network, writing).eval()  # keys and values for the decoder to attend to
         keys = cross(**source)
         layers = len(keys) // 2  # an odd one is the pointer's
         steps = StepGraph(network, layers).eval()
@@ -139,10 +140,10 @@ def _generator(folder: Path) -> Writer:
         past = steps(tokens[:, READ[0]], source["attention_mask"], *nothing, *beside)[1:]
     golden = (tokens[:, READ[1]], source["attention_mask"], *past, *beside)
     outside = _norms(network) - _norms(network.get_encoder())
-    attention = 0 if kind == "t5" else int(config.num_hidden_layers)
+    attention, dim = 0 if kind == "t5" else int(config.num_hidden_layers), int(config.hidden_size)
     parts = {
-        "generator_encoder": Part(cross, source, _norms(network.get_encoder()), attention, heads),
-        "generator_decoder": Part(steps, dict(zip(steps.inputs, golden, strict=True)), outside, 0, heads),
+        "generator_encoder": Part(cross, source, _norms(network.get_encoder()), attention, (reading, dim)),
+        "generator_decoder": Part(steps, dict(zip(steps.inputs, golden, strict=True)), outside, 0, (writing, dim)),
     }
     facts = {
         "architecture": "bert2bert" if kind == "encoder-decoder" else kind,
@@ -201,11 +202,13 @@ def _same_answer(
 
 
 def _language_model(folder: Path) -> Writer:
+    stored = resolve_checkpoint(str(folder))
+    kind = read_json(stored.folder / "config.json").get("model_type")
+    if kind != "gpt2":
+        raise CheckpointUnsupported(f"--language-model {folder}: its architecture is {kind!r}; export verifies GPT-2")
     model, prompts, settings = load_language_model(str(folder))
     network = model.network
     config = network.config
-    if config.model_type != "gpt2":
-        raise CheckpointUnsupported(f"--language-model {folder}: its architecture is {config.model_type!r}; export verifies GPT-2")
     steps = TextGraph(network, config.num_hidden_layers).eval()
     room = config.max_position_embeddings - TEXT_TOKENS
     if room < READ[1].stop:
@@ -239,7 +242,7 @@ def _language_model(folder: Path) -> Writer:
         return max(difference for difference, _ in measured), all(same for _, same in measured)
 
     part = Part(steps, golden, _norms(network), 0, (heads, dim))
-    return Writer("language_model", {"language_model": part}, facts, prompts.tokenizer, resolve_checkpoint(str(folder)).digest(), chain)
+    return Writer("language_model", {"language_model": part}, facts, prompts.tokenizer, stored.digest(), chain)
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
 A bundle is an immutable, relocatable folder: manifest.json, tokenizer.json, one graph a model and precision, golden.npz.
 `load_bundle` promises that the format is known, that the manifest is complete, and that every file it lists has the size
 and sha256 it lists. Files it does not list are never opened here, and none of the graphs that `openbook export` writes has onnxruntime
-open one. Nothing is unpickled, nothing outside the folder is read.
+open one. Nothing is unpickled, and no name leads out of the folder; a file may be a symbolic link, as stores of content by digest make
+them: what counts is that its bytes are those that were listed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from openbook_server.errors import BundleInvalid
 from openbook_server.heads import HeadInfo, neighbours_graph, parse_heads
-from openbook_server.manifest import AGAIN, MANIFEST, get, graphs_of, invalid, positive, unreadable
+from openbook_server.manifest import AGAIN, MANIFEST, get, graphs_of, invalid, natural, positive, unreadable, weight
 from openbook_server.ranking import Settling
 from openbook_server.writers import WRITERS, WriterInfo
 
@@ -197,6 +198,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise invalid(folder, f"it has format version {version}, this server reads {FORMAT}", way_out)
     try:
         actual = bundle_id(manifest)
+    except UnicodeEncodeError as error:
+        raise invalid(folder, f"{MANIFEST} holds half a character, which no UTF-8 has ({error.reason})") from error
     except ValueError as error:  # NaN or infinity, which canonical JSON has not
         raise invalid(folder, f"{MANIFEST} holds a number that is none ({error})") from error
     if manifest.get("id") != actual:
@@ -214,8 +217,8 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             max_question_tokens=positive(table, "max_question_tokens", folder),
             max_answer_tokens=positive(table, "max_answer_tokens", folder),
             spans=positive(table, "spans", folder),
-            prior_weight=get(table, "prior_weight", float, folder),
-            null_bias=get(table, "null_bias", float, folder),
+            prior_weight=weight(table, "prior_weight", folder),
+            null_bias=weight(table, "null_bias", folder),
             settling=_settling(table, folder),
             graphs=graphs_of(table, folder),
         )
@@ -251,12 +254,12 @@ def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> Wri
     return WriterInfo(
         architecture=get(table, "architecture", str, folder),
         max_tokens=positive(table, "max_tokens", folder),
-        passages=get(table, "passages", int, folder),
-        passage_tokens=get(table, "passage_tokens", int, folder) if "passage_tokens" in table else 0,
-        query_tokens=get(table, "query_tokens", int, folder) if "query_tokens" in table else 0,
-        max_answer_tokens=get(table, "max_answer_tokens", int, folder) if "max_answer_tokens" in table else 0,
-        start_token=get(table, "start_token", int, folder),
-        end_token=get(table, "end_token", int, folder),
+        passages=natural(table, "passages", folder),
+        passage_tokens=natural(table, "passage_tokens", folder) if "passage_tokens" in table else 0,
+        query_tokens=natural(table, "query_tokens", folder) if "query_tokens" in table else 0,
+        max_answer_tokens=natural(table, "max_answer_tokens", folder) if "max_answer_tokens" in table else 0,
+        start_token=natural(table, "start_token", folder),
+        end_token=natural(table, "end_token", folder),
         tokenizer=get(table, "tokenizer", str, folder),
         graphs={model: graphs_of(part, folder) for model, part in parts.items()},
     )
@@ -265,7 +268,7 @@ def _writer(table: dict[str, Any], models: tuple[str, ...], folder: Path) -> Wri
 def _settling(table: Mapping[str, Any], folder: Path) -> Settling | None:
     if "settling" not in table:
         return None
-    return Settling(unread_weight=get(get(table, "settling", dict, folder), "unread_weight", float, folder))
+    return Settling(unread_weight=weight(get(table, "settling", dict, folder), "unread_weight", folder))
 
 
 def _check_file(folder: Path, name: str, listed: object) -> None:

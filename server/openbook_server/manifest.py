@@ -10,6 +10,8 @@ from openbook_server.errors import BundleInvalid
 
 MANIFEST = "manifest.json"
 AGAIN = "write it again with `openbook export`"
+_MOST = 2**20  # of tokens, dimensions, spans, passages: more than any model has, and few enough to make room for
+_HEAVIEST = 1e6  # as the export takes none
 _T = TypeVar("_T")
 
 
@@ -39,9 +41,28 @@ def get(table: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:
 
 def positive(table: Mapping[str, Any], key: str, folder: Path) -> int:
     """As `get`, of a number from 1 up."""
+    return _whole(table, key, folder, 1)
+
+
+def natural(table: Mapping[str, Any], key: str, folder: Path) -> int:
+    """As `get`, of a number from 0 up."""
+    return _whole(table, key, folder, 0)
+
+
+def _whole(table: Mapping[str, Any], key: str, folder: Path, least: int) -> int:
     value = get(table, key, int, folder)
-    if value < 1:
-        raise invalid(folder, f'{MANIFEST} key "{key}" is {value}, expected 1 or more')
+    if value < least:
+        raise invalid(folder, f'{MANIFEST} key "{key}" is {value}, expected {least} or more')
+    if value > _MOST:
+        raise invalid(folder, f'{MANIFEST} key "{key}" is {value:.6g}, expected at most {_MOST}')
+    return value
+
+
+def weight(table: Mapping[str, Any], key: str, folder: Path) -> float:
+    """As `get`, of a number that scores can be weighted by."""
+    value = get(table, key, float, folder)
+    if not abs(value) < _HEAVIEST:
+        raise invalid(folder, f'{MANIFEST} key "{key}" is {value:.6g}, expected less than {_HEAVIEST:.0f} either way')
     return value
 
 

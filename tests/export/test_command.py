@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,15 @@ def test_a_terminated_export_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().err.endswith("openbook export: interrupted; nothing was written\n")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_export_that_is_interrupted_while_modules_load_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "openbook_export.export", Loading("openbook_export.export"))
+    assert export(tmp_path / "checkpoint", tmp_path / "bundle") == 130
+    assert capsys.readouterr().err == "openbook export: interrupted; nothing was written\n"

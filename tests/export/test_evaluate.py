@@ -131,13 +131,20 @@ def test_a_reader_is_measured_on_questions_without_an_answer(
         (["retriever", "CHECKPOINT", "absent.jsonl"], "absent.jsonl' does not exist"),
         (["retriever", "CHECKPOINT", "QUESTIONS", "--embedder", "/absent"], "--embedder /absent: no such folder"),
         (["reader", "CHECKPOINT", "QUESTIONS", "--reader", "/absent"], "--reader /absent: no such folder"),
+        (["retriever", "CHECKPOINT", "QUESTIONS", "--baseline", "/absent"], "--baseline /absent: no such folder"),
+        (["reader", "CHECKPOINT", "QUESTIONS", "--reader", "READER", "--baseline", "/absent"], "--baseline /absent: no such folder"),
         (["squad-open", "/absent"], "qrels"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(
-    tiny_checkpoint: Path, questions_file: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    tiny_reader: Path,
+    questions_file: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    known = {"CHECKPOINT": tiny_checkpoint, "QUESTIONS": questions_file}
+    known = {"CHECKPOINT": tiny_checkpoint, "QUESTIONS": questions_file, "READER": tiny_reader}
     assert evaluate(*(known.get(argument, argument) for argument in arguments)) == 1
     output, errors = capsys.readouterr()
     assert not output

@@ -25,6 +25,7 @@ from openbook_training.errors import CheckpointNotFound, InvalidData
 from openbook_training.negatives import embed
 from openbook_training.objectives import null_scores, span_scores
 from openbook_training.reader import PairEncoder, forward, trained_reader
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
@@ -318,9 +319,103 @@ def test_a_checkpoint_of_another_kind_or_a_damaged_one_is_refused(
     text = (copy / file).read_text()
     assert old in text
     (copy / file).write_text(text.replace(old, new))
-    with pytest.raises(CheckpointUnsupported, match=message):
+    with pytest.raises((CheckpointUnsupported, CheckpointNotFound), match=message):
         export_bundle(options(tmp_path, copy), silent)
     assert not (tmp_path / "bundle").exists()
+
+
+def without_weights(folder: Path, part: str) -> Path:
+    """`folder`, whose weights with `part` in their names are gone."""
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_missing_are_named_and_never_made_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    lacking = without_weights(Path(shutil.copytree(tiny_checkpoint, tmp_path / "lacking")), "encoder.layer.1.")
+    message = r"lacks encoder\.layer\.1\.attention\.output\.LayerNorm\.bias, .* and 13 more, weights of a BertModel"
+    with pytest.raises(CheckpointNotFound, match=message):
+        export_bundle(options(tmp_path, lacking), silent)
+    with pytest.raises(CheckpointNotFound, match=r"lacks encoder\.layer\.1\."):
+        load_embedder(resolve_checkpoint(str(lacking)))
+
+
+def test_a_reader_without_its_head_or_some_of_its_updates_is_refused(tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    with pytest.raises(CheckpointNotFound, match=r"lacks qa_outputs\.bias, qa_outputs\.weight, weights of a BertForQuestionAnswering"):
+        load_reader(checkpoint, tiny_checkpoint)
+    adapter = Path(shutil.copytree(tiny_reader, tmp_path / "reader"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value for name, value in weights.items() if "layer.1.output" not in name}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointUnsupported, match=r"adapter_model\.safetensors lacks 2 weights, the first .*layer\.1\.output"):
+        load_reader(checkpoint, adapter)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Any text with the word would fail on the server, and the whole message with it."""
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "more"))
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["zebrafish"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    with pytest.raises(CheckpointNotFound, match=rf"its tokenizer has ids up to {rows}, its model embeddings for ids below {rows};"):
+        load_embedder(resolve_checkpoint(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "differing"),
+    [
+        ("normalizer", {"lowercase": False}, "normalizer"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer"),
+        ("model", {"max_input_chars_per_word": 4}, "model"),
+    ],
+)
+def test_a_reader_that_was_trained_on_other_tokens_is_refused(
+    tiny_checkpoint: Path, tiny_reader: Path, tmp_path: Path, part: str, change: dict[str, object], differing: str
+) -> None:
+    checkpoint = resolve_checkpoint(str(tiny_checkpoint))
+    whole = Path(shutil.copytree(tiny_checkpoint, tmp_path / "whole"))
+    load_reader(checkpoint, tiny_reader).model.save_pretrained(whole)  # type: ignore[operator]
+    stated = json.loads((whole / "tokenizer.json").read_text())
+    stated[part] |= change
+    (whole / "tokenizer.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointUnsupported, match=f"the {differing} of its tokenizer is not"):
+        load_reader(checkpoint, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "unknown"}, r"its weights do not load .KeyError: 'unknown'"),
+        ({"vocab_size": "many"}, r"its weights do not load .TypeError"),
+        ({"is_decoder": True}, r"config\.json states is_decoder true"),
+        ({"position_embedding_type": "relative_key"}, r"config\.json states position_embedding_type 'relative_key'"),
+    ],
+)
+def test_a_configuration_that_makes_another_model_or_none_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((CheckpointUnsupported, CheckpointNotFound), match=message):
+        load_embedder(resolve_checkpoint(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden_size": 33, "num_attention_heads": 3}, r"has 33 dimensions; .* take one whose hidden_size is even"),
+        ({"max_position_embeddings": 15}, r"has positions for 15 tokens .*; export traces texts of 16"),
+    ],
+)
+def test_a_shape_that_cannot_be_traced_is_refused(tiny_checkpoint: Path, tmp_path: Path, shape: dict[str, int], message: str) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    BertModel(BertConfig.from_pretrained(copy, **shape)).save_pretrained(copy)
+    with pytest.raises(CheckpointUnsupported, match=message):
+        load_embedder(resolve_checkpoint(str(copy)))
 
 
 def test_pairs_are_marked_where_the_tokenizer_itself_does_not(tiny_checkpoint: Path, tmp_path: Path) -> None:

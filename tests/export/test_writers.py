@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from openbook_server.errors import BundleInvalid
 from openbook_server.golden import verify_golden
 from openbook_server.runtime import Graph, build_device
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.errors import CheckpointNotFound
+from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.generator import AnswerEncoder, GeneratorSettings, build_generator, load_generator, save_generator
 from openbook_training.language_model import Prompts, ReadingConfig, load_language_model, new_model, new_tokenizer, save_language_model
+from safetensors.torch import load_file, save_file
 
 TEXT = "the king of the red city read one book by the blue river"
 
@@ -53,7 +55,7 @@ def encoder_decoder(kind: str, tiny_checkpoint: Path, folder: Path) -> Path:
         halves = {
             f"{half}_{name}": value
             for half in ("encoder", "decoder")
-            for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+            for name, value in (("layers", 2), ("attention_heads", 2 if half == "encoder" else 4), ("ffn_dim", 32))
         }
         network = BartForConditionalGeneration(BartConfig(d_model=16, bos_token_id=2, forced_eos_token_id=None, **halves, **shared))
     network.save_pretrained(folder)
@@ -233,6 +235,8 @@ def test_a_graph_without_its_fused_nodes_is_refused(bundle: Bundle, tmp_path: Pa
 def test_what_cannot_be_exported_is_refused_with_a_reason(tiny_checkpoint: Path, language_model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match=r"generator.json cannot be read"):
         load_writer("generator", tiny_checkpoint)
+    with pytest.raises(CheckpointUnsupported, match=r"its architecture is 'bert'; export verifies GPT-2"):
+        load_writer("language_model", tiny_checkpoint)
     from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
     config = GPTNeoConfig(vocab_size=300, hidden_size=16, num_layers=1, attention_types=[[["global"], 1]], num_heads=2, bos_token_id=0)
@@ -240,3 +244,32 @@ def test_what_cannot_be_exported_is_refused_with_a_reason(tiny_checkpoint: Path,
     AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path)
     with pytest.raises(CheckpointUnsupported, match=r"its architecture is 'gpt_neo'; export verifies GPT-2"):
         load_writer("language_model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "problem"),
+    [
+        ('{"max_tokens": -1}', "max_tokens: -1 is not a whole number"),
+        ('{"max_tokens": "64"}', "max_tokens: '64' is not a whole number"),
+        ('{"max_tokens": null}', "max_tokens: None is not a whole number"),
+        ('{"passages": 0}', "passages: 0 is below 1"),
+        ('{"z": 1}', "z: unknown key"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_settings_of_a_generator_that_cannot_work_are_named(tiny_checkpoint: Path, tmp_path: Path, stated: str, problem: str) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "generator"))
+    (folder / "generator.json").write_text(stated)
+    with pytest.raises((InvalidConfig, CheckpointNotFound), match=problem):
+        load_writer("generator", folder)
+
+
+def test_a_writer_without_some_of_its_weights_is_refused(generator: Path, language_model: Path, tmp_path: Path) -> None:
+    for name, folder in (("generator", generator), ("language_model", language_model)):
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        weights = load_file(copy / "model.safetensors")
+        lacking = next(key for key in weights if ".0." in key and (name == "language_model" or "decoder" in key))
+        del weights[lacking]
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointNotFound, match=rf"lacks {re.escape(lacking)}, weights of a"):
+            load_writer(name, copy)

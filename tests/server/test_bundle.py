@@ -76,6 +76,12 @@ def test_files_that_the_manifest_does_not_list_are_ignored(copy: Path) -> None:
     assert load_bundle(copy).name == "tiny"
 
 
+def test_a_listed_file_may_be_a_link_to_its_bytes(copy: Path, tmp_path: Path) -> None:
+    (copy / GOLDEN).rename(tmp_path / "stored")
+    (copy / GOLDEN).symlink_to(tmp_path / "stored")
+    assert load_bundle(copy)
+
+
 def test_a_file_is_not_said_to_be_absent(tmp_path: Path) -> None:
     (file := tmp_path / "file").write_text("text")
     with pytest.raises(BundleInvalid, match=rf"^{file} is no bundle, it is no folder; name the folder that `openbook export` wrote$"):
@@ -167,6 +173,9 @@ def test_a_false_fingerprint_is_refused(copy: Path) -> None:
         (lambda manifest: manifest["embedder"].update(token_dims=0), r'key "token_dims" is 0, expected 1 or more'),
         (lambda manifest: manifest["embedder"].update(token_dims=33), r'key "token_dims" is 33, expected at most 32'),
         (lambda manifest: manifest["reader"].update(spans=0), r'key "spans" is 0, expected 1 or more'),
+        (lambda manifest: manifest["embedder"].update(dim=10**18), r'key "dim" is 1e\+18, expected at most 1048576'),
+        (lambda manifest: manifest["reader"].update(max_tokens=10**30), r'key "max_tokens" is 1e\+30, expected at most 1048576'),
+        (lambda manifest: manifest["reader"].update(prior_weight=1e308), r'key "prior_weight" is 1e\+308, expected less than 1000000'),
         (lambda manifest: manifest["reader"].update(null_bias=None), r'key "null_bias" is NoneType, expected float'),
         (lambda manifest: manifest["reader"].update(settling=0.9), r'key "settling" is float, expected dict'),
         (lambda manifest: manifest["reader"].update(settling={"unread_weight": 1}), r'key "unread_weight" is int, expected float'),
@@ -194,6 +203,7 @@ def test_an_incomplete_manifest_names_the_key(copy: Path, change: Callable[[dict
         (b"{}", "format version None"),
         (b'{"format": true}', "format version True"),
         (b'{"format": 1, "x": NaN}', "a number that is none"),
+        (b'{"format": 1, "x": "\\ud800"}', "holds half a character"),
         (b"[" * 100_000, "unreadable"),
     ],
 )

@@ -13,6 +13,7 @@ from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.heads import RowEncoder
 from openbook_training.reader import PairEncoder, build_reader, forward
 from openbook_training.retriever import build_retriever
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 SENTENCE = "sentence_transformers.models."
@@ -77,6 +78,12 @@ def test_no_text_is_longer_than_the_positions_of_its_model(tiny_kinds: dict[str,
         ({"config.json": '{"max_position_embeddings": "many"}'}, r"config.json states max_position_embeddings 'many'"),
         ({"config.json": '{"model_type": "roberta", "pad_token_id": "<pad>"}'}, r"config.json states pad_token_id '<pad>'"),
         ({"sentence_bert_config.json": "3"}, r"sentence_bert_config.json holds no JSON object"),
+        ({"sentence_roberta_config.json": '{"max_seq_length": "many"}'}, r"sentence_roberta_config.json states max_seq_length 'many'"),
+        ({"config_sentence_transformers.json": "[]"}, r"config_sentence_transformers.json holds no JSON object"),
+        (
+            {"config_sentence_transformers.json": '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}'},
+            r"has a default prompt, 'query': sentence-transformers puts 'query: ' before every text",
+        ),
         ({"1_Pooling/config.json": "{"}, r"1_Pooling/config.json is damaged"),
         ({"1_Pooling/config.json": '{"pooling_mode_max_tokens": true}'}, r"config.json pools by max_tokens; only mean or cls alone"),
         ({"1_Pooling/config.json": '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}'}, r"pools by cls and mean"),
@@ -113,3 +120,35 @@ def test_the_pooling_is_the_one_that_the_modules_name(tiny_checkpoint: Path, tmp
     (folder / "modules.json").write_text(json.dumps([{"type": SENTENCE + kind, "path": path} for kind, path in paths.items()]))
     found = resolve_checkpoint(str(folder))
     assert (found.folder, found.pooling, found.max_tokens) == (folder / "0_Transformer", "cls", 128)
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlm-roberta_config.json"])
+def test_the_longest_text_is_what_the_transformer_s_folder_states(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "0_Transformer")
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": f"{SENTENCE}Transformer", "path": "0_Transformer"}]))
+    (tmp_path / "0_Transformer" / name).write_text('{"max_seq_length": 32}')
+    assert resolve_checkpoint(str(tmp_path)).max_tokens == 32
+
+
+def test_prompts_of_which_none_is_the_default_and_lower_case_that_the_tokenizer_makes_are_taken(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "made"))
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "query: ", "": ""}, "default_prompt_name": ""}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": true}')
+    assert resolve_checkpoint(str(folder)).max_tokens == 64
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointNotFound, match=r"sentence_bert_config\.json states do_lower_case, and tokenizer\.json keeps capitals;"):
+        resolve_checkpoint(str(folder))
+
+
+def test_nothing_is_trained_on_weights_that_are_made_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "renamed"))
+    weights = {f"model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = resolve_checkpoint(str(folder))
+    for build in (build_reader, build_retriever):
+        with pytest.raises(CheckpointNotFound, match=r"lacks \S*embeddings\.\S+, .* more, weights of a Bert"):
+            build(checkpoint, lora_rank=2, lora_alpha=2)

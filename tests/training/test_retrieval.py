@@ -62,7 +62,7 @@ def test_bad_rows_of_a_beir_folder_are_named_and_the_rest_is_used(tmp_path: Path
         {"_id": "q2", "text": "x", "metadata": {"answers": "king"}},
         {"_id": "q", "text": "who again?"},
     ]
-    qrels = "q\ta\t1\nlost\tgone\t1\nq\ta\nq\ta\tmuch\nq\ta\tnan\nq\taway\t1\nnobody\ta\t1\n"
+    qrels = "q\ta\t1\nlost\tgone\t1\nq\ta\nq\ta\tmuch\nq\ta\tnan\nq\taway\t1\nnobody\ta\t1\nq\t0\ta\t1\nq\ta\t0\n"
     out = console()
     data = load_retrieval(str(beir(tmp_path / "data", corpus, queries, qrels)), out, TRAINING)
     assert (len(data.passages), [question.id for question in data.questions]) == (2, ["q"])
@@ -77,10 +77,18 @@ def test_bad_rows_of_a_beir_folder_are_named_and_the_rest_is_used(tmp_path: Path
         "query lost: none of its relevant passages",
         "queries.jsonl: line 5: its _id 'q' stands further up",
         "test.tsv: line 6: expected",
+        "test.tsv: line 9: expected query-id, corpus-id and score between tabs, and no more",
+        "test.tsv: line 10: query q and passage a are judged further up",
         "query nobody: no usable row of queries.jsonl",
         "query q: of its relevant passages, away not in corpus.jsonl",
     ):
         assert problem in said(out)
+
+
+def test_a_byte_order_mark_is_part_of_no_query(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "data", CORPUS, QUERIES, "")
+    (folder / "qrels" / "test.tsv").write_text("\ufeffq\ta\t1\n", encoding="utf-8")
+    assert [question.id for question in load_retrieval(str(folder), console(), TRAINING).questions] == ["q"]
 
 
 @pytest.mark.parametrize(

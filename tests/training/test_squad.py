@@ -55,8 +55,9 @@ def test_flat_and_nested_files_give_the_same_questions(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"id": 1}\n', "line 1: lacks 'answers'"),
         ("a.jsonl", '{"id": 1, "question": "x"\n', "line 1: is not JSON"),
-        ("a.json", "[]", "not a SQuAD JSON file"),
+        ("a.json", "[]", 'not a SQuAD JSON file .it is no object with a list of articles, "data"'),
         ("a.json", '{"data": {}}', "not a SQuAD JSON file"),
+        ("a.json", "[" * 100_000, "not a SQuAD JSON file"),
         ("a.json", '{"data": [{"paragraphs": 3}]}', "article 1, paragraph 1, question 1: not of SQuAD's shape"),
         ("a.jsonl", "", "no usable row"),
         ("a.jsonl", '{"id": 1, "question": " ", "context": "c", "answers": []}', "empty question"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,25 @@ def load_adapter(model: nn.Module, folder: str) -> PeftModel:
     settings = PeftConfig.from_pretrained(folder)
     settings.task_type = None  # as in add_adapter; adapters of older runs name one
     try:
-        return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
+        return read_adapter(model, folder, config=settings, is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise CheckpointNotFound(f"adapter {folder!r} does not load ({reason}); copy the whole folder that was written") from error
+
+
+def read_adapter(model: nn.Module, folder: str, **settings: Any) -> PeftModel:
+    """As PeftModel.from_pretrained, where a file that lacks weights is refused: peft warns, and leaves them at random.
+
+    Raises:
+        OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError: it is damaged, or not one of such a model.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*Found missing adapter keys", UserWarning)
+        try:
+            return PeftModel.from_pretrained(model, folder, **settings)
+        except UserWarning as warning:
+            lacking = str(warning).partition("[")[2].rstrip("].").split(", ")
+            raise ValueError(f"{WEIGHTS} lacks {len(lacking)} weights, the first {lacking[0]}") from warning
 
 
 def stated_settings(folder: Path, file: str, checkpoint: Checkpoint) -> dict[str, Any]:

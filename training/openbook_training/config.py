@@ -113,11 +113,20 @@ def load_config(path: str | Path, kind: type[Config], overrides: dict[str, Any] 
         raise InvalidConfig(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:  # of TOML, of UTF-8, or a number of more digits than Python reads
         raise InvalidConfig(f"configuration {str(path)!r} is not valid TOML: {error}") from error
+    return config_of(kind, {**table, **(overrides or {})}, f"configuration {str(path)!r}")
+
+
+def config_of(kind: type[Config], table: dict[str, Any], source: str) -> Config:
+    """`kind` of a table that was read from `source`.
+
+    Raises:
+        InvalidConfig: as `load_config`.
+    """
     problems: list[str] = []
-    config = _build(kind, {**table, **(overrides or {})}, "", problems)
+    config = _build(kind, table, "", problems)
     problems += _found(config, "")
     if problems:
-        raise InvalidConfig(f"configuration {str(path)!r}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise InvalidConfig(f"{source}:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return typing.cast(Config, config)
 
 

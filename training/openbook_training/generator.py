@@ -9,7 +9,6 @@ transformers checkpoint with one file more, generator.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
+from openbook_training.config import too_low
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.heads import RowEncoder
 from openbook_training.pointer import PointerGenerator, Source
-from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model, save_whole
+from openbook_training.pretrained import fast_tokenizer, load_backbone, load_model, save_whole, stated_config
 from openbook_training.reader import trained_reader
 
 SETTINGS = "generator.json"
@@ -40,6 +40,10 @@ class GeneratorSettings:
     max_answer_tokens: int = 24  # the end included
     beams: int = 1  # 1 = greedy
     embedder: str = DEFAULT_CHECKPOINT  # that finds passages, untouched
+
+    def problems(self) -> list[str]:
+        """What cannot work."""
+        return too_low(self, passages=1, beams=1, max_tokens=5, max_answer_tokens=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +155,13 @@ def build_generator(checkpoint: Checkpoint, encoder: AnswerEncoder, *, dropout: 
             if adapter:
                 raise CheckpointNotFound(f"initial_adapter {adapter!r}: {checkpoint.name!r} has a decoder of its own; leave it out")
             points = PointerGenerator.__name__ in (config.architectures or [])
-            whole = load_model(PointerGenerator if points else AutoModelForSeq2SeqLM, checkpoint, dropout=dropout)
+            whole = load_model(PointerGenerator if points else AutoModelForSeq2SeqLM, checkpoint, dropout=dropout, new=["pooler"])
             encoder.start = int(whole.config.decoder_start_token_id)  # BART begins with the token that ends a text
             whole.generation_config.forced_bos_token_id = None  # what follows is learned from answers alone
             return FusionInDecoder(whole)
         reader = _reading_backbone(checkpoint, adapter, dropout) if adapter else load_backbone(checkpoint, dropout=dropout)
-        writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, is_decoder=True, add_cross_attention=True)
+        new = ["crossattention", "cls", "lm_head"]
+        writer = load_model(AutoModelForCausalLM, checkpoint, dropout=dropout, new=new, is_decoder=True, add_cross_attention=True)
         for layer in writer.base_model.encoder.layer:
             layer.crossattention.load_state_dict(layer.attention.state_dict())
         network: Any = PointerGenerator(encoder=reader, decoder=writer)
@@ -183,14 +188,10 @@ def load_generator(name: str) -> tuple[FusionInDecoder, AnswerEncoder, Generator
 
     Raises:
         CheckpointNotFound: it is none, or damaged.
+        InvalidConfig: generator.json holds a value that cannot work.
     """
     checkpoint = resolve_checkpoint(name)
-    try:
-        settings = GeneratorSettings(**json.loads((checkpoint.folder / SETTINGS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointNotFound(
-            f"{name}: {SETTINGS} cannot be read ({error}); `openbook train generator` leaves one in <output>/best"
-        ) from error
+    settings = stated_config(GeneratorSettings, checkpoint.folder / SETTINGS, "openbook train generator")
     encoder = AnswerEncoder(checkpoint, max_tokens=settings.max_tokens, max_answer_tokens=settings.max_answer_tokens)
     return build_generator(checkpoint, encoder, dropout=0.0).eval(), encoder, settings
 

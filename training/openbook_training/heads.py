@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openbook_training.adapters import add_adapter, save_adapter, stated_settings
+from openbook_training.adapters import add_adapter, read_adapter, save_adapter, stated_settings
 from openbook_training.checkpoint import Checkpoint
 from openbook_training.errors import CheckpointNotFound
 from openbook_training.objectives import marginal_label_log_probabilities, neighbour_prior
@@ -151,7 +151,7 @@ def load_head_model(checkpoint: Checkpoint, folder: Path) -> tuple[HeadModel, di
     settings = stated_settings(folder, TASK, checkpoint)
     try:
         backbone = load_backbone(checkpoint, one_segment=settings.get("one_segment") is True)
-        adapted = PeftModel.from_pretrained(backbone, str(folder))  # freezes the backbone, token embeddings included
+        adapted = read_adapter(backbone, str(folder))  # freezes the backbone, token embeddings included
         head = _head(settings, backbone)
         stored = load_file(folder / HEAD)
         trained = {name for name, value in head.named_parameters() if value.requires_grad}

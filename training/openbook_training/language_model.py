@@ -8,7 +8,6 @@ folder is a transformers checkpoint with one file more, language_model.json, tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve
 from openbook_training.chunks import length_chunks
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.negatives import ranked
-from openbook_training.pretrained import fast_tokenizer, load_model, save_whole
+from openbook_training.pretrained import fast_tokenizer, load_model, save_whole, stated_config
 from openbook_training.progress import progress
 from openbook_training.streams import RUN, Stretch, holds
 
@@ -212,13 +211,11 @@ def load_language_model(name: str) -> tuple[LanguageModel, Prompts, ReadingConfi
 
     Raises:
         CheckpointNotFound: it is none, or damaged.
+        InvalidConfig: language_model.json holds a value that cannot work.
     """
     checkpoint = resolve_checkpoint(name)
     file = checkpoint.folder / SETTINGS
-    try:
-        settings = ReadingConfig(**json.loads(file.read_text())) if file.is_file() else ReadingConfig()
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointNotFound(f"{file} cannot be read ({error}); `openbook train causal_lm` leaves one in <output>/best") from error
+    settings = stated_config(ReadingConfig, file, "openbook train causal_lm") if file.is_file() else ReadingConfig()
     prompts = Prompts(fast_tokenizer(checkpoint))
     model = pretrained_model(checkpoint, dropout=0.0).eval()
     check_reading(settings, model, prompts)

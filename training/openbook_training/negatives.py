@@ -37,7 +37,7 @@ def embed(
     """
     encoder = TextEncoder(checkpoint)
     device = best_device()
-    model = load_model(AutoModel, checkpoint, dropout=0.0).eval().to(device)
+    model = load_model(AutoModel, checkpoint, dropout=0.0, new=["pooler"]).eval().to(device)
     rows = encoder.rows(texts, max_tokens or checkpoint.max_tokens)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         vectors = encode(model, rows, pooling=checkpoint.pooling, pad=encoder.pad, device=device, report=report)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from openbook_training.checkpoint import Checkpoint, positions
+from openbook_training.checkpoint import Checkpoint, positions, stored_tokenizer
+from openbook_training.config import Config, config_of
 from openbook_training.errors import CheckpointNotFound, InvalidConfig
 from openbook_training.processes import process
 
@@ -31,30 +35,62 @@ def fast_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def load_model(kind: Any, checkpoint: Checkpoint, *, dropout: float, **settings: Any) -> Any:
-    """The checkpoint's weights in a transformers class, to be trained; its notice that a head is new or left out is silenced: it is meant.
+def load_model(kind: Any, checkpoint: Checkpoint, *, dropout: float, new: Collection[str] = (), **settings: Any) -> Any:
+    """As `load_weights`, to be trained.
 
     Attention dropout is off: on a CPU it costs as much as the attention itself.
+    """
+    return load_weights(kind, checkpoint, new=new, **_dropout(checkpoint, dropout), **settings)
+
+
+def load_weights(kind: Any, checkpoint: Checkpoint, *, new: Collection[str] = (), **settings: Any) -> Any:
+    """The checkpoint's weights in a transformers class, in fp32, with a row of embeddings for every token of its tokenizer.
+
+    Args:
+        new: names of modules that may begin at random, since training or an adapter brings them. Of all else every weight is the
+            checkpoint's: transformers would make up what is missing, with no more than a notice.
 
     Raises:
-        CheckpointNotFound: there are no weights in safetensors.
+        CheckpointNotFound: there are no weights in safetensors, some are missing or do not fit, or the tokenizer is of another model.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return kind.from_pretrained(
+        model, found = kind.from_pretrained(
             checkpoint.folder,
             attn_implementation="eager",
-            **_dropout(checkpoint, dropout),
             dtype=torch.float32,
             use_safetensors=True,
+            output_loading_info=True,
             **settings,
         )
-    except OSError as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointNotFound(f"checkpoint {checkpoint.name!r}: its weights do not load ({reason})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # what a damaged file leads to
+        reason = (str(error).strip() or "no reason given").split("\n", 1)[0]
+        raise CheckpointNotFound(f"checkpoint {checkpoint.name!r}: its weights do not load ({type(error).__name__}: {reason})") from error
     finally:
         logging.set_verbosity(verbosity)
+    _require_all(model, set(found["missing_keys"]), set(new), checkpoint.name)
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(stored_tokenizer(checkpoint.folder, checkpoint.name).get_vocab().values(), default=0)
+    if largest >= rows:
+        raise CheckpointNotFound(
+            f"checkpoint {checkpoint.name!r}: its tokenizer has ids up to {largest}, its model embeddings for ids below {rows}; copy the "
+            "tokenizer that the model was trained with, or resize_token_embeddings, train and save both"
+        )
+    return model
+
+
+def _require_all(model: Any, missing: set[str], new: set[str], name: str) -> None:
+    """Raises:
+    CheckpointNotFound: weights are missing; a tied one that is under its other name is not, nor is a buffer, which is computed.
+    """
+    lacks = sorted(weight for weight, _ in model.named_parameters() if weight in missing and new.isdisjoint(weight.split(".")))
+    if lacks:
+        more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+        raise CheckpointNotFound(
+            f"checkpoint {name!r} lacks {', '.join(lacks[:3])}{more}, weights of a {type(model).__name__}, which would be random; copy the "
+            "whole checkpoint again, or take one of this kind"
+        )
 
 
 def _dropout(checkpoint: Checkpoint, share: float) -> dict[str, float]:
@@ -71,20 +107,28 @@ def load_backbone(checkpoint: Checkpoint, *, dropout: float = 0.1, one_segment: 
     Raises:
         CheckpointNotFound: it is not of BERT's shape.
     """
-    try:
-        backbone = load_model(AutoModel, checkpoint, dropout=dropout, **without_pooler(checkpoint))
-    except TypeError as error:
-        raise CheckpointNotFound(
-            f"checkpoint {checkpoint.name!r} is not of BERT's shape ({error}); take one of a BERT, DistilBERT, RoBERTa or MPNet"
-        ) from error
+    backbone = load_model(AutoModel, checkpoint, dropout=dropout, **without_pooler(checkpoint))
     if one_segment:
         read_in_one_segment(backbone)
     return backbone
 
 
-def without_pooler(checkpoint: Checkpoint) -> dict[str, bool]:
-    """What transformers must be told to leave a model's own pooler out; DistilBERT has none."""
-    return {} if AutoConfig.from_pretrained(checkpoint.folder).model_type == "distilbert" else {"add_pooling_layer": False}
+def without_pooler(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What transformers must be told to leave a model's own pooler out; DistilBERT has none.
+
+    Raises:
+        CheckpointNotFound: it is not of BERT's shape.
+    """
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if config.model_type == "distilbert":
+        return {}
+    kind: Any = MODEL_MAPPING[type(config)]
+    if "add_pooling_layer" not in inspect.signature(kind.__init__).parameters:
+        raise CheckpointNotFound(
+            f"checkpoint {checkpoint.name!r} is not of BERT's shape (its model_type is {config.model_type!r}); take one of a BERT, "
+            "DistilBERT, RoBERTa or MPNet"
+        )
+    return {"add_pooling_layer": False}
 
 
 def knows_segments(config: Any) -> bool:
@@ -130,6 +174,22 @@ def best_device() -> torch.device:
     """A GPU where there is one, this process's own where there are several; the CPU under `accelerate launch --cpu`."""
     device: torch.device = process().device
     return device
+
+
+def stated_config(kind: type[Config], file: Path, command: str) -> Config:
+    """The settings that `save_whole` wrote.
+
+    Raises:
+        CheckpointNotFound: there is no such file, or it holds no JSON object; `command` writes one.
+        InvalidConfig: a value is of another kind, or cannot work.
+    """
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointNotFound(f"{file} cannot be read ({error}); `{command}` leaves one in <output>/best") from error
+    return config_of(kind, table, str(file))
 
 
 def save_whole(network: Any, tokenizer: Any, settings: Any, kind: type[Any], file: Path) -> None:

@@ -109,7 +109,7 @@ def trained_reader(checkpoint: Checkpoint, folder: str, *, dropout: float = 0.1)
 
 
 def _span_model(checkpoint: Checkpoint, *, dropout: float) -> PreTrainedModel:
-    model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout)
+    model: PreTrainedModel = load_model(AutoModelForQuestionAnswering, checkpoint, dropout=dropout, new=["qa_outputs"])
     read_in_one_segment(model)
     return model
 

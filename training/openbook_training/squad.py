@@ -170,10 +170,11 @@ def _nested_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise InvalidData(f"data file {str(path)!r} does not exist")
     try:
-        articles = json.loads(path.read_bytes())["data"]
+        content = json.loads(path.read_bytes())
+        articles = content.get("data") if isinstance(content, dict) else None
         if not isinstance(articles, list):
-            raise TypeError('its "data" is no list')
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TypeError('it is no object with a list of articles, "data"')
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidData(f"{path}: not a SQuAD JSON file ({error})") from error
     for number, article in enumerate(articles, 1):
         for at, paragraph in enumerate(_items(article, "paragraphs"), 1):

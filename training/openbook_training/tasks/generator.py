@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.config import LoopConfig, no_share, too_low
+from openbook_training.config import LoopConfig, no_share
 from openbook_training.errors import InvalidData
 from openbook_training.generator import AnswerEncoder, FusionInDecoder, GeneratorSettings, answer_all, build_generator, save_generator
 from openbook_training.loop import length_grouped
@@ -51,7 +51,7 @@ class GeneratorConfig(GeneratorSettings):
     def problems(self) -> list[str]:
         """What cannot work."""
         shares = [*no_share(self, "closed_share"), *no_share(self, "dropout", below_one=True)]
-        return [*too_low(self, passages=1, beams=1, max_tokens=5, max_answer_tokens=2), *shares]
+        return [*GeneratorSettings.problems(self), *shares]
 
 
 @dataclass(frozen=True, slots=True)

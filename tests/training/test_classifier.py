@@ -75,6 +75,18 @@ def changed(config: ClassifierConfig, output: Path, **loop: object) -> Classifie
     return dataclasses.replace(config, output=str(output), loop=dataclasses.replace(config.loop, **loop))  # type: ignore[arg-type]
 
 
+def test_a_renamed_label_is_refused_on_resume_and_the_best_result_stays(config: ClassifierConfig, tmp_path: Path) -> None:
+    config = changed(config, tmp_path / "run", epochs=1, evaluate_every_epochs=1)
+    train(OBJECTIVES["classifier"], config, resume=False, console=quiet())
+    best = {file.name: file.read_bytes() for file in (tmp_path / "run" / "best").iterdir()}
+    data = Path(config.train)
+    data.write_text(data.read_text().replace(",cold", ",zzz"))  # it sorts last, so every label's number is another one's
+    longer = changed(config, tmp_path / "run", epochs=2, evaluate_every_epochs=1)
+    with pytest.raises(InvalidData, match="labels, training texts, held-out texts changed since it began"):
+        train(OBJECTIVES["classifier"], longer, resume=True, console=quiet())
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "best").iterdir()} == best
+
+
 def test_a_training_text_sees_neither_itself_nor_its_words_elsewhere(config: ClassifierConfig, tmp_path: Path) -> None:
     file = Path(config.train)
     file.write_text(file.read_text() + "red king in case one,cold\nred king in case one,warm\n")

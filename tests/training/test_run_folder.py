@@ -25,7 +25,7 @@ from openbook_training.pretrained import best_device
 from openbook_training.processes import process
 from openbook_training.record import Record, memory_mb, metric_lines, read_metrics
 from openbook_training.run import train
-from openbook_training.run_folder import held
+from openbook_training.run_folder import digests, held
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig
 from rich.console import Console
@@ -211,6 +211,39 @@ def test_a_run_goes_on_with_other_speeds_and_from_a_checkpoint_that_states_no_se
     assert not list((tmp_path / "run").glob("config.json.*"))
 
 
+def test_a_run_whose_data_changed_is_refused_with_what_did_and_one_whose_dev_questions_did_goes_on(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    data, dev = Path(config.train), tmp_path / "dev.jsonl"
+    dev.write_text(data.read_text())
+    config = dataclasses.replace(config, dev=str(dev))
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    began, kept = data.read_text(), everything(tmp_path / "run")
+    data.write_text(began.replace("who ?", "who then ?"))
+    with pytest.raises(
+        InvalidData, match="run holds a run on other data: training questions, held-out questions changed since it began. Put"
+    ):
+        train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+    assert everything(tmp_path / "run") == kept
+    data.write_text("\n" + began)  # the same rows at other places
+    dev.write_text(began.replace("who ?", "who then ?"))
+    train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_says_what_it_trains_on(objective: str) -> None:
+    assert callable(getattr(OBJECTIVES[objective].task(), "trains_on", None))
+
+
+def test_a_digest_tells_parts_items_and_their_order_apart() -> None:
+    first = digests({"labels": ["a", "b"], "texts": iter([("x", [1, 2])])})
+    assert first == digests({"labels": ("a", "b"), "texts": [("x", [1, 2])]})
+    others = [["b", "a"], ["ab"], ["a", "b", "c"], ["a"], ["a", b"b"]]
+    assert len({digests({"labels": other})["labels"] for other in others} | {first["labels"]}) == 6
+    assert digests({"labels": ["\ud800"]})  # half a character, which UTF-8 does not hold
+
+
 def test_a_damaged_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = config_in(tmp_path, tiny_checkpoint)
     (tmp_path / "run").mkdir()
@@ -286,7 +319,7 @@ def test_the_random_numbers_of_a_step_depend_on_seed_and_step_alone(tmp_path: Pa
 
 def test_a_run_without_a_batch_is_refused(tmp_path: Path) -> None:
     task: Any = Drawn(0)
-    with pytest.raises(InvalidData, match="no batch to train on in 3 epochs"):
+    with pytest.raises(InvalidData, match="no batch to train on in an epoch"):
         Loop(task, LoopConfig(precision="fp32"), tmp_path, quiet()).run(resume=False)
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,8 @@
 """The folder of a run: whether a run may begin there or go on, and what it was made with.
 
-A run is known by the settings that decide which examples each step sees and what the weights are of. Its checkpoint states them, and only
-a run that has the same goes on from it. How long it takes, how fast it learns and how often it saves may change between two starts.
+A run is known by the settings that decide which examples each step sees and what the weights are of, and by digests of those examples.
+Its checkpoint states them, and only a run that has the same goes on from it. How long it takes, how fast it learns and how often it saves
+may change between two starts.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +23,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from openbook_training.errors import InvalidConfig, NotWritten, TrainingError
+from openbook_training.errors import InvalidConfig, InvalidData, NotWritten, TrainingError
 
 CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", "lock"
 _RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -75,6 +77,32 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
         raise InvalidConfig(
             f"{folder} holds a run of other settings: {'; '.join(changed)}. Set them as they were to go on with --resume, "
             "or choose another output"
+        )
+
+
+def digests(parts: Mapping[str, Iterable[object]]) -> dict[str, str]:
+    """Of each part of what a run trains on its name and a digest; parts are gone through once and need not fit into memory."""
+    named = {}
+    for name, items in parts.items():
+        digest = hashlib.sha256()
+        for item in items:
+            digest.update(repr(item).encode() + b"\0")
+        named[name] = digest.hexdigest()
+    return named
+
+
+def check_data(folder: Path, data: Mapping[str, str]) -> None:
+    """Refuse to go on with other data than the run in a folder began with, where there is one; `data` as from `digests`.
+
+    Raises:
+        InvalidData: they differ; the message says in what.
+    """
+    file = folder / CHECKPOINT
+    began = load_state(file, mmap=True).get("data", {}) if file.is_file() else {}  # runs of older versions state nothing
+    if changed := [name for name in began if began[name] != data.get(name)]:
+        raise InvalidData(
+            f"{folder} holds a run on other data: {', '.join(changed)} changed since it began. Put back what was there to go on with "
+            "--resume, or choose another output"
         )
 
 

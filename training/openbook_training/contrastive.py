@@ -114,6 +114,6 @@ class ContrastiveTask:
 
 
 def first_of_each(texts: Sequence[str]) -> list[int]:
-    """For each text the row at which it first stands: one passage under two ids is one column of a batch."""
+    """For each text the row at which it first stands: by it one text is known as itself, however often it stands."""
     first: dict[str, int] = {}
     return [first.setdefault(text, row) for row, text in enumerate(texts)]

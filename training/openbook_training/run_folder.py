@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from openbook_training.errors import InvalidConfig, InvalidData, NotWritten, Tra
 
 CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", "lock"
 _RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+_STATE = {"step", "evaluated", "best", "trained", "average", "optimizer"}  # that every checkpoint has
 _MAY_CHANGE = {"output"} | {
     f"loop.{name}"
     for name in (
@@ -110,12 +112,17 @@ def load_state(file: Path, *, mmap: bool = False) -> dict[str, Any]:
     """What a checkpoint holds; with `mmap` its tensors are read only where they are used.
 
     Raises:
-        InvalidConfig: the file is damaged.
+        InvalidConfig: the file is damaged, or no checkpoint.
     """
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with zipfile.ZipFile(file) as archive:  # which is what torch writes, with checksums that it never looks at
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged!r} in it is not what was written")
+        state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(state, dict) or not state.keys() >= _STATE:
+            raise ValueError(f"it holds a {type(state).__name__}, and not {', '.join(sorted(_STATE))}")
     except Exception as error:  # of a damaged file torch raises half a dozen kinds
-        reason = str(error).split("\n", 1)[0]
+        reason = str(error).split("\n", 1)[0] if file.stat().st_size else "it is empty"
         raise InvalidConfig(f"{file} cannot be read ({reason}); remove it to begin again, or choose another output") from error
     return state
 
@@ -163,9 +170,13 @@ def _claim(folder: Path, handle: IO[str], kind: int) -> None:
 
 def publish(aside: Path, file: Path) -> None:
     """Give a finished file its name in one step, once its bytes are on the disk: a crash leaves the old file or the new one, whole."""
-    with aside.open("rb") as stream:
-        os.fsync(stream.fileno())
+    _sync(aside)
     aside.replace(file)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def save_state(file: Path, state: dict[str, Any]) -> None:
@@ -186,21 +197,29 @@ def save_state(file: Path, state: dict[str, Any]) -> None:
 
 
 def save_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Put what `save` writes in the place of a folder, or leave it as it was.
+    """Put what `save` writes in the place of a folder, once its bytes are on the disk, or leave it as it was.
+
+    A kill finds one of the two whole: under the folder's name, or, between two renames, beside it (`.old`, `.new`).
 
     Raises:
         NotWritten: the system refuses.
     """
-    aside = folder.with_name(f"{folder.name}.new")
+    aside, before = (folder.with_name(f"{folder.name}.{which}") for which in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     with writing(aside):
         try:
             save(aside)
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    _sync(file)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
         aside.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager

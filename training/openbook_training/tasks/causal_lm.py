@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.chunks import length_grouped
-from openbook_training.config import LoopConfig, no_share
+from openbook_training.config import MOST_LAYERS, MOST_PIECES, MOST_TOKENS, WIDEST, LoopConfig, no_share, too_high
 from openbook_training.language_model import (
     LanguageModel,
     Prompts,
@@ -71,6 +71,12 @@ class CausalLmConfig(ReadingConfig):
                 found.append(f"layers {self.layers}, dim {self.dim}, heads {self.heads}: at least 1 each, dim a multiple of heads")
             if self.vocabulary < 257:
                 found.append(f"vocabulary: {self.vocabulary} is below 257, every byte and the end of a text")
+            found += too_high(self, layers=MOST_LAYERS, dim=WIDEST, vocabulary=MOST_PIECES)
+        if (longest := self.longest(1)) > MOST_TOKENS:
+            found.append(
+                f"stride_tokens {self.stride_tokens}, context_tokens {self.context_tokens}, "
+                f"passages {self.passages} of {self.passage_tokens} tokens: {longest} tokens at once are above {MOST_TOKENS}"
+            )
         return found
 
 

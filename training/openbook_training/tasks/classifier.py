@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
-from openbook_training.config import not_positive, too_low
+from openbook_training.config import no_temperature, too_low
 from openbook_training.contrastive import first_of_each
 from openbook_training.label_readings import Found, Probabilities, beside_neighbours, neighbour_readings
 from openbook_training.labelled import Columns
@@ -41,7 +41,7 @@ class ClassifierConfig(LabelConfig):
 
     def problems(self) -> list[str]:
         """What cannot work."""
-        return [*LabelConfig.problems(self), *too_low(self, neighbours=1, max_tokens=3), *not_positive(self, "temperature")]
+        return [*LabelConfig.problems(self), *too_low(self, neighbours=1, max_tokens=3), *no_temperature(self, "temperature")]
 
 
 class ClassifierTask(LabelTask):

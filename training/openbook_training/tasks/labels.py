@@ -50,6 +50,8 @@ class LabelConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by; give a number of rows"]
+        if self.shots == 1:
+            found.append("shots: 1 row of each label leaves none to choose the best epoch by; give at least 2, or 0 for all")
         return [*found, *no_share(self, "alone_share"), *no_rank(self)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import Checkpoint, folder_digest, resolve_checkpoint
-from openbook_training.config import no_share, not_positive, too_low
+from openbook_training.config import no_share, no_temperature, too_low
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import span_distillation_loss
@@ -46,7 +46,7 @@ class ReaderConfig(SpanConfig):
 
     def problems(self) -> list[str]:
         """What cannot work."""
-        taught = [*no_share(self, "teacher_weight"), *not_positive(self, "teacher_temperature")]
+        taught = [*no_share(self, "teacher_weight"), *no_temperature(self, "teacher_temperature")]
         return [*SpanConfig.problems(self), *too_low(self, mined=1), *taught]
 
 

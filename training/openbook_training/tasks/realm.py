@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.config import LoopConfig, no_rank, no_share, not_positive, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, no_temperature, too_low
 from openbook_training.contrastive import first_of_each
 from openbook_training.embedding import TextEncoder
 from openbook_training.errors import InvalidConfig, InvalidData
@@ -72,7 +72,7 @@ class RealmConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.loss in LOSSES else [f"loss: {self.loss!r} is neither of {', '.join(LOSSES)}"]
-        found += [*not_positive(self, "temperature"), *no_share(self, "alone_share", below_one=True)]
+        found += [*no_temperature(self, "temperature"), *no_share(self, "alone_share", below_one=True)]
         found += [*too_low(self, held_out=1, passages=1, query_tokens=8, passage_tokens=8), *no_rank(self)]
         if self.index.refresh == "rerank" and self.index.proposed < self.passages:
             found.append(f"index.proposed: {self.index.proposed} are fewer than the {self.passages} passages to be read")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from openbook_training.adapters import require_trained
 from openbook_training.beir import TRAINING
 from openbook_training.checkpoint import folder_digest
-from openbook_training.config import no_share, not_positive, too_low
+from openbook_training.config import no_share, no_temperature, too_low
 from openbook_training.contrastive import ContrastiveConfig, ContrastiveTask, first_of_each
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
@@ -48,7 +48,7 @@ class RetrieverConfig(ContrastiveConfig):
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.anchor_weight >= 0 else [f"anchor_weight: {self.anchor_weight} is below 0"]
-        found += [*no_share(self, "reader_weight"), *not_positive(self, "reader_temperature")]
+        found += [*no_share(self, "reader_weight"), *no_temperature(self, "reader_temperature")]
         if not self.reader and self.reader_weight:
             found.append(f"reader_weight: {self.reader_weight} is of no reader; give reader, its adapter's folder")
         if self.reader and not self.reader_weight:

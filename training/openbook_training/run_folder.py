@@ -115,6 +115,8 @@ def load_state(file: Path, *, mmap: bool = False) -> dict[str, Any]:
         InvalidConfig: the file is damaged, or no checkpoint.
     """
     try:
+        if not file.stat().st_size:
+            raise ValueError("it is empty")
         with zipfile.ZipFile(file) as archive:  # which is what torch writes, with checksums that it never looks at
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged!r} in it is not what was written")
@@ -122,7 +124,7 @@ def load_state(file: Path, *, mmap: bool = False) -> dict[str, Any]:
         if not isinstance(state, dict) or not state.keys() >= _STATE:
             raise ValueError(f"it holds a {type(state).__name__}, and not {', '.join(sorted(_STATE))}")
     except Exception as error:  # of a damaged file torch raises half a dozen kinds
-        reason = str(error).split("\n", 1)[0] if file.stat().st_size else "it is empty"
+        reason = str(error).split("\n", 1)[0]
         raise InvalidConfig(f"{file} cannot be read ({reason}); remove it to begin again, or choose another output") from error
     return state
 

@@ -114,3 +114,12 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work_and_a_stop_l
     with pytest.raises(KeyboardInterrupt):
         average([folder], tmp_path / "mean", rank=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "file"]
+
+
+def test_what_a_killed_run_has_left_beside_the_target_goes_with_the_next(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = adapter(tiny_checkpoint, tmp_path / "1", 1, 2)
+    (tmp_path / "mean.new").mkdir()
+    (tmp_path / "mean.new" / "half").touch()
+    average([folder], tmp_path / "mean", rank=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "mean"]
+    assert not (tmp_path / "mean" / "half").exists()

@@ -61,6 +61,16 @@ def config(tiny_checkpoint: Path, tmp_path: Path) -> CausalLmConfig:
     )
 
 
+def test_a_text_that_changed_would_have_another_tokenizer_and_is_refused_on_resume(config: CausalLmConfig) -> None:
+    train(OBJECTIVES["causal_lm"], config, resume=False, console=quiet())
+    longer = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=3))
+    train(OBJECTIVES["causal_lm"], longer, resume=True, console=quiet())  # the tokenizer trained anew is the same
+    data = Path(config.train)
+    data.write_text("zebra zigzags " * 40 + data.read_text())
+    with pytest.raises(InvalidData, match="on other data: tokenizer, training text, held-out text changed since it began"):
+        train(OBJECTIVES["causal_lm"], longer, resume=True, console=quiet())
+
+
 def test_a_stream_is_cut_into_stretches_that_cover_every_token_once() -> None:
     tokenizer = new_tokenizer(["the king of the city", "a river"], 300)
     of = stream(["the king of the  city", "a – river"], tokenizer)

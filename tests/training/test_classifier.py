@@ -7,9 +7,12 @@ import io
 import json
 import random
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from openbook_training.checkpoint import resolve_checkpoint
 from openbook_training.config import LoopConfig
 from openbook_training.errors import CheckpointNotFound, InvalidConfig, InvalidData
 from openbook_training.heads import RowEncoder, load_head_model
+from openbook_training.labelled import Labelled
 from openbook_training.negatives import embed
 from openbook_training.objectives import NEGATIVE
 from openbook_training.run import train
@@ -73,6 +77,28 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def changed(config: ClassifierConfig, output: Path, **loop: object) -> ClassifierConfig:
     return dataclasses.replace(config, output=str(output), loop=dataclasses.replace(config.loop, **loop))  # type: ignore[arg-type]
+
+
+def test_a_renamed_label_is_refused_on_resume_and_the_best_result_stays(config: ClassifierConfig, tmp_path: Path) -> None:
+    config = changed(config, tmp_path / "run", epochs=1, evaluate_every_epochs=1)
+    train(OBJECTIVES["classifier"], config, resume=False, console=quiet())
+    best = {file.name: file.read_bytes() for file in (tmp_path / "run" / "best").iterdir()}
+    data = Path(config.train)
+    data.write_text(data.read_text().replace(",cold", ",zzz"))  # it sorts last, so every label's number is another one's
+    longer = changed(config, tmp_path / "run", epochs=2, evaluate_every_epochs=1)
+    with pytest.raises(InvalidData, match="labels, training texts, held-out texts changed since it began"):
+        train(OBJECTIVES["classifier"], longer, resume=True, console=quiet())
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "best").iterdir()} == best
+
+
+def test_one_long_text_makes_the_others_no_longer() -> None:
+    rows = [Labelled(place="", text=text, label="") for text in ["y" * 1_000_000, *(f"text {number}" for number in range(99))]]
+    task: Any = SimpleNamespace(rows=rows, train=range(100), held_out=range(100, 100), dev=range(100, 100), gold=np.zeros(100, np.int64))
+    tracemalloc.start()
+    ClassifierTask._find(task, np.eye(100, dtype=np.float32), 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000_000  # an array of texts of one width would take 400 MB
 
 
 def test_a_training_text_sees_neither_itself_nor_its_words_elsewhere(config: ClassifierConfig, tmp_path: Path) -> None:

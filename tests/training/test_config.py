@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from openbook_training.config import load_config
+from openbook_training.config import LoopConfig, check, load_config
 from openbook_training.errors import InvalidConfig
+from openbook_training.scratch import ScratchConfig
+from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig
 from openbook_training.tasks.retriever import RetrieverConfig
 
@@ -57,6 +60,33 @@ def test_values_that_cannot_work_are_reported_with_the_other_mistakes_of_all_tab
         "loop.precision: 'fp8' is neither",
     ):
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "problem"),
+    [
+        ("classifier", {"temperature": 1e-320}, "temperature: 1e-320 is not in [0.0001, 10000]"),
+        ("retriever", {"temperature": 1e308}, "temperature: 1e+308 is not in"),
+        ("retriever", {"reader_temperature": 0.0}, "reader_temperature: 0.0 is not in"),
+        ("reader", {"teacher_temperature": 1e308}, "teacher_temperature: 1e+308 is not in"),
+        ("realm", {"temperature": 1e308}, "temperature: 1e+308 is not in"),
+        ("classifier", {"loop": LoopConfig(weight_decay=1e308)}, "loop.weight_decay: 1e+308 is above 1000"),
+        ("verification", {"shots": 1}, "shots: 1 row of each label leaves none to choose the best epoch by; give at least 2, or 0 for all"),
+        ("causal_lm", {"layers": 10**12}, "layers: 1000000000000 is above 1024"),
+        ("causal_lm", {"dim": 2**40}, "dim: 1099511627776 is above 8192"),
+        ("causal_lm", {"vocabulary": 10**12}, "vocabulary: 1000000000000 is above 1048576"),
+        ("causal_lm", {"stride_tokens": 10**12}, "stride_tokens 1000000000000, context_tokens 64, passages 1 of 64 tokens: 1000000000130"),
+        ("causal_lm", {"context_tokens": 10**12, "checkpoint": "any"}, "context_tokens 1000000000000"),
+        ("causal_lm", {"passages": 10**12}, "tokens at once are above 131072"),
+        ("masked_lm", {"scratch": ScratchConfig(layers=10**12)}, "scratch.layers: 1000000000000 is above 1024"),
+        ("masked_lm", {"scratch": ScratchConfig(hidden=2**40)}, "scratch.hidden: 1099511627776 is above 8192"),
+        ("masked_lm", {"scratch": ScratchConfig(vocabulary=10**12)}, "scratch.vocabulary: 1000000000000 is above 1048576"),
+        ("masked_lm", {"scratch": ScratchConfig(vocabulary=1)}, "scratch.vocabulary: 1 is below 6"),
+    ],
+)
+def test_numbers_that_no_model_is_made_with_are_refused_by_name(objective: str, changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape(problem)):
+        check(OBJECTIVES[objective].config()(train="t", **changes))
 
 
 @pytest.mark.parametrize("text", ["= 3", "train = 'a\n", "\udcff"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from openbook_training.config import LoopConfig
 from openbook_training.errors import NotWritten, TrainingDiverged
-from openbook_training.loop import Loop, Staged
+from openbook_training.loop import Loop, Staged, Stopped
 from openbook_training.record import read_metrics
 from rich.console import Console
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def loop_in(folder: Path, task: Slope, **settings: object) -> tuple[Loop[int], C
     return Loop(task, config, folder, console), console
 
 
-def test_no_epoch_is_prepared_that_no_step_is_left_for(tmp_path: Path) -> None:
+def test_no_epoch_is_prepared_that_no_step_is_left_for_and_the_first_is_counted_for_all(tmp_path: Path) -> None:
     asked: list[int] = []
 
     class Asked(Slope):
@@ -65,12 +65,34 @@ def test_no_epoch_is_prepared_that_no_step_is_left_for(tmp_path: Path) -> None:
             asked.append(epoch)
             return super().batches(epoch)
 
-    loop_in(tmp_path, Asked(), epochs=10**9, max_steps=3)[0].run(resume=False)
-    assert asked == [0, 1, 2, 0, 1, 2]
+    loop_in(tmp_path, Asked(), epochs=10**12, max_steps=3)[0].run(resume=False)
+    assert asked == [0, 0, 1, 2]
     asked.clear()
-    loop_in(tmp_path, Asked(), epochs=10**9, max_steps=4)[0].run(resume=True)
-    assert asked == [0, 1, 2, 3, 3]
+    loop_in(tmp_path, Asked(), epochs=10**12, max_steps=4)[0].run(resume=True)
+    assert asked == [0, 3]
     assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_run_of_more_epochs_than_any_machine_takes_begins_at_once(tmp_path: Path) -> None:
+    class Stops(Slope):
+        def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> Tensor:
+            loop._stopping.set()
+            return super().loss(model, batch, rng)
+
+    loop, _ = loop_in(tmp_path, Stops(), epochs=10**12)
+    with pytest.raises(Stopped, match="stopped at step 1 of 1000000000000; go on"):
+        loop.run(resume=False)
+
+
+def test_a_resumed_run_decays_weights_as_it_says_now(tmp_path: Path) -> None:
+    weights = {}
+    for decay in (0.0, 50.0):
+        torch.manual_seed(0)
+        loop_in(tmp_path / str(decay), Slope(), epochs=1, weight_decay=0.0)[0].run(resume=False)
+        task = Slope()
+        loop_in(tmp_path / str(decay), task, epochs=3, weight_decay=decay)[0].run(resume=True)
+        weights[decay] = float(next(iter(task.model.parameters())).detach())
+    assert abs(weights[50.0]) < 0.99 * abs(weights[0.0])
 
 
 def test_checkpoints_come_in_time_however_short_an_epoch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

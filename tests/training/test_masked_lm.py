@@ -178,10 +178,23 @@ def test_a_run_that_goes_on_keeps_the_tokenizer_that_its_weights_were_trained_wi
         assert standing() == before
     Path(config.train).write_text("\n".join([*Path(config.train).read_text().splitlines()[:-1], "a river of green books is in a city"]))
     longer = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=2))
-    train(OBJECTIVES["masked_lm"], longer, resume=True, console=quiet())
+    with pytest.raises(InvalidData, match="on other data: .*passages changed since"):
+        train(OBJECTIVES["masked_lm"], longer, resume=True, console=quiet())
     assert {name: text for name, text in standing().items() if name != "config.json"} == {
         name: text for name, text in before.items() if name != "config.json"
     }
+
+
+def test_a_run_that_has_lost_the_tokenizer_of_its_weights_is_refused(config: MaskedLmConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, scratch=SCRATCH, frozen_layers=0, loop=dataclasses.replace(config.loop, epochs=1))
+    train(OBJECTIVES["masked_lm"], config, resume=False, console=quiet())
+    (tmp_path / "run" / "scratch").rename(tmp_path / "elsewhere")
+    longer = dataclasses.replace(config, loop=dataclasses.replace(config.loop, epochs=2))
+    with pytest.raises(InvalidConfig, match="run/scratch holds no scratch.json, .* copy the whole run folder, or begin again with another"):
+        train(OBJECTIVES["masked_lm"], longer, resume=True, console=quiet())
+    assert not (tmp_path / "run" / "scratch").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "run" / "scratch")
+    train(OBJECTIVES["masked_lm"], longer, resume=True, console=quiet())
 
 
 def test_a_head_of_another_checkpoint_is_refused(config: MaskedLmConfig, tmp_path: Path) -> None:

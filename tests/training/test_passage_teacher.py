@@ -230,7 +230,7 @@ def test_all_that_cannot_work_of_a_readers_settings_is_told_at_once(tmp_path: Pa
     for part in (
         "reader_weight: 1.5 is not in [0, 1]",
         "reader_weight: 1.5 is of no reader",
-        "reader_temperature: 0.0 is not above 0",
+        "reader_temperature: 0.0 is not in",
         "mined: 0 is below 1",
     ):
         assert part in str(raised.value)

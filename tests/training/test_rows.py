@@ -15,17 +15,40 @@ from rich.console import Console
 COLUMNS = Columns(text="text", label="label")
 
 
-def test_a_csv_file_may_hold_lines_within_a_field_and_rows_are_named_by_their_first_line(tmp_path: Path) -> None:
+def test_a_csv_file_may_hold_lines_within_a_field_and_rows_are_named_by_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text('text,label\n"two\nlines",x\nplain,\n,y\nlast,z,surplus\nend,x\n')
     rows, problems = load_labelled(str(file), COLUMNS)
     assert [(row.text, row.label) for row in rows] == [("two\nlines", "x"), ("end", "x")]
-    assert rows[1].place == f"{file}: line 7"
+    assert [row.place for row in rows] == [f"{file}: lines 2 to 3", f"{file}: line 7"]
     assert problems == [
         f"{file}: line 4: 'label' is empty",
         f"{file}: line 5: 'text' is empty",
         f"{file}: line 6: 1 fields more than the header names",
     ]
+
+
+NOT_CLOSED = "is a quote not closed, or in the middle of a value?"
+
+
+def test_a_quote_that_is_not_closed_loses_no_row_unnamed(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('text,label\none,x\n"open,y\n"two",x\nthree,y\n"open,x\nfour,y\n","",z\nfive,x\n"open,y\nsix,x\nseven,y\n')
+    rows, problems = load_labelled(str(file), COLUMNS)
+    assert [row.text for row in rows] == ["one", "three", "five"]
+    assert problems == [
+        f"{file}: lines 3 to 4: is not CSV (',' expected after '\"'); {NOT_CLOSED}",
+        f"{file}: lines 6 to 8: 1 fields more than the header names",
+        f"{file}: lines 10 to 12: is not CSV (unexpected end of data); {NOT_CLOSED}",
+    ]
+
+
+def test_rows_behind_blank_lines_are_named_by_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("\ntext,label\n\n\na,x\n\nb\nc,\n")
+    rows, problems = load_labelled(str(file), COLUMNS)
+    assert [row.place for row in rows] == [f"{file}: line 5"]
+    assert problems == [f"{file}: line 7: 'label' is empty", f"{file}: line 8: 'label' is empty"]
 
 
 def test_json_lines_give_the_same_rows_and_one_bad_line_fails_alone(tmp_path: Path) -> None:
@@ -114,9 +137,33 @@ def test_what_is_no_name_of_a_dataset_with_its_split_is_a_path_and_no_hub_is_ask
 
 
 def test_a_file_of_another_kind_is_looked_for_nowhere_else(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(InvalidData, match="a.parquet' is of no kind that is read here"):
-        list(read_rows(str(tmp_path / "a.parquet")))
+    (tmp_path / "a.tsv").write_bytes(b"")
+    with pytest.raises(InvalidData, match="a.tsv' is of no kind that is read here: .csv, .jsonl, .txt and .parquet"):
+        list(read_rows(str(tmp_path / "a.tsv")))
+
+
+def test_what_the_library_of_datasets_has_written_is_read_from_the_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    two = datasets.Dataset.from_dict({"text": ["c"], "label": ["x"]})
+    (tmp_path / "a:b").mkdir()  # a path that exists is no NAME:SPLIT
+    one.to_parquet(str(tmp_path / "one.parquet"))
+    one.to_parquet(str(tmp_path / "a:b" / "train.parquet"))
+    one.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=one, test=two).save_to_disk(str(tmp_path / "splits"))
+    expected = {"one.parquet": "ab", "a:b": "ab", "a:b:train": "ab", "saved": "ab", "splits": "ab", "splits:test": "c"}
+    for source, texts in expected.items():
+        assert [row.values["text"] for row in read_rows(f"{tmp_path}/{source}")] == list(texts), source
+    with pytest.raises(InvalidData, match="saved:test'.*it was saved as one part and has no split 'test'; leave it out"):
+        list(read_rows(f"{tmp_path}/saved:test"))
+
+
+def test_a_folder_with_a_row_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text('{"text": "a"}\n{bad\n')
+    with pytest.raises(InvalidData, match="folder': neither .*JSON parse error"):
+        list(read_rows(str(tmp_path / "folder")))
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +187,10 @@ def test_one_row_in_another_encoding_or_with_an_endless_field_fails_alone(tmp_pa
     file.write_bytes(b"text,label\none,x\ncaf\xe9,x\n" + b"y" * 200_000 + b",x\n" + b"z" * 1_000_001 + b",x\ntwo caf\xc3\xa9s,y\n")
     rows, problems = load_labelled(str(file), COLUMNS)
     assert [(row.place[-6:], row.text[:9]) for row in rows] == [("line 2", "one"), ("line 4", "y" * 9), ("line 6", "two cafés")]
-    assert problems == [f"{file}: line 3: 'text' is not UTF-8", f"{file}: line 5: is not CSV (field larger than field limit (1000000))"]
+    assert problems == [
+        f"{file}: line 3: 'text' is not UTF-8",
+        f"{file}: line 5: is not CSV (field larger than field limit (1000000)); {NOT_CLOSED}",
+    ]
     (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\ntwo")
     texts, problems = build_rows(read_rows(str(tmp_path / "a.txt")), lambda row: column_text(row, "text"))
     assert (texts, problems) == (["one", "two"], [f"{tmp_path}/a.txt: line 2: 'text' is not UTF-8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -25,7 +27,7 @@ from openbook_training.pretrained import best_device
 from openbook_training.processes import process
 from openbook_training.record import Record, memory_mb, metric_lines, read_metrics
 from openbook_training.run import train
-from openbook_training.run_folder import held
+from openbook_training.run_folder import digests, held, load_state, save_folder, save_state
 from openbook_training.tasks import OBJECTIVES
 from openbook_training.tasks.reader import ReaderConfig
 from rich.console import Console
@@ -211,12 +213,105 @@ def test_a_run_goes_on_with_other_speeds_and_from_a_checkpoint_that_states_no_se
     assert not list((tmp_path / "run").glob("config.json.*"))
 
 
-def test_a_damaged_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_whose_data_changed_is_refused_with_what_did_and_one_whose_dev_questions_did_goes_on(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, tiny_checkpoint)
+    data, dev = Path(config.train), tmp_path / "dev.jsonl"
+    dev.write_text(data.read_text())
+    config = dataclasses.replace(config, dev=str(dev))
+    train(OBJECTIVES["reader"], config, resume=False, console=quiet())
+    began, kept = data.read_text(), everything(tmp_path / "run")
+    data.write_text(began.replace("who ?", "who then ?"))
+    with pytest.raises(
+        InvalidData, match="run holds a run on other data: training questions, held-out questions changed since it began. Put"
+    ):
+        train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+    assert everything(tmp_path / "run") == kept
+    data.write_text("\n" + began)  # the same rows at other places
+    dev.write_text(began.replace("who ?", "who then ?"))
+    train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_says_what_it_trains_on(objective: str) -> None:
+    assert callable(getattr(OBJECTIVES[objective].task(), "trains_on", None))
+
+
+def test_a_digest_tells_parts_items_and_their_order_apart() -> None:
+    first = digests({"labels": ["a", "b"], "texts": iter([("x", [1, 2])])})
+    assert first == digests({"labels": ("a", "b"), "texts": [("x", [1, 2])]})
+    others = [["b", "a"], ["ab"], ["a", "b", "c"], ["a"], ["a", b"b"]]
+    assert len({digests({"labels": other})["labels"] for other in others} | {first["labels"]}) == 6
+    assert digests({"labels": ["\ud800"]})  # half a character, which UTF-8 does not hold
+
+
+def saved(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+DAMAGED = {
+    "torn": (b"torn", "File is not a zip file"),
+    "empty": (b"", "it is empty"),
+    "a list": (saved([1]), "it holds a list, and not average, best, evaluated, optimizer, step, trained"),
+    "of something else": (saved({"step": 1}), "it holds a dict, and not average"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path, content: bytes, reason: str) -> None:
     config = config_in(tmp_path, tiny_checkpoint)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"torn")
-    with pytest.raises(InvalidConfig, match="checkpoint.pt cannot be read .*; remove it to begin again"):
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(InvalidConfig, match=rf"checkpoint.pt cannot be read \({reason}.*\); remove it to begin again"):
         train(OBJECTIVES["reader"], config, resume=True, console=quiet())
+
+
+def test_a_checkpoint_with_other_bytes_in_its_middle_is_not_resumed(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    state = dict.fromkeys(("step", "evaluated", "best", "average", "optimizer"), 0) | {"trained": [torch.zeros(10_000)]}
+    save_state(file, state)
+    assert load_state(file).keys() == state.keys()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = random.Random(0).randbytes(400)
+    file.write_bytes(content)
+    with pytest.raises(InvalidConfig, match="checkpoint.pt cannot be read .* in it is not what was written"):
+        load_state(file)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_finds_the_best_result_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    """Killed before the first, the second or no rename, one of the folders holds a whole result."""
+    folder, synced, original = tmp_path / "best", [], os.fsync
+
+    def save(words: str) -> Callable[[Path], None]:
+        def write(aside: Path) -> None:
+            (aside / "deeper").mkdir(parents=True)
+            (aside / "deeper" / "weights").write_text(words)
+
+        return write
+
+    save_folder(folder, save("old"))
+    left, rename = iter(range(renames)), Path.rename
+
+    def killed(file: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return rename(file, target)
+
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(number) or original(number))
+    monkeypatch.setattr(Path, "rename", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        save_folder(folder, save("new"))
+    assert synced
+    found = {path.parts[-3]: path.read_text() for path in tmp_path.rglob("weights")}
+    expected: list[dict[str, str]] = [{"best": "old", "best.new": "new"}, {"best.old": "old", "best.new": "new"}, {"best": "new"}]
+    assert found == expected[renames]
+    monkeypatch.setattr(Path, "rename", rename)
+    save_folder(folder, save("newer"))
+    assert [(path.name, (path / "deeper" / "weights").read_text()) for path in tmp_path.iterdir()] == [("best", "newer")]
 
 
 @pytest.mark.parametrize("name", ["run", "run/deeper"])
@@ -286,7 +381,7 @@ def test_the_random_numbers_of_a_step_depend_on_seed_and_step_alone(tmp_path: Pa
 
 def test_a_run_without_a_batch_is_refused(tmp_path: Path) -> None:
     task: Any = Drawn(0)
-    with pytest.raises(InvalidData, match="no batch to train on in 3 epochs"):
+    with pytest.raises(InvalidData, match="no batch to train on in an epoch"):
         Loop(task, LoopConfig(precision="fp32"), tmp_path, quiet()).run(resume=False)
     assert not list(tmp_path.iterdir())
 

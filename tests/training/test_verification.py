@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from openbook_training.checkpoint import resolve_checkpoint
+from openbook_training.chunks import length_grouped
 from openbook_training.config import LoopConfig, check
 from openbook_training.errors import InvalidConfig
 from openbook_training.heads import load_head_model
-from openbook_training.loop import length_grouped
 from openbook_training.negatives import embed
 from openbook_training.record import read_metrics
 from openbook_training.run import train

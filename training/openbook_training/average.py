@@ -16,7 +16,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -61,17 +60,19 @@ def average(folders: Sequence[Path], out: Path, *, rank: int) -> float:
     width = min((weight.shape[".lora_A." in name] for name, weight in weights[0].items() if ".lora_" in name), default=0)
     if rank > width:
         raise InvalidConfig(f"rank {rank} is above {width}, the width of a layer; lower --rank")
+    aside = out.with_name(f"{out.name}.new")  # always the same, so that what a killed run has left goes with the next
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as made:  # before the work: whether it can be written shows here
-            result, lost = _mean(weights, settings, rank)
-            aside = Path(made) / out.name
-            shutil.copytree(folders[0], aside, ignore=shutil.ignore_patterns("README.md"))
-            save_file(result, aside / WEIGHTS)
-            (aside / SETTINGS).write_text(json.dumps(settings[0] | {"r": rank, "lora_alpha": rank}, indent=2, sort_keys=True) + "\n")
-            aside.rename(out)
+        aside.mkdir(parents=True)  # before the work: whether it can be written shows here
+        result, lost = _mean(weights, settings, rank)
+        shutil.copytree(folders[0], aside, ignore=shutil.ignore_patterns("README.md"), dirs_exist_ok=True)
+        save_file(result, aside / WEIGHTS)
+        (aside / SETTINGS).write_text(json.dumps(settings[0] | {"r": rank, "lora_alpha": rank}, indent=2, sort_keys=True) + "\n")
+        aside.rename(out)
     except (OSError, SafetensorError) as error:
         raise NotWritten(f"{out} cannot be written ({error}); make room, or name another folder") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return lost
 
 

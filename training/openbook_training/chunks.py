@@ -1,9 +1,12 @@
-"""Rows of unlike length into forward passes that pad little."""
+"""Rows of unlike length into batches and forward passes that pad little."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
+Example = TypeVar("Example")
 CHUNK_TOKENS = 4096  # padded tokens a forward pass; larger falls out of the processor's cache
 
 
@@ -26,3 +29,15 @@ def restored(chunks: Sequence[Sequence[int]]) -> list[int]:
     for place, row in enumerate(flat):
         back[row] = place
     return back
+
+
+def length_grouped(examples: Iterable[Example], length: Callable[[Example], int], size: int, rng: random.Random) -> list[list[Example]]:
+    """Shuffled batches of examples of similar length: shuffle, sort within pools of 32 batches, shuffle the batches."""
+    shuffled = list(examples)
+    rng.shuffle(shuffled)
+    batches = []
+    for at in range(0, len(shuffled), size * 32):
+        pool = sorted(shuffled[at : at + size * 32], key=length)
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    return batches

@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 from openbook_training.errors import InvalidConfig
 
 _MOST_THREADS = 4096  # more than any machine's cores; a system refuses to start them long before
-_HIGHEST_RANK = 8192  # wider than the layers of any checkpoint that is trained here
+# Larger than any model that is trained here; a system would refuse the memory, or end the process.
+WIDEST, MOST_LAYERS, MOST_PIECES, MOST_TOKENS = 8192, 1024, 2**20, 2**17
+_TEMPERATURES = 1e-4, 1e4  # beyond them a softmax of cosines or scores is no number, or even
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,7 @@ class LoopConfig:
             *no_share(self, "average_decay", below_one=True),
             *([] if self.precision in {"bf16", "fp32"} else [f"precision: {self.precision!r} is neither 'bf16' nor 'fp32'"]),
             *too_low(self, weight_decay=0, checkpoint_minutes=0),
+            *too_high(self, weight_decay=1000),  # by which a step of any learning rate here leaves nothing of a weight
             *too_high(self, seed=2**32 - 1, threads=_MOST_THREADS),  # of the seed, NumPy's limit
         ]
 
@@ -66,12 +69,18 @@ def too_high(config: Any, **most: int) -> list[str]:
 
 def no_rank(config: Any, *, least: int = 1) -> list[str]:
     """What is wrong with the low-rank updates of a model; a rank above the width of its layers adds nothing but memory."""
-    return [*too_low(config, lora_rank=least, lora_alpha=1), *too_high(config, lora_rank=_HIGHEST_RANK, lora_alpha=2**31)]
+    return [*too_low(config, lora_rank=least, lora_alpha=1), *too_high(config, lora_rank=WIDEST, lora_alpha=2**31)]
 
 
 def not_positive(config: Any, *names: str) -> list[str]:
     """Of each setting named that is 0 or less, what is wrong."""
     return [f"{name}: {value} is not above 0" for name in names if (value := getattr(config, name)) <= 0]
+
+
+def no_temperature(config: Any, *names: str) -> list[str]:
+    """Of each setting named by which scores cannot be divided before a softmax, what is wrong."""
+    low, high = _TEMPERATURES
+    return [f"{name}: {value} is not in [{low}, {high:.0f}]" for name in names if not low <= (value := getattr(config, name)) <= high]
 
 
 def no_share(config: Any, *names: str, below_one: bool = False) -> list[str]:

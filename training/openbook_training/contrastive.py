@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 from openbook_training.chunks import CHUNK_TOKENS
-from openbook_training.config import LoopConfig, no_rank, not_positive, too_low
+from openbook_training.config import LoopConfig, no_rank, no_temperature, too_low
 from openbook_training.embedding import TextEncoder, cut, encode
 from openbook_training.errors import InvalidConfig
 from openbook_training.objectives import matryoshka_loss
@@ -43,7 +43,7 @@ class ContrastiveConfig:
 
     def problems(self) -> list[str]:
         """What cannot work, whatever the length of the checkpoint's vectors."""
-        found = [*not_positive(self, "temperature"), *too_low(self, train_max_tokens=3), *no_rank(self)]
+        found = [*no_temperature(self, "temperature"), *too_low(self, train_max_tokens=3), *no_rank(self)]
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(weights) != len(dims) or min(weights) < 0 or sum(weights) <= 0:
             found.append(f"matryoshka_weights: {list(weights)} should hold one weight >= 0, and one above it, for each of {list(dims)}")
@@ -114,6 +114,6 @@ class ContrastiveTask:
 
 
 def first_of_each(texts: Sequence[str]) -> list[int]:
-    """For each text the row at which it first stands: one passage under two ids is one column of a batch."""
+    """For each text the row at which it first stands: by it one text is known as itself, however often it stands."""
     first: dict[str, int] = {}
     return [first.setdefault(text, row) for row, text in enumerate(texts)]

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -49,7 +48,11 @@ class Task(Protocol[Example]):
         """What it trains on, for the first line of the run."""
 
     def batches(self, epoch: int) -> list[list[Example]]:
-        """All batches of an epoch: the same for the same seed and epoch, however often it is asked."""
+        """All batches of an epoch, as many in each: the same for the same seed and epoch, however often it is asked."""
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        """What decides its batches, and which is the best epoch, each part under the name that a user knows it by: a run goes on only with
+        the same. Nothing in it is a set, whose order is another in the next process."""
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         """Scalar mean loss."""
@@ -90,7 +93,7 @@ class Loop(Generic[Example]):
     def __init__(
         self, task: Task[Example], config: LoopConfig, folder: Path, console: Console, *, stated: Mapping[str, Any] | None = None
     ) -> None:
-        """`stated`: settings of the whole run that its checkpoints state, see `run_folder`."""
+        """`stated`: what the checkpoints say the whole run was made with, see `run_folder`."""
         self._task, self._config, self._folder, self._console = task, config, folder, console
         self._stated = dict(stated or {})
         self._staged = task if isinstance(task, Staged) else Staged()
@@ -122,9 +125,10 @@ class Loop(Generic[Example]):
             InvalidData: there is no batch to train on.
         """
         config = self._config
-        total = (bounds := self._bounds())[-1]
-        if not total:
-            raise InvalidData(f"no batch to train on in {config.epochs} epochs; give more training data")
+        size = len(self._task.batches(0))  # steps of an epoch
+        if not size:
+            raise InvalidData("no batch to train on in an epoch; give more training data")
+        total = min(size * config.epochs, config.max_steps or size * config.epochs)
         if resume and self._file.is_file():
             self._restore(self._file)
             self._console.print(f"resuming {self._folder} at step {self._step}")
@@ -138,24 +142,16 @@ class Loop(Generic[Example]):
             closing(Record(self._folder, self._console, first_step=self._step + 1, silent=silent)) as self._record,
             progress(self._console, "training", total, completed=self._step) as update,
         ):
-            for epoch, (first, end) in enumerate(pairwise(bounds)):
-                if self._step > end:
-                    continue
+            for epoch in range(max(0, self._step - 1) // size, -(-total // size)):  # the last one begun may lack its evaluation
+                end = min((epoch + 1) * size, total)
                 if self._step < end:
-                    self._train_epoch(epoch, first, total, update)
+                    self._train_epoch(epoch, epoch * size, total, update)
                 due = (epoch + 1) % config.evaluate_every_epochs == 0 or end == total
                 if due and self._evaluated < end:  # a stop may have fallen between the last step and this
                     self._evaluate(epoch)
                     self._evaluated = end
                     self._checkpoint()
         return self._best
-
-    def _bounds(self) -> list[int]:
-        """0, and the step that each epoch ends with; of no more epochs than `max_steps` lets begin, for their batches are made to count."""
-        bounds = [0]
-        while len(bounds) <= self._config.epochs and not 0 < self._config.max_steps <= bounds[-1]:
-            bounds.append(bounds[-1] + len(self._task.batches(len(bounds) - 1)))
-        return [min(bound, self._config.max_steps or bound) for bound in bounds]
 
     def _train_epoch(self, epoch: int, first: int, total: int, update: Update) -> None:
         """The epoch's batches that are not behind us yet; `first` is the step that the epoch begins with."""
@@ -178,8 +174,8 @@ class Loop(Generic[Example]):
 
     def _take_step(self, batch: list[Example], total: int) -> float:
         config = self._config
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(total)
+        for group in self._optimizer.param_groups:  # a checkpoint brings the values that it was saved with
+            group |= {"lr": self._rate(total), "weight_decay": config.weight_decay}
         self._model.train()
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         rng = random.Random(f"{config.seed}/{self._step}/{self.accelerator.process_index}")
@@ -270,9 +266,8 @@ class Loop(Generic[Example]):
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
             "task": self._staged.state(),
-            "config": self._stated,
         }
-        save_state(self._file, state)
+        save_state(self._file, state | self._stated)
 
     def _restore(self, file: Path) -> None:
         state = load_state(file)
@@ -300,18 +295,6 @@ class Loop(Generic[Example]):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def length_grouped(examples: Iterable[Example], length: Callable[[Example], int], size: int, rng: random.Random) -> list[list[Example]]:
-    """Shuffled batches of examples of similar length: shuffle, sort within pools of 32 batches, shuffle the batches."""
-    shuffled = list(examples)
-    rng.shuffle(shuffled)
-    batches = []
-    for at in range(0, len(shuffled), size * 32):
-        pool = sorted(shuffled[at : at + size * 32], key=length)
-        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-    rng.shuffle(batches)
-    return batches
 
 
 def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Rows of a data file with the place each stands at, so that a bad one can be named and left out alone.
 
-Covered, all in UTF-8: .csv with a header line, .jsonl (an object a line), .txt (a text a line); and Hugging Face datasets (`NAME:SPLIT`).
+Covered, all in UTF-8: .csv with a header line, .jsonl (an object a line), .txt (a text a line); .parquet; and Hugging Face datasets
+(`NAME:SPLIT`, or a folder).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 
@@ -22,6 +24,7 @@ T = TypeVar("T")
 NAMED = 10  # bad rows that are named one by one; the rest are counted
 LONGEST = 1_000_000  # characters of a field of a .csv file; a quote that is never closed takes in the lines below up to it
 _DATASET = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?:.+")  # NAME:SPLIT or OWNER/NAME:SPLIT; all else is meant as a path
+_KINDS = ".csv, .jsonl, .txt and .parquet, and .json of SQuAD's shape where questions are wanted"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB_SECONDS = 10.0
 
@@ -30,13 +33,13 @@ _HUB_SECONDS = 10.0
 class Row:
     """One row: what its columns hold, or why it cannot be read."""
 
-    place: str  # file and line, or dataset and row
+    place: str  # file and line, or lines, or dataset and row
     values: dict[str, Any] = field(default_factory=dict)
     problem: str = ""  # "" = readable
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """The rows of a file (.csv, .jsonl, .txt: column "text") or of a Hugging Face dataset, in order; empty lines are none.
+    """The rows of a file (.csv, .jsonl, .parquet, .txt: column "text") or of a Hugging Face dataset, in order; empty lines are none.
 
     Raises:
         InvalidData: the source is missing, or is not of its kind as a whole.
@@ -109,29 +112,59 @@ def name_first(console: Console, what: str, problems: Sequence[str]) -> None:
 
 
 def dataset_rows(source: str) -> Iterable[dict[str, Any]]:
-    """The rows of a Hugging Face dataset, `NAME:SPLIT`, or of a folder that its library reads (without a split, the train split).
+    """The rows of a Hugging Face dataset, `NAME:SPLIT`, of a .parquet file, or of a folder that its library reads or has saved (without
+    a split, the train split).
 
     Raises:
         InvalidData: the source does not exist, the library is not installed, the hub does not answer, or it has no such dataset.
     """
-    name, _, split = source.partition(":")
-    if Path(source).is_file():
-        raise InvalidData(f"data file {source!r} is of no kind that is read here")
-    stored = bool(name) and Path(name).is_dir()
+    name, split = _name_and_split(source)
+    path = Path(name)
+    stored = bool(name) and path.exists()
+    if path.is_file() and path.suffix != ".parquet":
+        raise InvalidData(f"data file {source!r} is of no kind that is read here: {_KINDS}")
     if not stored and not _DATASET.fullmatch(source):
         raise InvalidData(f"data file {source!r} does not exist; a Hugging Face dataset is named NAME:SPLIT")
     try:
-        from datasets import load_dataset
+        import datasets  # noqa: F401
     except ModuleNotFoundError as error:
         way_out = "in a clone of openbook: pip install '.[datasets]'"
-        raise InvalidData(f"{source!r} is no file; to read it as a Hugging Face dataset, {way_out}") from error
+        raise InvalidData(f"{source!r} is read by the library of Hugging Face datasets; to install it, {way_out}") from error
     if not stored:
         _ask_hub(name)
     try:
-        rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or "train")
+        return _loaded(name, split)
     except Exception as error:  # the library raises a dozen kinds; all mean the same to the user
-        raise InvalidData(f"{source!r}: neither a file of a known kind nor a readable Hugging Face dataset ({error})") from error
-    return rows
+        cause: BaseException = error
+        while cause.__cause__:  # what it raises says no more than that it failed
+            cause = cause.__cause__
+        raise InvalidData(f"{source!r}: neither a file of a known kind nor a readable Hugging Face dataset ({cause})") from error
+
+
+def _name_and_split(source: str) -> tuple[str, str]:
+    """What stands before the ":" and behind it; of a source that lies on the disk the longest path, for its name may hold one too."""
+    ends = [len(source), *(at for at in reversed(range(len(source))) if source[at] == ":")]
+    stored = (at for at in ends if source[:at] and Path(source[:at]).exists())
+    at = next(stored, source.find(":"))
+    return (source[:at], source[at + 1 :]) if at >= 0 else (source, "")
+
+
+def _loaded(name: str, split: str) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    path = Path(name)
+    rows: Any
+    if path.is_file():
+        rows = datasets.load_dataset("parquet", data_files=name, split=split or "train")
+    elif (path / "dataset_dict.json").is_file():  # saved by the library, a folder a split
+        rows = datasets.load_from_disk(str(path / (split or "train")))
+    elif (path / "state.json").is_file():
+        rows = datasets.load_from_disk(name)
+        if split and split != str(rows.split):
+            raise ValueError(f"it was saved as one part and has no split {split!r}; leave it out")
+    else:
+        rows = datasets.load_dataset(name, split=split or "train")
+    return cast("Iterable[dict[str, Any]]", rows)
 
 
 def _ask_hub(name: str) -> None:
@@ -160,21 +193,29 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LONGEST)
     # Bytes that are no UTF-8 come through as surrogates, so that one row in another encoding fails alone.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if _half(reader.fieldnames):
+        reader = csv.reader(stream, strict=True)  # else a quote that is never closed takes in the rows behind it, and nobody is told
+        header = next(filter(None, reader), [])
+        if _half(header):
             raise csv.Error("its header is not UTF-8")
         while True:
-            place = f"{path}: line {reader.reader.line_num + 1}"
+            first = reader.line_num + 1
             try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row(place=place, problem=f"is not CSV ({error})")
+                cells = next(reader, None)
+            except csv.Error as error:  # the next line begins anew
+                problem = f"is not CSV ({error}); is a quote not closed, or in the middle of a value?"
+                yield Row(place=_lines(path, first, reader.line_num), problem=problem)
                 continue
-            extra = values.pop(None, None)  # DictReader keeps surplus fields under None
-            problem = f"{len(extra)} fields more than the header names" if extra else ""
-            yield Row(place=place, values=values, problem=problem)
+            if cells is None:
+                return
+            if cells:
+                extra = len(cells) - len(header)
+                problem = f"{extra} fields more than the header names" if extra > 0 else ""
+                values = dict(zip_longest(header, cells[: len(header)]))  # a row that ends early lacks its last ones
+                yield Row(place=_lines(path, first, reader.line_num), values=values, problem=problem)
+
+
+def _lines(path: Path, first: int, last: int) -> str:
+    return f"{path}: line {first}" if first >= last else f"{path}: lines {first} to {last}"
 
 
 def _no_text(values: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from openbook_training.config import check
 from openbook_training.loop import Loop
 from openbook_training.processes import process
-from openbook_training.run_folder import check_folder, held, identity, make_folder, write_config
+from openbook_training.run_folder import check_data, check_folder, digests, held, identity, make_folder, write_config
 from openbook_training.tasks import Objective
 
 
@@ -40,6 +40,8 @@ def train(objective: Objective, config: Any, *, resume: bool, console: Console) 
     console.quiet = console.quiet or not here.is_main_process
     set_seed(config.loop.seed)  # before the model is built: its new weights are random
     task = objective.task()(config, console)
+    stated = {"config": identity(config), "data": digests(task.trains_on())}
+    check_data(folder, stated["data"])
     trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     console.print(f"{task.summary()}; {trained:,} trained weights")
 
@@ -51,4 +53,4 @@ def train(objective: Objective, config: Any, *, resume: bool, console: Console) 
                 during.enter_context(held(folder))
                 write_config(folder, config)
 
-        return Loop(task, config.loop, folder, console, stated=identity(config)).run(resume=resume, begin=begin)
+        return Loop(task, config.loop, folder, console, stated=stated).run(resume=resume, begin=begin)

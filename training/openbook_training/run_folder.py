@@ -1,7 +1,8 @@
 """The folder of a run: whether a run may begin there or go on, and what it was made with.
 
-A run is known by the settings that decide which examples each step sees and what the weights are of. Its checkpoint states them, and only
-a run that has the same goes on from it. How long it takes, how fast it learns and how often it saves may change between two starts.
+A run is known by the settings that decide which examples each step sees and what the weights are of, and by digests of those examples.
+Its checkpoint states them, and only a run that has the same goes on from it. How long it takes, how fast it learns and how often it saves
+may change between two starts.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +24,11 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from openbook_training.errors import InvalidConfig, NotWritten, TrainingError
+from openbook_training.errors import InvalidConfig, InvalidData, NotWritten, TrainingError
 
 CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", "lock"
 _RECORDED = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+_STATE = {"step", "evaluated", "best", "trained", "average", "optimizer"}  # that every checkpoint has
 _MAY_CHANGE = {"output"} | {
     f"loop.{name}"
     for name in (
@@ -78,14 +82,47 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
         )
 
 
+def digests(parts: Mapping[str, Iterable[object]]) -> dict[str, str]:
+    """Of each part of what a run trains on its name and a digest; parts are gone through once and need not fit into memory."""
+    named = {}
+    for name, items in parts.items():
+        digest = hashlib.sha256()
+        for item in items:
+            digest.update(repr(item).encode() + b"\0")
+        named[name] = digest.hexdigest()
+    return named
+
+
+def check_data(folder: Path, data: Mapping[str, str]) -> None:
+    """Refuse to go on with other data than the run in a folder began with, where there is one; `data` as from `digests`.
+
+    Raises:
+        InvalidData: they differ; the message says in what.
+    """
+    file = folder / CHECKPOINT
+    began = load_state(file, mmap=True).get("data", {}) if file.is_file() else {}  # runs of older versions state nothing
+    if changed := [name for name in began if began[name] != data.get(name)]:
+        raise InvalidData(
+            f"{folder} holds a run on other data: {', '.join(changed)} changed since it began. Put back what was there to go on with "
+            "--resume, or choose another output"
+        )
+
+
 def load_state(file: Path, *, mmap: bool = False) -> dict[str, Any]:
     """What a checkpoint holds; with `mmap` its tensors are read only where they are used.
 
     Raises:
-        InvalidConfig: the file is damaged.
+        InvalidConfig: the file is damaged, or no checkpoint.
     """
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        if not file.stat().st_size:
+            raise ValueError("it is empty")
+        with zipfile.ZipFile(file) as archive:  # which is what torch writes, with checksums that it never looks at
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged!r} in it is not what was written")
+        state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(state, dict) or not state.keys() >= _STATE:
+            raise ValueError(f"it holds a {type(state).__name__}, and not {', '.join(sorted(_STATE))}")
     except Exception as error:  # of a damaged file torch raises half a dozen kinds
         reason = str(error).split("\n", 1)[0]
         raise InvalidConfig(f"{file} cannot be read ({reason}); remove it to begin again, or choose another output") from error
@@ -135,9 +172,13 @@ def _claim(folder: Path, handle: IO[str], kind: int) -> None:
 
 def publish(aside: Path, file: Path) -> None:
     """Give a finished file its name in one step, once its bytes are on the disk: a crash leaves the old file or the new one, whole."""
-    with aside.open("rb") as stream:
-        os.fsync(stream.fileno())
+    _sync(aside)
     aside.replace(file)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def save_state(file: Path, state: dict[str, Any]) -> None:
@@ -158,21 +199,29 @@ def save_state(file: Path, state: dict[str, Any]) -> None:
 
 
 def save_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Put what `save` writes in the place of a folder, or leave it as it was.
+    """Put what `save` writes in the place of a folder, once its bytes are on the disk, or leave it as it was.
+
+    A kill finds one of the two whole: under the folder's name, or, between two renames, beside it (`.old`, `.new`).
 
     Raises:
         NotWritten: the system refuses.
     """
-    aside = folder.with_name(f"{folder.name}.new")
+    aside, before = (folder.with_name(f"{folder.name}.{which}") for which in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     with writing(aside):
         try:
             save(aside)
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    _sync(file)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
         aside.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
+from openbook_training.config import MOST_LAYERS, MOST_PIECES, WIDEST, too_high, too_low
+from openbook_training.errors import InvalidConfig
 from openbook_training.processes import process
 
 POSITIONS = 512  # longest text it can learn to read, special tokens included
@@ -29,13 +31,14 @@ class ScratchConfig:
     layers: int = 0  # 0 = none: begin with the weights of `checkpoint`
     hidden: int = 256  # of a token's state, and of a text's vector
     heads: int = 4  # of attention; divides `hidden`
-    vocabulary: int = 8192  # word pieces at most
+    vocabulary: int = 8192  # word pieces at most, but for the letters of the texts, which are all in it
 
     def problems(self) -> list[str]:
         """What describes no model."""
+        found = [*too_low(self, vocabulary=len(_SPECIAL) + 1), *too_high(self, layers=MOST_LAYERS, hidden=WIDEST, vocabulary=MOST_PIECES)]
         if min(self.hidden, self.heads) < 1 or self.hidden % self.heads:
-            return [f"hidden: {self.hidden} should be a multiple of heads, {self.heads}, both above 0"]
-        return []
+            found.append(f"hidden: {self.hidden} should be a multiple of heads, {self.heads}, both above 0")
+        return found
 
 
 def make_checkpoint(folder: Path, texts: Sequence[str], config: ScratchConfig, seed: int, *, keep: bool = False) -> Checkpoint:
@@ -44,11 +47,19 @@ def make_checkpoint(folder: Path, texts: Sequence[str], config: ScratchConfig, s
     The first of several processes makes it and the others load it: a tokenizer trained twice on the same texts is not the same.
 
     Args:
-        keep: the one that stands is taken whatever it was made of: a run that goes on has weights for its tokens.
+        keep: the one that stands is taken whatever it was made of, and none is made: a run that goes on has weights for its tokens.
+
+    Raises:
+        InvalidConfig: with `keep`, where none stands.
     """
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     made_of = json.dumps({**asdict(config), "seed": seed, "texts": digest})
     stated = folder / _MADE_OF
+    if keep and not stated.is_file():
+        raise InvalidConfig(
+            f"{folder} holds no {_MADE_OF}, and the weights of the checkpoint beside it are of the tokenizer that was made there; "
+            "copy the whole run folder, or begin again with another output"
+        )
     with process().main_process_first():
         if not stated.is_file() or not (keep or stated.read_text() == made_of):
             _make(folder, texts, config, seed, made_of)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained, save_adapter
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, resolve_checkpoint
+from openbook_training.chunks import length_grouped
 from openbook_training.config import LoopConfig, no_rank, no_share, too_low
-from openbook_training.loop import length_grouped
 from openbook_training.objectives import multi_passage_span_loss, null_scores, span_scores
 from openbook_training.pretrained import best_device
 from openbook_training.reader import READER_SETTINGS, Pair, PairEncoder, build_reader, forward, passage_tokens, predict, trained_reader

@@ -9,7 +9,7 @@ retrieval adds can be measured on identical stretches. The passages are of the t
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, cast
@@ -20,7 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import resolve_checkpoint
-from openbook_training.config import LoopConfig, no_share
+from openbook_training.chunks import length_grouped
+from openbook_training.config import MOST_LAYERS, MOST_PIECES, MOST_TOKENS, WIDEST, LoopConfig, no_share, too_high
 from openbook_training.language_model import (
     LanguageModel,
     Prompts,
@@ -34,7 +35,6 @@ from openbook_training.language_model import (
     save_language_model,
     targets,
 )
-from openbook_training.loop import length_grouped
 from openbook_training.metrics import perplexity
 from openbook_training.negatives import embed_once
 from openbook_training.pretrained import best_device, fast_tokenizer
@@ -71,6 +71,12 @@ class CausalLmConfig(ReadingConfig):
                 found.append(f"layers {self.layers}, dim {self.dim}, heads {self.heads}: at least 1 each, dim a multiple of heads")
             if self.vocabulary < 257:
                 found.append(f"vocabulary: {self.vocabulary} is below 257, every byte and the end of a text")
+            found += too_high(self, layers=MOST_LAYERS, dim=WIDEST, vocabulary=MOST_PIECES)
+        if (longest := self.longest(1)) > MOST_TOKENS:
+            found.append(
+                f"stride_tokens {self.stride_tokens}, context_tokens {self.context_tokens}, "
+                f"passages {self.passages} of {self.passage_tokens} tokens: {longest} tokens at once are above {MOST_TOKENS}"
+            )
         return found
 
 
@@ -89,9 +95,9 @@ class CausalLmTask:
 
     def __init__(self, config: CausalLmConfig, console: Console) -> None:
         self._config = config
-        texts, tail = split_tail(load_texts(config.train, config.text_column, console), config.held_out_share)
-        checkpoint = resolve_checkpoint(config.checkpoint) if config.checkpoint else None
-        self.prompts = Prompts(fast_tokenizer(checkpoint) if checkpoint else new_tokenizer(texts, config.vocabulary))
+        self._texts, self._tail = split_tail(load_texts(config.train, config.text_column, console), config.held_out_share)
+        self._checkpoint = checkpoint = resolve_checkpoint(config.checkpoint) if config.checkpoint else None
+        self.prompts = Prompts(fast_tokenizer(checkpoint) if checkpoint else new_tokenizer(self._texts, config.vocabulary))
         positions = config.longest(len(self.prompts.newline))
         own = {"layers": config.layers, "dim": config.dim, "heads": config.heads, "positions": positions}
         model = (
@@ -102,12 +108,12 @@ class CausalLmTask:
         check_reading(config, model, self.prompts)
         self.model: nn.Module = model
         self._device = best_device()
-        text = stream(texts, self.prompts.tokenizer)
+        text = stream(self._texts, self.prompts.tokenizer)
 
         def cut(of: Stream, name: str) -> list[Stretch]:
             return stretches(of, stride_tokens=config.stride_tokens, context_tokens=config.context_tokens, name=name)
 
-        split = [cut(text, config.train), spread(cut(stream(tail, self.prompts.tokenizer), "held out"), config.evaluated_stretches)]
+        split = [cut(text, config.train), spread(cut(stream(self._tail, self.prompts.tokenizer), "held out"), config.evaluated_stretches)]
         if config.dev:
             dev = stream(load_texts(config.dev, config.text_column, console), self.prompts.tokenizer)
             split.append(spread(cut(dev, config.dev), config.evaluated_stretches))
@@ -141,6 +147,15 @@ class CausalLmTask:
             return sum(map(len, example.passages)) + len(example.stretch.before)
 
         return length_grouped(drawn, length, self._config.loop.batch_examples, rng)
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        return {
+            "checkpoint": [self._checkpoint.digest()] if self._checkpoint else [],
+            "tokenizer": [self.prompts.tokenizer.backend_tokenizer.to_str()],
+            "embedder": [resolve_checkpoint(self._config.embedder).digest()] if self.memory else [],
+            "training text": self._texts,
+            "held-out text": self._tail,
+        }
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         """A token's share of the sum: stretches are of one length, so that the constant only sets the scale of the number."""

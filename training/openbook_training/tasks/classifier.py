@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
-from openbook_training.config import not_positive, too_low
+from openbook_training.config import no_temperature, too_low
+from openbook_training.contrastive import first_of_each
 from openbook_training.label_readings import Found, Probabilities, beside_neighbours, neighbour_readings
 from openbook_training.labelled import Columns
 from openbook_training.negatives import embed_once
@@ -40,7 +41,7 @@ class ClassifierConfig(LabelConfig):
 
     def problems(self) -> list[str]:
         """What cannot work."""
-        return [*LabelConfig.problems(self), *too_low(self, neighbours=1, max_tokens=3), *not_positive(self, "temperature")]
+        return [*LabelConfig.problems(self), *too_low(self, neighbours=1, max_tokens=3), *no_temperature(self, "temperature")]
 
 
 class ClassifierTask(LabelTask):
@@ -61,7 +62,7 @@ class ClassifierTask(LabelTask):
 
     def _find(self, vectors: NDArray[np.float32], k: int) -> Neighbours:
         """The neighbours of every row; a training text does not see itself, nor another row of the same words."""
-        texts = np.unique([row.text for row in self.rows], return_inverse=True)[1]
+        texts = np.array(first_of_each([row.text for row in self.rows]))
         train, known = slice(0, len(self.train)), slice(0, self.dev.start)
         parts = [
             nearest(vectors[train], vectors[train], self.gold[train], k, (texts[train], texts[train])),

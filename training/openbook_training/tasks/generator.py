@@ -10,7 +10,7 @@ the same weights also answer closed-book, which is reported beside.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, cast
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from openbook_training.chunks import length_grouped
 from openbook_training.config import LoopConfig, no_share
 from openbook_training.errors import InvalidData
 from openbook_training.generator import AnswerEncoder, FusionInDecoder, GeneratorSettings, answer_all, build_generator, save_generator
-from openbook_training.loop import length_grouped
 from openbook_training.negatives import embed_once, ranked
 from openbook_training.pretrained import best_device
 from openbook_training.rows import report_left_out
@@ -69,10 +69,10 @@ class GeneratorTask:
 
     def __init__(self, config: GeneratorConfig, console: Console) -> None:
         self._config = config
-        checkpoint = resolve_checkpoint(config.checkpoint)
-        self.encoder = AnswerEncoder(checkpoint, max_tokens=config.max_tokens, max_answer_tokens=config.max_answer_tokens)
+        self._checkpoint, self._embedder = resolve_checkpoint(config.checkpoint), resolve_checkpoint(config.embedder)
+        self.encoder = AnswerEncoder(self._checkpoint, max_tokens=config.max_tokens, max_answer_tokens=config.max_answer_tokens)
         require_trained("initial_adapter", config.initial_adapter)
-        self.model: nn.Module = build_generator(checkpoint, self.encoder, dropout=config.dropout, adapter=config.initial_adapter)
+        self.model: nn.Module = build_generator(self._checkpoint, self.encoder, dropout=config.dropout, adapter=config.initial_adapter)
         self._device = best_device()
         train, held_out = hold_out(_answered(config.train, console), config.held_out)
         if not train or not held_out:
@@ -83,7 +83,7 @@ class GeneratorTask:
         texts = [*self.corpus, *(question.text for question in everything)]
         folder, precision = Path(config.output), config.loop.precision
         vectors = embed_once(
-            resolve_checkpoint(config.embedder),
+            self._embedder,
             texts,
             folder,
             precision=precision,
@@ -105,6 +105,15 @@ class GeneratorTask:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
         drawn = [self._company(example, rng) for example in self.train]
         return length_grouped(drawn, lambda example: max(map(len, example.passages), default=0), self._config.loop.batch_examples, rng)
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        return {
+            "checkpoint": [self._checkpoint.digest()],
+            "embedder": [self._embedder.digest()],
+            "corpus": self.corpus,
+            "training questions": [example.question for example in self.train],
+            "held-out questions": [example.question for example in self.held_out],
+        }
 
     def _company(self, example: Example, rng: random.Random) -> Example:
         if rng.random() < self._config.closed_share:

@@ -10,7 +10,7 @@ negatives. What is left is a retriever's adapter: for `openbook export --embedde
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +110,9 @@ class InverseClozeTask(ContrastiveTask):
         rng.shuffle(examples)
         size = self._config.loop.batch_examples
         return [batch for at in range(0, len(examples), size) if len(batch := examples[at : at + size]) > 1]
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        return {"checkpoint": [self.checkpoint.digest()], "passages": zip(self._titles, self._texts, strict=True)}
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         queries, blocks = self._query_texts(batch), self._block_texts(batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -20,12 +20,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from openbook_training.chunks import length_grouped
 from openbook_training.config import LoopConfig, no_rank, no_share
 from openbook_training.errors import InvalidData
 from openbook_training.heads import HeadModel, LabelHead, RowEncoder, build_head_model
 from openbook_training.label_readings import Found, LabelReader, Probabilities
 from openbook_training.labelled import Columns, Labelled, draw_shots, hold_out_by_label, load_labelled
-from openbook_training.loop import length_grouped
 from openbook_training.metrics import label_metrics
 from openbook_training.objectives import label_loss
 from openbook_training.pretrained import best_device, load_backbone
@@ -50,6 +50,8 @@ class LabelConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.held_out else ["held_out: 0 leaves nothing to choose the best epoch by; give a number of rows"]
+        if self.shots == 1:
+            found.append("shots: 1 row of each label leaves none to choose the best epoch by; give at least 2, or 0 for all")
         return [*found, *no_share(self, "alone_share"), *no_rank(self)]
 
 
@@ -114,6 +116,12 @@ class LabelTask(ABC):
     def examples(self, epoch: int) -> Sequence[int]:
         """What an epoch trains on: the same for the same seed and epoch."""
         return self.train
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        texts, held_out = (
+            [(row.text, row.label, row.passages) for row in self.rows[of.start : of.stop]] for of in (self.train, self.held_out)
+        )
+        return {"checkpoint": [self.checkpoint.digest()], "labels": self.labels, "training texts": texts, "held-out texts": held_out}
 
     def loss(self, model: nn.Module, batch: list[int], rng: random.Random) -> Tensor:
         found = self.found(batch, [rng.random() < self._config.alone_share for _ in batch])

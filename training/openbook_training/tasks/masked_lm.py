@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, cast
@@ -19,11 +19,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.chunks import length_chunks
+from openbook_training.chunks import length_chunks, length_grouped
 from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import RowEncoder
-from openbook_training.loop import Staged, length_grouped
+from openbook_training.loop import Staged
 from openbook_training.masked_language_model import MaskedLanguageModel, build_masked_lm
 from openbook_training.masking import Text, log_frequencies, words_of
 from openbook_training.metrics import perplexity
@@ -110,6 +110,10 @@ class MaskedLmTask(Staged):
     def batches(self, epoch: int) -> list[list[Text]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
         return length_grouped(self.train, lambda text: len(text.ids), self._config.loop.batch_examples, rng)
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        parts = (("training passages", self.train), ("held-out passages", self.held_out))
+        return {"checkpoint": [self.checkpoint.digest()], **{name: [(text.ids, text.words) for text in texts] for name, texts in parts}}
 
     def before_step(self, model: nn.Module, step: int, total: int) -> None:
         """Rest the lower layers, or wake them: they cost no backward pass while the layers above learn to use the new head."""

@@ -8,6 +8,7 @@ is only ever reported.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
-from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
-from openbook_training.config import no_share, not_positive, too_low
+from openbook_training.checkpoint import Checkpoint, folder_digest, resolve_checkpoint
+from openbook_training.config import no_share, no_temperature, too_low
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
 from openbook_training.objectives import span_distillation_loss
@@ -45,7 +46,7 @@ class ReaderConfig(SpanConfig):
 
     def problems(self) -> list[str]:
         """What cannot work."""
-        taught = [*no_share(self, "teacher_weight"), *not_positive(self, "teacher_temperature")]
+        taught = [*no_share(self, "teacher_weight"), *no_temperature(self, "teacher_temperature")]
         return [*SpanConfig.problems(self), *too_low(self, mined=1), *taught]
 
 
@@ -64,8 +65,8 @@ class ReaderTask(SpanTask):
         self.passages = sorted({question.context for question in usable})
         everything = [*self.train, *self.held_out]
         self._mines = max(config.negatives) > 0
-        miner = resolve_checkpoint(config.embedder) if config.embedder else self.checkpoint
-        mined = _mined_negatives(miner, everything, self.passages, config, console) if self._mines else [[] for _ in everything]
+        self._miner = resolve_checkpoint(config.embedder) if config.embedder else self.checkpoint
+        mined = _mined_negatives(self._miner, everything, self.passages, config, console) if self._mines else [[] for _ in everything]
         # By row: ids may be missing, or stand twice.
         self._mined, self._held_out_mined = mined[: len(self.train)], mined[len(self.train) :]
 
@@ -99,6 +100,16 @@ class ReaderTask(SpanTask):
             others = [self.passages[z] for z in drawn]
             examples.append(Example(question, others if absent and others else [question.context, *others]))
         return self.grouped(examples, rng)
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        teacher = self._config.teacher
+        return {
+            "checkpoint": [self.checkpoint.digest()],
+            "embedder": [self._miner.digest()] if self._mines else [],
+            "teacher": [folder_digest(Path(teacher))] if teacher else [],
+            "training questions": self.train,
+            "held-out questions": self.held_out,
+        }
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         """Where the own passage was taken away, "no answer" is known to be right, and a teacher need not have learned to abstain: it is

@@ -11,7 +11,7 @@ model that has learned to do without. What is left is a retriever's adapter and 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.config import LoopConfig, no_rank, no_share, not_positive, too_low
+from openbook_training.config import LoopConfig, no_rank, no_share, no_temperature, too_low
 from openbook_training.contrastive import first_of_each
 from openbook_training.embedding import TextEncoder
 from openbook_training.errors import InvalidConfig, InvalidData
@@ -72,7 +72,7 @@ class RealmConfig:
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.loss in LOSSES else [f"loss: {self.loss!r} is neither of {', '.join(LOSSES)}"]
-        found += [*not_positive(self, "temperature"), *no_share(self, "alone_share", below_one=True)]
+        found += [*no_temperature(self, "temperature"), *no_share(self, "alone_share", below_one=True)]
         found += [*too_low(self, held_out=1, passages=1, query_tokens=8, passage_tokens=8), *no_rank(self)]
         if self.index.refresh == "rerank" and self.index.proposed < self.passages:
             found.append(f"index.proposed: {self.index.proposed} are fewer than the {self.passages} passages to be read")
@@ -109,6 +109,8 @@ class RealmTask(Staged):
         self._passages, self._questions = self._rows([(passage.title, passage.text) for passage in data.passages])
         self.model: nn.Module = self._build()
         self._device = best_device()
+        whole = [f"{passage.title}\n{passage.text}" for passage in data.passages]
+        self._digest = texts_digest([f"{config.passage_tokens}", *whole])
         self._keeper = IndexKeeper(
             config.index,
             Path(config.output),
@@ -116,7 +118,7 @@ class RealmTask(Staged):
             [text.ids for text in self._masked],
             k=config.passages,
             base=self.checkpoint.digest(),
-            passages=texts_digest([f"{config.passage_tokens}", *(f"{passage.title}\n{passage.text}" for passage in data.passages)]),
+            passages=self._digest,
             precision=config.loop.precision,
             console=console,
         )
@@ -163,6 +165,9 @@ class RealmTask(Staged):
         drawn = [rng.choice(sentences) for sentences in self.train]
         rng.shuffle(drawn)
         return [drawn[at : at + size] for at in range(0, len(drawn), size)]
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        return {"checkpoint": [self.checkpoint.digest()], "passages": [self._digest]}
 
     def before_step(self, model: nn.Module, step: int, total: int) -> None:
         self._begin(cast(Realm, model))

@@ -7,6 +7,7 @@ with its span head; `initial_adapter` of the objective `reader` goes on from it.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -71,6 +72,9 @@ class RecurringSpansTask(SpanTask):
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
         drawn = [q for questions in self.train for q in rng.sample(questions, min(self._config.questions_a_passage, len(questions)))]
         return self.grouped([self._example(question, drawn, rng) for question in drawn], rng)
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        return {"checkpoint": [self.checkpoint.digest()], "training questions": self.train, "held-out questions": self.held_out}
 
     def _example(self, question: Question, others: list[Question], rng: random.Random) -> Example:
         """The question beside its own passage, or, in a share of the cases, beside another one that does not hold the answer."""

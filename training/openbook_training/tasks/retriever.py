@@ -9,7 +9,7 @@ Questions are held out by whole passages, and searched for among all passages af
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from openbook_training.adapters import require_trained
 from openbook_training.beir import TRAINING
-from openbook_training.config import no_share, not_positive, too_low
+from openbook_training.checkpoint import folder_digest
+from openbook_training.config import no_share, no_temperature, too_low
 from openbook_training.contrastive import ContrastiveConfig, ContrastiveTask, first_of_each
 from openbook_training.errors import InvalidData
 from openbook_training.negatives import draw, embed_once, mine
@@ -47,7 +48,7 @@ class RetrieverConfig(ContrastiveConfig):
     def problems(self) -> list[str]:
         """What cannot work."""
         found = [] if self.anchor_weight >= 0 else [f"anchor_weight: {self.anchor_weight} is below 0"]
-        found += [*no_share(self, "reader_weight"), *not_positive(self, "reader_temperature")]
+        found += [*no_share(self, "reader_weight"), *no_temperature(self, "reader_temperature")]
         if not self.reader and self.reader_weight:
             found.append(f"reader_weight: {self.reader_weight} is of no reader; give reader, its adapter's folder")
         if self.reader and not self.reader_weight:
@@ -117,6 +118,16 @@ class RetrieverTask(ContrastiveTask):
         ]
         size = config.loop.batch_examples
         return [examples[at : at + size] for at in range(0, len(examples), size)]
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        reader = self._config.reader
+        return {
+            "checkpoint": [self.checkpoint.digest()],
+            "reader": [folder_digest(Path(reader))] if reader else [],
+            "passages": zip(self._passages, self._read, strict=True),
+            "training questions": self.train,
+            "held-out questions": self.held_out,
+        }
 
     def loss(self, model: nn.Module, batch: list[Example], rng: random.Random) -> Tensor:
         config = self._config

@@ -10,7 +10,7 @@ same weights on the claim without any, trained so in a share of the examples: cl
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
+from openbook_training.beir import Passage
 from openbook_training.config import no_share, too_low
 from openbook_training.evidence import PASSAGES, beside_retrieved, evidence_corpus, evidence_found
 from openbook_training.label_readings import Found, Probabilities, beside_evidence, evidence_readings
@@ -58,6 +59,7 @@ class VerificationTask(LabelTask):
         columns = Columns(text=config.text_column, label=config.label_column, evidence=config.evidence_column)
         super().__init__(config, console, columns, max_tokens=config.max_tokens)
         self._given = len(self.rows)
+        self._corpus: list[Passage] = []  # that evidence for the training claims is found in
         self._evidence_found: dict[str, NDArray[np.float64]] = {}
         if self._retrieves:
             retrieved = self._retrieve(config, console)
@@ -74,6 +76,7 @@ class VerificationTask(LabelTask):
 
         files = [self.rows] if config.corpus else [self.rows[: self.dev.start], self.rows[self.dev.start :]]
         corpora = [(rows, evidence_corpus(config.corpus, rows, console)) for rows in files if rows]
+        self._corpus = corpora[0][1]
         return [row for rows, corpus in corpora for row in beside_retrieved(rows, corpus, config.passages, self.checkpoint, embed)]
 
     def summary(self) -> str:
@@ -85,6 +88,9 @@ class VerificationTask(LabelTask):
             return self.train
         rng = random.Random(f"{self._config.loop.seed}/{epoch}/retrieved")
         return [number + self._given if rng.random() < self._config.retrieved_share else number for number in self.train]
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        return {**super().trains_on(), "evidence corpus": self._corpus}
 
     def found(self, numbers: Sequence[int], alone: Sequence[bool]) -> Found:
         return beside_evidence([self.rows[number] for number in numbers], alone)

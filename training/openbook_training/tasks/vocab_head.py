@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, cast
@@ -21,11 +21,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from openbook_training.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from openbook_training.chunks import length_chunks
+from openbook_training.chunks import length_chunks, length_grouped
 from openbook_training.config import LoopConfig, no_rank, no_share, too_low
 from openbook_training.errors import InvalidConfig, InvalidData
 from openbook_training.heads import HeadModel, RowEncoder, TokenRow, VocabHead, build_head_model
-from openbook_training.loop import length_grouped
 from openbook_training.masking import Text, Word, log_frequencies, words_of
 from openbook_training.metrics import perplexity
 from openbook_training.objectives import bag_of_words_loss
@@ -111,6 +110,10 @@ class VocabHeadTask:
     def batches(self, epoch: int) -> list[list[Text]]:
         rng = random.Random(f"{self._config.loop.seed}/{epoch}")
         return length_grouped(self.train, lambda text: len(text.ids), self._config.loop.batch_examples, rng)
+
+    def trains_on(self) -> Mapping[str, Iterable[object]]:
+        parts = (("training texts", self.train), ("held-out texts", self.held_out))
+        return {"checkpoint": [self.checkpoint.digest()], **{name: [(text.ids, text.words) for text in texts] for name, texts in parts}}
 
     def masked(self, text: Text, rng: random.Random) -> tuple[TokenRow, list[int]]:
         """The text with some content words masked, and their pieces."""

@@ -95,7 +95,8 @@ class Pipeline:
             graph = QUESTIONS if looks_closely(options) and self._bundle.embedder.token_dims else GRAPH
             embedded = await self._embed(rows, graph, work)
             vectors, tokens = embedded.vectors, embedded.tokens
-        hits = await self._searches.search(questions, vectors, options, tokens, deadline=work.deadline, begun=work.begun)
+        hits, queued = await self._searches.search(questions, vectors, options, tokens, deadline=work.deadline, begun=work.begun)
+        work.queue_ms += 1000 * queued
         work.search_ms += work.lap()
         return hits
 

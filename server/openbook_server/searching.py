@@ -76,8 +76,9 @@ class Searches:
         *,
         deadline: float,
         begun: bool,
-    ) -> list[list[Hit]]:
-        """What the knowledge base finds for each question, at least one; cancelling the wait withdraws those that wait.
+    ) -> tuple[list[list[Hit]], float]:
+        """What the knowledge base finds for each question, at least one, and the seconds that they waited for their turn; cancelling
+        withdraws those that still do.
 
         Raises:
             Overloaded, DeadlineExceeded, NotServing: as `Engine.submit`.
@@ -92,7 +93,7 @@ class Searches:
             if isinstance(found, Exception):
                 raise found
             hits += found
-        return hits
+        return hits, outcome.queued_seconds
 
     def close(self) -> None:
         """Finish the searches that wait."""

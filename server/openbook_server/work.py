@@ -17,7 +17,7 @@ class Work:
     search_ms: float = 0.0
     read_ms: float = 0.0
     rank_ms: float = 0.0
-    queue_ms: float = 0.0  # of embed and read, the part spent waiting
+    queue_ms: float = 0.0  # of embed, search and read, the part spent waiting for their turn
     _mark: float = field(default_factory=time.perf_counter)
 
     @property

@@ -105,6 +105,17 @@ async def test_searches_that_would_come_too_late_are_refused_at_once(
     assert [f"q{refused[0]}"] not in slow.asked
 
 
+async def test_what_a_search_waits_for_its_turn_is_told_as_waiting(pipeline: Pipeline, slow: SlowKnowledgeBase) -> None:
+    busy = searching(pipeline, ["first"])
+    await slow.wait_entered()
+    work = Work(time.monotonic() + 60)
+    waiting = asyncio.create_task(pipeline.search(["q"], [None], SearchOptions(top_k=5, mode="lexical"), work))  # type: ignore[list-item]
+    await asyncio.sleep(0.05)
+    slow.gate.release(2)
+    await asyncio.gather(busy, waiting)
+    assert 40 < work.queue_ms < work.search_ms
+
+
 async def test_a_failure_of_the_knowledge_base_is_told_to_who_asked_as_it_is(pipeline: Pipeline, slow: SlowKnowledgeBase) -> None:
     slow.failure = KnowledgeBaseUnavailable("no node answers")
     slow.gate.release(100)

@@ -1224,7 +1224,7 @@ Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Wall time of the request's stages on the server. Stages overlap between requests; queueing is in embed and read."""
+    """Wall time of the request's stages on the server. Stages overlap between requests; queueing is in embed, search and read."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1241,7 +1241,7 @@ class Timings(_message.Message):
     read_ms: _builtins.float
     rank_ms: _builtins.float
     queue_ms: _builtins.float
-    """of embed_ms and read_ms, the part spent waiting for the device"""
+    """of embed_ms, search_ms and read_ms, the part spent waiting for the device or for a thread that searches"""
     total_ms: _builtins.float
     def __init__(
         self,

@@ -193,7 +193,8 @@ def test_bad_rows_are_named_and_the_run_goes_on_with_the_others(config: Classifi
         ({"temperature": 0.0}, InvalidConfig, "temperature: 0.0"),
         ({"max_tokens": 2}, InvalidConfig, "max_tokens: 2 is below 3"),
         ({"lora_rank": 0}, InvalidConfig, "lora_rank: 0 is below 1"),
-        ({"shots": 1}, InvalidData, "at least two labels of two rows"),
+        ({"shots": 1}, InvalidConfig, "shots: 1 row of each label"),
+        ({"label_column": "text"}, InvalidData, "at least two labels of two rows"),
         ({"label_column": "category"}, InvalidData, "no column 'category', only label, text"),
     ],
 )

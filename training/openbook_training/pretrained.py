@@ -65,7 +65,7 @@ def load_weights(kind: Any, checkpoint: Checkpoint, *, new: Collection[str] = ()
             **settings,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # what a damaged file leads to
-        reason = (str(error).strip() or "no reason given").split("\n", 1)[0]
+        reason = " ".join(str(error).split())[:300]  # of the several lines about sizes the first is but a heading
         raise CheckpointNotFound(f"checkpoint {checkpoint.name!r}: its weights do not load ({type(error).__name__}: {reason})") from error
     finally:
         logging.set_verbosity(verbosity)

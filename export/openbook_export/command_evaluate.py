@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(target)
         target.add_argument("--json", metavar="FILE", type=Path, help="write the numbers here too")
         target.set_defaults(measure=measure)
+    targets.choices["squad-open"].set_defaults(extra="server")  # no PyTorch: the models are the server's
 
 
 def run(arguments: argparse.Namespace) -> int:

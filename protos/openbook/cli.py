@@ -104,7 +104,7 @@ def _told() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    name, output = "", sys.stdout
+    name, output, parsed = "", sys.stdout, argparse.Namespace()
     try:
         for stream in ("stdout", "stderr"):
             if getattr(sys, stream) is None:  # closed by whoever started us, who wants none of it
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = parsed.run(parsed)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
-        return _missing(name, error)
+        return _missing(name, error, parsed)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away; so do we, quietly
@@ -155,7 +155,7 @@ def _parsed(name: str, arguments: list[str]) -> argparse.Namespace:
         if known == name:
             module = importlib.import_module(subcommand.module)
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            subparser.set_defaults(run=module.run, extra=subcommand.extra)  # which a target of it may set otherwise
     return parser.parse_args(arguments)
 
 
@@ -164,9 +164,10 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _missing(name: str, error: ModuleNotFoundError) -> int:
+def _missing(name: str, error: ModuleNotFoundError, parsed: argparse.Namespace) -> int:
     module = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(module, SUBCOMMANDS[name].extra if name in SUBCOMMANDS else "")
+    needed = getattr(parsed, "extra", SUBCOMMANDS[name].extra if name in SUBCOMMANDS else "")
+    extra = _EXTRAS.get(module, needed)
     if not extra:
         raise error
     from importlib.metadata import distributions  # here: it takes as long to import as all the rest of this module

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: openbook delete old.pdf --server localhost:50051\n"
         "The id of a file is its path within the folder that was indexed, of a file named by itself its name; of a row its `id`, or the\n"
         "file's and its number, rows.csv:7. An id that nothing is stored under is `absent`.\n"
-        "exit status: 0 none of them is stored any more; 1 nothing could be done; 2 wrong usage; 3 some ids were refused"
+        "exit status: 0 none of them is stored any more; 1 nothing could be done; 2 wrong usage; 3 some ids were refused; 130 stopped"
     )
     parser.add_argument("ids", nargs="+", metavar="ID", help="id of a document, as `openbook search --json` shows it")
     add_server_arguments(parser)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 
 import numpy as np
 
 from openbook.client import Client
-from openbook.commands import FAILED, InvalidFile, add_invariance_argument, add_server_arguments, named, read_rows, status, written_aside
+from openbook.commands import (
+    FAILED,
+    InputRow,
+    InvalidFile,
+    add_invariance_argument,
+    add_server_arguments,
+    named,
+    read_rows,
+    status,
+    sum_up,
+    tell_failed,
+    written_aside,
+)
 from openbook.errors import ClientError, RequestRejected
 
 
@@ -19,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'example: openbook embed "a lease" "a rental contract"\n'
         "         openbook embed --file texts.jsonl --out vectors.npy\n"
         'Vectors are printed as JSON lines {"id", "vector"}; an --out that ends in .npy gets one float32 array, a row a text.\n'
-        "exit status: 0 all embedded; 1 nothing could be done; 2 wrong usage; 3 some rows of the file failed (their rows are zeros in .npy)"
+        "exit status: 0 all embedded; 1 nothing could be done; 2 wrong usage; 3 some texts failed (their rows are zeros in .npy);\n"
+        "130 stopped"
     )
     parser.add_argument("texts", nargs="*", help="the texts")
     parser.add_argument(
@@ -44,45 +58,46 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _embed(client: Client, arguments: argparse.Namespace) -> int:
-    dim = client.describe().bundle.dim
+    dim, began = client.describe().bundle.dim, time.monotonic()
     if arguments.file:
-        rows = [(row.id, row.text, row.problem) for row in read_rows(arguments.file)]
+        rows = list(read_rows(arguments.file))
         if not rows:
             raise InvalidFile(f"{arguments.file}: no text in it")
     else:
-        rows = [(str(number), text, "") for number, text in enumerate(arguments.texts, 1)]
+        rows = [InputRow(number, str(number), text) for number, text in enumerate(arguments.texts, 1)]
     as_array = arguments.out.endswith(".npy")
     with written_aside(arguments.out, "wb" if as_array else "w") as stream:
         vectors, failed = _vectors(client, rows, dim, arguments)
         if as_array:
             np.save(stream, vectors)
         else:
-            for at, (name, _, _) in enumerate(rows):
+            for at, row in enumerate(rows):
                 if at not in failed:
-                    stream.write(json.dumps({"id": name, "vector": [float(x) for x in vectors[at]]}) + "\n")
-    return status(len(failed), len(rows))
+                    stream.write(json.dumps({"id": row.id, "vector": [float(x) for x in vectors[at]]}) + "\n")
+    return sum_up(len(failed), len(rows), "texts embedded", began) if arguments.file else status(len(failed), len(rows))
 
 
-def _vectors(
-    client: Client, rows: list[tuple[str, str, str]], dim: int, arguments: argparse.Namespace
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Of (id, text, problem) rows the vectors, zeros for those that failed, and why these did.
+def _vectors(client: Client, rows: list[InputRow], dim: int, arguments: argparse.Namespace) -> tuple[np.ndarray, set[int]]:
+    """The vectors of rows, zeros for those that failed, and which these are; each of them is told.
 
     Raises:
         RequestRejected: all of them did.
     """
     vectors = np.zeros((len(rows), dim), np.float32)
-    failed: dict[int, str] = {at: problem for at, (_, _, problem) in enumerate(rows) if problem}
+    failed = {at: row.problem for at, row in enumerate(rows) if row.problem}
     good = [at for at in range(len(rows)) if at not in failed]
-    texts = [rows[at][1] for at in good]
+    texts = [rows[at].text for at in good]
     found = client.embed_each(texts, truncate=arguments.truncate, batch_invariant=arguments.batch_invariant)
     for at, vector in zip(good, found, strict=True):
         if isinstance(vector, RequestRejected):
             failed[at] = str(vector)
         else:
             vectors[at] = vector
-    for at, problem in failed.items():
-        print(f"openbook embed: text {rows[at][0]}: {problem}", file=sys.stderr)
+    for at, problem in sorted(failed.items()):
+        if arguments.file:
+            tell_failed("embed", arguments.file, rows[at], problem)
+        else:
+            print(f"openbook embed: text {rows[at].id}: {problem}", file=sys.stderr)
     if len(failed) == len(rows):
         raise RequestRejected(f"none of {len(rows)} texts could be embedded")
-    return vectors, failed
+    return vectors, set(failed)

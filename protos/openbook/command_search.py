@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Find the passages that fit a question best."
     parser.epilog = (
         'example: openbook search "termination of the lease" --mode lexical --top-k 20 --json\n'
-        "exit status: 0 found; 1 failed; 2 wrong usage"
+        "exit status: 0 searched, though it be that no passage was found; 1 failed; 2 wrong usage; 130 stopped"
     )
     parser.add_argument("question", help="the question, or just words")
     parser.add_argument("--json", action="store_true", help="print the hits as JSON, whole passages included")

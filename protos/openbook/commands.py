@@ -205,13 +205,22 @@ def work_through(
                 asked += 1
                 if "error" in line:
                     failed += 1
-                    print(f"openbook {command}: {file} line {row.line} (id {row.id}): {line['error']}", file=sys.stderr)
+                    tell_failed(command, file, row, line["error"])
                 stream.write(json_line(line, stream) + "\n")
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(f"{asked} {counted.partition(' ')[0]}, {asked / (shown - began):.1f} a second", file=sys.stderr)
-    print(f"{asked - failed} of {asked} {counted} in {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return status(failed, asked)
+    return sum_up(failed, asked, counted, began)
+
+
+def tell_failed(command: str, file: str, row: InputRow, problem: str) -> None:
+    print(f"openbook {command}: {file} line {row.line} (id {row.id}): {problem}", file=sys.stderr)
+
+
+def sum_up(failed: int, of: int, counted: str, began: float) -> int:
+    """Say what became of a file's rows; returns the exit status."""
+    print(f"{of - failed} of {of} {counted} in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return status(failed, of)
 
 
 def status(failed: int, of: int) -> int:

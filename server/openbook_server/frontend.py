@@ -1,6 +1,6 @@
 """Where gRPC begins and ends: bytes to parsed messages and back, deadlines from contexts, errors to statuses, requests to metrics.
 
-The only place where an error becomes a gRPC status. While no service is set (starting, draining) every method answers
+While no service is set (starting, draining) every method answers
 UNAVAILABLE with a time to come back.
 """
 
@@ -62,7 +62,7 @@ class Frontend:
         self.shedding, self._outages = Shedding(), Outages()
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
-        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        """The methods of both services, as `listening.listen` takes them."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Embed": self._unary("Embed", pb.EmbedRequest, lambda served: served.openbook.embed),
             "Search": self._unary("Search", pb.SearchRequest, lambda served: served.openbook.search),
@@ -71,7 +71,7 @@ class Frontend:
             "Generate": self._replies("Generate", pb.GenerateRequest, lambda served: served.text_generation.generate),
             "Describe": self._unary("Describe", pb.DescribeRequest, lambda served: served.openbook.describe),
         }
-        writes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        knowledge: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Upsert": self._unary("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert, writes=True),
             "UpsertStream": self._stream("Upsert", kb.UpsertRequest, lambda served: served.knowledge.upsert),
             "Delete": self._unary("Delete", kb.DeleteRequest, lambda served: served.knowledge.delete, writes=True),
@@ -90,7 +90,7 @@ class Frontend:
         }
         return (
             grpc.method_handlers_generic_handler(SERVICE, methods),
-            grpc.method_handlers_generic_handler(KNOWLEDGE_SERVICE, writes),
+            grpc.method_handlers_generic_handler(KNOWLEDGE_SERVICE, knowledge),
         )
 
     def unread(self, path: str, left: float | None, lag: float) -> grpc.Status | None:

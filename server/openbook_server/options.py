@@ -1,4 +1,4 @@
-"""How a request wants passages found: the options of Search and Answer, checked, as the knowledge base takes them."""
+"""How a request wants passages found: options, checked, as the knowledge base takes them; of some methods filter and mode alone."""
 
 from __future__ import annotations
 

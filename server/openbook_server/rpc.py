@@ -28,7 +28,7 @@ from openbook_server.call import NO_REQUEST, NO_SUCH_METHOD, Call, Metadata, Met
 log = logging.getLogger(__name__)
 
 EXPECTED = 16  # calls that the core may hand over before it is asked for more
-TURN = 64  # events taken before whatever else the loop has to do gets its turn
+EVENTS_A_TURN = 64  # taken before whatever else the loop has to do gets its turn
 _LAST_WORD = 0.1  # seconds in which those who watch health hear that the server stops
 _LATE = 1.0  # seconds in which those whose calls are cut off hear why
 _FLAGS = 0
@@ -133,7 +133,7 @@ class RpcServer:
             self._drained.acquire()
 
     def _drain(self, event: Any = None) -> None:
-        for _ in range(TURN):
+        for _ in range(EVENTS_A_TURN):
             if event is None:
                 event = self._queue.poll(deadline=0.0)  # a time that has passed: what is there, or nothing
             if event.completion_type in (cygrpc.CompletionType.queue_timeout, cygrpc.CompletionType.queue_shutdown):

@@ -1,4 +1,7 @@
-"""Where the sentences of a text begin and end, by rules for English and its like: pure."""
+"""Where the sentences of a text begin and end, by rules for English and its like: pure.
+
+Stricter than `openbook_training.sentences`, where an abbreviation may end one: passages are cut here, and words compared within.
+"""
 
 from __future__ import annotations
 

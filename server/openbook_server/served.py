@@ -21,7 +21,7 @@ class Served:
     openbook: Service
     classification: ClassifyService
     text_generation: GenerateService
-    knowledge_base: KnowledgeService | None
+    knowledge_service: KnowledgeService | None
     running: int = 0  # requests
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -44,6 +44,6 @@ class Served:
 
     @property
     def knowledge(self) -> KnowledgeService:
-        if self.knowledge_base is None:
+        if self.knowledge_service is None:
             raise NoKnowledgeBase
-        return self.knowledge_base
+        return self.knowledge_service

@@ -1,4 +1,4 @@
-"""Errors as gRPC statuses with google.rpc details; used by the service, which is the only place where one becomes the other."""
+"""Errors as gRPC statuses with google.rpc details."""
 
 from __future__ import annotations
 

@@ -102,11 +102,6 @@ class TextEncoder:
         self.pair_special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._frame = _Frame(tokenizer)
 
-    @property
-    def remembered_bytes(self) -> int:
-        """Of passages that brought no tokens."""
-        return self._passages.bytes
-
     def kept(self, texts: Sequence[str]) -> list[bytes]:
         """Tokens of passages as a knowledge base keeps them: packed, after the first bytes of the tokenizer's digest."""
         kept = []

@@ -28,6 +28,7 @@ SHARE = 0.8  # of the measured rate, at which latency is measured
 BUDGETS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)  # tokens a batch
 FIRST_BUDGET = ServerConfig().max_batch_tokens  # of BUDGETS, with which numbers of threads and sessions are compared
 QUESTION_TOKENS, PASSAGE_TOKENS = (8, 24), (150, 250)  # what requests are made of, if the models take so many
+ENOUGH = 20  # requests behind a p95; of fewer it is the slowest one
 _ALIKE = 0.97  # rates closer than this are equal, and latency decides
 _NO_LIMIT = 1 << 30
 
@@ -41,6 +42,7 @@ class Trial:
     max_batch_tokens: int
     requests_per_second: float
     p95_ms: float  # at SHARE of that rate
+    requests: int  # that the p95 is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,15 @@ class Workload:
 
 
 def tune(
-    bundle: Bundle, *, device: str, precision: str | None, objective_ms: float | None, seconds: float, report: Callable[[Trial], None]
+    bundle: Bundle, *, device: str, precision: str | None, objective_ms: float | None, seconds: float, report: Callable[[Trial, int], None]
 ) -> tuple[list[Trial], Trial]:
     """Try numbers of threads and sessions, then token budgets with the best of them.
 
     Args:
         device, precision: as `runtime.choose_device`.
         objective_ms: p95 that must hold; None = only the rate counts.
-        seconds: of measuring, over all trials; loading the graphs comes on top.
-        report: told of each trial as it ends.
+        seconds: of measuring, over all trials; loading the graphs, and what is under way when a trial's share is over, come on top.
+        report: told of each trial as it ends, and of how many it is one.
 
     Returns:
         All trials in their order, and the best: see `choose`.
@@ -83,16 +85,25 @@ def tune(
     """
     workload, trials = Workload.of(bundle), []
     arrangements = thread_arrangements(choose_device(device, precision).name, cores())
-    each = seconds / (len(arrangements) + len(BUDGETS) - 1)
+    count = len(arrangements) + len(BUDGETS) - 1
 
     def attempt(threads: int, sessions: int, budgets: Iterable[int]) -> None:
         on = choose_device(device, precision, threads, sessions)
         with ThreadPoolExecutor(1, initializer=give_way) as thread:  # whose priority the threads that they start have, as in a server
             graphs = thread.submit(_graphs, bundle, on, workload).result()
         for budget in budgets:
-            rate, p95_ms = measure(graphs, workload, on, max_batch_tokens=budget, seconds=each)
-            trials.append(Trial(threads=threads, sessions=sessions, max_batch_tokens=budget, requests_per_second=rate, p95_ms=p95_ms))
-            report(trials[-1])
+            rate, took = measure(graphs, workload, on, max_batch_tokens=budget, seconds=seconds / count)
+            trials.append(
+                Trial(
+                    threads=threads,
+                    sessions=sessions,
+                    max_batch_tokens=budget,
+                    requests_per_second=rate,
+                    p95_ms=1000 * took[min(len(took) - 1, len(took) * 95 // 100)],
+                    requests=len(took),
+                )
+            )
+            report(trials[-1], count)
 
     for threads, sessions in arrangements:
         attempt(threads, sessions, [FIRST_BUDGET])
@@ -122,10 +133,18 @@ def choose(trials: Sequence[Trial], objective_ms: float | None) -> Trial:
     return min(alike or trials, key=lambda trial: trial.p95_ms)
 
 
+def seconds_needed(trials: Sequence[Trial]) -> float:
+    """Of measuring, for `ENOUGH` requests in each trial; 0 where each had as many."""
+    if all(trial.requests >= ENOUGH for trial in trials):
+        return 0.0
+    return len(trials) * 2 * ENOUGH / (SHARE * min(trial.requests_per_second for trial in trials))
+
+
 def measure(
     graphs: Mapping[str, Runnable], workload: Workload, device: Device, *, max_batch_tokens: int, seconds: float
-) -> tuple[float, float]:
-    """Requests a second in closed loop, and the p95 in milliseconds at SHARE of that; each takes about half of the time."""
+) -> tuple[float, list[float]]:
+    """Requests a second in closed loop, and the seconds that each took at SHARE of that, quickest first; either takes about half of the
+    time, and at least as long as the requests that it began."""
     engine = Engine(
         graphs,
         max_batch_tokens=max_batch_tokens,
@@ -138,7 +157,7 @@ def measure(
         took = sorted(asyncio.run(_open(engine, workload, seconds / 2, SHARE * rate)))
     finally:
         engine.close()
-    return rate, 1000 * took[min(len(took) - 1, len(took) * 95 // 100)]
+    return rate, took
 
 
 async def _closed(engine: Engine, workload: Workload, seconds: float) -> float:

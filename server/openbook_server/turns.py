@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
-TURN = 0.005  # seconds
+TURN_SECONDS = 0.005
 
 T = TypeVar("T")
 
@@ -17,6 +17,6 @@ async def in_turns(steps: Iterable[T]) -> AsyncIterator[T]:
     began = time.perf_counter()
     for step in steps:
         yield step
-        if time.perf_counter() - began > TURN:
+        if time.perf_counter() - began > TURN_SECONDS:
             await asyncio.sleep(0)
             began = time.perf_counter()

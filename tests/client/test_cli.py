@@ -203,14 +203,47 @@ def test_an_unknown_argument_is_told_under_its_subcommand_s_usage(capsys: pytest
 
 
 def test_a_missing_module_is_told_as_the_extra_that_brings_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, extra in (("tokenizers", "server"), ("pyarrow", "datasets")):
+    def run_(arguments: object) -> int:
+        raise ModuleNotFoundError(name="tokenizers")
 
-        def run_(arguments: object, module: str = module) -> int:
-            raise ModuleNotFoundError(name=module)
+    monkeypatch.setattr("openbook_server.command_index.run", run_)
+    status, _, err = run(capsys, "index", "b", "k", "s")
+    assert (status, "pip install '.[server]'" in err, "tokenizers" in err) == (1, True, True)
 
-        monkeypatch.setattr("openbook_server.command_index.run", run_)
-        status, _, err = run(capsys, "index", "b", "k", "s")
-        assert (status, f"pip install '.[{extra}]'" in err, module in err) == (1, True, True)
+
+@pytest.mark.parametrize(
+    ("target", "extra"), [(["squad-open", "data"], "server"), (["reader", "checkpoint", "dev.json", "--reader", "folder"], "server,export")]
+)
+def test_what_a_target_of_evaluate_needs_is_told_by_the_target(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: list[str], extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    status, _, err = run(capsys, "evaluate", *target)
+    assert (status, "needs rich" in err, f"pip install '.[{extra}]'" in err) == (1, True, True)
+
+
+def test_evaluating_a_server_needs_no_more_than_a_server_s_install(tmp_path: Path) -> None:
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "Who?", "metadata": {"answers": ["Ada"]}}))
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    code = "import sys; sys.modules |= dict.fromkeys(['torch', 'transformers', 'peft', 'accelerate', 'optimum', 'onnx', 'datasets']); "
+    code += "from openbook import cli; "
+    code += f"sys.exit(cli.main(['evaluate', 'squad-open', {str(tmp_path)!r}, '--server', {NOWHERE!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "no server at" in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize("command", ["index", "upsert"])
+def test_a_source_that_needs_another_extra_names_it_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    target = ["bundle", str(tmp_path / "kb")] if command == "index" else ["--server", NOWHERE]
+    for source, module in ((str(tmp_path / "rows.parquet"), "pyarrow"), ("hf:squad", "datasets")):
+        monkeypatch.setitem(sys.modules, module, None)
+        status, _, err = run(capsys, command, *target, source)
+        assert (status, f"needs {module}" in err, "pip install '.[datasets]'" in err) == (1, True, True)
+    assert not (tmp_path / "kb").exists()
 
 
 @pytest.mark.parametrize(

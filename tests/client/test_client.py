@@ -472,7 +472,9 @@ def test_commands_send_files_in_messages_that_the_server_takes(
         assert cli.main([command, "--file", str(tmp_path / "rows.jsonl"), "--out", str(out), "--server", server[1]]) == 3
         done = [row for row in map(json.loads, out.read_text().splitlines()) if "error" not in row]
         assert [row["id"] for row in done] == [row["id"] for row in rows if row["text"]]
-        assert "empty" in capsys.readouterr().err
+        told, total = capsys.readouterr().err.splitlines()
+        assert told.startswith(f"openbook {command}: {tmp_path / 'rows.jsonl'} line 21 (id 20): ")
+        assert (told.endswith("empty"), total.startswith("39 of 40 ")) == (True, True)
     assert cli.main(["delete", *(row["id"] for row in rows), "--server", server[1]]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 40
 

@@ -6,6 +6,7 @@ import datetime
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -520,6 +521,34 @@ def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path, capl
     assert "1 files of other formats are left out (.pptx)" in caplog.text
 
 
+def test_what_is_named_twice_is_one_source_under_its_first_name(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "lease.txt", "text")
+    write(folder / "sub" / "rent.txt", "text")
+    (tmp_path / "link").symlink_to(folder)
+    for names, found in (
+        ([folder, folder / "lease.txt"], ["lease.txt", "sub/rent.txt"]),
+        ([folder / "lease.txt", folder], ["lease.txt", "sub/rent.txt"]),
+        ([folder, f"{folder}/../docs", tmp_path / "link"], ["lease.txt", "sub/rent.txt"]),
+        ([folder / "sub/rent.txt", folder], ["rent.txt", "lease.txt"]),
+        (["python-docs:", "python-docs:"], ["python-docs:"]),
+    ):
+        assert [source.name for source in find_sources([str(name) for name in names])] == found
+
+
+def test_a_source_whose_module_is_not_installed_is_told_by_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "text")
+    write(tmp_path / "rows.parquet", b"PAR1")
+    for module in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for source, module in (("hf:squad", "datasets"), (str(tmp_path), "pyarrow")):
+        with pytest.raises(ModuleNotFoundError) as told:
+            find_sources([source])
+        assert told.value.name == module
+    assert find_sources([str(tmp_path / "a.txt")])
+
+
 def test_sources_that_are_none_are_refused_with_what_would_be_one(tmp_path: Path) -> None:
     with pytest.raises(SourceInvalid, match="source '' names nothing"):
         find_sources([""])
@@ -567,14 +596,14 @@ class Run:
         self.embedded += len(passages)
         return fake_embed(passages)
 
-    def __call__(self, source: Path, stop_after: int = 10**9) -> Run:
+    def __call__(self, *sources: Path, stop_after: int = 10**9) -> Run:
         batches = 0
 
         def report(progress: object) -> None:
             nonlocal batches
             batches += 1
 
-        self.indexing.run(find_sources([str(source)]), report, lambda: batches >= stop_after)
+        self.indexing.run(find_sources([*map(str, sources)]), report, lambda: batches >= stop_after)
         self.documents = self.knowledge_base.counts().documents
         self.knowledge_base.close()
         return self
@@ -634,6 +663,18 @@ def test_a_file_that_takes_the_place_of_another_folders_is_told(
     assert (other.documents, other.indexing.progress.replaced_files) == (3, 2)
     [record] = caplog.records
     assert record.getMessage().startswith(f"readme.md takes the place of {tmp_path}/one/readme.md: files of one name are one document")
+
+
+def test_a_file_that_is_stored_under_the_id_that_it_had_alone_is_told(
+    tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "readme.txt", f"red city {folder}")
+    Run(tmp_path, tiny_checkpoint)(tmp_path / "one")
+    assert Run(tmp_path, tiny_checkpoint)(tmp_path / "one", tmp_path / "two").documents == 3
+    [record] = caplog.records
+    assert record.getMessage() == f"{tmp_path}/one/readme.txt was stored as readme.txt before, and still is: openbook delete readme.txt"
 
 
 def test_unreadable_rows_are_counted_and_the_rest_is_stored(

@@ -78,7 +78,7 @@ def test_the_threads_of_graphs_that_are_tuned_give_way(tiny_bundle: Path, monkey
             pass
 
     monkeypatch.setattr(tuning, "Graph", Loaded)
-    tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.2, report=lambda trial: None)
+    tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.2, report=lambda trial, of: None)
     assert loaded == {min(19, own_priority() + NICE)}
 
 

@@ -442,7 +442,7 @@ async def test_a_request_of_many_questions_lets_others_have_their_turns(
 
         monkeypatch.setattr(owner, name, note)
 
-    monkeypatch.setattr(turns, "TURN", -1.0)  # as if every step took long
+    monkeypatch.setattr(turns, "TURN_SECONDS", -1.0)  # as if every step took long
     noted(TextEncoder, "pairs")
     noted(pipeline, "rank_answers")
     noted(pipeline.Pipeline, "_posterior")

@@ -53,12 +53,12 @@ def test_remembered_passages_are_bounded_in_bytes(tiny_checkpoint: Path, monkeyp
     encoder = TextEncoder(load_tokenizer(tiny_checkpoint / "tokenizer.json"))
     for n in range(40):
         encoder.pairs("what red ?", ["red " * (10 * n), "blue"], 64)
-        assert encoder.remembered_bytes <= 20_000
-    assert encoder.remembered_bytes > 10_000
-    before = encoder.remembered_bytes
+        assert encoder._passages.bytes <= 20_000
+    assert encoder._passages.bytes > 10_000
+    before = encoder._passages.bytes
     [pair] = encoder.pairs("what red ?", ["red " * 20_000], 64)  # larger than all that may be remembered
     assert len(pair.row.ids) == 64
-    assert encoder.remembered_bytes == before
+    assert encoder._passages.bytes == before
 
 
 def test_tokens_that_were_kept_are_used_and_make_the_same_pairs(tiny_checkpoint: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openbook import cli
@@ -14,11 +16,11 @@ from openbook_server.config import ServerConfig
 from openbook_server.errors import InvalidRequest
 from openbook_server.profiles import read_profile, write_profile
 from openbook_server.runtime import cores
-from openbook_server.tuning import BUDGETS, Trial, choose, thread_arrangements, tune
+from openbook_server.tuning import BUDGETS, ENOUGH, Trial, choose, seconds_needed, thread_arrangements, tune
 
 
-def trial(threads: int, rate: float, p95_ms: float) -> Trial:
-    return Trial(threads=threads, sessions=1, max_batch_tokens=2_048, requests_per_second=rate, p95_ms=p95_ms)
+def trial(threads: int, rate: float, p95_ms: float, requests: int = ENOUGH) -> Trial:
+    return Trial(threads=threads, sessions=1, max_batch_tokens=2_048, requests_per_second=rate, p95_ms=p95_ms, requests=requests)
 
 
 def test_the_highest_rate_that_keeps_the_objective_is_chosen() -> None:
@@ -40,9 +42,13 @@ def test_all_cores_are_shared_by_ever_fewer_batches_and_then_half_of_them_are_le
 
 
 def test_every_arrangement_of_threads_and_then_every_budget_is_tried(tiny_bundle: Path) -> None:
-    seen: list[Trial] = []
-    trials, best = tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.5, report=seen.append)
-    assert seen == trials
+    seen: list[tuple[Trial, int]] = []
+
+    def report(*told: Any) -> None:
+        seen.append(told)
+
+    trials, best = tune(load_bundle(tiny_bundle), device="cpu", precision="fp32", objective_ms=None, seconds=0.5, report=report)
+    assert seen == [(trial, len(trials)) for trial in trials]
     tried = thread_arrangements("cpu", cores())
     assert [(trial.threads, trial.sessions) for trial in trials[: len(tried)]] == tried
     assert {trial.max_batch_tokens for trial in trials[: len(tried)]} == {ServerConfig().max_batch_tokens}
@@ -67,6 +73,26 @@ def test_the_command_writes_a_profile_that_serve_reads(tiny_bundle: Path, tmp_pa
     assert (served.threads, served.sessions) == (settings["threads"], settings["sessions"])
     assert cli.main([*arguments, "--objective-ms", "0.000001"]) == 3
     assert "nothing kept" in capsys.readouterr().err
+
+
+def test_how_long_it_takes_is_told_after_the_first_trial_and_that_trials_had_too_few_requests(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = [trial(2, 0.5, 2_000, requests=1), trial(1, 1.0, 1_000, requests=ENOUGH)]
+    assert seconds_needed(slow) == pytest.approx(2 * 2 * ENOUGH / (0.8 * 0.5))
+    assert seconds_needed([trial(2, 0.5, 2_000)]) == 0.0
+
+    def tune_(bundle: object, *, report: Callable[[Trial, int], None], **_: object) -> tuple[list[Trial], Trial]:
+        for seen in slow:
+            report(seen, len(slow))
+        return slow, slow[1]
+
+    monkeypatch.setattr("openbook_server.tuning.tune", tune_)
+    assert cli.main(["tune", str(tiny_bundle), "--device", "cpu", "--out", str(tmp_path / "profile.json")]) == 0
+    total, few = capsys.readouterr().err.splitlines()
+    assert total.startswith("openbook tune: 2 trials, about ")
+    assert few.startswith("openbook tune: a trial had 1 requests, and a p95 of fewer than 20 tells little: ")
+    assert few.endswith("give --seconds 200 or more")
 
 
 @pytest.mark.parametrize(

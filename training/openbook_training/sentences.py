@@ -1,6 +1,7 @@
 """Where the sentences of a text begin and end: by full stops, question and exclamation marks before a capital letter or a digit.
 
 An abbreviation before a name ("Dr. Smith") ends a sentence too: what is made of sentences here tolerates a short one.
+`openbook_server.sentences` has a stricter rule, which knows abbreviations; training and server share no code.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from openbook_server.ingest.items import Unreadable
+from openbook_server.ingest.items import Unreadable, readable_name
 from openbook_server.ingest.parts import at_once
 from openbook_server.ingest.preparation import Splitting, digested, passages_of, replaced_sources, unstored
 from openbook_server.ingest.sources import Source, displaced, read_source
@@ -76,6 +76,7 @@ class Indexing:
         characters = 0
         finished = 0
         for source in sources:
+            self._note_renamed(source)
             read = 0
             for item in read_source(source):
                 if isinstance(item, Unreadable):
@@ -126,6 +127,12 @@ class Indexing:
                 if not self.progress.replaced_files:
                     log.warning("%s", told)
                 self.progress.replaced_files += 1
+
+    def _note_renamed(self, source: Source) -> None:
+        """A file that was indexed without the others of its name stays stored under the id that it had by itself."""
+        alone, path = readable_name(source.alone), readable_name(str(source.path))
+        if source.alone and (kept := self._knowledge_base.documents([alone]).get(alone)) and kept[0].source == path:
+            log.warning("%s was stored as %s before, and still is: openbook delete %s", path, alone, alone)
 
     def _note(self, source: Source, problem: Unreadable) -> None:
         self.progress.unreadable += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections import Counter
@@ -31,25 +32,34 @@ class Source:
     path: Path | None  # of a file
     bytes: int  # of the file, or of the collection's text; 0 where it is not known beforehand
     closed: str = ""  # why a folder or a file below a named folder cannot be looked into
+    alone: str = ""  # its name where no other source of the run has the same, if one has
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
     """Expand folders (recursively, sorted; hidden files left out) and check that every source exists.
 
-    What may not be looked into below a folder is a source too, which reads as unreadable.
+    What may not be looked into below a folder is a source too, which reads as unreadable. What is named twice, as itself and in its
+    folder or through a link, is one source, under the first name.
 
     Raises:
         SourceInvalid: one does not exist or cannot be looked at, has no name, is of no known format, or is an empty folder.
+        ModuleNotFoundError: one needs a module that is not installed.
     """
-    sources: list[Source] = []
+    found: dict[str, Source] = {}
     for name in names:
         try:
-            sources += _found(name)
+            for source in _found(name):
+                found.setdefault(os.path.realpath(source.path) if source.path else source.name, source)
         except OSError as error:
             raise SourceInvalid(f"source {name!r} cannot be read: {error.strerror or error}") from error
+    for module in sorted({_module(source) for source in found.values()} - {""}):
+        importlib.import_module(module)  # told before anything is made or sent
     # Files of one name in several folders are told apart by their whole path: one must not replace the other.
-    times = Counter(source.name for source in sources)
-    return [replace(source, name=str(source.path)) if source.path and times[source.name] > 1 else source for source in sources]
+    times = Counter(source.name for source in found.values())
+    return [
+        replace(source, name=str(source.path), alone=source.name) if source.path and times[source.name] > 1 else source
+        for source in found.values()
+    ]
 
 
 def _found(name: str) -> list[Source]:
@@ -71,6 +81,13 @@ def _found(name: str) -> list[Source]:
     if path.exists():
         raise SourceInvalid(f"source {name!r} is of no known format ({_formats()})")
     raise SourceInvalid(f"source {name!r} does not exist; give files, folders, hf:NAME[:SPLIT] or {PYTHON_DOCS}")
+
+
+def _module(source: Source) -> str:
+    """Of the extra `datasets`, what reads a source; nothing for most."""
+    if source.path is None:
+        return "datasets" if source.name.startswith(HUGGING_FACE) else ""
+    return "pyarrow" if source.path.suffix.lower() == ".parquet" and not source.closed else ""
 
 
 def _below(folder: Path, name: str) -> list[Source]:

@@ -46,7 +46,7 @@ class Database:
         Raises:
             KnowledgeBaseDamaged: the file is missing or damaged, or the folder cannot be written.
         """
-        self.path, self._read_only = path, read_only
+        self.path = path
         self._own = threading.local()  # of each thread, the connection that it reads through
         self._opened: list[sqlite3.Connection] = []
         self._uses, self._closed = 0, False

@@ -126,7 +126,8 @@ def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusio
 def relevance(hit: Hit) -> float:
     """A hit's score on the scale of the weighted fusion, whatever mode found it: what the reader's prior was calibrated on.
 
-    Of a hit that was looked at its score; of others cosine + SHORTLIST_WEIGHT · BM25, as `fuse` adds them; what was not computed is 0.
+    Of a hit that was looked at (hybrid, late interaction) its score; of others cosine + SHORTLIST_WEIGHT · BM25, as `fuse` adds them; what
+    was not computed is 0.
     """
     if hit.window_score is None and hit.overlap_score is None:
         return (hit.dense_score or 0.0) + SHORTLIST_WEIGHT * (hit.lexical_score or 0.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -32,29 +34,24 @@ def open_knowledge_base(
     Raises:
         As `EmbeddedKnowledgeBase` and `ElasticsearchKnowledgeBase` do.
     """
-    fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
-    if not is_address(target):
-        return EmbeddedKnowledgeBase(
-            Path(target),
-            fingerprint=fingerprint,
-            dim=dim,
-            create=create,
-            graph_dims=graph_dims,
-            bundle=place_of(bundle),
-            new_generation=new_generation,
-        )
-    _require_client()
-    from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
-
-    return ElasticsearchKnowledgeBase(
-        str(target),
-        fingerprint=fingerprint,
-        dim=dim,
+    return _opener(target)(
+        fingerprint=bundle.embedder.fingerprint,
+        dim=bundle.embedder.dim,
         create=create,
         graph_dims=graph_dims,
         bundle=place_of(bundle),
         new_generation=new_generation,
     )
+
+
+def _opener(target: str | Path) -> Callable[..., KnowledgeBase]:
+    """What opens a knowledge base in that place; the two kinds take the same arguments."""
+    if not is_address(target):
+        return partial(EmbeddedKnowledgeBase, Path(target))
+    _require_client()
+    from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
+
+    return partial(ElasticsearchKnowledgeBase, str(target))
 
 
 class Closed(Protocol):
@@ -153,12 +150,7 @@ def open_generation(target: str | Path, name: str) -> tuple[KnowledgeBase, Bundl
     if name not in known:
         raise InvalidRequest("NAME", f"{name!r} is none of {', '.join(known)}")
     bundle = recorded_bundle(name, known[name], f"openbook index BUNDLE {unsecret(target)} --new-generation")
-    fingerprint, dim = bundle.embedder.fingerprint, bundle.embedder.dim
-    if not is_address(target):
-        return EmbeddedKnowledgeBase(Path(target), fingerprint=fingerprint, dim=dim, name=name), bundle
-    from openbook_server.knowledge.elastic.knowledge_base import ElasticsearchKnowledgeBase
-
-    return ElasticsearchKnowledgeBase(str(target), fingerprint=fingerprint, dim=dim, name=name), bundle
+    return _opener(target)(fingerprint=bundle.embedder.fingerprint, dim=bundle.embedder.dim, name=name), bundle
 
 
 def unsecret(target: str | Path) -> str:

@@ -24,7 +24,7 @@ class SearchOptions:
     top_k: int  # hits a question, at least 1; fewer where the knowledge base is smaller or no word matches
     mode: SearchMode = "hybrid"
     fusion: Fusion = "weighted"  # of hybrid's two rankings
-    ef: int | None = None  # candidates the graph keeps; by default `vectors.EF`
+    ef: int | None = None  # candidates the graph keeps; by default `KnowledgeBase.ef`
     condition: Filter | None = None  # only passages of documents whose metadata match
     min_score: float | None = None  # only hits that score as much or more
     diversity: float = 0.0  # 0 to 1: how much a hit loses for being like a better one
@@ -82,7 +82,7 @@ class PassageVectors(NamedTuple):
     """What an embedder gives of some passages."""
 
     whole: NDArray[np.float32]  # (passages, dim) unit vectors
-    windows: Sequence[bytes]  # of each, its windows as `windows.pack` makes them; empty where the embedder gives none
+    windows: Sequence[bytes]  # of each, its windows and perhaps their tokens, see `windows.pack`; b"" where the embedder gives none
 
 
 class Hit(NamedTuple):

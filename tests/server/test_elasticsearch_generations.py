@@ -593,3 +593,25 @@ def test_names_that_an_operator_removed_are_told_with_the_request_that_brings_th
     told(raised.value)
     assert stored(opened(target, SECOND), SECOND) == OLD | {"d1": "new", "d2": "again"}
     second.close()
+
+
+def test_a_generation_whose_index_an_operator_closed_keeps_its_number_and_is_in_nobodys_way(
+    target: str, live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    second = beside(live, SECOND)
+    assert build_generation(second, embed(SECOND))
+    publish_generation(second, embed(SECOND))
+    index = f"{alias}-{live.generation}"
+    client.indices.close(index=index)
+    assert [state.name for state in second.generation_states()] == [second.generation]
+    third = opened(f"{target.replace('shards=2', 'shards=1')}", SECOND, new_generation=True)
+    assert third.generation.startswith("3-")
+    assert build_generation(third, embed(SECOND))
+    publish_generation(third, embed(SECOND))
+    assert {*client.indices.get_alias(name=f"{alias}-previous").body} == {f"{alias}-{second.generation}"}
+    with pytest.raises(KnowledgeBaseRefused, match=f"POST {index}/_open"):
+        build_generation(beside(second, FIRST), embed(FIRST))
+    third.remove_generation(live.generation)
+    assert not client.indices.exists(index=index)
+    for each in (second, third):
+        each.close()

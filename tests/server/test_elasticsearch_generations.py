@@ -478,6 +478,28 @@ def test_a_document_whose_passages_are_gone_is_named_and_not_copied_in_part(
     following.close()
 
 
+def test_a_document_that_is_being_deleted_while_it_is_copied_is_not_taken_for_damaged(
+    live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = beside(live, SECOND)
+    client.indices.put_settings(index=alias, settings={"index.refresh_interval": "-1"})  # a search still finds its record as it was
+    with monkeypatch.context() as dying:
+        real = Connection.bulk
+
+        def bulk(self: Connection, alias: str, actions: Any, **options: Any) -> Any:
+            results = real(self, alias, actions, **options)
+            if any(result is not None and result.get("result") == "deleted" for result in results):  # the passages; its record stays
+                raise Stopped
+            return results
+
+        dying.setattr(Connection, "bulk", bulk)
+        with pytest.raises(Stopped):
+            live.delete_documents(["d1"])
+    assert (gap := following.lacking(limit=10_000)) is not None
+    assert {passage.document_id for passage in gap.passages} == OLD.keys() - {"d1"}
+    following.close()
+
+
 def test_indexes_that_hold_different_documents_are_told_apart_whatever_their_numbers_add_up_to(
     client: elasticsearch.Elasticsearch, elasticsearch_host: str, alias: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -478,6 +478,28 @@ def test_a_document_whose_passages_are_gone_is_named_and_not_copied_in_part(
     following.close()
 
 
+def test_a_document_that_is_being_deleted_while_it_is_copied_is_not_taken_for_damaged(
+    live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = beside(live, SECOND)
+    client.indices.put_settings(index=alias, settings={"index.refresh_interval": "-1"})  # a search still finds its record as it was
+    with monkeypatch.context() as dying:
+        real = Connection.bulk
+
+        def bulk(self: Connection, alias: str, actions: Any, **options: Any) -> Any:
+            results = real(self, alias, actions, **options)
+            if any(result is not None and result.get("result") == "deleted" for result in results):  # the passages; its record stays
+                raise Stopped
+            return results
+
+        dying.setattr(Connection, "bulk", bulk)
+        with pytest.raises(Stopped):
+            live.delete_documents(["d1"])
+    assert (gap := following.lacking(limit=10_000)) is not None
+    assert {passage.document_id for passage in gap.passages} == OLD.keys() - {"d1"}
+    following.close()
+
+
 def test_indexes_that_hold_different_documents_are_told_apart_whatever_their_numbers_add_up_to(
     client: elasticsearch.Elasticsearch, elasticsearch_host: str, alias: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,3 +615,25 @@ def test_names_that_an_operator_removed_are_told_with_the_request_that_brings_th
     told(raised.value)
     assert stored(opened(target, SECOND), SECOND) == OLD | {"d1": "new", "d2": "again"}
     second.close()
+
+
+def test_a_generation_whose_index_an_operator_closed_keeps_its_number_and_is_in_nobodys_way(
+    target: str, live: ElasticsearchKnowledgeBase, client: elasticsearch.Elasticsearch, alias: str
+) -> None:
+    second = beside(live, SECOND)
+    assert build_generation(second, embed(SECOND))
+    publish_generation(second, embed(SECOND))
+    index = f"{alias}-{live.generation}"
+    client.indices.close(index=index)
+    assert [state.name for state in second.generation_states()] == [second.generation]
+    third = opened(f"{target.replace('shards=2', 'shards=1')}", SECOND, new_generation=True)
+    assert third.generation.startswith("3-")
+    assert build_generation(third, embed(SECOND))
+    publish_generation(third, embed(SECOND))
+    assert {*client.indices.get_alias(name=f"{alias}-previous").body} == {f"{alias}-{second.generation}"}
+    with pytest.raises(KnowledgeBaseRefused, match=f"POST {index}/_open"):
+        build_generation(beside(second, FIRST), embed(FIRST))
+    third.remove_generation(live.generation)
+    assert not client.indices.exists(index=index)
+    for each in (second, third):
+        each.close()

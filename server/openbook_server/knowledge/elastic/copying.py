@@ -59,7 +59,7 @@ class Copying:
     def _gap(self, wanted: Mapping[str, Record], gone: Mapping[str, int]) -> Gap:
         passages = self._live.passages(wanted.values())
         for record in self._live.stored(wanted.keys() - passages.keys()).values():
-            if record.number == wanted[record.key].number:  # else it was replaced meanwhile, and is looked at again
+            if record.live is not None and record.number == wanted[record.key].number:  # else it was replaced or deleted meanwhile
                 raise KnowledgeBaseDamaged(f"{self._connection.name}: passages of document {record.id!r} are gone; write it again")
 
         def fill(vectors: Vectors, windows: Sequence[bytes]) -> None:

@@ -51,6 +51,7 @@ class Generation:
     aliases: frozenset[str]
     layout: Layout
     closed: bool  # to all writes, by a block
+    readable: bool  # else an operator closed it: it keeps its names and its number, and nothing else can be said of it
     fields: frozenset[str]
 
     @property
@@ -171,7 +172,9 @@ def named_generation(connection: Connection, alias: str, name: str) -> Generatio
 
 def _get(connection: Connection, pattern: str) -> Mapping[str, Any]:
     """What Elasticsearch says of each index that a name or a pattern means."""
-    found: Mapping[str, Any] | None = connection.call(lambda client: client.indices.get(index=pattern), accept=[404])
+    found: Mapping[str, Any] | None = connection.call(
+        lambda client: client.indices.get(index=pattern, expand_wildcards=["open", "closed"]), accept=[404]
+    )
     return found or {}
 
 
@@ -191,7 +194,8 @@ def _parse(entries: Mapping[str, Any]) -> list[Generation]:
             replicas=int(settings["number_of_replicas"]),
             active_copies=settings.get("write", {}).get("wait_for_active_shards", "1"),
         )
-        found.append(Generation(index, facts, frozenset(entry["aliases"]), layout, closed, fields))
+        readable = settings.get("verified_before_close") != "true"
+        found.append(Generation(index, facts, frozenset(entry["aliases"]), layout, closed, readable, fields))
     return found
 
 

@@ -83,12 +83,12 @@ def describe(address: str) -> dict[str, str | int]:
 
 
 def describe_generations(connection: Connection, alias: str) -> list[GenerationState]:
-    """All generations of an alias, by number."""
+    """All generations of an alias, by number, but those that an operator closed."""
     live = existing_generation(connection, alias)
     live_documents = _documents(connection, alias, live)
     passages = live_documents.counts().passages
     states = []
-    for generation in all_generations(connection, alias):
+    for generation in (each for each in all_generations(connection, alias) if each.readable):
         is_live = generation.index == live.index
         documents = _documents(connection, alias, generation)
         lacking = 0 if is_live else Copying(connection, live_documents, documents).lacking()

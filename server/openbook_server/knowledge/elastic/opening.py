@@ -6,7 +6,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 
-from openbook_server.errors import FingerprintMismatch, KnowledgeBaseUnavailable
+from openbook_server.errors import FingerprintMismatch, KnowledgeBaseRefused, KnowledgeBaseUnavailable
 from openbook_server.knowledge.elastic import schema
 from openbook_server.knowledge.elastic.address import Address
 from openbook_server.knowledge.elastic.connection import PATIENCE, WRITING_PATIENCE, Connection
@@ -74,6 +74,7 @@ def open_next(connection: Connection, address: Address, asked: Asked, name: str 
     Raises:
         InvalidRequest: there is none of that name.
         GenerationNotReady: another process publishes at this moment.
+        KnowledgeBaseRefused: an operator closed its index.
     """
     live = existing_generation(connection, address.alias)
     known = all_generations(connection, address.alias)
@@ -92,6 +93,10 @@ def open_next(connection: Connection, address: Address, asked: Asked, name: str 
             made = _Made(address, number, asked)
             _create(connection, made, [f"{made.index}-next"], layout)
             chosen = named_generation(connection, address.alias, made.name)
+    if not chosen.readable:
+        raise KnowledgeBaseRefused(
+            f"{connection.name}: the index of generation {chosen.name} is closed; POST {chosen.index}/_open opens it"
+        )
     for generation in (live, chosen):
         _add_fields(connection, generation)
     if chosen.index != live.index:

@@ -23,6 +23,7 @@ from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.embedded import EmbeddedKnowledgeBase
 from openbook_server.knowledge.filters import Filter, OneOf
 from openbook_server.knowledge.fusion import LEXICAL_WEIGHT
+from openbook_server.knowledge.graph import inner_products
 from openbook_server.knowledge.inventory import look
 from openbook_server.knowledge.lexical import question_words
 from openbook_server.knowledge.store import FILE, FORMAT, Store
@@ -41,8 +42,13 @@ def unit(count: int, seed: int = 0) -> np.ndarray:
 
 
 def nothing(labels: Sequence[int]) -> dict[int, np.ndarray]:
-    """The truth of an index that never asks for it: its graph holds the vectors themselves."""
+    """The truth of an index that never asks for it: it has no graph."""
     raise AssertionError(labels)
+
+
+def truth_of(vectors: np.ndarray) -> Callable[[Sequence[int]], dict[int, np.ndarray]]:
+    """A store that holds these as the rows from 0."""
+    return lambda labels: {label: vectors[label] for label in labels}
 
 
 def opened(folder: Path, **options: object) -> KnowledgeBase:
@@ -64,7 +70,7 @@ def found(knowledge_base: KnowledgeBase, question: str, vector: np.ndarray | Non
 @pytest.mark.parametrize("flat_limit", [0, 100, 10_000])
 def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
     vectors, queries = unit(2_000), unit(50, seed=1)
-    index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
+    index = VectorIndex(DIM, truth_of(vectors), flat_limit=flat_limit)
     for at in range(0, 2_000, 250):
         index.add(list(range(at, at + 250)), vectors[at : at + 250])
         index.settle()
@@ -82,17 +88,46 @@ def test_nearest_vectors_are_those_of_an_exact_scan(flat_limit: int) -> None:
 @pytest.mark.parametrize("flat_limit", [1_000, 100])
 def test_a_question_s_scores_have_the_same_bits_alone_and_among_others(flat_limit: int, allowed: frozenset[int] | None) -> None:
     rows, questions = unit(300), unit(7, seed=1)
-    index = VectorIndex(DIM, lambda labels: {label: rows[label] for label in labels}, flat_limit=flat_limit)
+    index = VectorIndex(DIM, truth_of(rows), flat_limit=flat_limit)
     index.add(range(300), rows)
     index.settle()
     together = index.search(questions, 9, allowed=allowed)
     assert [index.search(question[None], 9, allowed=allowed)[0] for question in questions] == together
 
 
+@pytest.mark.parametrize("limit", [1, 3, 7, 40, 61])
+@pytest.mark.parametrize("flat_limit", [1_000, 100])
+def test_of_equal_vectors_the_first_stored_come_first_however_few_are_asked_for(flat_limit: int, limit: int) -> None:
+    rows = np.tile(unit(3), (70, 1))
+    index = VectorIndex(DIM, truth_of(rows), flat_limit=flat_limit)
+    for at in range(0, 210, 35):
+        index.add(range(at, at + 35), rows[at : at + 35])
+        index.settle()
+    assert bool(index.graph_rows) == (flat_limit == 100)
+    for twin, question in enumerate(rows[:3]):
+        for allowed in (None, frozenset(range(90))) if flat_limit == 1_000 else (frozenset(range(90)),):
+            [row] = index.search(question[None], limit, allowed=allowed)
+            assert list(row)[:30] == list(range(twin, 90, 3))[:limit]
+            assert len(set(list(row.values())[:30])) == 1
+
+
+@pytest.mark.parametrize("graph_dims", [DIM, 8])
+def test_what_a_graph_proposes_is_scored_by_the_stored_vectors_to_the_bit(graph_dims: int) -> None:
+    rows, [question] = np.tile(unit(50), (2, 1)), unit(1, seed=1)
+    index = VectorIndex(DIM, truth_of(rows), flat_limit=20, graph_dims=graph_dims)
+    index.add(range(100), rows)
+    index.settle()
+    assert (index.graph_rows, index.graph_width) == (100, graph_dims)
+    exact = dict(enumerate(inner_products(rows, question)))
+    expected = sorted(exact.items(), key=lambda item: (-item[1], item[0]))[:10]  # of an even number of twins none is cut off
+    assert list(index.search(question[None], 10)[0].items()) == expected
+    assert index.compare(question, range(100)) == exact
+
+
 @pytest.mark.parametrize("flat_limit", [0, 10_000])
 def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_what_there_is(flat_limit: int) -> None:
     vectors = unit(300)
-    index = VectorIndex(DIM, nothing, flat_limit=flat_limit)
+    index = VectorIndex(DIM, truth_of(vectors), flat_limit=flat_limit)
     index.add(list(range(300)), vectors)
     index.settle()
     index.delete(list(range(0, 300, 2)))
@@ -104,7 +139,7 @@ def test_deleted_rows_are_never_found_and_asking_for_more_than_there_is_gives_wh
 
 def test_a_row_that_the_index_has_stays_as_it_is() -> None:
     vectors = unit(30)
-    index = VectorIndex(DIM, nothing, flat_limit=20)
+    index = VectorIndex(DIM, truth_of(vectors), flat_limit=20)
     for held in (25, 30):  # the first in the graph, then some more in the buffer
         for _ in range(2):
             index.add(range(held), vectors[:held])
@@ -122,7 +157,7 @@ def test_passages_that_are_the_same_to_the_bit_hide_no_others() -> None:
 
     vectors = np.concatenate([drawn(3_000), np.repeat(drawn(3), 300, axis=0)])
     vectors = vectors[rng.permutation(len(vectors))]
-    index = VectorIndex(48, lambda numbers: {number: vectors[number] for number in numbers}, flat_limit=100)
+    index = VectorIndex(48, truth_of(vectors), flat_limit=100)
     for at in range(0, len(vectors), 500):
         index.add(list(range(at, min(at + 500, len(vectors)))), vectors[at : at + 500])
         index.settle()

@@ -60,6 +60,14 @@ def test_half_a_byte_a_dimension_keeps_directions() -> None:
     assert near == {"x": Nearness(pytest.approx(1.0, abs=1e-6), None)}
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_equal_passages_have_equal_scores_to_the_bit_wherever_they_stand(seed: int) -> None:
+    question, asked = unit(1, 384, seed)[0], signs(unit(5 + seed, 384, seed + 20), 256)
+    kinds = [pack(unit(len(edges(60)) - 1, 384, seed + kind), signs(unit(60, 384, seed + 30 + kind), 256)) for kind in range(3)]
+    near = nearness(question, asked, range(37), {key: kinds[key % 3] for key in range(37)})
+    assert [len({near[key] for key in range(kind, 37, 3)}) for kind in range(3)] == [1, 1, 1]
+
+
 def test_passages_with_and_without_windows_do_not_compare() -> None:
     question, packed = unit(1)[0], pack(unit(2))
     assert nearness(question, None, ["a"], {"a": packed}) != {}

@@ -158,6 +158,7 @@ def _diverse(
         gain = (1 - options.diversity) * relevance - options.diversity * likeness
         gain[chosen] = -np.inf
         best = int(gain.argmax())
-        likeness = np.maximum(likeness, matrix @ matrix[best]) if chosen else matrix @ matrix[best]
+        products = np.einsum("nd,d->n", matrix, matrix[best])  # not `@`: equal vectors must be equally near, so that ties go by order
+        likeness = np.maximum(likeness, products) if chosen else products
         chosen.append(best)
     return [left[at] for at in chosen]

@@ -1,9 +1,10 @@
 """Nearest vectors: an exact scan of the fresh and the few, a graph that proposes candidates for the many.
 
 New rows go into a flat buffer that is scanned exactly; once it holds more than `flat_limit` rows they move into the
-graph. A small knowledge base therefore is all buffer: exact, and without any graph to build or load. Where the graph holds
-shadows (see `projection`), what it proposes is compared by the vectors themselves, which the store keeps: scores are always
-exact. One lock guards buffer and graph; adding takes it chunk by chunk, and only when no search waits.
+graph. A small knowledge base therefore is all buffer: exact, and without any graph to build or load. What the graph
+proposes, by shadows (see `projection`) or by whole vectors with a little noise, is compared by the vectors themselves,
+which the store keeps: scores are always exact, and equal for equal vectors. One lock guards buffer and graph; adding
+takes it chunk by chunk, and only when no search waits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _ROWS_AT_ONCE = 1_000  # of a graph that nobody searches yet, or of all rows
 _SAMPLE = 10_000  # rows that a projection is learned from
 _CHECKED = 1_000  # rows that tell whether it still fits
 _GROWTH = 1.25  # how much a graph grows before that is asked again
+_ROUNDING = 1e-5  # of an inner product of unit vectors in a product of matrices, more than ever
 
 Truth = Callable[[Sequence[int]], Mapping[int, Vectors]]
 
@@ -140,9 +142,7 @@ class VectorIndex:
             graph = self._graph
             proposed: list[dict[int, float]] = [{} for _ in queries] if graph is None else graph.candidates(queries, k, ef or self.ef)
             labels, vectors = self._buffer()
-        if graph is not None and graph.projection is None and not len(labels):
-            return proposed
-        found = proposed if graph is None or graph.projection is None else self._rescored(queries, proposed)
+        found = self._rescored(queries, proposed)
         _add_nearest(found, queries, labels, vectors, k)
         return [_best(row, k) for row in found]
 
@@ -184,8 +184,6 @@ class VectorIndex:
         with self._precedence.search(), self._lock:
             found = {label: self._flat[label] for label in labels if label in self._flat}
             inside = [label for label in labels if self._graph is not None and label in self._graph.live]
-            if inside and self._graph is not None and self._graph.projection is None:
-                return found | dict(zip(inside, self._graph.stored(inside), strict=True))
         return found | dict(self._truth(inside)) if inside else found
 
     def compare(self, query: Vectors, labels: Sequence[int]) -> dict[int, float]:
@@ -282,11 +280,13 @@ class VectorIndex:
 
 
 def _add_nearest(found: Sequence[dict[int, float]], queries: Vectors, labels: NDArray[np.int64], vectors: Vectors, k: int) -> None:
-    """Add to each query's rows the k nearest of these."""
+    """Add to each query's rows the k nearest of these, and what is as near as the last of them: which of those that are equally near
+    come first is for `_best` to tell, by exact scores."""
     if len(labels):
         scores = queries @ vectors.T
-        depth = min(k, len(labels))
-        for row, best in enumerate(np.argpartition(-scores, depth - 1, axis=1)[:, :depth]):
+        least = np.partition(scores, -min(k, len(labels)), axis=1)[:, -min(k, len(labels))] - _ROUNDING
+        for row, near in enumerate(scores >= least[:, None]):
+            best = np.flatnonzero(near)
             found[row].update(zip(labels[best].tolist(), inner_products(vectors[best], queries[row]), strict=True))
 
 

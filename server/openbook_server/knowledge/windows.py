@@ -121,7 +121,9 @@ def _cosines(question: NDArray[np.float32], packed: bytes) -> NDArray[np.float32
     half = len(question) // 2
     data = np.frombuffer(packed, np.uint8).reshape(-1, half)
     low, high = ((part.astype(np.float32) - _ZERO) for part in (data & 15, data >> 4))
-    cosines: NDArray[np.float32] = (low @ question[:half] + high @ question[half:]) / np.sqrt((low * low + high * high).sum(axis=1))
+    # Not `@`, here and in `_token_scores`: it may add in another order in another place, and equal passages must have equal scores.
+    products = np.einsum("nd,d->n", low, question[:half]) + np.einsum("nd,d->n", high, question[half:])
+    cosines: NDArray[np.float32] = products / np.sqrt((low * low + high * high).sum(axis=1))
     return cosines
 
 
@@ -140,7 +142,7 @@ def _token_scores(question: Signs, tokens: Signs, starts: Sequence[int], firsts:
     near = np.cos(np.pi * np.arange(64 * question.shape[1] + 1) / (64 * question.shape[1]))[least]
     best = np.maximum.reduceat(near, firsts, axis=1)
     weights = np.maximum(best.max(axis=1) - best.mean(axis=1), _LEAST)
-    scores: list[float] = np.maximum.reduceat(weights @ near / weights.sum(), firsts).tolist()
+    scores: list[float] = np.maximum.reduceat((weights[:, None] * near).sum(axis=0) / weights.sum(), firsts).tolist()
     return scores
 
 

@@ -199,8 +199,8 @@ async def test_reading_stops_when_the_answer_is_settled_and_changes_nothing_wher
     results = {}
     for name, settling in (
         ("off", None),
-        ("never", {"unread_weight": 1e6}),
-        ("at once", {"unread_weight": -1e6}),
+        ("never", {"unread_weight": 1e5}),
+        ("at once", {"unread_weight": -1e5}),
     ):
         bundle = shutil.copytree(tiny_bundle, tmp_path / name)
         manifest = json.loads((bundle / MANIFEST).read_text())
@@ -249,7 +249,7 @@ async def test_how_much_is_usually_read_is_learned_from_what_was_read(
 ) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["reader"] |= {"settling": {"unread_weight": 1e6}}  # never settled: all three are read, in three rounds
+    manifest["reader"] |= {"settling": {"unread_weight": 1e5}}  # never settled: all three are read, in three rounds
     (bundle / MANIFEST).write_text(json.dumps(manifest | {"id": bundle_id(manifest)}))
     told: list[int] = []
     monkeypatch.setattr(Backlog, "expect", lambda backlog, group, rows, deadline: told.append(rows))

@@ -11,6 +11,7 @@ embedder that found them in training. Texts come in validated; gRPC is not known
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -50,6 +51,7 @@ class Classified:
     passages: int  # neighbours that took part, or passages of evidence of which something was read
     hits: Sequence[Hit] = ()  # those of them that were found in the knowledge base
     labels: Sequence[int] = ()  # of neighbours, an entry a hit
+    read: Sequence[int] = ()  # places of those of the evidence
 
 
 class Classification:
@@ -111,10 +113,8 @@ class Classification:
         work.tokenise_ms += work.lap()
         read = [pair.row if pair is not None else row for pair, row in zip(pairs, rows, strict=True)]
         labelled = await self._run(name, read, work)
-        return [
-            Classified(probabilities, {}, passages_read(pair, passages) if pair is not None else 0)
-            for probabilities, pair, passages in zip(labelled, pairs, evidence, strict=True)
-        ]
+        parts = [passages_read(pair, passages) if pair is not None else [] for pair, passages in zip(pairs, evidence, strict=True)]
+        return [Classified(probabilities, {}, len(read), read=read) for probabilities, read in zip(labelled, parts, strict=True)]
 
     async def beside_found_evidence(
         self, name: str, claims: Sequence[str], rows: Sequence[Row], options: SearchOptions, work: Work
@@ -127,7 +127,7 @@ class Classification:
             evidence = [[hit.passage.text for hit in hits] for hits in found]
             expect(name, tokens, 0)
             classified = await self.beside_evidence(name, claims, rows, evidence, work)
-        return [replace(one, hits=hits[: one.passages]) for one, hits in zip(classified, found, strict=True)]
+        return [replace(one, hits=[hits[at] for at in one.read]) for one, hits in zip(classified, found, strict=True)]
 
     async def _alone(self, name: str, rows: Sequence[Row], work: Work) -> list[Probabilities]:
         """Of texts by themselves, cut where the embedder reads more of them than the classifier does."""
@@ -139,14 +139,16 @@ class Classification:
         return [_floats(outputs["probability"]) for outputs in await self._models.read(name, rows, work)]
 
 
-def passages_read(pair: Pair, passages: Sequence[str]) -> int:
-    """Of how many passages of a pair's evidence something is in its row."""
-    last = len(pair.row.ids) - 2  # before the closing special token
-    end = pair.characters([pair.first], [last])[1][0] if last >= pair.first else 0
-    start = read = 0
-    for passage in passages:
-        read += start < end
-        start += len(passage) + len(SEPARATOR)
+def passages_read(pair: Pair, passages: Sequence[str]) -> list[int]:
+    """The places of those passages of a pair's evidence of which a token is in its row; a blank one has none."""
+    tokens = range(pair.first, len(pair.row.ids) - 1)  # without the closing special token
+    starts, ends = pair.characters(tokens, tokens)
+    begin, read = 0, []
+    for place, passage in enumerate(passages):
+        token = bisect_right(ends, begin)  # the first that goes beyond where the passage begins
+        if token < len(tokens) and starts[token] < begin + len(passage):
+            read.append(place)
+        begin += len(passage) + len(SEPARATOR)
     return read
 
 

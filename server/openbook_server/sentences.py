@@ -11,6 +11,7 @@ from collections.abc import Iterator
 # A sentence ends at ., ! or ? (with closing quotes or brackets) before white space and something that can begin one;
 # a blank line always ends it. Initials and common abbreviations do not.
 _BOUNDARY = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[^\Wa-z_])|\n\s*\n", re.UNICODE)
+_BLANK_LINE = re.compile(r"\n\s*\n")
 _ABBREVIATION = re.compile(r"(?:\b[A-Z]|\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|cf|No|Fig|approx|Inc|Ltd|Jr|Sr))\.$")
 
 LONGEST_SENTENCE = 4_000  # characters; what goes on without an end (a table, a base64 blob) is cut
@@ -23,7 +24,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     for match in _BOUNDARY.finditer(text):
         closing = len(match.group()) - len(match.group().lstrip("\"'”’)]"))
         end = match.start() + closing
-        if "\n\n" not in match.group() and _ABBREVIATION.search(text, max(0, end - 8), end):
+        if not _BLANK_LINE.search(match.group()) and _ABBREVIATION.search(text, max(0, end - 8), end):
             continue
         spans.append((start, end))
         start = match.end()

@@ -110,7 +110,7 @@ class TextWriter:
 
     async def answer(self, question: str, passages: Sequence[str], sampling: Sampling, work: Work) -> AsyncIterator[Piece]:
         """What a generator writes of a question and its passages; the last piece's `whole` takes the characters of a passage where its
-        tokens stand in one, for a WordPiece tokenizer cannot tell "3.5" from "3. 5"."""
+        tokens stand in one and no stop string is in them, for a WordPiece tokenizer cannot tell "3.5" from "3. 5"."""
         pairs = self._encoder.pairs(question, passages, self.info.max_tokens)
         rows = [pair.row for pair in pairs] or self._encoder.texts([question])
         work.tokenise_ms += work.lap()
@@ -127,7 +127,10 @@ class TextWriter:
             if piece.finish is Finish.STOP or piece.finish is None:
                 yield piece
             else:
-                yield Piece(piece.text, piece.tokens, self._as_in(passages, ids) or piece.whole, piece.finish)
+                found = self._as_in(passages, ids)
+                if any(stop in found for stop in sampling.stop):
+                    found = ""  # the text as written holds none, and may have been sent beyond where this one would end
+                yield Piece(piece.text, piece.tokens, found or piece.whole, piece.finish)
 
     async def _write(
         self, graphs: tuple[str, str], step: Step, sampling: Sampling, work: Work, ids: list[int] | None = None
@@ -167,6 +170,6 @@ class TextWriter:
 
 def _settled(text: str, stops: Sequence[str]) -> int:
     """How many of the characters stay whatever follows: a part of a character, or of a stop string, may become something else."""
-    end = len(text.rstrip(_UNFINISHED))
+    text = text.rstrip(_UNFINISHED)
     begun = [length for stop in stops for length in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:length])]
-    return min([end, *(len(text) - length for length in begun)])
+    return len(text) - max(begun, default=0)

@@ -20,13 +20,14 @@ from openbook.results import Document
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.bundle import Bundle, load_bundle
-from openbook_server.classification import SEPARATOR
+from openbook_server.classification import SEPARATOR, passages_read
 from openbook_server.config import ServerConfig
 from openbook_server.errors import BundleInvalid
 from openbook_server.options import DEFAULT_TOP_K
 from openbook_server.pair import load_graphs
 from openbook_server.runtime import build_device
 from openbook_server.serving import running_server
+from openbook_server.tokenization import TextEncoder, load_tokenizer
 from openbook_training.checkpoint import Checkpoint, resolve_checkpoint
 from openbook_training.evidence import PASSAGES, beside_retrieved, evidence_corpus
 from openbook_training.heads import HeadModel, RowEncoder, load_head_model
@@ -211,6 +212,16 @@ async def test_a_claim_is_read_beside_the_evidence_given(stub: Stub, checkpoint:
     expected = trained(checkpoint, tiny_heads["claims"], [(claim, "") for claim in claims])
     assert table(alone, labels=("no", "yes")) == pytest.approx(expected, abs=1e-4)
     assert np.abs(table(alone, labels=("no", "yes")) - table(reply, labels=("no", "yes"))).max() > 0.02
+
+
+async def test_blank_evidence_is_none_that_was_read(stub: Stub, labelling_bundle: Path) -> None:
+    long = "the blue king of the green city " * 9
+    passages = [[" ", "a book", "", "\u200b"], ["\n"], ["a book", long, " "], ["", "", "river"]]
+    reply = await classify(stub, "claims", ["the king read"] * 4, evidence=[pb.Evidence(passages=one) for one in passages])
+    assert [result.passages for result in reply.results] == [1, 0, 2, 1]
+    encoder = TextEncoder(load_tokenizer(load_bundle(labelling_bundle).tokenizer_path))
+    pairs = [encoder.pairs("the king read", [SEPARATOR.join(one)], 64)[0] for one in passages]
+    assert [passages_read(pair, one) for pair, one in zip(pairs, passages, strict=True)] == [[1], [], [0, 1], [2]]
 
 
 async def test_a_claim_is_read_beside_what_is_found_for_it(stub: Stub) -> None:

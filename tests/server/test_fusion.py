@@ -135,6 +135,22 @@ def test_of_two_passages_that_say_the_same_diversity_keeps_one_first() -> None:
     assert ids(rank("q", candidates, SearchOptions(top_k=2, mode="dense", diversity=0.6))) == ["1", "3"]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_diversity_chooses_of_passages_that_say_the_same_the_first_stored(seed: int) -> None:
+    rows = np.tile(np.random.default_rng(seed).normal(size=(3, 384)).astype(np.float32) / 384**0.5, (13, 1))
+    vectors = dict(enumerate(rows))
+    passages = {key: Passage(id=str(key), document_id=str(key), text="x", start=0) for key in vectors}
+    candidates = Candidates(
+        {key: 0.5 + 0.1 * (key % 3) for key in vectors},
+        {},
+        lambda keys: {k: passages[k] for k in keys},
+        lambda keys: {k: vectors[k] for k in keys},
+    )
+    chosen = [int(id_) for id_ in ids(rank("q", candidates, SearchOptions(top_k=39, mode="dense", diversity=0.5)))]
+    for twin in range(3):
+        assert [key for key in chosen if key % 3 == twin] == list(range(twin, 39, 3))
+
+
 def test_words_choose_whom_to_compare_with_more_weight_than_they_have_in_the_end() -> None:
     keys = range(SHORTLIST + 10)
     dense = dict.fromkeys(keys, 0.5) | {0: 0.3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -18,9 +18,14 @@ from openbook.client import AsyncClient
 from openbook.v1 import openbook_pb2 as pb
 from openbook.v1 import openbook_pb2_grpc
 from openbook_server.config import ServerConfig
+from openbook_server.decoding import LOGITS, Written
+from openbook_server.rows import Row
 from openbook_server.sampling import choose
 from openbook_server.serving import running_server
-from openbook_server.text_writer import MOST_AT_ONCE
+from openbook_server.text_writer import MOST_AT_ONCE, Finish, Sampling, TextWriter, _settled
+from openbook_server.tokenization import load_tokenizer
+from openbook_server.work import Work
+from openbook_server.writers import WriterInfo
 from openbook_training.generator import load_generator
 from openbook_training.language_model import load_language_model
 
@@ -148,6 +153,61 @@ async def test_a_generator_writes_from_all_passages_what_pytorch_writes(stub: St
         assert alone.strip() == fused(tiny_generator, question, [], 7)
         answers |= {whole, alone}
     assert len(answers) > 2  # question and passages matter
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "settled"),
+    [
+        ("a list\n\ufffd", ("\n•",), "a list"),
+        ("a list\ufffd", ("\n•",), "a list"),
+        ("a list\n\ufffd\ufffd", ("t\n•", "x"), "a lis"),
+        ("a list\n", (), "a list\n"),
+    ],
+)
+def test_what_a_stop_string_may_begin_is_not_sent_though_its_next_character_is_only_partly_written(
+    text: str, stops: tuple[str, ...], settled: str
+) -> None:
+    assert text[: _settled(text, stops)] == settled
+
+
+class Dictation:
+    """The models and the decoder of a writer that writes given tokens."""
+
+    sources = ()
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def begin(self, source: object, source_ids: object) -> Written:
+        return Written([], 1, {}, [])
+
+    async def read(self, graph: str, rows: Sequence[Row], work: Work) -> list[dict[str, np.ndarray]]:
+        return [{LOGITS: np.eye(1_000, dtype=np.float32)[next(self.tokens)]}] if graph == "generator_decoder" else [{} for _ in rows]
+
+
+@pytest.mark.parametrize(("stop", "ending"), [((), "The KING"), (("KING",), "the king"), (("book",), "The KING")])
+async def test_no_stop_string_comes_back_with_the_characters_of_a_passage(
+    tiny_checkpoint: Path, stop: tuple[str, ...], ending: str
+) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint / "tokenizer.json")
+    info = WriterInfo(
+        architecture="bert2bert",
+        max_tokens=64,
+        passages=1,
+        passage_tokens=0,
+        query_tokens=0,
+        max_answer_tokens=8,
+        start_token=2,
+        end_token=3,
+        tokenizer="tokenizer.json",
+        graphs={},
+    )
+    dictation: Any = Dictation([*tokenizer.encode("the king", add_special_tokens=False).ids, 3])
+    writer = TextWriter(info, tokenizer, dictation, dictation)
+    sampling = Sampling(max_tokens=8, temperature=0.0, top_p=1.0, seed=0, stop=stop)
+    pieces = [piece async for piece in writer.answer("who ?", ["The KING read a book"], sampling, Work(deadline=float("inf")))]
+    assert "".join(piece.text for piece in pieces) == "the king"
+    assert (pieces[-1].whole, pieces[-1].finish) == (ending, Finish.END)
 
 
 async def refused(stub: Stub, request: pb.GenerateRequest) -> tuple[grpc.StatusCode, str, str, str]:

@@ -12,7 +12,7 @@ from openbook_server.ingest.parts import at_once
 from openbook_server.ingest.splitting import sentences
 from openbook_server.knowledge import Document, Passage
 from openbook_server.tokenization import load_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 PIECES = [
     "red blue. ",
@@ -69,6 +69,33 @@ def test_sentences_end_at_full_stops_but_not_at_initials_abbreviations_or_number
         "Then, e.g. now, it ended.",
         "next block",
     ]
+
+
+@pytest.fixture
+def syllables() -> Tokenizer:
+    """Of WordPiece in which a syllable of Hangul is two tokens or three, as it is in BERT's vocabulary."""
+    pieces = [chr(code) for code in (*range(0x1100, 0x1113), *range(0x1161, 0x1176), *range(0x11A8, 0x11C3))]
+    vocabulary = {piece: number for number, piece in enumerate(["[UNK]", *pieces, *(f"##{piece}" for piece in pieces)])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.NFD()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_character_of_several_tokens_is_in_one_passage_and_counted_there(syllables: Tokenizer, limit: int, seed: int) -> None:
+    text = "".join(random.Random(seed).choices("각난가나 ", k=300)).strip()
+    [passages] = split([Document(id="d", text=text)], syllables, passage_tokens=limit, overlap=0)
+    assert "".join(passage.text for passage in passages).replace(" ", "") == text.replace(" ", "")
+    for passage in passages:
+        assert len(syllables.encode(passage.text).ids) <= limit or len(passage.text) == 1
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n", "\n \t\n", "\r\n\r\n\r\n"])
+def test_a_blank_line_ends_a_sentence_even_behind_an_abbreviation(blank: str) -> None:
+    text = f"It was Mr.{blank}Smith came. Then Mr.\r\nJones did."
+    assert [text[a:b] for a, b in sentences(text)] == ["It was Mr.", "Smith came.", "Then Mr.\r\nJones did."]
 
 
 def test_a_document_without_text_has_no_passages(tokenizer: Tokenizer) -> None:

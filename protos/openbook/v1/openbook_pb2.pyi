@@ -82,7 +82,7 @@ class _FusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fusion.ValueTy
     FUSION_WEIGHTED: _Fusion.ValueType  # 1
     """cosines of the nearest window and its tokens + weight * BM25 + overlap, of the best candidates"""
     FUSION_RECIPROCAL_RANK: _Fusion.ValueType  # 2
-    """sum of 1 / (60 + rank); scores from 0 to 0.033"""
+    """sum of 1 / (60 + rank), by cosine among all candidates and by BM25; 0 to 0.033"""
 
 class Fusion(_Fusion, metaclass=_FusionEnumTypeWrapper):
     """How the hybrid mode makes one ranking of two; docs/search.md gives the formulas."""
@@ -92,7 +92,7 @@ FUSION_UNSPECIFIED: Fusion.ValueType  # 0
 FUSION_WEIGHTED: Fusion.ValueType  # 1
 """cosines of the nearest window and its tokens + weight * BM25 + overlap, of the best candidates"""
 FUSION_RECIPROCAL_RANK: Fusion.ValueType  # 2
-"""sum of 1 / (60 + rank); scores from 0 to 0.033"""
+"""sum of 1 / (60 + rank), by cosine among all candidates and by BM25; 0 to 0.033"""
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
 
 class _Finish:
@@ -995,7 +995,7 @@ class GenerateResponse(_message.Message):
         TIMINGS_FIELD_NUMBER: _builtins.int
         finish: Global___Finish.ValueType
         text: _builtins.str
-        """the whole of it; a generator's takes the characters of a passage where its tokens stand in one"""
+        """the whole; a generator's takes the characters of a passage where its tokens, and no stop string, stand in one"""
         seed: _builtins.int
         writer: _builtins.str
         @_builtins.property

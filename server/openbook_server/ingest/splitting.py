@@ -9,6 +9,7 @@ in at least one passage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from tokenizers import Tokenizer
 
@@ -79,7 +80,8 @@ def _measured(documents: Sequence[Document], tokenizer: Tokenizer, limit: int) -
 
 
 def _units(text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], limit: int) -> list[Unit]:
-    """Sentences with their token counts; one over the limit is cut between tokens. `offsets` count from the first sentence."""
+    """Sentences with their token counts; one over the limit is cut between tokens, but not within a character. `offsets` count from the
+    first sentence."""
     base = spans[0][0]
     offsets = [(start + base, end + base) for start, end in offsets]
     units: list[Unit] = []
@@ -90,15 +92,22 @@ def _units(text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[
         first = token
         while token < len(offsets) and offsets[token][0] < end:
             token += 1
-        if token - first <= limit:
-            units.append((start, end, token - first))
-            continue
-        cuts = list(range(first, token, limit))
-        for at, cut in enumerate(cuts):
-            begin = start if at == 0 else offsets[cut][0]
-            stop = offsets[cuts[at + 1]][0] if at + 1 < len(cuts) else end
-            units.append((begin, begin + len(text[begin:stop].rstrip()), min(limit, token - cut)))
+        begin = start
+        while begin == start or first < token:
+            cut = _cut(offsets, first, token, limit)
+            stop = offsets[cut][0] if cut < token else end
+            units.append((begin, begin + len(text[begin:stop].rstrip()), cut - first))
+            begin, first = stop, cut
     return units
+
+
+def _cut(offsets: Sequence[tuple[int, int]], first: int, end: int, limit: int) -> int:
+    """The token before which a unit ends that begins with token `first` of a sentence, which goes up to `end`: as late as the limit allows
+    where no character is cut. One may be of several tokens, as a syllable of Hangul is; one of more than the limit is a unit by itself."""
+    if end - first <= limit:
+        return end
+    places = chain(range(first + limit, first, -1), range(first + limit + 1, end))
+    return next((at for at in places if offsets[at - 1][1] <= offsets[at][0]), end)
 
 
 def _windows(units: Sequence[Unit], limit: int, overlap: int) -> list[tuple[int, int]]:

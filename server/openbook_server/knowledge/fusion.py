@@ -107,8 +107,8 @@ def fuse(dense: Mapping[Key, float], lexical: Mapping[Key, float], fusion: Fusio
     """Candidates' scores from both rankings.
 
     "weighted": cosine + SHORTLIST_WEIGHT · BM25. It keeps how much better a passage is, and it ranks better (docs/search.md).
-    "reciprocal_rank": Σ 1 / (RANK_OFFSET + rank) over the rankings that hold it, ranks from 1; it needs no weight between scores of
-    different scales.
+    "reciprocal_rank": Σ 1 / (RANK_OFFSET + rank) over the rankings that hold it, ranks from 1; that by cosine holds all candidates,
+    also those that only the words found. It needs no weight between scores of different scales.
 
     Args:
         dense: cosine of every candidate.

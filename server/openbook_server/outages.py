@@ -11,9 +11,8 @@ from openbook_server.errors import KnowledgeBaseDamaged, KnowledgeBaseRefused, K
 
 log = logging.getLogger(__name__)
 
-_STEADY = (
-    10.0  # seconds without a failure after which it is over: one of every two requests may fail, and the log must not say so each time
-)
+# Seconds without a failure after which it is over: one of every two requests may fail, and the log must not say so each time.
+_STEADY = 10.0
 
 
 class Outages:

@@ -88,7 +88,7 @@ def forward(path: str, pipe: Connection) -> None:
         async def told(answering: bool) -> None:
             ready.set()
 
-        link = Link(Path(path), told, max_message_bytes=1 << 20)
+        link = Link(Path(path), told, asyncio.Event(), max_message_bytes=1 << 20)
         server = RpcServer([], options=[], max_calls=1_000, otherwise=link.forward)
         port = server.listen("127.0.0.1:0")
         server.start()

@@ -17,17 +17,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-async def to_the_end(work: Awaitable[_T]) -> _T:
-    """What cannot be stopped half-way is waited for, even by whom is told to stop."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        task.add_done_callback(_unheard)
-        await asyncio.wait([task])
-        raise
-
-
 async def uncancelled(work: Awaitable[_T]) -> _T:
     """It goes on when whoever waits for it does not."""
     task = asyncio.ensure_future(work)
@@ -35,6 +24,16 @@ async def uncancelled(work: Awaitable[_T]) -> _T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         task.add_done_callback(_unheard)
+        raise
+
+
+async def to_the_end(work: Awaitable[_T]) -> _T:
+    """What cannot be stopped half-way is waited for, even by whom is told to stop."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await uncancelled(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
         raise
 
 

@@ -16,6 +16,8 @@ def draw(question: str, rows: Sequence[int], count: int) -> dict[int, float]:
     Args:
         rows: non-negative, each once.
     """
+    if not rows:  # as in every mode but the random one
+        return {}
     labels = np.array(rows, np.int64)
     numbers = np.random.default_rng(list(question.encode())).random(labels.max(initial=-1) + 1)[labels]
     best = np.argsort(-numbers)[:count]

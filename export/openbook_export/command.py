@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="name of the bundle (default: the checkpoint's)")
     parser.add_argument("--license", default="", help="licence of the bundle, an SPDX expression (default: what the model cards state)")
     parser.add_argument(
-        "--prior-weight", type=_finite, metavar="X", help="weight of the retrieval score beside the reader's (default: the reader's)"
+        "--prior-weight", type=number, metavar="X", help="weight of the retrieval score beside the reader's (default: the reader's)"
     )
-    parser.add_argument("--null-bias", type=_finite, metavar="X", help='added to every "no answer" score (default: the reader\'s)')
+    parser.add_argument("--null-bias", type=number, metavar="X", help='added to every "no answer" score (default: the reader\'s)')
     parser.add_argument("--quality", default="", metavar="FILE", help="SQuAD file (.json, .jsonl) to compare the exported reader's F1 on")
     parser.add_argument(
         "--quality-questions", type=positive, default=300, metavar="N", help="questions of it, evenly spread (default: 300)"
     )
-    parser.add_argument("--quality-budget", type=_finite, default=0.5, metavar="POINTS", help="F1 that may be lost (default: 0.5)")
+    parser.add_argument("--quality-budget", type=number, default=0.5, metavar="POINTS", help="F1 that may be lost (default: 0.5)")
     parser.add_argument(
         "--settling",
         default="",
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--em-budget",
-        type=_percent,
+        type=percentage,
         default=0.5,
         metavar="PERCENT",
         help="best answers that stopping may change: of EM no more is lost (default: 0.5)",
@@ -145,14 +145,18 @@ def _head(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _finite(text: str) -> float:
+def number(text: str) -> float:
+    """A number of the command line that a manifest may hold."""
+    from openbook_server.manifest import HEAVIEST
+
     value = float(text)
-    if not abs(value) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is out of range")
+    if not abs(value) < HEAVIEST:
+        raise argparse.ArgumentTypeError(f"{text} is out of range, expected less than {HEAVIEST} either way")
     return value
 
 
-def _percent(text: str) -> float:
+def percentage(text: str) -> float:
+    """A number of the command line, 0 to 100."""
     value = float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is outside 0 to 100")

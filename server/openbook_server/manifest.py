@@ -11,7 +11,7 @@ from openbook_server.errors import BundleInvalid
 MANIFEST = "manifest.json"
 AGAIN = "write it again with `openbook export`"
 _MOST = 2**20  # of tokens, dimensions, spans, passages: more than any model has, and few enough to make room for
-_HEAVIEST = 1e6  # as the export takes none
+HEAVIEST = 1_000_000  # weights of scores are smaller, either way
 _T = TypeVar("_T")
 
 
@@ -61,8 +61,8 @@ def _whole(table: Mapping[str, Any], key: str, folder: Path, least: int) -> int:
 def weight(table: Mapping[str, Any], key: str, folder: Path) -> float:
     """As `get`, of a number that scores can be weighted by."""
     value = get(table, key, float, folder)
-    if not abs(value) < _HEAVIEST:
-        raise invalid(folder, f'{MANIFEST} key "{key}" is {value:.6g}, expected less than {_HEAVIEST:.0f} either way')
+    if not abs(value) < HEAVIEST:
+        raise invalid(folder, f'{MANIFEST} key "{key}" is {value:.6g}, expected less than {HEAVIEST} either way')
     return value
 
 

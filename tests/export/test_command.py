@@ -73,6 +73,12 @@ def test_a_value_out_of_range_is_wrong_usage(flags: list[str], capsys: pytest.Ca
     assert flags[0] in capsys.readouterr().err
 
 
+def test_a_weight_that_no_manifest_may_hold_is_told_with_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export("package:absent", "out", "--prior-weight", "1e6")
+    assert "1e6 is out of range, expected less than 1000000 either way" in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_written_is_named(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     assert export(tiny_checkpoint, tmp_path / "file" / "bundle") == 1

@@ -141,6 +141,8 @@ def read_rows(name: str) -> Iterator[InputRow]:
     Raises:
         InvalidFile: the file cannot be read.
     """
+    if name == "-" and sys.stdin is None:  # whatever was opened first has its descriptor
+        raise InvalidFile("standard input is closed; redirect a file into it, or name one")
     try:
         with open(name, "rb") if name != "-" else os.fdopen(os.dup(0), "rb") as stream:
             for number, line in enumerate(stream, 1):

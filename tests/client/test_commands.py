@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,12 @@ def test_an_id_that_is_no_unicode_is_written_readably(tmp_path: Path) -> None:
 def test_an_id_that_holds_nothing_is_none(tmp_path: Path, ids: dict[str, Any], given: str) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({**ids, "text": "who"}) + "\n")
     assert [row.id for row in read_rows(str(tmp_path / "in.jsonl"))] == [given]
+
+
+def test_standard_input_that_is_closed_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it then
+    with pytest.raises(InvalidFile, match="standard input is closed; redirect a file"):
+        list(read_rows("-"))
 
 
 def test_an_id_that_is_no_string_or_number_fails_its_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

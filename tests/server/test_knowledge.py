@@ -530,6 +530,40 @@ def test_a_byte_that_the_disk_changed_costs_a_character_and_no_request_nor_start
     knowledge_base.close()
 
 
+def test_damaged_metadata_cost_their_own_document_no_request_no_filter_and_no_deletion(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, {"a": "red king", "b": "red queen"}, unit(2))
+    knowledge_base.close()
+    with sqlite3.connect(tmp_path / "kb" / FILE) as connection:
+        connection.execute("UPDATE documents SET metadata = '[' || substr(metadata, 2) WHERE id = 'a'")
+    connection.close()
+    knowledge_base = opened(tmp_path / "kb")
+    [hits] = knowledge_base.search(["king queen"], unit(2)[:1], SearchOptions(top_k=2))
+    assert {hit.passage.document_id: hit.passage.metadata for hit in hits} == {"a": {}, "b": {"k": "v"}}
+    assert "metadata of document 'a'" in caplog.text
+    [hits] = knowledge_base.search(["king queen"], unit(2)[:1], SearchOptions(top_k=2, condition=OneOf("k", ("v",))))
+    assert [hit.passage.document_id for hit in hits] == ["b"]
+    assert knowledge_base.delete_documents(["a"]) == 1
+    knowledge_base.close()
+
+
+@pytest.mark.parametrize(
+    "damage", ["zeroblob(length(vector))", "x'00'", "CAST(substr(vector, 1, 3) || x'7f' || substr(vector, 5) AS BLOB)"]
+)
+def test_a_damaged_vector_is_refused_with_its_passage_and_the_way_out(tmp_path: Path, damage: str) -> None:
+    knowledge_base = opened(tmp_path / "kb")
+    store(knowledge_base, {"a": "red king", "b": "red queen"}, unit(2))
+    knowledge_base.close()
+    with sqlite3.connect(tmp_path / "kb" / FILE) as connection:
+        [table] = connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'vectors_*' AND type = 'table'").fetchone()
+        connection.execute(f"UPDATE {table} SET vector = {damage} WHERE passage = (SELECT number FROM passages WHERE id = 'b#0')")  # noqa: S608
+    connection.close()
+    with pytest.raises(KnowledgeBaseDamaged, match=r"the vector of passage 'b#0' is damaged; restore a backup, or index"):
+        opened(tmp_path / "kb")
+
+
 def plain_file(folder: Path) -> None:
     folder.write_text("x")
 

@@ -9,7 +9,10 @@ import sqlite3
 from dataclasses import dataclass
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-_VALUE = "EXISTS (SELECT 1 FROM json_each(d.metadata) m WHERE m.key = ? AND {condition})"
+# Metadata that the disk damaged match nothing; read as they are, they would fail every filter.
+_VALUE = (
+    "EXISTS (SELECT 1 FROM json_each(CASE WHEN json_valid(d.metadata) THEN d.metadata ELSE '{{}}' END) m WHERE m.key = ? AND {condition})"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from openbook_server.errors import KnowledgeBaseDamaged
 from openbook_server.knowledge.database import Database
 from openbook_server.knowledge.graph import EF_CONSTRUCTION
 from openbook_server.knowledge.graph import M as LINKS
 from openbook_server.knowledge.records import BundlePlace
+from openbook_server.knowledge.vectors import check_vectors
 from openbook_server.knowledge.windows import Nearness, Signs, nearness
 
 SCHEMA = (
@@ -133,8 +135,25 @@ class Generations:
             query = f"SELECT passage, vector FROM {generation.table} WHERE passage IN ({marks(part)})"  # noqa: S608
             with self._database.read() as connection:
                 rows = connection.execute(query, part).fetchall()
-            data = b"".join(vector for _, vector in rows)
-            yield [number for number, _ in rows], np.frombuffer(data, "<f4").reshape(len(rows), generation.dim).astype(np.float32)
+            try:
+                vectors = _unpacked([vector for _, vector in rows], generation.dim)
+            except ValueError as error:
+                raise KnowledgeBaseDamaged(
+                    f"{self._database.path}: {self._damaged(rows, generation.dim)}; restore a backup, "
+                    "or index the documents into a new folder"
+                ) from error
+            yield [number for number, _ in rows], vectors
+
+    def _damaged(self, rows: Sequence[tuple[int, bytes]], dim: int) -> str:
+        """Which of the rows' vectors the disk changed."""
+        for number, vector in rows:
+            try:
+                _unpacked([vector], dim)
+            except ValueError:
+                with self._database.read() as connection:
+                    named = connection.execute("SELECT id FROM passages WHERE number = ?", (number,)).fetchone()
+                return f"the vector of passage {named[0] if named else number!r} is damaged"
+        return "vectors are damaged"
 
     def nearness(
         self, generation: Generation, question: NDArray[np.float32] | None, tokens: Signs | None, numbers: Sequence[int]
@@ -242,3 +261,10 @@ def _lacking(connection: sqlite3.Connection, generation: Generation, after: int,
         "ORDER BY number LIMIT ?"
     )
     return [number for (number,) in connection.execute(query, (after, limit))]
+
+
+def _unpacked(blobs: Sequence[bytes], dim: int) -> NDArray[np.float32]:
+    """Raises ValueError where one is no unit vector of that dimension."""
+    vectors = np.frombuffer(b"".join(blobs), "<f4").reshape(len(blobs), dim).astype(np.float32)
+    check_vectors(vectors, len(blobs), dim)
+    return vectors

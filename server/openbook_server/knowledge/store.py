@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -177,7 +177,7 @@ class Store:
             with self._database.read() as connection:
                 rows = connection.execute(_PASSAGE.format(marks=marks(part)), part).fetchall()
             for number, id_, document, text, start, title, tokens, source, metadata in rows:
-                facts = {} if metadata == "{}" else json.loads(metadata)
+                facts = {} if metadata == "{}" else _facts(metadata, document)
                 found[number] = Passage(
                     id=id_, document_id=document, text=text, start=start, title=title, source=source, metadata=facts, tokens=tokens
                 )
@@ -304,3 +304,13 @@ def _to_format_2(connection: Connection) -> None:
     connection.execute(f"INSERT INTO {first.table} (passage, vector) SELECT number, vector FROM passages")  # noqa: S608
     connection.execute("ALTER TABLE passages DROP COLUMN vector")
     connection.execute("DELETE FROM meta WHERE key IN ('fingerprint', 'dim', 'graph_dims', 'generation')")
+
+
+def _facts(metadata: str, document: str) -> dict[str, str]:
+    """A byte that the disk changed costs one document its metadata; raised, it would cost every request that meets it."""
+    with suppress(ValueError):
+        facts = json.loads(metadata)
+        if isinstance(facts, dict):
+            return facts
+    log.warning("the metadata of document %r is damaged and read as none; delete it and write it again", document)
+    return {}

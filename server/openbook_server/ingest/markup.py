@@ -1,4 +1,4 @@
-"""What a reader of a page sees of it, as plain text: blocks apart, what stands in a line in one line."""
+"""What a reader of a page sees of it, or would once scripts show it, as plain text: blocks apart, what stands in a line in one line."""
 
 from __future__ import annotations
 
